@@ -1,0 +1,37 @@
+"""legomole: combine LoRAs without breaking them.
+
+The same folder is the Python package and the ComfyUI node pack. Importing it loads neither torch nor ComfyUI:
+the Python names below are looked up in `legomole.core` on first use, the nodes by ComfyUI through the entry point.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+WEB_DIRECTORY = "./web"
+
+_PUBLIC = {
+    "Adapter": "adapter",
+    "LowRank": "lowrank",
+    "METHODS": "methods",
+    "load": "formats",
+    "merge": "merge",
+    "save": "formats",
+}
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".core.{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+async def comfy_entrypoint() -> Any:
+    """Called by ComfyUI once its own modules are loaded; returns the extension with our nodes."""
+    nodes = importlib.import_module(".nodes", __name__)
+    return nodes.LegoMoleExtension()

@@ -1,0 +1,94 @@
+"""Adapter: one whole LoRA, module by module, with everything else its file held."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError
+from .lowrank import LowRank
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an adapter came from.
+
+    Args:
+        path: The file or folder as the user named it.
+        sha256: Hash of the weight file's bytes, ``""`` when it never was a file.
+        format: The format's name in ``FORMATS``.
+    """
+
+    path: str = ""
+    sha256: str = ""
+    format: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA as the engine sees it. Immutable; the tensors may be views of a memory-mapped file.
+
+    Args:
+        modules: Module name -> its update. Names are those of the file until a key map renames them.
+        diffs: Full tensors the file ADDS to the model, by parameter name (``<module>.bias``, ``<norm>.weight``).
+            Linear like a delta, so a merge may sum them.
+        extras: Tensors that are not additive (embeddings, replaced weights), by the file's key; carried untouched.
+        metadata: The file's string metadata.
+        source: Where it came from.
+    """
+
+    modules: Mapping[str, LowRank]
+    diffs: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    source: Source = Source()
+
+    def __post_init__(self) -> None:
+        for name in ("modules", "diffs", "extras", "metadata"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+    @property
+    def label(self) -> str:
+        """A short name for reports: the file's stem, or ``adapter``."""
+        return (
+            self.source.path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors") or "adapter"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of the factors."""
+        dtypes = [part.dtype for part in self.modules.values()]
+        widest = dtypes[0] if dtypes else torch.float32
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+    def check_finite(self) -> None:
+        """Raise if any factor or diff holds NaN or infinity.
+
+        Raises:
+            FormatError: Names the file, the module and the factor.
+        """
+        for module, part in self.modules.items():
+            for name, factor in (("A", part.A), ("B", part.B)):
+                _check_finite(factor, f"{module} (factor {name})", self.source.path)
+        for name, tensor in self.diffs.items():
+            _check_finite(tensor, name, self.source.path)
+
+
+def _check_finite(tensor: Tensor, module: str, file: str) -> None:
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    # NaN or infinity always makes the sum non-finite: one pass without a temporary, the exact test on suspicion only
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):
+        raise FormatError(
+            "The file contains NaN or infinite numbers.",
+            file=file or None,
+            module=module,
+            expected="finite numbers",
+            found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} are not",
+            remedy="the LoRA is broken (often a training run that diverged): use another checkpoint of it",
+        )

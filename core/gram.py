@@ -1,0 +1,216 @@
+"""Linear algebra and clustering that need only Gram matrices of the units, batched over modules.
+
+With ``G_A = A A^T`` and ``G_B = B^T B`` (both ``(M, P, P)``, float64) a sum of deltas ``B diag(c) A`` can be
+decomposed, and its units clustered, without ever touching the long dimensions again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Relative size below which a direction is rounding noise of the float32 factors.
+_TINY = 1e-7
+
+
+@dataclass(frozen=True, eq=False)
+class GramSVD:
+    """``B diag(c) A = (B R_B) (R_A A)`` in balanced SVD form: ``R_A A = sqrt(S) V^T``, ``B R_B = U sqrt(S)``.
+
+    Args:
+        S: ``(M, P)`` singular values, descending.
+        R_A: ``(M, P, P)``. R_B: ``(M, P, P)``. Row (column) i belongs to ``S[:, i]``, zero where that is noise.
+    """
+
+    S: Tensor
+    R_A: Tensor
+    R_B: Tensor
+
+
+def svd(G_A: Tensor, G_B: Tensor, c: Tensor) -> GramSVD:
+    """Exact SVD of ``B diag(c) A`` from Gram matrices.
+
+    With ``G_A = L L^T`` the rows of ``L^-1 A`` are orthonormal, and the right singular vectors are the
+    eigenvectors of ``L^T diag(c) G_B diag(c) L``, whose eigenvalues are the squared singular values.
+
+    Args:
+        G_A: ``(M, P, P)`` float64. G_B: ``(M, P, P)`` float64. c: ``(M, P)`` float64, any sign.
+    """
+    values, vectors = torch.linalg.eigh(G_A)
+    keep = values > _TINY**2 * values[:, -1:].clamp_min(torch.finfo(values.dtype).tiny)
+    root = torch.where(keep, values, 0).sqrt()
+    inverse_root = torch.where(keep, 1 / torch.where(keep, root, 1), 0)
+    L = vectors * root[:, None, :]  # (M, P, P), L L^T = G_A
+    L_inverse = inverse_root[:, :, None] * vectors.mT
+
+    cL = c[:, :, None] * L
+    squares, V = torch.linalg.eigh(cL.mT @ G_B @ cL)
+    S = squares.clamp_min(0).sqrt().flip(1)
+    V = V.flip(2)
+    keep = _TINY * S[:, :1].clamp_min(torch.finfo(S.dtype).tiny) < S
+    S = torch.where(keep, S, 0)
+    S_root = S.sqrt()
+    S_inverse_root = torch.where(keep, 1 / torch.where(keep, S_root, 1), 0)
+    return GramSVD(S, S_root[:, :, None] * (V.mT @ L_inverse), (cL @ V) * S_inverse_root[:, None, :])
+
+
+def distances(G: Tensor) -> Tensor:
+    """Squared distances ``|x_i - x_j|^2 (M, P, P)`` of points with Gram matrix `G`."""
+    square = G.diagonal(dim1=1, dim2=2)
+    return (square[:, :, None] + square[:, None, :] - 2 * G).clamp_min(0)
+
+
+def ward(G: Tensor, k: Tensor) -> Tensor:
+    """Ward's agglomerative clustering: always merge the two clusters that raise the inertia least.
+
+    Deterministic. All modules advance together, one merge a step.
+
+    Args:
+        G: ``(M, P, P)`` Gram matrices. k: ``(M,)`` long, clusters wanted, ``1 .. P``.
+
+    Returns:
+        ``(M, P)`` long labels ``0 .. k-1``, numbered by each cluster's first unit; every cluster has a member.
+    """
+    M, P, _ = G.shape
+    rows = torch.arange(M, device=G.device)
+    cost = distances(G) / 2  # rise of inertia when merging i and j
+    cost.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    size = torch.ones(M, P, dtype=G.dtype, device=G.device)
+    labels = torch.arange(P, device=G.device).repeat(M, 1)
+    for step in range(P - int(k.min()) if M else 0):
+        active = P - step > k  # modules that still have clusters to spend
+        best, column = cost.min(2)
+        i = best.argmin(1)
+        j = column[rows, i]
+        i, j = torch.minimum(i, j), torch.maximum(i, j)
+        n_i, n_j = size[rows, i][:, None], size[rows, j][:, None]
+        # Lance-Williams update of the rise, for the union (n_i + n_j) against every other cluster
+        union = ((n_i + size) * cost[rows, i] + (n_j + size) * cost[rows, j] - size * cost[rows, i, j][:, None]) / (
+            n_i + n_j + size
+        )
+        union[rows, i] = torch.inf
+        union = torch.where(size > 0, union, torch.inf)
+        r, i, j = rows[active], i[active], j[active]
+        cost[r, i, :] = cost[r, :, i] = union[active]
+        cost[r, j, :] = cost[r, :, j] = torch.inf
+        cost[r, i, j] = cost[r, j, i] = torch.inf
+        size[r, i] += size[r, j]
+        size[r, j] = 0
+        labels[active] = torch.where(labels[active] == j[:, None], i[:, None], labels[active])
+    return renumber(labels)
+
+
+def plus_plus(G: Tensor, k: Tensor, generator: torch.Generator) -> Tensor:
+    """k-means++ start: centres drawn one by one with probability proportional to the squared distance.
+
+    Args:
+        G: ``(M, P, P)``. k: ``(M,)`` long. generator: On the CPU, so that every device draws the same numbers.
+
+    Returns:
+        ``(M, P)`` long labels of the nearest centre, ``0 .. k-1``; a cluster may be empty where points coincide.
+    """
+    M, P, _ = G.shape
+    rows = torch.arange(M, device=G.device)
+    distance = distances(G)
+    nearest = torch.full((M, P), torch.inf, dtype=G.dtype, device=G.device)
+    labels = torch.zeros(M, P, dtype=torch.long, device=G.device)
+    for step in range(int(k.max())):
+        chance = torch.where(nearest.isinf(), 1.0, nearest) if step == 0 else nearest
+        total = chance.cumsum(1)
+        draw = torch.rand(M, 1, generator=generator, dtype=torch.float64).to(G) * total[:, -1:]
+        centre = (total < draw).sum(1).clamp_max(P - 1)
+        to_centre = torch.where((k > step)[:, None], distance[rows, centre], torch.inf)
+        labels = torch.where(to_centre < nearest, step, labels)
+        nearest = torch.minimum(nearest, to_centre)
+    return labels
+
+
+def lloyd(G: Tensor, labels: Tensor, k: Tensor, max_steps: int = 100) -> tuple[Tensor, Tensor]:
+    """Lloyd's iterations in Gram space until no unit moves.
+
+    ``|x_p - mean_c|^2 = G_pp - 2/n sum_j G_pj + 1/n^2 sum_ij G_ij`` over the members i, j of c. A unit stays where
+    it is on a tie; a cluster that runs empty is refilled with the unit farthest from its centre.
+
+    Args:
+        G: ``(M, P, P)``. labels: ``(M, P)`` long start. k: ``(M,)`` long.
+
+    Returns:
+        ``labels (M, P)`` and ``inertia (M,)``, the summed squared distance to the centres.
+    """
+    square = G.diagonal(dim1=1, dim2=2)
+    live = torch.arange(int(k.max()), device=G.device) < k[:, None]  # (M, k)
+    for _ in range(max_steps):
+        labels = _refill(G, labels, live)
+        distance = _to_centres(G, labels, live)
+        current = distance.gather(2, labels[:, :, None])[:, :, 0]
+        best, nearest = distance.min(2)
+        moved = best < current - 1e-12 * square.amax(1, keepdim=True)
+        if not bool(moved.any()):
+            break
+        labels = torch.where(moved, nearest, labels)
+    labels = _refill(G, labels, live)
+    return labels, _own_distance(G, labels, live).sum(1)
+
+
+def _to_centres(G: Tensor, labels: Tensor, live: Tensor) -> Tensor:
+    """Squared distance of every unit to every cluster's mean, ``(M, P, k)``; infinite for empty clusters."""
+    Z = torch.nn.functional.one_hot(labels, live.shape[1]).to(G)  # (M, P, k)
+    n = Z.sum(1)
+    GZ = (G @ Z) / n.clamp_min(1)[:, None, :]
+    mean_square = (Z * GZ).sum(1) / n.clamp_min(1)
+    distance = G.diagonal(dim1=1, dim2=2)[:, :, None] - 2 * GZ + mean_square[:, None, :]
+    return distance.clamp_min(0).masked_fill((n == 0)[:, None, :], torch.inf)
+
+
+def _own_distance(G: Tensor, labels: Tensor, live: Tensor) -> Tensor:
+    """Squared distance of every unit to the mean of its own cluster, ``(M, P)``."""
+    return _to_centres(G, labels, live).gather(2, labels[:, :, None])[:, :, 0]
+
+
+def _refill(G: Tensor, labels: Tensor, live: Tensor) -> Tensor:
+    """Give every empty cluster the unit that sits farthest from its own centre (as scikit-learn does)."""
+    while True:
+        count = torch.nn.functional.one_hot(labels, live.shape[1]).sum(1)
+        empty = (count == 0) & live
+        m = empty.any(1).nonzero()[:, 0]
+        if len(m) == 0:
+            return labels
+        shared = count[m].gather(1, labels[m]) > 1  # never empty one cluster to fill another
+        unit = torch.where(shared, _own_distance(G[m], labels[m], live[m]), -1.0).argmax(1)
+        labels = labels.clone()
+        labels[m, unit] = empty[m].int().argmax(1)
+
+
+def renumber(labels: Tensor) -> Tensor:
+    """Number clusters by their first unit, so that equal partitions have equal labels. ``(M, P)`` long."""
+    same = labels[:, :, None] == labels[:, None, :]
+    first = same.int().argmax(2)  # (M, P): first unit of each unit's cluster
+    P = labels.shape[1]
+    leader = first == torch.arange(P, device=labels.device)
+    return (leader.cumsum(1) - 1).gather(1, first)
+
+
+def kmeans(G: Tensor, k: Tensor, *, starts: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Cluster points given by their Gram matrices: Ward's tree cut at `k`, then Lloyd; the best of several starts.
+
+    Minimises the same objective as scikit-learn's ``KMeans``.
+
+    Args:
+        G: ``(M, P, P)`` float64 Gram matrices of the points.
+        k: ``(M,)`` long, clusters per module, ``1 .. P``.
+        starts: Further k-means++ starts beside Ward's.
+        seed: Of the k-means++ draws.
+
+    Returns:
+        ``labels (M, P)`` long, numbered by first member; ``inertia (M,)`` float64.
+    """
+    labels, inertia = lloyd(G, ward(G, k), k)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(starts):
+        other, other_inertia = lloyd(G, plus_plus(G, k, generator), k)
+        better = other_inertia < inertia
+        labels = torch.where(better[:, None], other, labels)
+        inertia = torch.where(better, other_inertia, inertia)
+    return renumber(labels), inertia

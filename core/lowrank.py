@@ -1,0 +1,142 @@
+"""LowRank: what one LoRA adds to one weight matrix, as two thin factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError, MergeError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The update of one module: ``delta = scale * B @ A`` with ``scale = alpha / rank``.
+
+    Always two-dimensional: a convolution's factors are flattened (``d_in = in_channels * prod(kernel)``) and
+    folded back by the formats. A unit is one row of `A` with its column of `B`.
+
+    Args:
+        A: ``(r, d_in)``, any floating dtype.
+        B: ``(d_out, r)``, same rank as `A`.
+        alpha: The trainer's alpha; ``None`` means ``alpha = r``, that is scale 1.
+        kernel: The convolution's kernel size, ``()`` for a linear layer.
+
+    Raises:
+        FormatError: Factors that are not 2-D floating tensors of one rank, a kernel that does not divide ``d_in``,
+            or an alpha that is not a finite number.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float | None = None
+    kernel: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, factor in (("A", self.A), ("B", self.B)):
+            if factor.ndim != 2 or not factor.is_floating_point():
+                raise FormatError(
+                    f"Factor {name} is not a 2-D floating point matrix.",
+                    expected="(r, d_in)" if name == "A" else "(d_out, r)",
+                    found=f"{tuple(factor.shape)} {factor.dtype}",
+                )
+        if self.A.shape[0] != self.B.shape[1] or self.A.shape[0] == 0 or 0 in (self.d_in, self.d_out):
+            raise FormatError(
+                "The factors A and B do not fit together.",
+                expected="A (r, d_in) and B (d_out, r) with the same r of at least 1",
+                found=f"A {tuple(self.A.shape)}, B {tuple(self.B.shape)}",
+                remedy="the file is damaged or was resized by hand: export it again",
+            )
+        if self.kernel and self.d_in % math.prod(self.kernel):
+            raise FormatError(
+                "The kernel does not divide the input width.",
+                expected=f"d_in a multiple of {self.kernel}",
+                found=self.d_in,
+            )
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise FormatError("alpha is not a finite number.", found=self.alpha)
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.B.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(*(merge_dtype(x.dtype) for x in (self.A, self.B)))
+
+    def delta(self) -> Tensor:
+        """The dense update ``scale * B @ A``, ``(d_out, d_in)`` float32. For tests and small models."""
+        return self.scale * (self.B.float() @ self.A.float())
+
+    def rows(self, spans: Sequence[tuple[int, int]]) -> LowRank:
+        """The update of some output rows, in the order given: `A` is shared, `B` is cut. Exact.
+
+        Args:
+            spans: ``(start, stop)`` pairs within ``0 .. d_out``; their rows are concatenated.
+        """
+        if not spans or any(not 0 <= start < stop <= self.d_out for start, stop in spans):
+            raise FormatError("Row slice out of range.", expected=f"within 0 .. {self.d_out}", found=list(spans))
+        cut = [self.B[start:stop] for start, stop in spans]
+        return replace(self, B=cut[0] if len(cut) == 1 else torch.cat(cut))
+
+    def to(self, dtype: torch.dtype) -> LowRank:
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
+
+
+def merge_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype a factor is written back in: its own, but bfloat16 for the 8-bit floats, which carry no scale."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
+def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Stack the units of several updates: ``delta = sum_i weights[i] * parts[i].delta()``, exactly.
+
+    The weight and scale of a part are split evenly over both factors, the sign goes to `B`. float32.
+
+    Source: arXiv:2409.16167, concatenation-summation equivalence.
+    """
+    if len({(part.d_out, part.d_in) for part in parts}) != 1:
+        raise MergeError("Cannot concatenate updates of different shapes.", found=[(p.d_out, p.d_in) for p in parts])
+    coefficients = [weight * part.scale for part, weight in zip(parts, weights, strict=True)]
+    A = torch.cat([math.sqrt(abs(c)) * part.A.float() for part, c in zip(parts, coefficients, strict=True)])
+    B = torch.cat(
+        [math.copysign(math.sqrt(abs(c)), c) * part.B.float() for part, c in zip(parts, coefficients, strict=True)], 1
+    )
+    return LowRank(A, B, kernel=max((part.kernel for part in parts), key=len))
+
+
+def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`k` approximation of ``B @ A`` by the SVD, found from two thin QRs; never forms ``B @ A``.
+
+    Args:
+        A: ``(P, d_in)``. B: ``(d_out, P)``; same floating dtype, float64 for full accuracy.
+        k: Rank wanted, ``1 .. P``. Where ``B @ A`` has fewer than `k` directions the rest are zero.
+
+    Returns:
+        ``(A, B)`` in balanced form: ``A = sqrt(S) V^T (k, d_in)``, ``B = U sqrt(S) (d_out, k)``.
+    """
+    Q_A, R_A = torch.linalg.qr(A.mT)  # (d_in, p), (p, P)
+    Q_B, R_B = torch.linalg.qr(B)  # (d_out, q), (q, P)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)  # (q, n), (n,), (n, p)
+    n = min(k, S.shape[0])
+    root = S[:n].sqrt()
+    A_k, B_k = root[:, None] * (Vh[:n] @ Q_A.mT), (Q_B @ U[:, :n]) * root
+    if n < k:
+        A_k = torch.nn.functional.pad(A_k, (0, 0, 0, k - n))
+        B_k = torch.nn.functional.pad(B_k, (0, k - n))
+    return A_k, B_k

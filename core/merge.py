@@ -1,0 +1,308 @@
+"""merge(): several adapters in, one adapter and a report out."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .errors import MergeError, name_some
+from .lowrank import LowRank
+from .methods import METHODS, MergeMethod
+from .pool import Merged, Pool, overlap, relative_error
+from .report import MergeReport, ModuleReport
+
+Progress = Callable[[int, int, str], None]
+
+# Numbers of one batch's float32 factors held at a time; bounds the memory beside inputs and output.
+_BATCH_NUMBERS = 16_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class MergeResult:
+    """The merged adapter and the account of how it came about."""
+
+    adapter: Adapter
+    report: MergeReport
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What modules must share to be merged in one batch."""
+
+    d_out: int
+    d_in: int
+    adapters: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+
+def merge(
+    adapters: Sequence[Adapter],
+    method: MergeMethod,
+    weights: Sequence[float] | None = None,
+    *,
+    module_weights: Sequence[Mapping[str, float]] | None = None,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge adapters that name their modules alike (see `align`) into one.
+
+    Args:
+        adapters: One or more. A module that only some have is merged from those.
+        method: A row of `METHODS`, instantiated.
+        weights: One finite number per adapter, default 1; negative subtracts, 0 leaves the adapter out.
+        module_weights: Per adapter, shell patterns of module names and a factor on its weight there, e.g.
+            ``{"*attn2*": 0.5, "*single_blocks*": 0}``. Every pattern that matches counts.
+        normalize: Divide the weights by the sum of their magnitudes: an average instead of a sum.
+        dtype: Of the merged factors; default the widest of the inputs'.
+        device: Where to compute. The result is on the CPU.
+        progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
+
+    Returns:
+        The merged adapter (scale 1: no alpha) and its report.
+
+    Raises:
+        MergeError: No adapters, weights that do not fit, modules of different shape under one name, a rank no module
+            can reach, or a result that overflows `dtype`.
+        FormatError: NaN or infinity in an input.
+    """
+    if not adapters:
+        raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
+    weights = _checked_weights(adapters, weights, normalize)
+    per_module = _module_weights(adapters, weights, module_weights)
+    groups = _groups(adapters, per_module)
+    _check_rank(method, groups)
+    dtype = dtype or _widest(adapters)
+
+    total = sum(len(names) for names in groups.values())
+    modules: dict[str, LowRank] = {}
+    reports: dict[str, ModuleReport] = {}
+    with torch.inference_mode():
+        for pool in _pools(adapters, groups, per_module, torch.device(device)):
+            merged = method(pool)
+            modules.update(_unpack(adapters, pool, merged, dtype))
+            reports.update((report.name, report) for report in _module_reports(pool, merged))
+            if progress is not None:
+                progress(len(modules), total, pool.names[-1])
+        diffs, extras, passed_on, dropped = _leftovers(adapters, weights)
+    report = MergeReport(
+        inputs=tuple(adapter.label for adapter in adapters),
+        weights=tuple(weights),
+        method=next((name for name, row in METHODS.items() if isinstance(method, row)), type(method).__name__),
+        modules=tuple(reports[name] for name in sorted(reports)),
+        passed_on=tuple(passed_on),
+        dropped=tuple(dropped),
+        notes=tuple(_notes(adapters, weights, reports)),
+    )
+    return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
+
+
+def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None, normalize: bool) -> list[float]:
+    weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(adapters):
+        raise MergeError("Every LoRA needs one weight.", expected=len(adapters), found=len(weights))
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if not math.isfinite(weight):
+            raise MergeError(
+                "A weight is not a finite number.", file=adapter.source.path or None, expected="e.g. 0.8", found=weight
+            )
+    if not any(weights):
+        raise MergeError("Every weight is 0: nothing would be left.", remedy="give at least one LoRA a weight")
+    if normalize:
+        size = sum(abs(weight) for weight in weights)
+        weights = [weight / size for weight in weights]
+    return weights
+
+
+def _module_weights(
+    adapters: Sequence[Adapter], weights: Sequence[float], patterns: Sequence[Mapping[str, float]] | None
+) -> list[dict[str, float]]:
+    """Per adapter: module name -> weight there. A pattern that matches nothing is an error, not a silent no-op."""
+    if patterns is None:
+        return [dict.fromkeys(adapter.modules, weight) for adapter, weight in zip(adapters, weights, strict=True)]
+    if len(patterns) != len(adapters):
+        raise MergeError("Module weights need one entry per LoRA.", expected=len(adapters), found=len(patterns))
+    result: list[dict[str, float]] = []
+    for adapter, weight, table in zip(adapters, weights, patterns, strict=True):
+        values = dict.fromkeys(adapter.modules, weight)
+        for pattern, factor in table.items():
+            if not math.isfinite(factor):
+                raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)
+            matched = [name for name in values if fnmatch.fnmatchcase(name, pattern)]
+            if not matched:
+                raise MergeError(
+                    "A module pattern matches nothing.",
+                    file=adapter.source.path or None,
+                    expected=f"a pattern of names like {name_some(adapter.modules, 3)}",
+                    found=pattern,
+                    remedy="list the module names with `legomole inspect --modules`",
+                )
+            for name in matched:
+                values[name] *= factor
+        result.append(values)
+    return result
+
+
+def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]]) -> dict[_Shape, list[str]]:
+    """Module names by shape. Modules every adapter leaves out (weight 0) vanish here."""
+    groups: dict[_Shape, list[str]] = defaultdict(list)
+    for name in sorted({name for adapter in adapters for name in adapter.modules}):
+        having = [i for i, adapter in enumerate(adapters) if per_module[i].get(name)]
+        if not having:
+            continue
+        parts = [adapters[i].modules[name] for i in having]
+        shapes = {(part.d_out, part.d_in) for part in parts}
+        if len(shapes) > 1:
+            raise MergeError(
+                "The LoRAs do not fit the same base model: one module has different shapes.",
+                module=name,
+                expected="the same (d_out, d_in) in every LoRA",
+                found=", ".join(
+                    f"{(part.d_out, part.d_in)} in {adapters[i].label}" for i, part in zip(having, parts, strict=True)
+                ),
+                remedy="merge only LoRAs trained on one base model (e.g. all SDXL)",
+            )
+        groups[_Shape(*shapes.pop(), tuple(having), tuple(part.rank for part in parts))].append(name)
+    if not groups:
+        raise MergeError("No module is left to merge: every weight is 0.", remedy="check the module weights")
+    return groups
+
+
+def _check_rank(method: MergeMethod, groups: Mapping[_Shape, list[str]]) -> None:
+    rank = getattr(method, "rank", None)
+    largest = max(sum(shape.ranks) for shape in groups)
+    if rank is not None and rank.unit == "" and rank.value > largest:
+        raise MergeError(
+            "The rank is larger than all the LoRAs' ranks together.",
+            expected=f"at most {largest} (at {largest} the merge is the exact sum)",
+            found=f"{rank}",
+            remedy="lower the rank; more cannot add anything",
+        )
+
+
+def _widest(adapters: Sequence[Adapter]) -> torch.dtype:
+    dtype = adapters[0].dtype
+    for adapter in adapters[1:]:
+        dtype = torch.promote_types(dtype, adapter.dtype)
+    return dtype
+
+
+def _pools(
+    adapters: Sequence[Adapter],
+    groups: Mapping[_Shape, list[str]],
+    per_module: Sequence[Mapping[str, float]],
+    device: torch.device,
+) -> Iterator[Pool]:
+    """The groups as batches small enough to bound memory; factors are read, checked and cast here."""
+    for shape, names in groups.items():
+        step = max(1, _BATCH_NUMBERS // (sum(shape.ranks) * (shape.d_in + shape.d_out)))
+        for start in range(0, len(names), step):
+            batch = names[start : start + step]
+            parts = [[adapters[i].modules[name] for i in shape.adapters] for name in batch]
+            A = torch.stack([torch.cat([part.A.float() for part in row]) for row in parts])
+            B = torch.stack([torch.cat([part.B.float() for part in row], 1) for row in parts])
+            if not torch.isfinite(A.sum() + B.sum()):
+                for i in shape.adapters:
+                    adapters[i].check_finite()
+            c = torch.tensor(
+                [
+                    [
+                        per_module[i][name] * part.scale
+                        for i, part in zip(shape.adapters, row, strict=True)
+                        for _ in range(part.rank)
+                    ]
+                    for name, row in zip(batch, parts, strict=True)
+                ],
+                dtype=torch.float64,
+            )
+            yield Pool(tuple(batch), A.to(device), B.to(device), c.to(device), shape.ranks, shape.adapters)
+
+
+def _unpack(
+    adapters: Sequence[Adapter], pool: Pool, merged: Merged, dtype: torch.dtype
+) -> Iterator[tuple[str, LowRank]]:
+    A, B = merged.A.to(device="cpu", dtype=dtype), merged.B.to(device="cpu", dtype=dtype)
+    for m, (name, rank) in enumerate(zip(pool.names, merged.ranks.tolist(), strict=True)):
+        A_m, B_m = A[m, :rank].clone(), B[m, :, :rank].contiguous()
+        if not torch.isfinite(A_m.sum(dtype=torch.float64) + B_m.sum(dtype=torch.float64)):
+            raise MergeError(
+                "The merged values overflow the output's number format.",
+                module=name,
+                expected=f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype})",
+                found=f"{max(merged.A[m].abs().max().item(), merged.B[m].abs().max().item()):g}",
+                remedy="save with --dtype float32 (or bfloat16), or lower the weights",
+            )
+        kernel = max((adapters[i].modules[name].kernel for i in pool.adapters), key=len)
+        yield name, LowRank(A_m, B_m, kernel=kernel)
+
+
+def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
+    errors = relative_error(pool, merged).tolist()
+    norms, cosine = (table.tolist() for table in overlap(pool))
+    clusters: list[list[list[int]]] | None = None
+    if merged.labels is not None:
+        member = torch.nn.functional.one_hot(merged.labels, merged.A.shape[1]).double()  # (M, P, k)
+        owner = torch.nn.functional.one_hot(pool.owner, len(pool.ranks)).double().to(member)
+        clusters = (member.mT @ owner).long().tolist()  # (M, k, N)
+    for m, name in enumerate(pool.names):
+        rank = int(merged.ranks[m])
+        yield ModuleReport(
+            name=name,
+            adapters=pool.adapters,
+            ranks_in=pool.ranks,
+            rank_out=rank,
+            norms=tuple(norms[m]),
+            cosine=tuple(tuple(row) for row in cosine[m]),
+            error=errors[m],
+            clusters=() if clusters is None else tuple(tuple(row) for row in clusters[m][:rank]),
+        )
+
+
+def _leftovers(
+    adapters: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
+    """What is not low rank: diffs are summed with the weights, extras are carried, conflicts are named."""
+    diffs: dict[str, Tensor] = {}
+    extras: dict[str, Tensor] = {}
+    passed_on: list[str] = []
+    dropped: list[str] = []
+    first: dict[str, str] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if weight == 0:
+            continue
+        for name, tensor in adapter.diffs.items():
+            part = weight * tensor.float()
+            if name in diffs and diffs[name].shape != part.shape:
+                raise MergeError(
+                    "The LoRAs do not fit the same base model: one parameter has different shapes.",
+                    module=name,
+                    found=f"{tuple(diffs[name].shape)} and {tuple(part.shape)} in {adapter.label}",
+                )
+            diffs[name] = diffs[name] + part if name in diffs else part
+            passed_on.append(f"{name} (added, times {weight:g}, from {adapter.label})")
+        for name, tensor in adapter.extras.items():
+            if name not in extras:
+                extras[name] = tensor
+                first[name] = adapter.label
+                passed_on.append(f"{name} (unchanged, from {adapter.label})")
+            elif extras[name].shape != tensor.shape or not torch.equal(extras[name], tensor):
+                dropped.append(f"{name} of {adapter.label}: it cannot be added, and {first[name]} has another one")
+    dtype = _widest(adapters)
+    return {name: tensor.to(dtype) for name, tensor in diffs.items()}, extras, passed_on, dropped
+
+
+def _notes(adapters: Sequence[Adapter], weights: Sequence[float], reports: Mapping[str, ModuleReport]) -> Iterator[str]:
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if weight == 0:
+            yield f"{adapter.label} has weight 0 and was left out"
+    silent = [report.name for report in reports.values() if not any(report.norms)]
+    if silent:
+        yield f"{len(silent)} modules are zero in every LoRA: {name_some(silent)}"

@@ -1,0 +1,28 @@
+"""The merge methods: one small file each, one row each in `METHODS`.
+
+A method is a frozen dataclass of its hyperparameters, called with a `Pool` and returning a `Merged`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..pool import Merged, Pool
+from .concat import Concat
+from .lego import Lego
+from .linear import Linear
+from .svd import SVD
+
+
+class MergeMethod(Protocol):
+    """Turns a batch of like modules into one LoRA update each."""
+
+    def __call__(self, pool: Pool) -> Merged: ...
+
+
+METHODS: dict[str, type[MergeMethod]] = {
+    "lego": Lego,
+    "concat": Concat,
+    "linear": Linear,
+    "svd": SVD,
+}

@@ -1,0 +1,22 @@
+"""Concatenate the units of all adapters: the exact sum of their deltas, at the price of the summed rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..pool import Merged, Mixing, Pool
+
+
+@dataclass(frozen=True)
+class Concat:
+    """``delta = sum_i w_i scale_i B_i A_i``, exactly, with rank ``P = sum_i r_i``.
+
+    Source: arXiv:2409.16167, concatenation-summation equivalence; PEFT calls it ``cat``.
+    """
+
+    def __call__(self, pool: Pool) -> Merged:
+        root = pool.c.abs().sqrt()
+        ranks = torch.full((pool.batch,), pool.size)
+        return Mixing(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks).apply(pool)

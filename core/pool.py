@@ -1,0 +1,147 @@
+"""Pool: all units of a batch of like modules, and what merge methods make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from . import gram
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The pooled units of `M` modules that share shape and ranks: ``delta[m] = B[m] @ diag(c[m]) @ A[m]``.
+
+    The user's weight and the file's scale are not multiplied into the factors but kept as one coefficient per unit,
+    so that they fold into the small matrices.
+
+    Args:
+        names: The `M` module names.
+        A: ``(M, P, d_in)`` float32, the adapters' rows one below the other.
+        B: ``(M, d_out, P)`` float32, the columns alike.
+        c: ``(M, P)`` float64, weight * scale of each unit; may be negative.
+        ranks: Rank of each adapter that takes part; they add up to `P`.
+        adapters: Which adapters these are (positions in the user's list).
+    """
+
+    names: tuple[str, ...]
+    A: Tensor
+    B: Tensor
+    c: Tensor
+    ranks: tuple[int, ...]
+    adapters: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of pooled units `P`."""
+        return self.A.shape[1]
+
+    @property
+    def batch(self) -> int:
+        """Number of modules `M`."""
+        return self.A.shape[0]
+
+    @property
+    def max_rank(self) -> int:
+        """The highest rank a sum of the deltas can have."""
+        return min(self.size, self.A.shape[2], self.B.shape[1])
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """``(P,)`` long: for each unit, which of `adapters` it came from (an index into that tuple)."""
+        return torch.repeat_interleave(torch.tensor(self.ranks))
+
+    def split(self, values: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """Cut a dimension of length `P` into one part per adapter."""
+        return values.split(self.ranks, dim)
+
+    # float64: the square of a factor's condition number must not reach the results (exact SVD through Gram matrices)
+    @cached_property
+    def G_A(self) -> Tensor:
+        """``A A^T (M, P, P)`` float64."""
+        A = self.A.double()
+        return A @ A.mT
+
+    @cached_property
+    def G_B(self) -> Tensor:
+        """``B^T B (M, P, P)`` float64."""
+        B = self.B.double()
+        return B.mT @ B
+
+    @cached_property
+    def svd(self) -> gram.GramSVD:
+        """SVD of the summed delta of every module, in terms of the pooled units."""
+        return gram.svd(self.G_A, self.G_B, self.c)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixing:
+    """Merged units as linear combinations of pooled ones: ``A' = R_A @ A``, ``B' = B @ R_B``.
+
+    Args:
+        R_A: ``(M, k, P)`` float64. R_B: ``(M, P, k)`` float64. Rows (columns) past a module's own rank are zero.
+        ranks: ``(M,)`` long, the merged rank of each module, at most `k`.
+        labels: ``(M, P)`` long, the cluster each unit went into; ``None`` where a method does not cluster.
+    """
+
+    R_A: Tensor
+    R_B: Tensor
+    ranks: Tensor
+    labels: Tensor | None = None
+
+    def apply(self, pool: Pool) -> Merged:
+        return Merged(self.R_A.to(pool.A.dtype) @ pool.A, pool.B @ self.R_B.to(pool.B.dtype), self.ranks, self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """What a method returns for a pool.
+
+    Args:
+        A: ``(M, k, d_in)``. B: ``(M, d_out, k)``. Both float32, scale 1; rows (columns) past `ranks` are zero.
+        ranks: ``(M,)`` long.
+        labels: ``(M, P)`` long or ``None``, see `Mixing`.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: Tensor
+    labels: Tensor | None = None
+
+
+def relative_error(pool: Pool, merged: Merged) -> Tensor:
+    """``|merged - sum|_F / |sum|_F`` per module, ``(M,)`` float64, from Gram matrices only.
+
+    Where the sum is zero it is ``|merged|_F``.
+
+    ``|B' A' - B C A|^2 = <B'^T B', A' A'^T> - 2 <B^T B' , C A A'^T> + |sum|^2``.
+    """
+    A, B = merged.A.double(), merged.B.double()
+    own = ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
+    cross = ((pool.B.double().mT @ B) * (pool.c[:, :, None] * (pool.A.double() @ A.mT))).sum((1, 2))
+    total = squared_norm(pool)
+    error = (own - 2 * cross + total).clamp_min(0)
+    return (error / torch.where(total > 0, total, 1)).sqrt()
+
+
+def overlap(pool: Pool) -> tuple[Tensor, Tensor]:
+    """How large each adapter's delta is, and how alike any two are.
+
+    Returns:
+        ``norms (M, N)``: Frobenius norms. ``cosine (M, N, N)``: ``<delta_i, delta_j> / (|delta_i| |delta_j|)``,
+        0 where one is zero.
+    """
+    products = pool.c[:, :, None] * pool.G_A * pool.G_B * pool.c[:, None, :]
+    member = torch.nn.functional.one_hot(pool.owner, len(pool.ranks)).double()
+    inner = member.T @ products @ member
+    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    scale = norms[:, :, None] * norms[:, None, :]
+    return norms, torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1), 0)
+
+
+def squared_norm(pool: Pool) -> Tensor:
+    """``|sum_i delta_i|_F^2`` per module, ``(M,)`` float64."""
+    return (pool.c[:, :, None] * pool.G_A * pool.G_B * pool.c[:, None, :]).sum((1, 2)).clamp_min(0)

@@ -1,0 +1,150 @@
+"""What a merge did, as plain data, as text, and as JSON for the file's metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One merged module.
+
+    Args:
+        name: Module name.
+        adapters: Positions of the adapters that have it.
+        ranks_in: Their ranks. rank_out: The merged rank.
+        norms: Frobenius norm of each adapter's delta, weight included.
+        cosine: Overlap of the adapters' deltas, ``N x N``: 1 the same direction, 0 unrelated, -1 opposite.
+        error: ``|merged - sum of deltas| / |sum of deltas|`` (Frobenius): 0 is the exact sum.
+        clusters: For a clustering method: per merged unit, how many units came from each adapter.
+    """
+
+    name: str
+    adapters: tuple[int, ...]
+    ranks_in: tuple[int, ...]
+    rank_out: int
+    norms: tuple[float, ...]
+    cosine: tuple[tuple[float, ...], ...]
+    error: float
+    clusters: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the sum's squared norm that the merge reproduces, ``1 - error^2``, at least 0."""
+        return max(0.0, 1.0 - self.error**2)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """One merge.
+
+    Args:
+        inputs: Labels of the adapters. weights: Their merge weights.
+        method: The method's name in ``METHODS``.
+        modules: One entry per merged module.
+        passed_on: Keys carried into the result unchanged, or summed (diffs), with where they came from.
+        dropped: Keys that could not be kept, with the reason. Never silent: shown in every rendering.
+        notes: Sentences worth reading: what was unusual about these inputs.
+    """
+
+    inputs: tuple[str, ...]
+    weights: tuple[float, ...]
+    method: str
+    modules: tuple[ModuleReport, ...]
+    passed_on: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def energy_kept(self) -> float:
+        """`ModuleReport.energy_kept` over all modules, weighted by each module's share of the whole."""
+        return _weighted([module.energy_kept for module in self.modules], [_size(module) for module in self.modules])
+
+    @property
+    def ranks_out(self) -> tuple[int, int]:
+        """Smallest and largest merged rank."""
+        ranks = [module.rank_out for module in self.modules]
+        return min(ranks, default=0), max(ranks, default=0)
+
+    def overlap(self) -> list[list[float]]:
+        """Overlap of any two adapters over the modules they share, weighted by size: ``N x N`` cosines."""
+        n = len(self.inputs)
+        table = [[1.0 if i == j else 0.0 for j in range(n)] for i in range(n)]
+        for i in range(n):
+            for j in range(i + 1, n):
+                values: list[float] = []
+                sizes: list[float] = []
+                for module in self.modules:
+                    if i in module.adapters and j in module.adapters:
+                        p, q = module.adapters.index(i), module.adapters.index(j)
+                        values.append(module.cosine[p][q])
+                        sizes.append(module.norms[p] * module.norms[q])
+                table[i][j] = table[j][i] = _weighted(values, sizes)
+        return table
+
+    def mixed_clusters(self) -> float | None:
+        """Share of merged units fed by more than one adapter; ``None`` for methods that do not cluster."""
+        clusters = [cluster for module in self.modules for cluster in module.clusters]
+        if not clusters:
+            return None
+        return sum(sum(count > 0 for count in cluster) > 1 for cluster in clusters) / len(clusters)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: the fields above plus the totals."""
+        data = asdict(self)
+        data["energy_kept"] = self.energy_kept
+        data["overlap"] = self.overlap()
+        return data
+
+    def text(self) -> str:
+        """A summary a person reads: one paragraph of facts, then what was passed on, dropped and noted."""
+        low, high = self.ranks_out
+        rank = str(low) if low == high else f"{low} to {high}"
+        lines = [
+            f"{self.method}: {len(self.inputs)} LoRA{'s' * (len(self.inputs) != 1)}, {len(self.modules)} modules, "
+            f"merged rank {rank}, {self.energy_kept:.1%} of the sum's energy kept",
+        ]
+        overlap = self.overlap()
+        for i, (name, weight) in enumerate(zip(self.inputs, self.weights, strict=True)):
+            count = sum(i in module.adapters for module in self.modules)
+            size = sum(m.norms[m.adapters.index(i)] ** 2 for m in self.modules if i in m.adapters) ** 0.5
+            lines.append(f"  [{i + 1}] {name}: weight {weight:g}, {count} modules, size {size:.3g}")
+        for i in range(len(self.inputs)):
+            for j in range(i + 1, len(self.inputs)):
+                lines.append(f"  overlap [{i + 1}] and [{j + 1}]: {overlap[i][j]:+.3f} ({_in_words(overlap[i][j])})")
+        mixed = self.mixed_clusters()
+        if mixed is not None:
+            lines.append(f"  {mixed:.0%} of the merged units blend several LoRAs, the rest come from one each")
+        lines += _listed("passed on", self.passed_on) + _listed("DROPPED", self.dropped)
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _size(module: ModuleReport) -> float:
+    return sum(norm**2 for norm in module.norms)
+
+
+def _weighted(values: Sequence[float], sizes: Sequence[float]) -> float:
+    total = sum(sizes)
+    return sum(v * s for v, s in zip(values, sizes, strict=True)) / total if total > 0 else 0.0
+
+
+def _in_words(cosine: float) -> str:
+    if cosine > 0.9:
+        return "nearly the same LoRA"
+    if cosine > 0.3:
+        return "they share a direction"
+    if cosine < -0.3:
+        return "they work against each other"
+    return "unrelated"
+
+
+def _listed(label: str, names: Sequence[str], limit: int = 20) -> list[str]:
+    if not names:
+        return []
+    shown = [f"    {name}" for name in names[:limit]]
+    if len(names) > limit:
+        shown.append(f"    and {len(names) - limit} more (all of them in the JSON report)")
+    return [f"  {label} ({len(names)}):", *shown]
