@@ -80,6 +80,15 @@ class Adapter:
             _check_finite(tensor, name, self.source.path)
 
 
+# How the dialects begin the names of text encoder modules (kohya lora_te*_, diffusers text_encoder*., ComfyUI ..).
+_TEXT_ENCODER_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl.", "t5.")
+
+
+def is_text_encoder(module: str) -> bool:
+    """Whether a module name belongs to a text encoder rather than the diffusion model."""
+    return module.startswith(_TEXT_ENCODER_PREFIXES)
+
+
 def _check_finite(tensor: Tensor, module: str, file: str) -> None:
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     # NaN or infinity always makes the sum non-finite: one pass without a temporary, the exact test on suspicion only

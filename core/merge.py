@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
+from .adapter import Adapter, is_text_encoder
 from .errors import MergeError, name_some
 from .lowrank import LowRank
 from .methods import METHODS, MergeMethod
@@ -47,6 +47,7 @@ def merge(
     method: MergeMethod,
     weights: Sequence[float] | None = None,
     *,
+    text_encoder_weights: Sequence[float] | None = None,
     module_weights: Sequence[Mapping[str, float]] | None = None,
     normalize: bool = False,
     dtype: torch.dtype | None = None,
@@ -59,6 +60,7 @@ def merge(
         adapters: One or more. A module that only some have is merged from those.
         method: A row of `METHODS`, instantiated.
         weights: One finite number per adapter, default 1; negative subtracts, 0 leaves the adapter out.
+        text_encoder_weights: Per adapter, the weight of its text encoder modules; default the same as `weights`.
         module_weights: Per adapter, shell patterns of module names and a factor on its weight there, e.g.
             ``{"*attn2*": 0.5, "*single_blocks*": 0}``. Every pattern that matches counts.
         normalize: Divide the weights by the sum of their magnitudes: an average instead of a sum.
@@ -77,7 +79,15 @@ def merge(
     if not adapters:
         raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
     weights = _checked_weights(adapters, weights, normalize)
-    per_module = _module_weights(adapters, weights, module_weights)
+    te_weights = (
+        weights if text_encoder_weights is None else _checked_weights(adapters, text_encoder_weights, normalize)
+    )
+    per_module = [
+        _module_weights(adapter, weight, te_weight, patterns)
+        for adapter, weight, te_weight, patterns in zip(
+            adapters, weights, te_weights, module_weights or [{}] * len(adapters), strict=True
+        )
+    ]
     groups = _groups(adapters, per_module)
     _check_rank(method, groups)
     dtype = dtype or _widest(adapters)
@@ -92,7 +102,7 @@ def merge(
             reports.update((report.name, report) for report in _module_reports(pool, merged))
             if progress is not None:
                 progress(len(modules), total, pool.names[-1])
-        diffs, extras, passed_on, dropped = _leftovers(adapters, weights)
+        diffs, extras, passed_on, dropped = _leftovers(adapters, weights, per_module)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
         weights=tuple(weights),
@@ -123,32 +133,26 @@ def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | Non
 
 
 def _module_weights(
-    adapters: Sequence[Adapter], weights: Sequence[float], patterns: Sequence[Mapping[str, float]] | None
-) -> list[dict[str, float]]:
-    """Per adapter: module name -> weight there. A pattern that matches nothing is an error, not a silent no-op."""
-    if patterns is None:
-        return [dict.fromkeys(adapter.modules, weight) for adapter, weight in zip(adapters, weights, strict=True)]
-    if len(patterns) != len(adapters):
-        raise MergeError("Module weights need one entry per LoRA.", expected=len(adapters), found=len(patterns))
-    result: list[dict[str, float]] = []
-    for adapter, weight, table in zip(adapters, weights, patterns, strict=True):
-        values = dict.fromkeys(adapter.modules, weight)
-        for pattern, factor in table.items():
-            if not math.isfinite(factor):
-                raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)
-            matched = [name for name in values if fnmatch.fnmatchcase(name, pattern)]
-            if not matched:
-                raise MergeError(
-                    "A module pattern matches nothing.",
-                    file=adapter.source.path or None,
-                    expected=f"a pattern of names like {name_some(adapter.modules, 3)}",
-                    found=pattern,
-                    remedy="list the module names with `legomole inspect --modules`",
-                )
-            for name in matched:
-                values[name] *= factor
-        result.append(values)
-    return result
+    adapter: Adapter, weight: float, te_weight: float, patterns: Mapping[str, float]
+) -> dict[str, float]:
+    """Weight of every module that has a delta or a diff. A pattern that matches nothing is an error, not a no-op."""
+    names = [*adapter.modules, *(name.rpartition(".")[0] for name in adapter.diffs)]
+    values = {name: te_weight if is_text_encoder(name) else weight for name in names}
+    for pattern, factor in patterns.items():
+        if not math.isfinite(factor):
+            raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)
+        matched = [name for name in values if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            raise MergeError(
+                "A module pattern matches nothing.",
+                file=adapter.source.path or None,
+                expected=f"a pattern of names like {name_some(adapter.modules, 3)}",
+                found=pattern,
+                remedy="list the module names with `legomole inspect --modules`",
+            )
+        for name in matched:
+            values[name] *= factor
+    return values
 
 
 def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]]) -> dict[_Shape, list[str]]:
@@ -267,7 +271,7 @@ def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
 
 
 def _leftovers(
-    adapters: Sequence[Adapter], weights: Sequence[float]
+    adapters: Sequence[Adapter], weights: Sequence[float], per_module: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
     """What is not low rank: diffs are summed with the weights, extras are carried, conflicts are named."""
     diffs: dict[str, Tensor] = {}
@@ -275,10 +279,11 @@ def _leftovers(
     passed_on: list[str] = []
     dropped: list[str] = []
     first: dict[str, str] = {}
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if weight == 0:
-            continue
+    for i, adapter in enumerate(adapters):
         for name, tensor in adapter.diffs.items():
+            weight = per_module[i][name.rpartition(".")[0]]
+            if weight == 0:
+                continue
             part = weight * tensor.float()
             if name in diffs and diffs[name].shape != part.shape:
                 raise MergeError(
@@ -288,7 +293,7 @@ def _leftovers(
                 )
             diffs[name] = diffs[name] + part if name in diffs else part
             passed_on.append(f"{name} (added, times {weight:g}, from {adapter.label})")
-        for name, tensor in adapter.extras.items():
+        for name, tensor in adapter.extras.items() if weights[i] else ():
             if name not in extras:
                 extras[name] = tensor
                 first[name] = adapter.label
