@@ -95,14 +95,14 @@ def merge(
     total = sum(len(names) for names in groups.values())
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for pool in _pools(adapters, groups, per_module, torch.device(device)):
             merged = method(pool)
             modules.update(_unpack(adapters, pool, merged, dtype))
             reports.update((report.name, report) for report in _module_reports(pool, merged))
             if progress is not None:
                 progress(len(modules), total, pool.names[-1])
-        diffs, extras, passed_on, dropped = _leftovers(adapters, weights, per_module)
+        diffs, extras, passed_on, dropped = _leftovers(adapters, per_module)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
         weights=tuple(weights),
@@ -124,10 +124,8 @@ def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | Non
             raise MergeError(
                 "A weight is not a finite number.", file=adapter.source.path or None, expected="e.g. 0.8", found=weight
             )
-    if not any(weights):
-        raise MergeError("Every weight is 0: nothing would be left.", remedy="give at least one LoRA a weight")
     if normalize:
-        size = sum(abs(weight) for weight in weights)
+        size = sum(abs(weight) for weight in weights) or 1.0
         weights = [weight / size for weight in weights]
     return weights
 
@@ -159,7 +157,7 @@ def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float
     """Module names by shape. Modules every adapter leaves out (weight 0) vanish here."""
     groups: dict[_Shape, list[str]] = defaultdict(list)
     for name in sorted({name for adapter in adapters for name in adapter.modules}):
-        having = [i for i, adapter in enumerate(adapters) if per_module[i].get(name)]
+        having = [i for i in range(len(adapters)) if per_module[i].get(name)]
         if not having:
             continue
         parts = [adapters[i].modules[name] for i in having]
@@ -176,7 +174,7 @@ def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float
             )
         groups[_Shape(*shapes.pop(), tuple(having), tuple(part.rank for part in parts))].append(name)
     if not groups:
-        raise MergeError("No module is left to merge: every weight is 0.", remedy="check the module weights")
+        raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
     return groups
 
 
@@ -271,7 +269,7 @@ def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
 
 
 def _leftovers(
-    adapters: Sequence[Adapter], weights: Sequence[float], per_module: Sequence[Mapping[str, float]]
+    adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
     """What is not low rank: diffs are summed with the weights, extras are carried, conflicts are named."""
     diffs: dict[str, Tensor] = {}
@@ -293,7 +291,7 @@ def _leftovers(
                 )
             diffs[name] = diffs[name] + part if name in diffs else part
             passed_on.append(f"{name} (added, times {weight:g}, from {adapter.label})")
-        for name, tensor in adapter.extras.items() if weights[i] else ():
+        for name, tensor in adapter.extras.items() if any(per_module[i].values()) else ():
             if name not in extras:
                 extras[name] = tensor
                 first[name] = adapter.label
