@@ -95,10 +95,12 @@ def merge(
     total = sum(len(names) for names in groups.values())
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
+    remarks: dict[str, str] = {}
     with torch.no_grad():
         for pool in _pools(adapters, groups, per_module, torch.device(device)):
             merged = method(pool)
             modules.update(_unpack(adapters, pool, merged, dtype))
+            remarks.update(merged.remarks)
             reports.update((report.name, report) for report in _module_reports(pool, merged))
             if progress is not None:
                 progress(len(modules), total, pool.names[-1])
@@ -110,7 +112,7 @@ def merge(
         modules=tuple(reports[name] for name in sorted(reports)),
         passed_on=tuple(passed_on),
         dropped=tuple(dropped),
-        notes=tuple(_notes(adapters, weights, reports)),
+        notes=tuple(_notes(adapters, weights, reports, remarks)),
     )
     return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
 
@@ -214,18 +216,20 @@ def _pools(
             if not torch.isfinite(A.sum() + B.sum()):
                 for i in shape.adapters:
                     adapters[i].check_finite()
-            c = torch.tensor(
-                [
-                    [
-                        per_module[i][name] * part.scale
-                        for i, part in zip(shape.adapters, row, strict=True)
-                        for _ in range(part.rank)
-                    ]
-                    for name, row in zip(batch, parts, strict=True)
-                ],
-                dtype=torch.float64,
+            weights = torch.tensor(
+                [[per_module[i][name] for i in shape.adapters] for name in batch], dtype=torch.float64
             )
-            yield Pool(tuple(batch), A.to(device), B.to(device), c.to(device), shape.ranks, shape.adapters)
+            scales = torch.tensor([[part.scale for part in row] for row in parts], dtype=torch.float64)
+            c = (weights * scales).repeat_interleave(torch.tensor(shape.ranks), 1)
+            yield Pool(
+                names=tuple(batch),
+                A=A.to(device),
+                B=B.to(device),
+                c=c.to(device),
+                weights=weights.to(device),
+                ranks=shape.ranks,
+                adapters=shape.adapters,
+            )
 
 
 def _unpack(
@@ -302,10 +306,18 @@ def _leftovers(
     return {name: tensor.to(dtype) for name, tensor in diffs.items()}, extras, passed_on, dropped
 
 
-def _notes(adapters: Sequence[Adapter], weights: Sequence[float], reports: Mapping[str, ModuleReport]) -> Iterator[str]:
+def _notes(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    reports: Mapping[str, ModuleReport],
+    remarks: Mapping[str, str],
+) -> Iterator[str]:
     for adapter, weight in zip(adapters, weights, strict=True):
         if weight == 0:
             yield f"{adapter.label} has weight 0 and was left out"
     silent = [report.name for report in reports.values() if not any(report.norms)]
     if silent:
         yield f"{len(silent)} modules are zero in every LoRA: {name_some(silent)}"
+    for remark in sorted(set(remarks.values())):
+        names = sorted(name for name in remarks if remarks[name] == remark)
+        yield f"{len(names)} modules {remark}: {name_some(names)}"

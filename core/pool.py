@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -23,6 +24,8 @@ class Pool:
         A: ``(M, P, d_in)`` float32, the adapters' rows one below the other.
         B: ``(M, d_out, P)`` float32, the columns alike.
         c: ``(M, P)`` float64, weight * scale of each unit; may be negative.
+        weights: ``(M, N)`` float64, the user's weight of each adapter that takes part, the one contained in `c`;
+            not 0. Few methods need it apart.
         ranks: Rank of each adapter that takes part; they add up to `P`.
         adapters: Which adapters these are (positions in the user's list).
     """
@@ -31,6 +34,7 @@ class Pool:
     A: Tensor
     B: Tensor
     c: Tensor
+    weights: Tensor
     ranks: tuple[int, ...]
     adapters: tuple[int, ...]
 
@@ -52,7 +56,12 @@ class Pool:
     @cached_property
     def owner(self) -> Tensor:
         """``(P,)`` long: for each unit, which of `adapters` it came from (an index into that tuple)."""
-        return torch.repeat_interleave(torch.tensor(self.ranks))
+        return torch.repeat_interleave(torch.tensor(self.ranks, device=self.A.device))
+
+    @property
+    def scale(self) -> Tensor:
+        """``(M, P)`` float64: `c` without the user's weight."""
+        return self.c / self.weights[:, self.owner]
 
     def split(self, values: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Cut a dimension of length `P` into one part per adapter."""
@@ -104,12 +113,14 @@ class Merged:
         A: ``(M, k, d_in)``. B: ``(M, d_out, k)``. Both float32, scale 1; rows (columns) past `ranks` are zero.
         ranks: ``(M,)`` long.
         labels: ``(M, P)`` long or ``None``, see `Mixing`.
+        remarks: Module name -> what the user should know about its merge; equal remarks are reported together.
     """
 
     A: Tensor
     B: Tensor
     ranks: Tensor
     labels: Tensor | None = None
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
 
 def relative_error(pool: Pool, merged: Merged) -> Tensor:

@@ -22,7 +22,7 @@ class Linear:
 
     def __call__(self, pool: Pool) -> Merged:
         k = max(pool.ranks)
-        place = torch.cat([torch.arange(r) for r in pool.ranks])
+        place = torch.cat([torch.arange(r, device=pool.c.device) for r in pool.ranks])
         pick = torch.nn.functional.one_hot(place, k).to(pool.c)  # (P, k)
         root = pool.c.abs().sqrt()
         R_A, R_B = pick.T * root[:, None, :], (root * pool.c.sign())[:, :, None] * pick

@@ -26,6 +26,6 @@ class SVD:
 
     def __call__(self, pool: Pool) -> Merged:
         k = self.rank.resolve(pool).clamp_max(pool.max_rank)
-        keep = torch.arange(int(k.max())) < k[:, None]  # (M, k)
+        keep = torch.arange(int(k.max()), device=k.device) < k[:, None]  # (M, k)
         svd, width = pool.svd, keep.shape[1]
         return Mixing(svd.R_A[:, :width] * keep[:, :, None], svd.R_B[:, :, :width] * keep[:, None], k).apply(pool)
