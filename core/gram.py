@@ -105,6 +105,8 @@ def ward(G: Tensor, k: Tensor) -> Tensor:
 def plus_plus(G: Tensor, k: Tensor, generator: torch.Generator) -> Tensor:
     """k-means++ start: centres drawn one by one with probability proportional to the squared distance.
 
+    All modules use the same random numbers, so that none depends on which others are in the batch.
+
     Args:
         G: ``(M, P, P)``. k: ``(M,)`` long. generator: On the CPU, so that every device draws the same numbers.
 
@@ -119,7 +121,7 @@ def plus_plus(G: Tensor, k: Tensor, generator: torch.Generator) -> Tensor:
     for step in range(int(k.max())):
         chance = torch.where(nearest.isinf(), 1.0, nearest) if step == 0 else nearest
         total = chance.cumsum(1)
-        draw = torch.rand(M, 1, generator=generator, dtype=torch.float64).to(G) * total[:, -1:]
+        draw = torch.rand(1, generator=generator, dtype=torch.float64, device="cpu").to(G) * total[:, -1:]
         centre = (total < draw).sum(1).clamp_max(P - 1)
         to_centre = torch.where((k > step)[:, None], distance[rows, centre], torch.inf)
         labels = torch.where(to_centre < nearest, step, labels)
@@ -195,7 +197,8 @@ def renumber(labels: Tensor) -> Tensor:
 def kmeans(G: Tensor, k: Tensor, *, starts: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Cluster points given by their Gram matrices: Ward's tree cut at `k`, then Lloyd; the best of several starts.
 
-    Minimises the same objective as scikit-learn's ``KMeans``.
+    Minimises the same objective as scikit-learn's ``KMeans``. The partition depends neither on the order of the
+    points (unless several have the same norm) nor on the other modules of the batch.
 
     Args:
         G: ``(M, P, P)`` float64 Gram matrices of the points.
@@ -206,11 +209,13 @@ def kmeans(G: Tensor, k: Tensor, *, starts: int = 1, seed: int = 0) -> tuple[Ten
     Returns:
         ``labels (M, P)`` long, numbered by first member; ``inertia (M,)`` float64.
     """
+    order = G.diagonal(dim1=1, dim2=2).sort(dim=1, descending=True, stable=True).indices
+    G = G.gather(1, order[:, :, None].expand_as(G)).gather(2, order[:, None, :].expand_as(G))
     labels, inertia = lloyd(G, ward(G, k), k)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(starts):
+    for start in range(starts):
+        generator = torch.Generator("cpu").manual_seed(seed + start)
         other, other_inertia = lloyd(G, plus_plus(G, k, generator), k)
         better = other_inertia < inertia
         labels = torch.where(better[:, None], other, labels)
         inertia = torch.where(better, other_inertia, inertia)
-    return renumber(labels), inertia
+    return renumber(torch.empty_like(labels).scatter_(1, order, labels)), inertia
