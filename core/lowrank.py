@@ -140,3 +140,31 @@ def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
         A_k = torch.nn.functional.pad(A_k, (0, 0, 0, k - n))
         B_k = torch.nn.functional.pad(B_k, (0, k - n))
     return A_k, B_k
+
+
+def nearest(D: Tensor, k: int, *, power: int = 6) -> tuple[Tensor, Tensor]:
+    """Best rank-`k` approximation of a dense matrix. Exact when it is small, else by randomized subspace iteration.
+
+    The start is always the same, so equal inputs give equal results.
+
+    Args:
+        D: ``(d_out, d_in)``.
+        k: Rank wanted, ``1 .. min(d_out, d_in)``.
+        power: Iterations; each squares the weight of the large singular values against the small ones.
+
+    Returns:
+        ``(A, B)`` in balanced form, as from `truncate`.
+
+    Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
+    """
+    width = 2 * k + 16
+    if min(D.shape) <= max(2 * width, 256):
+        Q = torch.eye(D.shape[0], dtype=D.dtype, device=D.device)
+    else:
+        start = torch.randn(D.shape[1], width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        Q = torch.linalg.qr(D @ start.to(D)).Q
+        for _ in range(power):
+            Q = torch.linalg.qr(D @ torch.linalg.qr(D.mT @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(Q.mT @ D, full_matrices=False)
+    root = S[:k].sqrt()
+    return root[:, None] * Vh[:k], (Q @ U[:, :k]) * root
