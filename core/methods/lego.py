@@ -102,12 +102,13 @@ def balanced(pool: Pool) -> Mixing:
     return Mixing(R_A, R_B, torch.full((pool.batch,), pool.size))
 
 
-def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple[Tensor, Tensor]:
+def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 20) -> tuple[Tensor, Tensor]:
     """Best rank-one approximation of the mean ``1/n sum_j b_j a_j^T`` of every cluster.
 
     Power iteration on the members' coefficients, all clusters at once: for ``v = sum_j alpha_j a_j`` the image is
     ``sum_j <a_j, v> b_j``, that is ``beta = G_A alpha`` within the cluster, and back alike with ``G_B``. It starts
-    from each cluster's largest member, so a single unit is returned as it is.
+    from each cluster's largest member, so a single unit is returned as it is. Where the two largest singular values
+    are close it may stop between their directions, which cost nearly the same.
 
     Args:
         G_A: ``(M, P, P)``. G_B: ``(M, P, P)``. Z: ``(M, P, k)`` one-hot membership.
@@ -117,21 +118,23 @@ def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple
     """
     size = (G_A * G_B).diagonal(dim1=1, dim2=2).clamp_min(0)[:, :, None] * Z  # (M, P, k)
     alpha = torch.nn.functional.one_hot(size.argmax(1), Z.shape[1]).mT.to(Z) * Z
-    alpha = _unit(alpha, G_A)
-    beta = alpha
+    alpha, image_A = _unit(alpha, G_A)
+    beta, image_B = alpha, alpha
     for _ in range(steps):
-        beta = _unit(Z * (G_A @ alpha), G_B)
-        alpha = _unit(Z * (G_B @ beta), G_A)
+        beta, image_B = _unit(Z * image_A, G_B)
+        alpha, image_A = _unit(Z * image_B, G_A)
     # sigma = u^T (1/n sum_j b_j a_j^T) v, shared evenly by the two factors
-    sigma = ((G_B @ beta) * Z * (G_A @ alpha)).sum(1, keepdim=True) / Z.sum(1, keepdim=True).clamp_min(1)
+    sigma = (image_B * Z * image_A).sum(1, keepdim=True) / Z.sum(1, keepdim=True).clamp_min(1)
     root = sigma.clamp_min(0).sqrt()
     return alpha * root, beta * root
 
 
-def _unit(x: Tensor, G: Tensor) -> Tensor:
-    """Columns of coefficients scaled to unit length under the Gram matrix `G`; zero stays zero."""
-    length = (x * (G @ x)).sum(1, keepdim=True).clamp_min(0).sqrt()
-    return torch.where(length > 0, x / torch.where(length > 0, length, 1), 0)
+def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of coefficients `x` scaled to unit length under the Gram matrix `G`, and ``G @ x``; zero stays zero."""
+    Gx = G @ x
+    length = (x * Gx).sum(1, keepdim=True).clamp_min(0).sqrt()
+    inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
+    return x * inverse, Gx * inverse
 
 
 def unit_norms(units: Merged, geometry: Geometry, norm: Norm) -> Tensor:
