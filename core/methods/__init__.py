@@ -9,9 +9,12 @@ from typing import Protocol
 
 from ..pool import Merged, Pool
 from .concat import Concat
+from .dare import Dare
+from .knots import Knots
 from .lego import Lego
 from .linear import Linear
 from .svd import SVD
+from .ties import Ties
 
 
 class MergeMethod(Protocol):
@@ -25,4 +28,7 @@ METHODS: dict[str, type[MergeMethod]] = {
     "concat": Concat,
     "linear": Linear,
     "svd": SVD,
+    "ties": Ties,
+    "dare": Dare,
+    "knots": Knots,
 }

@@ -1,0 +1,52 @@
+"""DARE: drop entries of the dense deltas at random, rescale the rest, add them."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pool import Merged, Pool
+from ..rank import Rank
+from .consensus import check_density
+from .dense import delta, merge_dense
+
+
+@dataclass(frozen=True)
+class Dare:
+    """``sum_i w_i delta_i * mask_i / density`` with random masks, then the nearest matrix of rank `k`.
+
+    Its expectation is the plain sum. Every mask depends on the seed, the module's name and the adapter's position
+    alone, so that neither batching nor what else is merged changes it.
+
+    Args:
+        rank: The merged rank.
+        density: Chance of an entry to stay, ``(0, 1]``.
+        seed: Of the masks.
+
+    Source: arXiv:2311.03099; PEFT's ``dare_linear_svd``.
+    """
+
+    rank: Rank
+    density: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def __call__(self, pool: Pool) -> Merged:
+        return merge_dense(pool, self.rank, lambda m: self._sum(pool, m))
+
+    def _sum(self, pool: Pool, m: int) -> Tensor:
+        total = pool.A.new_zeros(pool.B.shape[1], pool.A.shape[2])
+        for i, weight in enumerate(pool.weights[m].tolist()):
+            part = delta(pool, m, i)
+            total += weight / self.density * part * self._mask(part, f"{pool.names[m]}/{pool.adapters[i]}")
+        return total
+
+    def _mask(self, part: Tensor, name: str) -> Tensor:
+        # drawn on the CPU, so that every device drops the same entries
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+        return (torch.rand(part.shape, generator=generator, device="cpu") < self.density).to(part.device)

@@ -1,0 +1,34 @@
+"""Methods that work on dense deltas: one module at a time, then the nearest matrix of low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..lowrank import nearest
+from ..pool import Merged, Pool
+from ..rank import Rank
+
+
+def delta(pool: Pool, m: int, i: int) -> Tensor:
+    """Dense delta ``scale * B @ A`` of the pool's adapter `i` in module `m`, without the user's weight."""
+    A, B, scale = (pool.split(x, dim)[i] for x, dim in ((pool.A[m], 0), (pool.B[m], 1), (pool.scale[m], 0)))
+    return (B * scale.to(B)) @ A
+
+
+def merge_dense(pool: Pool, rank: Rank, build: Callable[[int], Tensor]) -> Merged:
+    """Let `build` make the dense result of each module, and keep its nearest rank-k matrix.
+
+    Only one module is dense at any time: the memory needed is a few times ``N * d_out * d_in`` of the largest module.
+
+    Args:
+        pool: The units. rank: The merged rank; a share of energy refers to the plain sum of the deltas.
+        build: Module's position in the pool -> ``(d_out, d_in)`` float32.
+    """
+    k = rank.resolve(pool).clamp_max(pool.max_rank)
+    A = pool.A.new_zeros(pool.batch, int(k.max()), pool.A.shape[2])
+    B = pool.B.new_zeros(pool.batch, pool.B.shape[1], int(k.max()))
+    for m, k_m in enumerate(k.tolist()):
+        A[m, :k_m], B[m, :, :k_m] = nearest(build(m), k_m)
+    return Merged(A, B, k)

@@ -1,0 +1,44 @@
+"""TIES: trim the dense deltas, elect signs, average what agrees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..pool import Merged, Pool
+from ..rank import Rank
+from .consensus import Election, check_density, ties
+from .dense import delta, merge_dense
+
+
+@dataclass(frozen=True)
+class Ties:
+    """TIES on the dense deltas of each module, then the nearest matrix of rank `k`.
+
+    Averages rather than adds where adapters agree, so it is quieter than a sum: weights above 1 are usual.
+
+    Args:
+        rank: The merged rank.
+        density: Share of each delta's entries that survive the trimming, ``(0, 1]``.
+        sign_election: ``"total"``: the sign of the summed deltas. ``"frequency"``: the sign most deltas have.
+
+    Source: arXiv:2306.01708; PEFT's ``ties_svd``, but an adapter of weight 0 does not vote.
+    """
+
+    rank: Rank
+    density: float = 0.5
+    sign_election: Election = "total"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def __call__(self, pool: Pool) -> Merged:
+        return merge_dense(
+            pool,
+            self.rank,
+            lambda m: ties(
+                (delta(pool, m, i) for i in range(len(pool.ranks))),
+                pool.weights[m].tolist(),
+                self.density,
+                self.sign_election,
+            ),
+        )
