@@ -1,0 +1,79 @@
+"""diffusers: ``unet.``, ``transformer.``, ``text_encoder.`` paths with ``lora_A``, ``lora_B``, the scale folded in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+from torch import Tensor
+
+from ..adapter import Adapter, Source
+from ..errors import FormatError
+from . import reading, writing
+from .peft import PeftScale
+
+_CONFIG = "lora_adapter_metadata"
+_NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\w+)?)\..+")
+
+
+class Diffusers:
+    """Written by diffusers, ai-toolkit, SimpleTuner and many trainers. The fallback for names nobody else claims."""
+
+    name = "diffusers"
+
+    def matches(self, keys: Collection[str]) -> bool:
+        return True
+
+    def fits(self, module: str) -> bool:
+        return _NAME.fullmatch(module) is not None
+
+    def read(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+    ) -> Adapter:
+        return reading.assemble(
+            tensors, metadata, source, convert_rank=convert_rank, alpha_of=_scales(metadata, source)
+        )
+
+    def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+        writing.demand_names(
+            adapter, self.name, self.fits, "unet.down_blocks.0... or transformer.transformer_blocks.0..."
+        )
+        state: dict[str, Tensor] = {}
+        for name, part in adapter.modules.items():
+            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = writing.factors(writing.folded(part, name))
+        for name, bias in writing.low_rank_bias(adapter, self.name).items():
+            state[f"{name}.lora_B.bias"] = bias
+        # the alpha of an input's configuration would scale again what is folded in
+        return writing.with_extras(state, adapter), {"format": "pt", **writing.strings(adapter.metadata, _CONFIG)}
+
+
+def _scales(metadata: Mapping[str, str], source: Source) -> reading.Scale | None:
+    """The alphas of the configuration diffusers stores: one flat JSON object, keys prefixed by the component."""
+    if _CONFIG not in metadata:
+        return None
+    try:
+        flat = cast("dict[str, Any]", json.loads(metadata[_CONFIG]))
+        components = {key.split(".", 1)[0] for key in flat}
+        scales = {
+            name: PeftScale.from_config(
+                {key.split(".", 1)[1]: value for key, value in flat.items() if key.startswith(f"{name}.")}, source
+            )
+            for name in components
+        }
+    except (ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(
+            "The adapter configuration in the file's metadata cannot be read.",
+            file=source.path or None,
+            module=_CONFIG,
+            found=str(error),
+        ) from error
+
+    def alpha_of(module: str, rank: int) -> float | None:
+        component, _, path = module.partition(".")
+        return scales[component](path, rank) if component in scales else None
+
+    return alpha_of

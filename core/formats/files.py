@@ -1,0 +1,248 @@
+"""Safetensors files: opened lazily and with suspicion; written in a stream, atomically, always to the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import FormatError, SaveError
+
+Writer = Callable[[BinaryIO, Path], None]  # (open file, the name it will have, for errors)
+
+# Parsed headers cost some ten times their bytes; a LoRA's is below 1 MB, its training tags a few more.
+_MAX_HEADER = 32 << 20
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself, without its tensors."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Names, shapes and dtypes of the tensors, and the metadata; reads no tensor.
+
+    Raises:
+        FormatError: See `open_tensors`.
+    """
+    with _opened(path) as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        return Header(
+            {key: tuple(part.get_shape()) for key, part in slices.items()},
+            {key: part.get_dtype() for key, part in slices.items()},
+            dict(file.metadata() or {}),
+        )
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, memory-mapped (the system reads what is used), and the metadata.
+
+    Raises:
+        FormatError: A file that does not exist, is empty, is cut off, is a pickle, or is not a safetensors file.
+    """
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in sorted(file.keys())}, dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[safe_open]:
+    _inspect(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        cut = "Incomplete" in str(error) or "InvalidOffset" in str(error)
+        raise FormatError(
+            "The file is cut off or its header is wrong." if cut else "The file is not a sound safetensors file.",
+            file=path,
+            found=str(error),
+            remedy="download or export it again",
+        ) from error
+    except (OSError, AttributeError, KeyError, ValueError) as error:  # e.g. a dtype this torch does not know
+        raise FormatError("The file cannot be read.", file=path, found=f"{type(error).__name__}: {error}") from error
+
+
+def _inspect(path: Path) -> None:
+    """The cheap checks that need no parser, each with its own error."""
+    if not path.exists():
+        raise FormatError("There is no such file.", file=path, remedy="check the path")
+    if not path.is_file():
+        raise FormatError(
+            "This is a folder, not a LoRA file.",
+            file=path,
+            expected="a .safetensors file, or a folder with adapter_config.json and adapter_model.safetensors",
+        )
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise FormatError("The file cannot be read.", file=path, found=error.strerror or str(error)) from error
+    if size == 0:
+        raise FormatError("The file is empty.", file=path, remedy="download or export it again")
+    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
+        raise _pickle(path)
+    length = int.from_bytes(head[:8], "little")
+    if size < 9 or head[8:9] not in (b"{", b" "):
+        if path.suffix.lower() in _PICKLES:
+            raise _pickle(path)
+        raise FormatError(
+            "The file is not a safetensors file.",
+            file=path,
+            expected="an 8-byte length and a JSON header",
+            found=f"it starts with {head!r}",
+        )
+    if length > size - 8:
+        raise FormatError(
+            "The file is cut off or its header is wrong.",
+            file=path,
+            expected=f"a header of {length} bytes",
+            found=f"{size - 8} bytes after its length",
+            remedy="download or export it again",
+        )
+    if length > _MAX_HEADER:
+        raise FormatError("The header is too large to be a LoRA's.", file=path, expected=_MAX_HEADER, found=length)
+
+
+def _pickle(path: Path) -> FormatError:
+    return FormatError(
+        "This is a pickle, which can run any program when it is opened. It was not opened.",
+        file=path,
+        expected="a .safetensors file",
+        remedy="get the safetensors version, or convert it yourself if you trust its author",
+    )
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, atomically: either all of it or nothing, an old file stays until the last moment.
+
+    Raises:
+        SaveError: A folder that is missing or not writable, a full disk, a dtype the format does not know.
+    """
+    with _beside(path) as temporary:
+        with temporary.open("xb") as file:
+            _serialise(file, path, tensors, metadata)
+            _sync(file)
+        temporary.replace(path)
+
+
+def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
+    """Write the named files of a folder; a folder that does not exist yet appears whole or not at all.
+
+    In a folder that exists, all files are written beside it before the first is replaced, in the order given.
+    """
+    with _beside(path) as temporary:
+        temporary.mkdir()
+        for name, write in writers.items():
+            with (temporary / name).open("xb") as file:
+                write(file, path / name)
+                _sync(file)
+        if path.is_dir():
+            for name in writers:
+                (temporary / name).replace(path / name)
+        else:
+            temporary.replace(path)
+
+
+def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
+    """A writer for `write_folder`."""
+    return lambda file, path: _serialise(file, path, tensors, metadata)
+
+
+def text_writer(text: str) -> Writer:
+    """A writer for `write_folder`."""
+
+    def write(file: BinaryIO, path: Path) -> None:
+        file.write(text.encode())
+
+    return write
+
+
+@contextmanager
+def _beside(path: Path) -> Generator[Path]:
+    """A temporary name beside `path`, gone at the end whatever happens; errors of the system become `SaveError`."""
+    if not path.parent.is_dir():
+        raise SaveError(
+            "The output folder does not exist.", file=path, expected=f"a folder {path.parent}", remedy="create it first"
+        )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            "The file could not be written.",
+            file=path,
+            found=error.strerror or str(error),
+            remedy="free space on the disk, or choose a folder that can be written to",
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _serialise(file: BinaryIO, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Header and tensors in a fixed order. The library's own writer holds a second copy of everything in memory."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # wide dtypes first keeps alignment
+    header: dict[str, object] = {"__metadata__": {key: str(metadata[key]) for key in sorted(metadata)}}
+    offset = 0
+    for key in order:
+        tensor = tensors[key]
+        if tensor.dtype not in _DTYPES:
+            raise SaveError("A tensor's dtype cannot be stored.", file=path, module=key, found=tensor.dtype)
+        end = offset + tensor.numel() * tensor.dtype.itemsize
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for key in order:
+        flat = tensors[key].detach().to("cpu").contiguous().reshape(-1)
+        file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")

@@ -1,0 +1,34 @@
+"""kohya: flat names such as ``lora_unet_..._attn1_to_q`` with ``lora_down``, ``lora_up`` and ``alpha``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
+from ..adapter import Adapter, Source
+from . import reading, writing
+
+_NAME = re.compile(r"(lora|lycoris|oft)_[^.]+")
+
+
+class Kohya:
+    """Written by sd-scripts, musubi-tuner, LyCORIS and OneTrainer."""
+
+    name = "kohya"
+
+    def matches(self, keys: Collection[str]) -> bool:
+        return any(self.fits(key.split(".", 1)[0]) for key in keys)
+
+    def fits(self, module: str) -> bool:
+        return _NAME.fullmatch(module) is not None
+
+    def read(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+    ) -> Adapter:
+        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank)
+
+    def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+        writing.demand_names(adapter, self.name, self.fits, "lora_unet_down_blocks_0_attentions_0_proj_in")
+        return writing.with_alpha(adapter), writing.strings(adapter.metadata)

@@ -1,0 +1,200 @@
+"""From named tensors to an Adapter: the part every format shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter, Source
+from ..errors import FormatError, name_some
+from ..lowrank import LowRank, concat
+from . import convert
+from .suffixes import UNSUPPORTED, classify
+
+Scale = Callable[[str, int], float | None]
+"""The alpha of a module of a rank where the file has no alpha key; ``None`` means scale 1."""
+
+_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def assemble(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: Source,
+    *,
+    convert_rank: int | None = None,
+    alpha_of: Scale | None = None,
+) -> Adapter:
+    """Put the tensors of a file together to modules, diffs and extras.
+
+    Args:
+        tensors: Key -> tensor. Kept as they are, in their dtype; factors become views.
+        metadata: The file's string metadata.
+        source: For the adapter and the errors.
+        convert_rank: LoHa, LoKr and full deltas become low-rank updates of this rank; ``None`` refuses them.
+        alpha_of: Alpha where no key says it.
+
+    Raises:
+        FormatError: Kinds of adapter that are not a low-rank sum, factors without a partner, shapes that do not fit,
+            or no LoRA at all.
+    """
+    convert.check_rank(convert_rank)
+    roles, rest = classify(tensors)
+    _check_kinds(roles, tensors, source, convert_rank)
+    modules: dict[str, LowRank] = {}
+    diffs: dict[str, Tensor] = {}
+    for module, keys in roles.items():
+        parts = {role: tensors[key] for role, key in keys.items()}
+        try:
+            updates = _updates(module, parts, convert_rank, alpha_of)
+            if updates:
+                modules[module] = updates[0] if len(updates) == 1 else concat(updates, [1.0] * len(updates))
+            diffs.update(_diffs(module, parts, updates))
+        except (FormatError, RuntimeError) as error:  # RuntimeError: a product of tensors that do not fit
+            raise _located(error, source, keys) from error
+    if not modules and not diffs:
+        raise FormatError(
+            "The file holds no LoRA.",
+            file=source.path or None,
+            expected="keys such as <layer>.lora_down.weight or <layer>.lora_A.weight",
+            found=f"{len(tensors)} other keys: {name_some(tensors, 3)}" if tensors else "no tensors",
+            remedy="choose a LoRA file; a whole checkpoint or an embedding cannot be merged as one",
+        )
+    return Adapter(modules, diffs, {key: tensors[key] for key in rest}, metadata, source)
+
+
+def _check_kinds(
+    roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], source: Source, convert_rank: int | None
+) -> None:
+    for kind in UNSUPPORTED:
+        keys = [keys[kind] for keys in roles.values() if kind in keys]
+        if keys:
+            raise FormatError(
+                f"This is a {kind} adapter, which changes a layer in another way than by adding a low-rank matrix.",
+                file=source.path or None,
+                found=name_some(keys, 3),
+                remedy="no conversion is possible from the file alone",
+            )
+    dora = [keys["dora"] for keys in roles.values() if "dora" in keys]
+    if dora:
+        raise FormatError(
+            "This is a DoRA: it rescales the base model's weights, which are not in the file.",
+            file=source.path or None,
+            found=f"{len(dora)} modules with magnitudes: {name_some(dora, 3)}",
+            remedy="convert it in ComfyUI with the model connected, where the base weights are known",
+        )
+    if convert_rank is None:
+        keys = [
+            key
+            for parts in roles.values()
+            for role, key in parts.items()
+            if role.startswith(("hada_", "lokr_")) or (role == "diff" and tensors[key].ndim > 1)
+        ]
+        if keys:
+            raise FormatError(
+                "The file holds LoHa, LoKr or full deltas, which become a LoRA only by approximation.",
+                file=source.path or None,
+                found=f"{len(keys)} keys: {name_some(keys, 3)}",
+                remedy="allow it with a rank: --convert-rank 32 (convert_rank=32 in Python)",
+            )
+
+
+def _updates(
+    module: str, parts: Mapping[str, Tensor], convert_rank: int | None, alpha_of: Scale | None
+) -> list[LowRank]:
+    """Every low-rank update a module has: normally one."""
+    alpha = _alpha(parts["alpha"]) if "alpha" in parts else None
+    updates: list[LowRank] = []
+    if "down" in parts or "up" in parts or "mid" in parts:
+        _demand(parts, ("down", "up"))
+        updates.append(_lora(module, parts, alpha, alpha_of))
+    if convert_rank is not None and any(role.startswith("hada_") for role in parts):
+        _demand(parts, _LOHA)
+        updates.append(convert.loha(parts, alpha, convert_rank))
+    if convert_rank is not None and any(role.startswith("lokr_") for role in parts):
+        for index in (1, 2):
+            if f"lokr_w{index}" not in parts:
+                _demand(parts, (f"lokr_w{index}_a", f"lokr_w{index}_b"))
+        updates.append(convert.lokr(parts, alpha, convert_rank))
+    if convert_rank is not None and "diff" in parts and parts["diff"].ndim > 1:
+        updates.append(convert.full(parts["diff"], convert_rank))
+    if alpha is not None and not updates and not {"diff", "diff_b"} & set(parts):
+        raise FormatError("An alpha has no factors.", expected="lora_down and lora_up beside it", found="alpha alone")
+    return updates
+
+
+def _demand(parts: Mapping[str, Tensor], roles: Sequence[str]) -> None:
+    missing = [role for role in roles if role not in parts]
+    if missing:
+        raise FormatError(
+            "A factor has no partner.",
+            expected=" and ".join(roles),
+            found=f"{' and '.join(sorted(parts))}, no {' and '.join(missing)}",
+            remedy="the file is damaged or incomplete: export it again",
+        )
+
+
+def _alpha(tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise FormatError("alpha is not one number.", expected="shape () or (1,)", found=tuple(tensor.shape))
+    return float(tensor.reshape(()).item())
+
+
+def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_of: Scale | None) -> LowRank:
+    down, up, mid = parts["down"], parts["up"], parts.get("mid")
+    if min(down.ndim, up.ndim) < 2 or math.prod(up.shape[2:]) != 1:
+        raise FormatError(
+            "The factors do not have the shape of a LoRA.",
+            expected="down (r, in, *kernel) and up (out, r, 1, ...)",
+            found=f"down {tuple(down.shape)}, up {tuple(up.shape)}",
+        )
+    kernel = tuple(down.shape[2:])
+    if mid is not None:  # Tucker: delta[o, c, *kernel] = sum_pq up[o, p] mid[p, q, *kernel] down[q, c]
+        if mid.ndim < 3 or math.prod(kernel) != 1 or tuple(mid.shape[:2]) != (up.shape[1], down.shape[0]):
+            raise FormatError(
+                "The Tucker core does not fit the factors.",
+                expected="mid (r, r, *kernel), down (r, in, 1, 1)",
+                found=f"mid {tuple(mid.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}",
+            )
+        kernel = tuple(mid.shape[2:])
+        down = torch.einsum("pq...,qc->pc...", mid.float(), down.flatten(1).float())
+    if alpha is None and alpha_of is not None:
+        alpha = alpha_of(module, down.shape[0])
+    return LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
+
+
+def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank]) -> dict[str, Tensor]:
+    """What the module adds to one-dimensional parameters."""
+    diffs: dict[str, Tensor] = {}
+    if "diff" in parts and parts["diff"].ndim <= 1:
+        diffs[f"{module}.weight"] = parts["diff"]
+    if "diff_b" in parts:
+        diffs[f"{module}.bias"] = parts["diff_b"]
+    if "up_bias" in parts:
+        _demand(parts, ("down", "up"))
+        # PEFT scales the whole output of B, its bias too
+        scale, bias = updates[0].scale, parts["up_bias"]
+        bias = bias if scale == 1.0 else (scale * bias.float()).to(bias.dtype)
+        known = diffs.get(f"{module}.bias")
+        diffs[f"{module}.bias"] = bias if known is None else known + bias
+    return diffs
+
+
+def _located(error: Exception, source: Source, keys: Mapping[str, str]) -> FormatError:
+    """The same error, saying which file and keys."""
+    where = name_some(sorted(keys.values()), 4)
+    if not isinstance(error, FormatError):
+        return FormatError(
+            "Tensors of a module do not fit together.", file=source.path or None, module=where, found=str(error)
+        )
+    return FormatError(
+        error.problem,
+        file=source.path or None,
+        module=where,
+        expected=error.expected,
+        found=error.found,
+        remedy=error.remedy,
+    )

@@ -1,0 +1,107 @@
+"""Key suffixes: which tensor of which module a key of a LoRA file is.
+
+One file may mix spellings, so every key is classified by itself: ``a.b.lora_down.weight`` is the role ``down`` of the
+module ``a.b``. What no rule knows has no role and is carried along as an extra.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+Roles = dict[str, dict[str, str]]  # module -> role -> key
+
+_SUFFIXES = {
+    # low-rank factors: delta = scale * up @ down
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
+    ".lora_mid.weight": "mid",
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
+    ".lora_A": "down",
+    ".lora_B": "up",
+    ".lora.down.weight": "down",
+    ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down",
+    ".lora_linear_layer.up.weight": "up",
+    ".lora_B.bias": "up_bias",
+    ".lora_B.default.bias": "up_bias",
+    ".alpha": "alpha",
+    # added as they are
+    ".diff": "diff",
+    ".diff_b": "diff_b",
+    ".w_norm": "diff",
+    ".b_norm": "diff_b",
+    # magnitudes
+    ".dora_scale": "dora",
+    ".lora_magnitude_vector": "dora",
+    ".lora_magnitude_vector.weight": "dora",
+    ".lora_magnitude_vector.default.weight": "dora",
+    # other products that are low rank too
+    **{f".{name}": name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{f".{name}": name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+    ".lokr_t1": "lokr_t1",
+    ".lokr_t2": "lokr_t2",
+    # multiplicative or input-dependent: no additive delta without the base weights
+    ".oft_blocks": "OFT/BOFT",
+    ".oft_R.weight": "OFT/BOFT",
+    ".oft_diag": "OFT/BOFT",
+    ".boft_R": "OFT/BOFT",
+    ".boft_s": "OFT/BOFT",
+    **{f".{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2")},
+    ".on_input": "IA3",
+    ".ia3_l": "IA3",
+    ".vera_lambda_b": "VeRA",
+    ".vera_lambda_d": "VeRA",
+}
+UNSUPPORTED = ("OFT/BOFT", "GLoRA", "IA3", "VeRA")
+
+# The shortest module name wins, which is the longest suffix.
+_PATTERN = re.compile(rf"(.+?)({'|'.join(re.escape(s) for s in sorted(_SUFFIXES, key=len, reverse=True))})")
+_EMBEDDING = re.compile(r"(.+\.lora_embedding)_([AB])(?:\.default)?(?:\.weight)?")
+# XLabs' `processor.qkv_lora1.down.weight` and the first diffusers' `processor.to_q_lora.down.weight`
+_PROCESSOR = re.compile(r"(.+_lora\d?)\.(down|up)\.weight")
+_OLD_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora")
+
+
+def role_of(key: str) -> tuple[str, str] | None:
+    """The module a key belongs to and its role there, or ``None`` for a key that is not part of a LoRA's update."""
+    if match := _EMBEDDING.fullmatch(key):
+        # an embedding keeps the suffix in its name: its factors act on the transposed weight
+        return match[1], "down" if match[2] == "A" else "up"
+    if match := _PROCESSOR.fullmatch(key):
+        return _modern(match[1]), match[2]
+    if match := _PATTERN.fullmatch(key):
+        return match[1], _SUFFIXES[match[2]]
+    return None
+
+
+def _modern(module: str) -> str:
+    """The layer an old attention processor's factor acts on; XLabs' names stay, they mean fused layers."""
+    match = _OLD_ATTENTION.fullmatch(module)
+    if match is None:
+        return module
+    if match[1].endswith("self_attn"):  # a CLIP text encoder
+        return f"{match[1]}.{match[2]}_proj"
+    return f"{match[1]}.to_{match[2]}" + (".0" if match[2] == "out" else "")
+
+
+def classify(keys: Iterable[str]) -> tuple[Roles, list[str]]:
+    """Sort a file's keys into modules and roles.
+
+    Returns:
+        Module -> role -> key, and the keys that are no part of an update.
+    """
+    roles: Roles = defaultdict(dict)
+    rest: list[str] = []
+    for key in keys:
+        found = role_of(key)
+        if found is None or found[1] in roles[found[0]]:
+            rest.append(key)
+        else:
+            roles[found[0]][found[1]] = key
+    # PEFT's own modules_to_save, trained scalars called alpha ...: a role that no factor joins is not an update
+    return {module: known for module, known in roles.items() if known}, rest
