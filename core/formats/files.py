@@ -81,7 +81,7 @@ def _opened(path: Path) -> Generator[safe_open]:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except SafetensorError as error:
-        cut = "Incomplete" in str(error) or "InvalidOffset" in str(error)
+        cut = "incomplete" in str(error).lower() or "InvalidOffset" in str(error)
         raise FormatError(
             "The file is cut off or its header is wrong." if cut else "The file is not a sound safetensors file.",
             file=path,
