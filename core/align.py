@@ -1,0 +1,142 @@
+"""Bring adapters to common module names, or say why they cannot be brought there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+from .adapter import Adapter, is_text_encoder
+from .errors import LegoMoleError, MergeError, name_some
+from .keymap import KeyMap, rename, unmapped
+
+Resolver = Callable[[Sequence[Adapter]], KeyMap]
+
+
+def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> list[Adapter]:
+    """The adapters under common module names.
+
+    Adapters that name their layers alike are returned as they are: their names are those of the merged file. Where
+    two of them share no layer of the diffusion model (or of the text encoders), or each has kinds of layers the other
+    lacks (a fused ``qkv`` here, a ``to_q`` there), the host's key map is asked, and followed if more of the layers
+    meet under it. An adapter of the text encoder alone and one of the diffusion model alone may be merged as long as
+    they come in one dialect: they are disjoint parts of one model.
+
+    Args:
+        adapters: As loaded.
+        key_map: A host's function from adapters to a key map; ``None`` where no host is at hand.
+
+    Returns:
+        The adapters, in order, renamed exactly where that was necessary.
+
+    Raises:
+        MergeError: Adapters without a common layer, or for different base models.
+    """
+    adapters = list(adapters)
+    result = adapters
+    met = _strangers(adapters) is None
+    known: KeyMap = {}
+    if key_map is not None and len(adapters) > 1 and (not met or _differ_in_kind(adapters)):
+        try:
+            known = key_map(adapters)
+        except LegoMoleError:
+            if not met:
+                raise
+        renamed = [rename(adapter, known) for adapter in adapters]
+        # the same layers under other names are no gain: the files' own names are kept then
+        if _shared(renamed) > _shared(adapters) * (1 + 1e-9) or not met:
+            result = renamed
+    strangers = _strangers(result)
+    if strangers is not None and not _parts_of_one_model(strangers, adapters, known):
+        first, second = strangers
+        raise MergeError(
+            "Two LoRAs have no layer in common.",
+            file=f"{first.source.path or first.label} and {second.source.path or second.label}",
+            expected="LoRAs of the same base model",
+            found=f"{first.source.format or '?'} names such as {name_some(first.modules, 2)}; "
+            f"{second.source.format or '?'} names such as {name_some(second.modules, 2)}",
+            remedy="check that both are for the same base model; if they are, connect the model in ComfyUI"
+            if key_map is not None
+            else "install diffusers (pip install 'legomole[diffusers]') or connect the model in ComfyUI, "
+            "so that the names can be translated",
+        )
+    _check_shapes(result)
+    return result
+
+
+def _components(adapter: Adapter) -> tuple[set[str], set[str]]:
+    """Module names of the diffusion (or language) model, and of the text encoders."""
+    text = {name for name in adapter.modules if is_text_encoder(name)}
+    return set(adapter.modules) - text, text
+
+
+def _strangers(adapters: Sequence[Adapter]) -> tuple[Adapter, Adapter] | None:
+    """Two adapters that should have met and did not, or ``None`` when all are of one piece."""
+    for side in (0, 1):
+        having = [adapter for adapter in adapters if _components(adapter)[side]]
+        reached, waiting = having[:1], having[1:]
+        while waiting:
+            names = set[str]().union(*(_components(adapter)[side] for adapter in reached))
+            near = [adapter for adapter in waiting if names & _components(adapter)[side]]
+            if not near:
+                return reached[0], waiting[0]
+            reached += near
+            waiting = [adapter for adapter in waiting if all(adapter is not other for other in near)]
+    for first, second in combinations(adapters, 2):
+        sides = [bool(a) and bool(b) for a, b in zip(_components(first), _components(second), strict=True)]
+        if first.modules and second.modules and not any(sides) and _flat(first) != _flat(second):
+            return first, second
+    return None
+
+
+def _flat(adapter: Adapter) -> bool:
+    """Whether the names are underscored rather than dotted."""
+    return all("." not in name for name in adapter.modules)
+
+
+def _parts_of_one_model(strangers: tuple[Adapter, Adapter], originals: Sequence[Adapter], known: KeyMap) -> bool:
+    """Whether the key map knows all layers of both, and as layers of the same network: merely disjoint then."""
+    if not known or unmapped(originals, known):
+        return False
+    roots = [{name.split(".", 1)[0] for name in _components(adapter)[0]} for adapter in strangers]
+    return roots[0] == roots[1]
+
+
+def _differ_in_kind(adapters: Sequence[Adapter]) -> bool:
+    """Whether any two adapters each have a kind of layer that the other lacks."""
+    kinds = [{re.sub(r"\d+", "#", name) for name in adapter.modules} for adapter in adapters]
+    return any(a - b and b - a for a, b in combinations(kinds, 2))
+
+
+def _shared(adapters: Sequence[Adapter]) -> float:
+    """The share of output rows that more than one adapter changes; the same for a fused layer and its pieces."""
+    rows: dict[str, list[int]] = {}
+    for adapter in adapters:
+        for name, part in adapter.modules.items():
+            rows.setdefault(name, []).append(part.d_out)
+    total = sum(max(sizes) for sizes in rows.values())
+    return sum(max(sizes) for sizes in rows.values() if len(sizes) > 1) / total if total else 0.0
+
+
+def _check_shapes(adapters: Sequence[Adapter]) -> None:
+    first: dict[str, tuple[Adapter, tuple[int, int]]] = {}
+    for adapter in adapters:
+        for name, part in adapter.modules.items():
+            other, shape = first.setdefault(name, (adapter, (part.d_out, part.d_in)))
+            if shape != (part.d_out, part.d_in):
+                raise MergeError(
+                    "The LoRAs are for different base models.",
+                    file=f"{other.source.path or other.label} and {adapter.source.path or adapter.label}",
+                    module=name,
+                    expected="the same layer shape (d_out, d_in) in all",
+                    found=f"{shape}{_base(other)} and {(part.d_out, part.d_in)}{_base(adapter)}",
+                    remedy="merge only LoRAs trained for the same base model",
+                )
+
+
+def _base(adapter: Adapter) -> str:
+    """What the file says its base model is."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if adapter.metadata.get(key):
+            return f" ({adapter.metadata[key]})"
+    return ""
