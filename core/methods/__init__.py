@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from ..pool import Merged, Pool
+from .calibrated import Calibrated
 from .concat import Concat
 from .dare import Dare
 from .knots import Knots
@@ -31,4 +32,5 @@ METHODS: dict[str, type[MergeMethod]] = {
     "ties": Ties,
     "dare": Dare,
     "knots": Knots,
+    "calibrated": Calibrated,
 }

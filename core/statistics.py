@@ -1,0 +1,161 @@
+"""Statistics: what the inputs of each module look like, the data a calibrated merge needs beside the LoRAs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from .adapter import Adapter
+from .errors import FormatError, MergeError
+from .formats.files import read_tensors, write_tensors
+
+_KIND = "legomole.statistics.1"
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments ``C = X^T X / n`` of one module's inputs, ``(d_in, d_in)`` each, by what the prompts named.
+
+    Args:
+        own: Adapter's position -> `C` where only its concept was asked for.
+        joint: Positions of two or more adapters, ascending -> `C` where all their concepts were asked for together.
+        base: `C` where no concept was asked for.
+
+    Raises:
+        MergeError: Nothing measured, matrices that are not square and of one size, or positions of `joint`
+            that are not ascending.
+    """
+
+    own: Mapping[int, Tensor] = field(default_factory=dict)
+    joint: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
+    base: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "own", MappingProxyType(dict(self.own)))
+        object.__setattr__(self, "joint", MappingProxyType(dict(self.joint)))
+        tensors = list(self.tensors())
+        d_in = tensors[0].shape[-1] if tensors else 0
+        if not tensors or any(C.shape != (d_in, d_in) for C in tensors):
+            raise MergeError(
+                "The statistics of a module are not second moments of its inputs.",
+                expected="at least one (d_in, d_in) matrix, all of one d_in",
+                found=[tuple(C.shape) for C in tensors],
+                remedy="measure the statistics again",
+            )
+        if any(len(group) < 2 or list(group) != sorted(set(group)) for group in self.joint):
+            raise MergeError(
+                "Joint statistics belong to two or more different LoRAs.",
+                expected="ascending positions like (0, 1)",
+                found=list(self.joint),
+            )
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.own.values()
+        yield from self.joint.values()
+        if self.base is not None:
+            yield self.base
+
+    @property
+    def d_in(self) -> int:
+        return next(self.tensors()).shape[0]
+
+    def at(self, place: Mapping[int, int]) -> Moments:
+        """The same with adapters renumbered by `place`; what was measured with an adapter not in it is left out."""
+        return Moments(
+            {place[i]: C for i, C in self.own.items() if i in place},
+            {
+                tuple(sorted(place[i] for i in group)): C
+                for group, C in self.joint.items()
+                if all(i in place for i in group)
+            },
+            self.base,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments of all modules, measured with the adapters of one merge.
+
+    Args:
+        modules: Module name, as the aligned adapters have it -> its moments.
+        adapters: sha256 of the adapters, in the order the positions refer to.
+        metadata: What was measured, in words: model, prompts, steps, strengths.
+    """
+
+    modules: Mapping[str, Moments]
+    adapters: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
+        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    def of(self, adapters: Sequence[Adapter]) -> Statistics:
+        """The statistics with positions that refer to `adapters`; they are told by their files' hashes.
+
+        Raises:
+            MergeError: An adapter that was not measured.
+        """
+        place: dict[int, int] = {}
+        for i, adapter in enumerate(adapters):
+            sha256 = adapter.source.sha256
+            measured = [j for j, other in enumerate(self.adapters) if other == sha256 and j not in place]
+            if not sha256 or not measured:
+                raise MergeError(
+                    "The statistics were not measured with this LoRA.",
+                    file=adapter.source.path or None,
+                    expected=f"a file with sha256 {', '.join(self.adapters) or '(none recorded)'}",
+                    found=sha256 or "a LoRA that is not a file",
+                    remedy="measure the statistics again with the LoRAs you merge",
+                )
+            place[measured[0]] = i
+        hashes = tuple(adapter.source.sha256 for adapter in adapters)
+        return Statistics({name: m.at(place) for name, m in self.modules.items()}, hashes, self.metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, atomically. Tensors are named ``<module>/own/0``, ``/joint/0,1``, ``/base``.
+
+        Raises:
+            SaveError: See `write_tensors`; nothing is left behind.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, moments in self.modules.items():
+            tensors |= {f"{name}/own/{i}": C for i, C in moments.own.items()}
+            tensors |= {f"{name}/joint/{','.join(map(str, group))}": C for group, C in moments.joint.items()}
+            tensors |= {} if moments.base is None else {f"{name}/base": moments.base}
+        header = {"kind": _KIND, "adapters": json.dumps(self.adapters), "measured": json.dumps(dict(self.metadata))}
+        write_tensors(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote; the tensors stay on disk until they are used.
+
+        Raises:
+            FormatError: Not such a file.
+            MergeError: Its matrices do not fit together.
+        """
+        tensors, header = read_tensors(Path(path))
+        if header.get("kind") != _KIND:
+            raise FormatError("This file holds no statistics.", file=path, expected=_KIND, found=header)
+        tables: dict[str, dict[str, Any]] = {}
+        try:
+            for key, C in tensors.items():
+                name, kind, *group = key.rsplit("/", 1 if key.endswith("/base") else 2)
+                table = tables.setdefault(name, {"own": {}, "joint": {}, "base": None})
+                if kind == "base":
+                    table["base"] = C
+                else:
+                    positions = tuple(map(int, group[0].split(",")))
+                    table[kind][positions if kind == "joint" else positions[0]] = C
+            adapters, metadata = tuple(json.loads(header["adapters"])), json.loads(header["measured"])
+        except (KeyError, IndexError, ValueError) as error:
+            raise FormatError(
+                "The statistics could not be read.", file=path, found=error, remedy="measure them again"
+            ) from error
+        return cls({name: Moments(**table) for name, table in tables.items()}, adapters, metadata)

@@ -1,0 +1,104 @@
+"""gather: what the hooks see, on layers of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from legomole.core.errors import MergeError
+from legomole.core.gather import Moment, _patches, gather
+from torch import nn
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_moment_by_hand():
+    # inputs (1, 2), (3, 0) and (0, 0): sums 1 + 9, 2, 4 over n = 3
+    moment = Moment()
+    moment.add(torch.tensor([[1.0, 2.0]]))
+    moment.add(torch.tensor([[[3.0, 0.0], [0.0, 0.0]]]))
+    assert moment.n == 3
+    assert torch.allclose(moment.value, torch.tensor([[10.0, 2.0], [2.0, 4.0]]) / 3)
+
+
+def test_batches_do_not_matter():
+    X = randn(30, 5)
+    whole, parts = Moment(), Moment()
+    whole.add(X)
+    for part in X.split(7):
+        parts.add(part)
+    assert torch.allclose(whole.value, parts.value, atol=1e-6)
+    assert torch.allclose(whole.value, X.mT @ X / 30, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_summed_in_float32_at_least_also_inside_autocast(dtype, kept):
+    X = randn(64, 5).to(dtype)
+    moment = Moment()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moment.add(X)
+    assert moment.value.dtype == kept
+    assert torch.allclose(moment.value.double(), X.double().mT @ X.double() / 64, atol=1e-6)
+
+
+def test_a_module_that_saw_nothing_is_an_error():
+    with gather({"layer": nn.Linear(2, 2)}) as moments:
+        pass
+    with pytest.raises(MergeError, match="saw no input"):
+        _ = moments["layer"].value
+
+
+def test_measures_a_running_model_and_leaves_it_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = randn(2, 5, 4)  # batch, tokens, width
+    before = model(x)
+    with gather({"first": model[0], "last": model[2]}) as moments:
+        during = model(x)
+        model(x)
+    assert torch.equal(before, during)
+    flat, hidden = x.reshape(-1, 4), model[:2](x).reshape(-1, 6)
+    assert torch.allclose(moments["first"].value, flat.mT @ flat / 10, atol=1e-6)
+    assert torch.allclose(moments["last"].value, hidden.mT @ hidden / 10, atol=1e-6)
+    assert not moments["last"].value.requires_grad
+    model(x)
+    assert moments["first"].n == 20  # two runs of ten tokens; the third came after the block
+
+
+def test_hooks_go_away_after_an_error():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="stop"), gather({"layer": layer}) as moments:
+        raise RuntimeError("stop")
+    layer(torch.ones(1, 2))
+    assert moments["layer"].n == 0
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("conv", "shape"),
+    [
+        (nn.Conv1d(3, 5, 4, stride=2, padding=1), (2, 3, 11)),
+        (nn.Conv2d(3, 5, 1), (2, 3, 4, 6)),
+        (nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0)), (2, 3, 7, 6)),
+        (nn.Conv2d(3, 5, 3, dilation=2, padding="same", padding_mode="reflect"), (2, 3, 7, 6)),
+        (nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular"), (2, 3, 7, 6)),
+        (nn.Conv2d(3, 5, 3, padding="valid"), (3, 7, 6)),  # without a batch
+        (nn.Conv3d(2, 5, (2, 3, 1), stride=(1, 2, 1)), (2, 2, 4, 7, 3)),
+    ],
+)
+def test_a_convolution_is_a_matrix_on_its_patches(conv, shape):
+    # the patches times the flattened kernel must be the convolution itself
+    x = randn(*shape)
+    n = len(conv.kernel_size)
+    out = conv(x) if x.ndim == n + 2 else conv(x)[None]
+    patches = _patches(conv, x)
+    assert torch.allclose(patches @ conv.weight.flatten(1).mT + conv.bias, out.movedim(1, -1), atol=1e-5)
+    with gather({"conv": conv}) as moments:
+        conv(x)
+    flat = patches.reshape(-1, patches.shape[-1])
+    assert torch.allclose(moments["conv"].value, flat.mT @ flat / len(flat), atol=1e-5)
+
+
+def test_grouped_convolutions_are_refused():
+    with pytest.raises(MergeError, match=r"Grouped[\s\S]*conv"), gather({"conv": nn.Conv2d(4, 4, 3, groups=2)}):
+        pass
