@@ -110,7 +110,8 @@ def _inspect(path: Path) -> None:
         raise FormatError("The file cannot be read.", file=path, found=error.strerror or str(error)) from error
     if size == 0:
         raise FormatError("The file is empty.", file=path, remedy="download or export it again")
-    if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
+    pickled = head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"  # also a header of 640, 896, .. bytes
+    if head[:4] == b"PK\x03\x04" or (pickled and head[8:9] != b"{"):
         raise _pickle(path)
     length = int.from_bytes(head[:8], "little")
     if size < 9 or head[8:9] not in (b"{", b" "):

@@ -31,4 +31,15 @@ class Kohya:
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.demand_names(adapter, self.name, self.fits, "lora_unet_down_blocks_0_attentions_0_proj_in")
-        return writing.with_alpha(adapter), writing.strings(adapter.metadata)
+        return writing.with_alpha(adapter), writing.strings(adapter.metadata) | _network(adapter)
+
+
+def _network(adapter: Adapter) -> dict[str, str]:
+    """What kohya's tools look for, told from the factors; "Dynamic" is their word for ranks that differ by layer."""
+    ranks = {part.rank for part in adapter.modules.values()}
+    alphas = {float(part.rank if part.alpha is None else part.alpha) for part in adapter.modules.values()}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
