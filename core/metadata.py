@@ -1,0 +1,140 @@
+"""The metadata of a merged file: how it was made, and what other tools look for."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from .adapter import Adapter
+from .formats.peft import CONFIG_KEY
+from .recipe import Recipe
+from .report import MergeReport
+
+KEY = "legomole"  # the metadata entry that holds recipe and report
+
+# What other tools read and every input says alike; kept when the inputs agree, named in the report when they do not.
+_AGREED = (
+    "ss_base_model_version",
+    "ss_v2",
+    "modelspec.sai_model_spec",
+    "modelspec.architecture",
+    "modelspec.implementation",
+    "modelspec.prediction_type",
+    "modelspec.resolution",
+)
+_MAX_TAGS = 20  # of each data set in ss_tag_frequency; enough to find a trigger word, small in the header
+
+
+def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]) -> dict[str, str]:
+    """Metadata of a merged file: how it was made, and what other tools look for. The same merge, the same text.
+
+    ``legomole`` holds the recipe and a compact report as JSON. Of each input (and of the statistics) only the file's
+    name is kept, because folders are private, and the input's hash. ``ss_base_model_version``,
+    ``modelspec.architecture`` and their like are kept when the inputs agree; trigger phrases are joined; of each
+    training set's tags the most frequent are kept. Of PEFT configurations what all say alike is kept.
+
+    Args:
+        recipe: What was asked for. report: What came out.
+        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order.
+    """
+    entries = [
+        entry.model_copy(update={"path": _name(entry.path), "sha256": adapter.source.sha256})
+        for entry, adapter in zip(recipe.inputs, inputs, strict=True)
+    ]
+    settings = {key: _name(value) if key == "statistics" else value for key, value in recipe.settings.items()}
+    made = recipe.model_copy(update={"inputs": entries, "settings": settings})
+    labels = [adapter.label for adapter in inputs]
+    metadata = {
+        KEY: json.dumps({"recipe": made.to_dict(), "report": compact(report)}, sort_keys=True, ensure_ascii=False),
+        "modelspec.title": f"{' + '.join(labels)} ({report.method})",
+        "modelspec.merged_from": ", ".join(labels),
+    }
+    for key in _AGREED:
+        values = {adapter.metadata[key] for adapter in inputs if adapter.metadata.get(key)}
+        if len(values) == 1:
+            metadata[key] = values.pop()
+    phrases = [adapter.metadata["modelspec.trigger_phrase"] for adapter in inputs if _phrase(adapter)]
+    if phrases:
+        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
+    tags = _tags(inputs)
+    if tags:
+        metadata["ss_tag_frequency"] = json.dumps(tags, ensure_ascii=False)
+    config = _common_config(inputs)
+    if config:
+        metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
+    return metadata
+
+
+def _common_config(inputs: Sequence[Adapter]) -> dict[str, Any]:
+    """What the configurations of PEFT inputs say alike, e.g. their base model; empty unless all are PEFT's."""
+    configs = [json.loads(adapter.metadata.get(CONFIG_KEY, "{}")) for adapter in inputs]
+    return {key: value for key, value in configs[0].items() if all(c.get(key) == value for c in configs)}
+
+
+def _name(path: str) -> str:
+    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def _phrase(adapter: Adapter) -> bool:
+    return bool(adapter.metadata.get("modelspec.trigger_phrase"))
+
+
+def _tags(inputs: Sequence[Adapter]) -> dict[str, dict[str, int]]:
+    """kohya's tag counts, ``data set -> tag -> count``, of all inputs; the data sets get the LoRA's name in front."""
+    merged: dict[str, dict[str, int]] = {}
+    for adapter in inputs:
+        try:
+            tables = json.loads(adapter.metadata.get("ss_tag_frequency") or "{}")
+            for name, table in tables.items():
+                merged[f"{adapter.label}/{name}"] = dict(Counter[str](table).most_common(_MAX_TAGS))
+        except (ValueError, AttributeError, TypeError):  # not what kohya writes: nothing to show
+            continue
+    return merged
+
+
+def disagreements(inputs: Sequence[Adapter]) -> list[str]:
+    notes: list[str] = []
+    for key in _AGREED:
+        said = {adapter.label: adapter.metadata[key] for adapter in inputs if adapter.metadata.get(key)}
+        if len(set(said.values())) > 1:
+            notes.append(f"{key} differs: {', '.join(f'{value} ({label})' for label, value in said.items())}")
+    return notes
+
+
+def compact(report: MergeReport) -> dict[str, Any]:
+    """The report small enough for a file's header: one row of ``columns`` per module, numbers to four digits.
+
+    ``overlap`` lists the cosines of the pairs (1,2), (1,3), .. (2,3), ..; ``clusters`` counts merged units by
+    composition: ``"9x1+0 2x3+1"`` are nine units from one unit of the first LoRA each, and two that blend three of
+    the first with one of the second.
+    """
+    return {
+        "energy_kept": _short(report.energy_kept),
+        "overlap": [[_short(value) for value in row] for row in report.overlap()],
+        "columns": ["loras", "ranks_in", "rank_out", "energy_kept", "overlap", "clusters"],
+        "modules": {
+            module.name: [
+                [i + 1 for i in module.adapters],
+                module.ranks_in,
+                module.rank_out,
+                _short(module.energy_kept),
+                [_short(value) for i, row in enumerate(module.cosine) for value in row[i + 1 :]],
+                _composition(module.clusters),
+            ]
+            for module in report.modules
+        },
+        "passed_on": len(report.passed_on),
+        "dropped": report.dropped,
+        "notes": report.notes,
+    }
+
+
+def _composition(clusters: Sequence[Sequence[int]]) -> str:
+    counts = Counter("+".join(map(str, cluster)) for cluster in clusters)
+    return " ".join(f"{count}x{kind}" for kind, count in counts.items())
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

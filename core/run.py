@@ -1,0 +1,146 @@
+"""Find a recipe, and carry it out: from files to the merged adapter with its metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from .adapter import Adapter, Source
+from .align import align
+from .formats import FORMATS, detect, load, summarise
+from .keymap import KeyMap
+from .merge import MergeResult, Progress, merge
+from .metadata import KEY, disagreements, file_metadata
+from .recipe import Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
+from .statistics import Statistics
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML or TOML file, or in the metadata of a merged file or PEFT folder.
+
+    Raises:
+        RecipeError: There is none, or it is broken. FormatError: The merged file itself is broken.
+    """
+    kind = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(path.suffix.lower())
+    if kind is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError("The recipe cannot be read.", file=path, found=str(error)) from None
+        return from_text(text, "toml" if kind == "toml" else "yaml", path)
+    recipe = recipe_in(summarise(path).metadata, path)
+    if recipe is None:
+        raise RecipeError(
+            "This file was not made by a legomole merge.",
+            file=path,
+            expected=f"an entry {KEY} in its metadata, or a .yaml or .toml file",
+        )
+    return recipe
+
+
+def recipe_in(metadata: Mapping[str, str], file: object = None) -> Recipe | None:
+    """The recipe in a merged file's metadata, ``None`` if it has none.
+
+    Raises:
+        RecipeError: It is broken.
+    """
+    if KEY not in metadata:
+        return None
+    try:
+        data = json.loads(metadata[KEY])["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError("The recipe in the metadata is broken.", file=file, found=str(error)) from None
+    return from_dict(data, file)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    folder: Path = Path(),
+    key_map: Callable[[Sequence[Adapter]], KeyMap] | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Load the inputs, bring them to common names, merge them.
+
+    The result's metadata tells the whole story, its source the format to save it in.
+
+    Args:
+        recipe: What to do.
+        folder: Where the recipe's relative paths start.
+        key_map: A host's, for inputs whose files name the same layers differently, see `align`.
+        device: Where to compute. progress: See `merge`.
+
+    Raises:
+        RecipeError: An input is not the file the recipe was written for, or the method's settings are wrong.
+        FormatError: An input cannot be read. MergeError: They cannot be merged.
+    """
+    settings = dict(recipe.settings)
+    if "statistics" not in settings:  # wrong settings are told before large files are read
+        build_method(recipe.method, settings)
+    adapters = [_load(entry, folder, recipe.convert_rank) for entry in recipe.inputs]
+    if "statistics" in settings:
+        settings["statistics"] = Statistics.load(folder / str(settings["statistics"])).of(adapters)
+    method = build_method(recipe.method, settings)
+    aligned = align(adapters, key_map=key_map)
+    result = merge(
+        aligned,
+        method,
+        [entry.weight for entry in recipe.inputs],
+        text_encoder_weights=[
+            entry.weight if entry.text_encoder_weight is None else entry.text_encoder_weight for entry in recipe.inputs
+        ],
+        module_weights=_module_weights(recipe, aligned),
+        normalize=recipe.normalize,
+        dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
+        device=device,
+        progress=progress,
+    )
+    done = recipe.model_copy(update={"legomole": __version__, "settings": recipe.settings | settings_of(method)})
+    notes = [*result.report.notes, *disagreements(adapters)]
+    if recipe.legomole != __version__:
+        notes.append(
+            f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
+            'see "Results change" in the CHANGELOG'
+        )
+    report = dataclasses.replace(result.report, notes=tuple(notes))
+    metadata = file_metadata(done, report, adapters)
+    source = Source(format=recipe.format or _format(adapters[0].source.format, result.adapter))
+    return MergeResult(dataclasses.replace(result.adapter, metadata=metadata, source=source), report)
+
+
+def _format(first: str, merged: Adapter) -> str:
+    """The first input's format if it can say the merged names (they may have been translated), else theirs."""
+    return first if all(FORMATS[first].fits(name) for name in merged.modules) else detect(list(merged.modules))
+
+
+def _load(entry: Input, folder: Path, convert_rank: int | None) -> Adapter:
+    path = folder / entry.path
+    adapter = load(path, convert_rank=convert_rank)
+    if entry.sha256 and adapter.source.sha256 != entry.sha256:
+        raise RecipeError(
+            "An input is not the file this recipe was written for.",
+            file=path,
+            expected=f"sha256 {entry.sha256}",
+            found=f"sha256 {adapter.source.sha256}",
+            remedy="find the original file, or remove the sha256 from the recipe to use this one",
+        )
+    return adapter
+
+
+def _module_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+    """Patterns per adapter: its own, and of those meant for all the ones it has modules for."""
+    tables = [dict(entry.module_weights) for entry in recipe.inputs]
+    for pattern, factor in recipe.module_weights.items():
+        having = [
+            i for i, adapter in enumerate(adapters) if any(fnmatchcase(name, pattern) for name in adapter.modules)
+        ]
+        for i in having or [0]:  # nobody has them: let merge() refuse the pattern
+            tables[i][pattern] = tables[i].get(pattern, 1.0) * factor
+    return tables
