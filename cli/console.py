@@ -1,0 +1,99 @@
+"""What all commands share: where text goes, how errors look, which exit code they have, the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import traceback
+from collections.abc import Callable, Generator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+from ..core.errors import LegoMoleError, SaveError
+
+OK, BUG, USAGE, BAD_INPUT, NOT_WRITTEN, CANCELLED = 0, 1, 2, 3, 4, 130
+
+_UsageError = typer.BadParameter.__bases__[0]
+
+
+def out() -> Console:
+    """Standard output: results. Made anew each time, because tests (and pipes) replace the stream."""
+    return Console(highlight=False, soft_wrap=True)
+
+
+def err() -> Console:
+    """Standard error: progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(data: object) -> None:
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+class Commands(TyperGroup):
+    """The commands of `legomole`. Turns every error into one panel (or one JSON object) and an exit code."""
+
+    _json = False
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        self._json = "--json" in args
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            self._tell(CANCELLED, "Cancelled", {"problem": "Cancelled. Nothing was written."})
+        except _UsageError as error:
+            if not self._json:
+                raise  # typer shows it beside the usage line, and exits with USAGE
+            self._tell(USAGE, "Usage", {"problem": error.format_message()})  # type: ignore[attr-defined]
+        except LegoMoleError as error:
+            code = NOT_WRITTEN if isinstance(error, SaveError) else BAD_INPUT
+            self._tell(code, type(error).__name__, _facts(error))
+        except Exception as error:
+            if not self._json:
+                traceback.print_exc()
+            self._tell(BUG, "Unexpected error", {"problem": f"{type(error).__name__}: {error}", "remedy": _REPORT})
+
+    def _tell(self, code: int, title: str, facts: dict[str, str]) -> None:
+        if self._json:
+            print_json({"error": {"kind": title, **facts}, "exit_code": code})
+        else:
+            text = Text(facts["problem"])
+            for key, label in (("file", "file"), ("module", "module"), ("expected", "expected"), ("found", "found")):
+                if key in facts:
+                    text.append(f"\n{label + ':':<10}", style="bold").append(facts[key])
+            if "remedy" in facts:
+                text.append("\nto do:    ", style="bold green").append(facts["remedy"])
+            err().print(Panel(text, title=title, title_align="left", border_style="red"))
+        raise typer.Exit(code)
+
+
+_REPORT = "this is a bug in legomole: please report it with the lines above and what you typed"
+
+
+def _facts(error: LegoMoleError) -> dict[str, str]:
+    facts = {key: getattr(error, key) for key in ("problem", "file", "module", "expected", "found", "remedy")}
+    return {key: str(value) for key, value in facts.items() if value is not None}
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, *, quiet: bool) -> Generator[Callable[[int, int, str], None], None, None]:
+    """A bar on standard error while the block runs; nothing when `quiet` or not on a terminal.
+
+    Yields:
+        The callback `merge` wants: modules done, modules in all, name of the last.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err(), transient=True, disable=quiet or not err().is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, _name: bar.update(task, completed=done, total=total)

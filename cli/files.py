@@ -1,0 +1,185 @@
+"""`legomole inspect` and `legomole convert`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import out, print_json
+from .names import key_map, spelled_for
+from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+
+if TYPE_CHECKING:
+    from ..core.formats import Summary
+
+INSPECT_EXAMPLES = """[bold]Examples[/bold]
+
+[cyan]legomole inspect style.safetensors[/cyan]
+[cyan]legomole inspect style.safetensors --modules | grep attn2[/cyan]
+[cyan]legomole inspect style.safetensors subject.safetensors[/cyan]  (how alike are they?)
+[cyan]legomole inspect merged.safetensors --recipe > recipe.yaml[/cyan]
+"""
+CONVERT_EXAMPLES = """[bold]Examples[/bold]
+
+[cyan]legomole convert lokr.safetensors --convert-rank 32 -o lora.safetensors[/cyan]
+[cyan]legomole convert fp32.safetensors --dtype float16 -o small.safetensors[/cyan]
+[cyan]legomole convert kohya.safetensors --to diffusers -o for_diffusers.safetensors[/cyan]
+"""
+
+_SHOWN = 60  # characters of a metadata value
+
+
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(metavar="LORA", help="LoRA files or PEFT folders.")],
+    modules: Annotated[bool, typer.Option("--modules", help="List the module names, one a line.")] = False,
+    recipe: Annotated[bool, typer.Option("--recipe", help="Print only the recipe of a merged file, as YAML.")] = False,
+    json: Json = False,
+) -> None:
+    """Look inside LoRA files: format, ranks, number formats, metadata, and how they were merged.
+
+    Reads only the header, so it also works for files that cannot be merged. Several files: how far they overlap.
+    """
+    from ..core.formats import summarise
+
+    summaries = [summarise(path) for path in paths]
+    if recipe:
+        _print_recipes(summaries, json)
+    elif json:
+        data = [_plain(summary) for summary in summaries]
+        print_json({"files": data} | ({"overlap": _overlap(paths)} if len(paths) > 1 else {}))
+    elif modules:
+        for summary in summaries:
+            out().print("\n".join(summary.names), markup=False)
+    else:
+        for summary in summaries:
+            _show(summary)
+        if len(paths) > 1:
+            _show_overlap(paths)
+
+
+def _plain(summary: Summary) -> dict[str, Any]:
+    data: dict[str, Any] = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
+    made = data["metadata"].get("legomole")
+    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    return plain | {"base_model": base_model(summary), "legomole": json_module.loads(made) if made else None}
+
+
+def base_model(summary: Summary) -> str:
+    """What the metadata says the LoRA was trained on, in its own words; ``unknown`` where it does not say."""
+    for key in ("modelspec.architecture", "ss_base_model_version"):
+        if summary.metadata.get(key):
+            return summary.metadata[key]
+    return "unknown (the metadata does not say)"
+
+
+def _show(summary: Summary) -> None:
+    from ..core.run import recipe_in
+
+    table = Table(title=summary.path, title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("format", summary.format)
+    table.add_row("base model", base_model(summary))
+    table.add_row("modules", str(summary.modules))
+    table.add_row("ranks", _counts(summary.ranks) or "none: no plain low-rank modules")
+    table.add_row("numbers", _counts(summary.dtypes))
+    table.add_row("holds", _counts(summary.roles))
+    if summary.others:
+        table.add_row("other keys", f"{len(summary.others)}: {', '.join(summary.others[:5])}")
+    table.add_row("size", size_of(Path(summary.path)))
+    for key, value in sorted(summary.metadata.items()):
+        if key != "legomole":
+            table.add_row(
+                f"· {key}", value if len(value) <= _SHOWN else f"{value[:_SHOWN]}.. ({len(value)} characters)"
+            )
+    made = recipe_in(summary.metadata, summary.path)
+    if made is not None:
+        inputs = ", ".join(f"{entry.path}:{entry.weight:g}" for entry in made.inputs)
+        table.add_row("merged from", inputs)
+        settings = ", ".join(f"{key} {value}" for key, value in made.settings.items())
+        table.add_row("merged by", f"legomole {made.legomole}, {made.method}{f' ({settings})' if settings else ''}")
+    out().print(table)
+    out().print()
+
+
+def _counts(counts: Mapping[Any, int]) -> str:
+    return ", ".join(f"{name}" if len(counts) == 1 else f"{name} ({n})" for name, n in counts.items())
+
+
+def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
+    from ..core.recipe import to_text
+    from ..core.run import read_recipe
+
+    for summary in summaries:
+        recipe = read_recipe(Path(summary.path))
+        if json:
+            print_json(recipe.to_dict())
+        else:
+            typer.echo(to_text(recipe), nl=False)
+
+
+def _overlap(paths: Sequence[Path]) -> dict[str, Any]:
+    """How many modules each pair shares, and how alike their deltas are there."""
+    from ..core.align import align
+    from ..core.formats import load
+    from ..core.merge import merge
+    from ..core.methods.concat import Concat
+
+    adapters = align([load(path) for path in paths], key_map=key_map)
+    report = merge(adapters, Concat()).report
+    pairs = [(i, j) for i in range(len(paths)) for j in range(i + 1, len(paths))]
+    cosine = report.overlap()
+    return {
+        "modules": {str(path): len(adapter.modules) for path, adapter in zip(paths, adapters, strict=True)},
+        "pairs": [
+            {
+                "files": [str(paths[i]), str(paths[j])],
+                "shared_modules": len(set(adapters[i].modules) & set(adapters[j].modules)),
+                "cosine": cosine[i][j],
+            }
+            for i, j in pairs
+        ],
+    }
+
+
+def _show_overlap(paths: Sequence[Path]) -> None:
+    table = Table(title="Overlap (1: the same direction, 0: unrelated, -1: opposite)", title_justify="left")
+    for column in ("first", "second", "shared modules", "cosine"):
+        table.add_column(column, justify="right" if column in ("shared modules", "cosine") else "left")
+    for pair in _overlap(paths)["pairs"]:
+        table.add_row(*pair["files"], str(pair["shared_modules"]), f"{pair['cosine']:+.3f}")
+    out().print(table)
+
+
+def convert(
+    input: Annotated[Path, typer.Argument(metavar="LORA", help="A LoRA file or PEFT folder.")],
+    output: Output,
+    to: Annotated[
+        FormatName | None,
+        typer.Option(metavar="NAME", help="kohya, diffusers, peft or comfy. Default: the one it has."),
+    ] = None,
+    dtype: Dtype = None,
+    convert_rank: ConvertRank = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write a LoRA in another file format or number format, or a LoHa or LoKr as a plain LoRA."""
+    import torch
+
+    from ..core.formats import load, save
+
+    adapter = load(input, convert_rank=convert_rank)
+    format = to or adapter.source.format
+    target = check_output(output, format, [input], overwrite=overwrite)
+    adapter = spelled_for(adapter, format)
+    written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
+    if json:
+        print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})
+    else:
+        out().print(f"wrote {written} ({format}, {len(adapter.modules)} modules, {size_of(written)})", markup=False)

@@ -1,0 +1,252 @@
+"""`legomole merge` and `legomole compress`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ..core.errors import MergeError
+from .arguments import add_module_weights, parse_input, parse_setting
+from .console import out, print_json, progress_bar
+from .names import key_map, spelled_for
+from .options import (
+    DEFAULT_RANK,
+    LEGO,
+    METHOD,
+    WEIGHTS,
+    ConvertRank,
+    Device,
+    Dtype,
+    Format,
+    Json,
+    MethodName,
+    Output,
+    Overwrite,
+    RankOption,
+    Seed,
+    check_output,
+    size_of,
+)
+
+EXAMPLES = """[bold]Examples[/bold]
+
+Two LoRAs, the second one louder, merged with LEGO at rank 16:
+[cyan]legomole merge style.safetensors:0.8 subject.safetensors:1.2 --rank 16 -o both.safetensors[/cyan]
+
+As much rank as 99% of the sum needs, text encoder at half strength for the style:
+[cyan]legomole merge style.safetensors:0.8:0.4 subject.safetensors --rank 99% -o both.safetensors[/cyan]
+
+LEGO as published, keeping the first LoRA out of the cross attention:
+[cyan]legomole merge a.safetensors b.safetensors --geometry paper --module-weight '1:*attn2*=0' -o ab.safetensors[/cyan]
+
+Repeat a merge from the file it made, or from a recipe:
+[cyan]legomole merge --config both.safetensors -o again.safetensors[/cyan]
+[cyan]legomole merge --config recipe.yaml --seed 1 -o variant.safetensors[/cyan]
+"""
+COMPRESS_EXAMPLES = """[bold]Example[/bold]
+
+[cyan]legomole compress big.safetensors --rank 16 -o small.safetensors[/cyan]
+[cyan]legomole compress big.safetensors --rank 95% -o small.safetensors[/cyan]
+"""
+
+
+def merge(
+    output: Output,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="LORA[:WEIGHT[:TEXT_ENCODER_WEIGHT]]",
+            help="LoRA files or PEFT folders. Weight 1 if not given; negative subtracts.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A recipe (.yaml, .toml) or a merged file to repeat. What you type besides overrides it; LoRAs you "
+            "type replace its whole list.",
+        ),
+    ] = None,
+    method: Annotated[
+        MethodName | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="lego (default), concat (the exact sum), svd (nearest to the sum), ties, dare, knots, linear, or "
+            "calibrated.",
+        ),
+    ] = None,
+    rank: RankOption = None,
+    geometry: Annotated[
+        Literal["rank-one", "paper"] | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=LEGO,
+            help="Compare units as rank-one matrices (rank-one, the default: whatever their sign, scale and rotation) "
+            "or by their factors as they lie (paper, as published).",
+        ),
+    ] = None,
+    parameter_reweight: Annotated[
+        bool | None,
+        typer.Option(rich_help_panel=LEGO, help="Give merged units their members' mean norm. Default: on for paper."),
+    ] = None,
+    output_reweight: Annotated[
+        bool | None,
+        typer.Option(rich_help_panel=LEGO, help="Multiply B by sqrt(r / k). Default: on for paper."),
+    ] = None,
+    norm: Annotated[
+        Literal["inf", "l2"] | None,
+        typer.Option(metavar="NAME", rich_help_panel=LEGO, help="Of the parameter reweighting: inf (default) or l2."),
+    ] = None,
+    density: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            rich_help_panel=METHOD,
+            help="ties, dare, knots: share of entries to keep, 0 to 1. Default 0.5.",
+        ),
+    ] = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=METHOD,
+            help="calibrated: activation statistics measured with these LoRAs.",
+        ),
+    ] = None,
+    seed: Seed = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            rich_help_panel=METHOD,
+            help="Any other setting of the method, e.g. --set starts=4. Repeatable.",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(rich_help_panel=WEIGHTS, help="Divide the weights by the sum of their magnitudes. Default: no."),
+    ] = None,
+    module_weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE",
+            rich_help_panel=WEIGHTS,
+            help="[N:]PATTERN=FACTOR. Multiply the weight of matching modules, of the N-th LoRA or of all: "
+            "'1:*attn2*=0.5'. Repeatable; module names: legomole inspect --modules.",
+        ),
+    ] = None,
+    convert_rank: ConvertRank = None,
+    dtype: Dtype = None,
+    format: Format = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Merge LoRAs into one.
+
+    Ranks, file formats and number formats may differ; a layer that only some of them have is merged from those.
+    The result says in its metadata how it was made, and [bold]--config[/bold] repeats it, byte for byte.
+    """
+    from ..core.recipe import from_dict
+    from ..core.run import read_recipe
+
+    base: dict[str, Any] = {"method": "lego"}
+    folder = Path()
+    if config is not None:
+        folder = config.parent
+        base = read_recipe(config).model_dump(exclude_unset=True)
+        if "statistics" in base.get("settings", {}):
+            base["settings"]["statistics"] = str((folder / base["settings"]["statistics"]).absolute())
+    if inputs:
+        folder = Path()
+        base["inputs"] = [parse_input(text) for text in inputs]
+    if not base.get("inputs"):
+        raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
+    if method is not None and method != base["method"]:
+        base = {**base, "method": method, "settings": {}}  # settings of another method would only be refused
+    typed = {
+        "rank": rank,
+        "geometry": geometry,
+        "parameter_reweight": parameter_reweight,
+        "output_reweight": output_reweight,
+        "norm": norm,
+        "density": density,
+        "statistics": None if statistics is None else str(statistics.absolute()),
+        "seed": seed,
+        **dict(parse_setting(text) for text in settings or ()),
+    }
+    base["settings"] = {**base.get("settings", {}), **_given(typed)}
+    base |= _given({"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank})
+    add_module_weights(base, module_weight or ())
+    _carry_out(from_dict(base, config), folder, output, device=device, overwrite=overwrite, json=json)
+
+
+def compress(
+    input: Annotated[str, typer.Argument(metavar="LORA", help="The LoRA to make smaller.")],
+    output: Output,
+    rank: RankOption = None,
+    method: Annotated[
+        Literal["svd", "lego"],
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=METHOD,
+            help="svd: the nearest LoRA of that rank. lego: clusters of units.",
+        ),
+    ] = "svd",
+    seed: Seed = None,
+    convert_rank: ConvertRank = None,
+    dtype: Dtype = None,
+    format: Format = None,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Make one LoRA smaller: fewer units that do (almost) the same."""
+    from ..core.recipe import from_dict
+
+    data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
+    settings = _given({"rank": rank or "95%", "seed": seed})
+    recipe = from_dict({**data, "inputs": [{"path": input}], "settings": settings})
+    _carry_out(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise MergeError(
+            "This device cannot be used.", expected="cpu, or a device of this machine", found=f"{name}: {error}"
+        ) from error
+
+
+def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrite: bool, json: bool) -> None:
+    from ..core.formats import save, summarise
+    from ..core.methods import METHODS
+    from ..core.run import run
+
+    _check_device(device)
+    fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
+    if "rank" in fields and "rank" not in recipe.settings:
+        recipe = recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
+    paths = [folder / entry.path for entry in recipe.inputs]
+    target = check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
+    with progress_bar("merging", quiet=json) as progress:
+        result = run(recipe, folder=folder, key_map=key_map, device=device, progress=progress)
+    format = recipe.format or result.adapter.source.format
+    written = save(spelled_for(result.adapter, format), target, format=format)
+    if json:
+        print_json({"output": str(written), "report": result.report.to_dict()})
+        return
+    out().print(result.report.text(), markup=False)
+    out().print(f"wrote {written} ({size_of(written)})", markup=False)

@@ -1,0 +1,92 @@
+"""Options that several commands share, and the check of the output they all make. No torch here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..core.errors import SaveError
+
+# named here, not taken from the engine's tables, so that --help needs no torch
+MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated"]
+FormatName = Literal["kohya", "diffusers", "peft", "comfy"]
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+DEFAULT_RANK = "1x"  # the inputs' mean rank, the choice of the LEGO paper
+
+METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
+
+Output = Annotated[
+    Path,
+    typer.Option(
+        "-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors), or a folder for --format peft."
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the output if it exists; else that is an error."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output, errors too.")]
+Dtype = Annotated[
+    DtypeName | None,
+    typer.Option(
+        metavar="TYPE",
+        rich_help_panel=OUTPUT,
+        help="Numbers of the result: float32, float16 or bfloat16. Default: the inputs' widest.",
+    ),
+]
+Format = Annotated[
+    FormatName | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+        help="kohya, diffusers, peft or comfy. Default: that of the first LoRA.",
+    ),
+]
+ConvertRank = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="Allow LoHa, LoKr and full deltas: approximate each at this rank. Default: refuse them.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=METHOD, help="Of lego's extra starts and dare's masks. Default 0."),
+]
+RankOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RANK",
+        rich_help_panel=METHOD,
+        help="Merged rank: a number (16), a multiple of the inputs' mean rank (1.5x), as much as keeps a share of the "
+        f"sum's energy (95%), or auto (= 95%). Default {DEFAULT_RANK}.",
+    ),
+]
+
+
+def check_output(output: Path, format: str, inputs: list[Path], *, overwrite: bool) -> Path:
+    """The path that will be written, refused before any work is done if it cannot be.
+
+    Raises:
+        SaveError: It exists and may not be replaced, is one of the inputs, or its folder is missing.
+    """
+    if format != "peft" and output.suffix != ".safetensors":
+        output = output.with_name(f"{output.name}.safetensors")
+    if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
+        raise SaveError("The output is one of the inputs.", file=output, remedy="choose another name")
+    if not output.absolute().parent.is_dir():
+        raise SaveError("The output folder does not exist.", file=output.absolute().parent, remedy="create it first")
+    if output.exists() and not overwrite:
+        raise SaveError("The output exists already.", file=output, remedy="choose another name, or add --overwrite")
+    return output
+
+
+def size_of(path: Path) -> str:
+    """Size of a file, or of all files in a folder, for people."""
+    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
