@@ -142,7 +142,7 @@ def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return A_k, B_k
 
 
-def nearest(D: Tensor, k: int, *, power: int = 6) -> tuple[Tensor, Tensor]:
+def nearest(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
     """Best rank-`k` approximation of a dense matrix. Exact when it is small, else by randomized subspace iteration.
 
     The start is always the same, so equal inputs give equal results.

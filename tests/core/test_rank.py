@@ -72,6 +72,19 @@ def test_a_share_of_energy_by_hand():
     assert [int(Rank(p, "%").resolve(pool)) for p in (1, 64, 65, 92, 93, 99, 100)] == [1, 1, 2, 2, 3, 3, 3]
 
 
+@pytest.mark.parametrize(("S", "percent"), [((4, 3), 64), ((3, 1), 90), ((2, 1), 80), ((7, 1), 98), ((1, 1), 50)])
+def test_a_share_met_exactly_is_met_despite_rounding(S, percent):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        # turned units round differently, the share stays S_1^2 / (S_1^2 + S_2^2)
+        turn = torch.linalg.qr(torch.randn(2, 2, generator=g, dtype=torch.float64)).Q
+        pool = random_pool((2,), batch=1)
+        pool.__dict__.update(
+            G_A=(turn * torch.tensor(S).double().square() @ turn.mT)[None], G_B=torch.eye(2).double()[None]
+        )
+        assert int(Rank(percent, "%").resolve(pool)) == 1
+
+
 @given(st.integers(0, 10_000), st.floats(1, 100))
 @settings(max_examples=30, deadline=None)
 def test_a_share_of_energy_is_kept_and_one_less_would_not_keep_it(seed, percent):
