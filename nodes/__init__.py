@@ -1,0 +1,1 @@
+"""The ComfyUI nodes. Only this folder knows ComfyUI; `comfy.py` alone touches more of it than its node API."""

@@ -1,0 +1,19 @@
+"""The list of nodes, as ComfyUI asks for it."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import ComfyExtension, io
+
+_LOG = logging.getLogger(__name__)
+
+
+class LegoMoleExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        try:
+            from . import apply, load, merge, save
+        except Exception:
+            _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
+            raise
+        return [load.LoadLoRA, merge.LegoMerge, merge.MergeLoRAs, apply.ApplyLoRA, save.SaveLoRA]

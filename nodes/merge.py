@@ -1,0 +1,149 @@
+"""LEGO Merge and Merge LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..core import recipe
+from ..core.adapter import Source
+from ..core.merge import merge
+from ..core.metadata import file_metadata
+from ..core.methods import METHODS, MergeMethod
+from . import comfy
+from .lora import Lora, flatten
+from .reading import read_files
+from .settings import chosen, has_widgets, module_weights, settings
+from .sockets import CATEGORY, lora_output, loras_input, model_inputs, module_weights_input, widget
+
+LEGO = METHODS["lego"]
+BASELINES = {name: method for name, method in METHODS.items() if method is not LEGO and has_widgets(method)}
+
+
+def _outputs() -> list[Any]:
+    return [
+        lora_output("The merged LoRA: connect it to Apply LoRA, Save LoRA or another merge."),
+        io.String.Output("report", display_name="report", tooltip="What the merge did, layer by layer in short."),
+    ]
+
+
+def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any, rules: str | None) -> io.NodeOutput:
+    """Read, merge, and say what happened: what both nodes do."""
+    values = flatten(loras, comfy.lora_path)
+    reading = read_files(values) if model is None else comfy.read(values, model, clip)
+    per_module = module_weights(rules or "", reading.adapters)
+    result = merge(
+        reading.adapters,
+        method,
+        [value.strength_model for value in values],
+        text_encoder_weights=[value.strength_clip for value in values],
+        module_weights=per_module,
+        progress=comfy.progress(),
+    )
+    report = replace(
+        result.report,
+        dropped=(*result.report.dropped, *reading.dropped),
+        notes=(*result.report.notes, *reading.notes),
+    )
+    made = recipe.Recipe(
+        method=report.method,
+        settings=recipe.settings_of(method),
+        inputs=[
+            recipe.Input(
+                path=adapter.source.path or value.label,
+                sha256=adapter.source.sha256,
+                weight=value.strength_model,
+                text_encoder_weight=value.strength_clip,
+                module_weights=weights,
+            )
+            for value, adapter, weights in zip(values, reading.adapters, per_module, strict=True)
+        ],
+        convert_rank=max(value.convert_rank for value in values) or None,
+    )
+    label = f"{report.method}({', '.join(report.inputs)})"
+    adapter = replace(
+        reading.finish(result.adapter),
+        metadata=file_metadata(made, report, reading.adapters),
+        source=Source(label, format="comfy"),
+    )
+    return io.NodeOutput(Lora(adapter, label), report.text())
+
+
+class LegoMerge(io.ComfyNode):
+    """LoRA-LEGO (arXiv 2409.16167): the LoRAs' units are clustered, each cluster becomes one unit of the result."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        shown = ("rank", "geometry", "parameter_reweight", "output_reweight")
+        return io.Schema(
+            node_id="LegoMoLE_LegoMerge",
+            display_name="LEGO Merge",
+            category=CATEGORY,
+            description="Merge LoRAs of any ranks into one by clustering their smallest building blocks (LoRA-LEGO).",
+            search_aliases=["merge lora", "combine loras", "lora lego", "legomole", "lora merger"],
+            inputs=[
+                loras_input(),
+                *(widget(setting, advanced=setting.name not in shown) for setting in settings(LEGO)),
+                *model_inputs(),
+                module_weights_input(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        loras: dict[str, Any],
+        model: Any = None,
+        clip: Any = None,
+        module_weights: str | None = None,
+        **widgets: Any,
+    ) -> io.NodeOutput:
+        method = recipe.build_method("lego", chosen(LEGO, widgets))
+        return _merge(loras, method, model, clip, module_weights)
+
+
+class MergeLoRAs(io.ComfyNode):
+    """The other methods of the table, to use and to compare with."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LegoMoLE_MergeLoRAs",
+            display_name="Merge LoRAs",
+            category=CATEGORY,
+            description="Merge LoRAs by another method than LEGO: the exact sum (concat), its best low-rank "
+            "approximation (svd), and the known heuristics (linear, TIES, DARE, KnOTS).",
+            search_aliases=["merge lora", "combine loras", "ties", "dare", "knots", "svd", "legomole", "lora merger"],
+            inputs=[
+                loras_input(),
+                io.DynamicCombo.Input(
+                    "method",
+                    options=[
+                        io.DynamicCombo.Option(name, [widget(setting) for setting in settings(method)])
+                        for name, method in BASELINES.items()
+                    ],
+                    tooltip="concat: the exact sum, with the ranks added up. svd: the closest LoRA of a given rank to "
+                    "that sum. linear, ties, dare, knots: the known heuristics.",
+                ),
+                *model_inputs(),
+                module_weights_input(),
+            ],
+            outputs=_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        loras: dict[str, Any],
+        method: dict[str, Any],
+        model: Any = None,
+        clip: Any = None,
+        module_weights: str | None = None,
+    ) -> io.NodeOutput:
+        name = method["method"]
+        built = recipe.build_method(name, chosen(BASELINES[name], method))
+        return _merge(loras, built, model, clip, module_weights)

@@ -1,0 +1,79 @@
+"""The socket types our nodes speak, and the inputs several of them share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from .settings import Setting
+
+LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `Lora`
+LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train LoRA returns
+LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]
+
+CATEGORY = "LegoMoLE"
+
+
+def strength(name: str, tooltip: str) -> Any:
+    """A strength slider with the stock loader's range."""
+    return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
+
+
+def loras_input() -> Any:
+    """The growing row of LoRA sockets."""
+    one = io.MultiType.Input(
+        "lora",
+        [LEGOMOLE_LORA, LORA_MODEL, LORA_STACK],
+        tooltip="A LoRA from Load LoRA or another merge, one trained in this graph (LORA_MODEL), or a whole "
+        "LORA_STACK, which counts as its entries. Strengths come with the LoRAs.",
+    )
+    return io.Autogrow.Input(
+        "loras",
+        template=io.Autogrow.TemplatePrefix(one, prefix="lora", min=1, max=50),
+        tooltip="The LoRAs to merge. A new socket appears as you connect the last one.",
+    )
+
+
+def model_inputs() -> list[Any]:
+    """MODEL and CLIP, through which any LoRA that ComfyUI can load becomes mergeable."""
+    return [
+        io.Model.Input(
+            "model",
+            optional=True,
+            tooltip="The base model. With it, any LoRA ComfyUI can load into it can be merged, whatever tool wrote it.",
+        ),
+        io.Clip.Input("clip", optional=True, tooltip="Its text encoders, for LoRAs that also train those."),
+    ]
+
+
+def module_weights_input() -> Any:
+    return io.String.Input(
+        "module_weights",
+        default="",
+        multiline=True,
+        optional=True,
+        advanced=True,
+        tooltip="Weights per layer, one rule a line: '*attn2* = 0.5' for every LoRA, '2: *single_blocks* = 0' to keep "
+        "the second out of some layers, '1: * = 0.8' for a LoRA's overall strength.",
+    )
+
+
+def widget(setting: Setting, advanced: bool = False) -> Any:
+    """The input for a merge method's setting."""
+    common = {"tooltip": setting.tooltip, "advanced": advanced}
+    if setting.kind == "rank":
+        return io.String.Input(setting.name, default=setting.default, **common)
+    if setting.kind == "choice":
+        return io.Combo.Input(setting.name, options=list(setting.choices), default=setting.default, **common)
+    if setting.kind == "share":
+        return io.Float.Input(setting.name, default=setting.default, min=0.0, max=1.0, step=0.01, **common)
+    if setting.name == "seed":
+        return io.Int.Input(
+            "seed", default=0, min=0, max=2**31 - 1, control_after_generate=io.ControlAfterGenerate.fixed, **common
+        )
+    return io.Int.Input(setting.name, default=setting.default, min=0, max=100, **common)
+
+
+def lora_output(tooltip: str) -> Any:
+    return LEGOMOLE_LORA.Output("lora", display_name="lora", tooltip=tooltip)
