@@ -33,5 +33,4 @@ def __getattr__(name: str) -> Any:
 
 async def comfy_entrypoint() -> Any:
     """Called by ComfyUI once its own modules are loaded; returns the extension with our nodes."""
-    nodes = importlib.import_module(".nodes", __name__)
-    return nodes.LegoMoleExtension()
+    return importlib.import_module(".nodes.extension", __name__).LegoMoleExtension()
