@@ -1,0 +1,110 @@
+"""Prompts (API format), built piece by piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .server import Prompt
+
+Link = list[Any]  # [node id, output number]
+
+
+class Graph:
+    """A prompt under construction. Node ids are readable: the class name and a number."""
+
+    def __init__(self, base: str = "flux") -> None:
+        self.nodes: Prompt = {}
+        checkpoint, _ = self.add("CheckpointLoaderSimple", ckpt_name="sd15_nano.safetensors")
+        self.model, self.clip, self._vae = [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
+        self._latent, self._cfg = "EmptyLatentImage", 4.0
+        if base == "flux":  # its own text encoders are large: CLIP-L's states have the width it was made for
+            self.model = self.add("UNETLoader", unet_name="flux_nano.safetensors", weight_dtype="default")
+            self._vae = self.add("VAELoader", vae_name="taef1")
+            self._latent, self._cfg = "EmptySD3LatentImage", 1.0
+
+    def add(self, kind: str, **inputs: Any) -> Link:
+        """Add a node; a link to its first output. ``loras__lora0`` stands for ``loras.lora0``."""
+        name = f"{kind}{sum(node['class_type'] == kind for node in self.nodes.values())}"
+        self.nodes[name] = {
+            "class_type": kind,
+            "inputs": {key.replace("__", "."): value for key, value in inputs.items() if value is not None},
+        }
+        return [name, 0]
+
+    def load(self, name: str, model: float = 1.0, clip: float = 1.0, convert_rank: int = 0) -> Link:
+        return self.add(
+            "LegoMoLE_LoadLoRA", lora_name=name, strength_model=model, strength_clip=clip, convert_rank=convert_rank
+        )
+
+    def lego(self, *loras: Link, with_model: bool = True, **settings: Any) -> Link:
+        defaults = {
+            "rank": "1x",
+            "geometry": "rank-one",
+            "centroid": "auto",
+            "parameter_reweight": "auto",
+            "output_reweight": "auto",
+            "norm": "inf",
+            "starts": 1,
+            "seed": 0,
+        }
+        host = {"model": self.model, "clip": self.clip} if with_model else {}
+        return self.add("LegoMoLE_LegoMerge", **_row(loras), **host, **{**defaults, **settings})
+
+    def merge(self, method: str, *loras: Link, with_model: bool = True, **settings: Any) -> Link:
+        host = {"model": self.model, "clip": self.clip} if with_model else {}
+        settings = {f"method__{name}": value for name, value in settings.items()}
+        return self.add("LegoMoLE_MergeLoRAs", **_row(loras), **host, method=method, **settings)
+
+    def apply(self, lora: Link, model: float = 1.0, clip: float = 1.0) -> tuple[Link, Link]:
+        node, _ = self.add(
+            "LegoMoLE_ApplyLoRA",
+            model=self.model,
+            clip=self.clip,
+            lora=lora,
+            strength_model=model,
+            strength_clip=clip,
+        )
+        return [node, 0], [node, 1]
+
+    def stock(self, *names: str, strengths: list[float] | None = None) -> tuple[Link, Link]:
+        """A chain of stock loaders."""
+        model, clip = self.model, self.clip
+        for name, strength in zip(names, strengths or [1.0] * len(names), strict=True):
+            node, _ = self.add(
+                "LoraLoader",
+                model=model,
+                clip=clip,
+                lora_name=name,
+                strength_model=strength,
+                strength_clip=strength,
+            )
+            model, clip = [node, 0], [node, 1]
+        return model, clip
+
+    def save(self, lora: Link, prefix: str, format: str = "comfy", dtype: str = "as is") -> Link:
+        return self.add("LegoMoLE_SaveLoRA", lora=lora, filename_prefix=prefix, format=format, dtype=dtype)
+
+    def picture(self, model: Link | None = None, clip: Link | None = None) -> str:
+        """Sample a picture; the node that saves it, and its latent."""
+        text = [self.add("CLIPTextEncode", text=text, clip=clip or self.clip) for text in ("a house of bricks", "")]
+        latent = self.add(self._latent, width=64, height=64, batch_size=1)
+        sampled = self.add(
+            "KSampler",
+            model=model or self.model,
+            positive=text[0],
+            negative=text[1],
+            latent_image=latent,
+            seed=7,
+            steps=2,
+            cfg=self._cfg,
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
+        self.add("SaveLatent", samples=sampled, filename_prefix="test/latent")
+        pixels = self.add("VAEDecode", samples=sampled, vae=self._vae)
+        return self.add("SaveImage", images=pixels, filename_prefix="test/picture")[0]
+
+
+def _row(loras: tuple[Link, ...]) -> dict[str, Link]:
+    return {f"loras__lora{i}": lora for i, lora in enumerate(loras)}

@@ -1,0 +1,226 @@
+"""A real ComfyUI, started for the tests: prompts go in over HTTP, its messages come back over the websocket."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import struct
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Prompt = dict[str, dict[str, Any]]
+
+
+def find() -> tuple[Path, Path] | str:
+    """ComfyUI's folder and its Python, or why there is none."""
+    folder = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+    python = Path(os.environ.get("COMFYUI_PYTHON", folder / ".venv/bin/python")).expanduser()
+    if not (folder / "main.py").exists():
+        return f"no ComfyUI in {folder} (set COMFYUI_PATH)"
+    if not python.exists():
+        return f"no Python for ComfyUI at {python} (set COMFYUI_PYTHON)"
+    return folder, python
+
+
+@dataclass
+class Run:
+    """What became of a prompt.
+
+    Args:
+        outputs: Node id -> what it shows (``images``, ``text`` ..).
+        messages: Websocket messages of this prompt, in order.
+    """
+
+    prompt_id: str
+    outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    messages: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [data for name, data in self.messages if name == kind]
+
+    @property
+    def error(self) -> str | None:
+        """The message of the node that failed."""
+        errors = self.of("execution_error")
+        return errors[0]["exception_message"] if errors else None
+
+    @property
+    def executed(self) -> set[str]:
+        """Nodes that ran; cached ones do not."""
+        return {data["node"] for data in self.of("executing") if data["node"] is not None}
+
+
+class Refused(Exception):
+    """The server did not accept a prompt; the value is its answer."""
+
+
+class Server:
+    """ComfyUI on a free port, with `base` as its models, outputs and custom nodes."""
+
+    def __init__(self, folder: Path, python: Path, base: Path) -> None:
+        self.base = base
+        self.folder, self.python = folder, python
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = base / "server.log"
+        self._out = self.log.open("wb")
+        self.process = subprocess.Popen(
+            [
+                *(python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", base),
+                *("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"),
+            ],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""},
+            stdout=self._out,
+            stderr=subprocess.STDOUT,
+        )
+        self.client = uuid.uuid4().hex
+        self.messages: list[tuple[str, dict[str, Any]]] = []
+        self._news = threading.Condition()
+        self._wait_until_ready()
+        self._socket = self._connect()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._listener.join(10)  # the server's end closes the stream
+        self._stream.close()
+        self._socket.close()
+        self._out.close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def loras(self) -> Path:
+        return self.base / "models" / "loras"
+
+    def get(self, path: str) -> Any:
+        return json.loads(self._request(path))
+
+    def text(self, path: str) -> str:
+        return self._request(path).decode()
+
+    def post(self, path: str, data: Any) -> Any:
+        answer = self._request(path, json.dumps(data).encode())
+        return json.loads(answer) if answer else None
+
+    def _request(self, path: str, body: bytes | None = None) -> bytes:
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.read()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                self.get("/system_stats")
+                return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}") from None
+                time.sleep(0.2)
+
+    # ---- prompts
+
+    def queue(self, prompt: Prompt) -> str:
+        """Queue a prompt; its id.
+
+        Raises:
+            Refused: The server's validation found something.
+        """
+        try:
+            return self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            with error:
+                raise Refused(json.loads(error.read())) from None
+
+    def wait(self, prompt_id: str, timeout: float = 120) -> Run:
+        """Wait until a prompt is done, has failed or was interrupted."""
+        ends = {"execution_success", "execution_error", "execution_interrupted"}
+
+        def done() -> bool:
+            return any(kind in ends and data.get("prompt_id") == prompt_id for kind, data in self.messages)
+
+        with self._news:
+            if not self._news.wait_for(done, timeout):
+                raise TimeoutError(f"prompt {prompt_id}:\n{self.log.read_text()[-4000:]}")
+            run = Run(prompt_id, messages=[m for m in self.messages if m[1].get("prompt_id") == prompt_id])
+        run.outputs = self.history(prompt_id)["outputs"]
+        return run
+
+    def history(self, prompt_id: str, timeout: float = 60) -> dict[str, Any]:
+        """What the server remembers of a prompt, once it is done (a moment after the message that says so)."""
+        deadline = time.monotonic() + timeout
+        while prompt_id not in (history := self.get(f"/history/{prompt_id}")):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"prompt {prompt_id}")
+            time.sleep(0.02)
+        return history[prompt_id]
+
+    def wait_for(self, kind: str, fits: Callable[[dict[str, Any]], bool], timeout: float = 60) -> None:
+        """Wait for a websocket message."""
+        with self._news:
+            seen = lambda: any(name == kind and fits(data) for name, data in self.messages)  # noqa: E731
+            if not self._news.wait_for(seen, timeout):
+                raise TimeoutError(f"no such {kind} message")
+
+    def run(self, prompt: Prompt) -> Run:
+        """Queue a prompt and wait; it must succeed."""
+        run = self.wait(self.queue(prompt))
+        assert run.error is None, run.error
+        return run
+
+    def fail(self, prompt: Prompt) -> str:
+        """Queue a prompt that must fail; the message the user sees."""
+        error = self.wait(self.queue(prompt)).error
+        assert error is not None, "it did not fail"
+        return error
+
+    # ---- websocket, just enough of RFC 6455 to listen
+
+    def _connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port))
+        key = base64.b64encode(os.urandom(16)).decode()
+        connection.sendall(
+            f"GET /ws?clientId={self.client} HTTP/1.1\r\nHost: 127.0.0.1:{self.port}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self._stream = connection.makefile("rb")
+        while self._stream.readline() not in (b"\r\n", b""):
+            pass
+        return connection
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                opcode, size = self._stream.read(2)
+                size &= 127
+                if size > 125:
+                    size = struct.unpack(">H" if size == 126 else ">Q", self._stream.read(2 if size == 126 else 8))[0]
+                payload = self._stream.read(size)
+                if opcode & 15 == 1:
+                    message = json.loads(payload)
+                    with self._news:
+                        self.messages.append((message["type"], message["data"]))
+                        self._news.notify_all()
+        except (ValueError, OSError):  # closed
+            return

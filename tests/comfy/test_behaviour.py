@@ -1,0 +1,260 @@
+"""How the nodes behave as part of ComfyUI: caching, progress, cancelling, saving, errors in our words."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from . import loras
+from .graph import Graph, Link
+from .server import Server
+
+pytestmark = pytest.mark.comfy
+
+OURS = ("LegoMoLE_LoadLoRA", "LegoMoLE_LegoMerge", "LegoMoLE_MergeLoRAs", "LegoMoLE_ApplyLoRA", "LegoMoLE_SaveLoRA")
+
+
+# ---- loading
+
+
+def test_pack_loads_with_all_nodes_documented(comfy: Server) -> None:
+    """Every node, input and output has its tooltip; every node a help page."""
+    for name in OURS:
+        node = comfy.get(f"/object_info/{name}")[name]
+        assert node["category"] == "LegoMoLE"
+        assert node["description"]
+        assert node["search_aliases"]
+        assert all(node["output_tooltips"])
+        for group in ("required", "optional"):
+            for key, (_, options) in node["input"].get(group, {}).items():
+                assert options.get("tooltip"), f"{name}.{key}"
+        page = comfy.text(f"/extensions/legomole/docs/{name}.md")
+        assert page.startswith("# "), name
+
+
+# ---- caching
+
+
+def test_nothing_runs_twice_until_the_file_changes(comfy: Server, files: dict[str, str]) -> None:
+    path = comfy.loras / "cached.safetensors"
+    loras.write(path, loras.kohya(loras.FLUX_FUSED, 2, 2.0, 30))
+    graph = Graph()
+    merged = graph.lego(graph.load("cached.safetensors"), graph.load(files["flux_split"]))
+    graph.save(merged, "cache/merged")
+    first = comfy.run(graph.nodes)
+    assert {"LegoMoLE_LegoMerge0", "LegoMoLE_SaveLoRA0"} <= first.executed
+    assert not comfy.run(graph.nodes).executed & {node for node in graph.nodes if "LegoMoLE" in node}
+    assert len(list((comfy.loras / "cache").iterdir())) == 1
+
+    loras.write(path, loras.kohya(loras.FLUX_FUSED, 2, 2.0, 31))
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))  # whatever the clock's resolution
+    again = comfy.run(graph.nodes).executed
+    assert {"LegoMoLE_LoadLoRA0", "LegoMoLE_LegoMerge0", "LegoMoLE_SaveLoRA0"} <= again
+    assert "LegoMoLE_LoadLoRA1" not in again
+    one, two = (load_file(file) for file in sorted((comfy.loras / "cache").iterdir()))
+    assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+# ---- progress and cancelling
+
+
+@pytest.fixture(scope="module")
+def slow(comfy: Server) -> Callable[[], tuple[Graph, Link]]:
+    """A merge that takes some seconds: many layers of high rank, many starts."""
+    shapes = {
+        f"lora_unet_{place}_{layer}": shape
+        for place in ("input_blocks_1_1", "input_blocks_2_1", "output_blocks_0_1", "output_blocks_1_1")
+        for layer, shape in {
+            "transformer_blocks_0_attn1_to_q": (320, 320),
+            "transformer_blocks_0_attn2_to_k": (320, 768),
+            "transformer_blocks_0_ff_net_0_proj": (2560, 320),
+            "transformer_blocks_0_ff_net_2": (320, 1280),
+        }.items()
+    }
+    names = [
+        loras.write(comfy.loras / f"slow_{i}.safetensors", loras.kohya(shapes, 96, 96.0, 40 + i)) for i in range(2)
+    ]
+
+    def build() -> tuple[Graph, Link]:
+        graph = Graph("sd15")
+        return graph, graph.lego(*(graph.load(name) for name in names), rank="64", starts=100)
+
+    return build
+
+
+def test_progress_is_shown_and_cancelling_leaves_everything_usable(
+    comfy: Server, files: dict[str, str], slow: Callable[[], tuple[Graph, Link]]
+) -> None:
+    graph, merged = slow()
+    graph.save(merged, "cancelled/merged")
+    prompt = comfy.queue(graph.nodes)
+    comfy.wait_for("progress", lambda data: data["node"] == merged[0] and 0 < data["value"] < data["max"] == 16)
+    comfy.post("/interrupt", {})
+    run = comfy.wait(prompt)
+    assert run.of("execution_interrupted")[0]["node_id"] == merged[0]
+    assert not (comfy.loras / "cancelled").exists()
+
+    after = Graph("sd15")
+    after.save(after.lego(after.load(files["sd15_kohya"])), "cancelled/after")
+    comfy.run(after.nodes)
+    assert (comfy.loras / "cancelled" / "after_00001_.safetensors").exists()
+
+
+# ---- saving
+
+
+def test_saved_files_are_numbered_and_never_overwritten(comfy: Server, files: dict[str, str]) -> None:
+    for settings in ("2", "3"):
+        graph = Graph()
+        path = graph.save(graph.lego(graph.load(files["flux_kohya"]), rank=settings), "numbered/%year%/merged")
+        graph.add("PreviewAny", source=path)
+        run = comfy.run(graph.nodes)
+    folder = comfy.loras / "numbered" / time.strftime("%Y")
+    assert sorted(file.name for file in folder.iterdir()) == ["merged_00001_.safetensors", "merged_00002_.safetensors"]
+    expected = str(folder / "merged_00002_.safetensors")
+    assert run.outputs["LegoMoLE_SaveLoRA0"]["text"] == [expected]
+    assert run.outputs["PreviewAny0"]["text"] == [expected]
+    assert "numbered/" in "".join(
+        comfy.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_saved_dtype(comfy: Server, files: dict[str, str], dtype: str) -> None:
+    graph = Graph()
+    graph.save(graph.lego(graph.load(files["flux_kohya"])), f"dtype/{dtype}", dtype=dtype)
+    comfy.run(graph.nodes)
+    state = load_file(comfy.loras / f"dtype/{dtype}_00001_.safetensors")
+    assert {tensor.dtype for key, tensor in state.items() if not key.endswith("alpha")} == {getattr(torch, dtype)}
+
+
+def test_format_that_cannot_say_the_names_is_refused(comfy: Server, files: dict[str, str]) -> None:
+    graph = Graph()
+    graph.save(graph.lego(graph.load(files["flux_kohya"])), "format/kohya", format="kohya")
+    assert "not named as the kohya format names them" in comfy.fail(graph.nodes)
+    assert not list((comfy.loras / "format").iterdir())
+
+
+@pytest.mark.parametrize("prefix", ["../escaped", "/tmp/escaped", "a/../../escaped", "C:\\escaped", "link/escaped", ""])
+def test_nothing_is_written_outside_the_loras_folder(
+    comfy: Server, files: dict[str, str], tmp_path: Path, prefix: str
+) -> None:
+    link = comfy.loras / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path, target_is_directory=True)
+    graph = Graph()
+    graph.save(graph.lego(graph.load(files["flux_kohya"])), prefix)
+    try:
+        assert "A LoRA can only be saved inside the loras folder." in comfy.fail(graph.nodes)
+    finally:
+        link.unlink()
+    assert not list(tmp_path.iterdir())
+    assert not list(comfy.base.rglob("*escaped*"))
+
+
+def test_unwritable_folder_is_reported(comfy: Server, files: dict[str, str]) -> None:
+    """A file where a folder should be: not even root can write there."""
+    (comfy.loras / "occupied").write_bytes(b"")
+    graph = Graph()
+    graph.save(graph.lego(graph.load(files["flux_kohya"])), "occupied/merged")
+    assert "The folder cannot be made." in comfy.fail(graph.nodes)
+    (comfy.loras / "occupied").unlink()
+
+
+# ---- bad input
+
+
+def _truncated(path: Path) -> None:
+    loras.write(path, loras.kohya(loras.FLUX_FUSED, 2, 2.0, 50))
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _not_a_number(path: Path) -> None:
+    state = loras.kohya(loras.FLUX_FUSED, 2, 2.0, 51)
+    state["lora_unet_double_blocks_0_img_mlp_0.lora_up.weight"][3, 1] = float("nan")
+    loras.write(path, state)
+
+
+def _mismatched(path: Path) -> None:
+    state = loras.kohya(loras.FLUX_FUSED, 2, 2.0, 52)
+    name = "lora_unet_double_blocks_0_img_mlp_0.lora_up.weight"
+    loras.write(path, {**state, name: torch.zeros(512, 3)})
+
+
+def _misfit(path: Path) -> None:
+    loras.write(path, loras.kohya({"lora_unet_double_blocks_0_img_mlp_0": (1024, 256)}, 2, 2.0, 53))
+
+
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated.safetensors": (_truncated, "The file is cut off"),
+    "text.safetensors": (lambda path: path.write_text("not a LoRA at all"), "not a safetensors file"),
+    "empty.safetensors": (lambda path: path.write_bytes(b""), "The file is empty."),
+    "pickle.pt": (lambda path: torch.save({"a": torch.zeros(1)}, path), "pickle"),
+    "nan.safetensors": (_not_a_number, "NaN or infinite"),
+    "mismatched.safetensors": (_mismatched, "do not fit together"),
+    "misfit.safetensors": (_misfit, "made for another base model"),
+    "other_base.safetensors": (
+        lambda path: loras.write(path, loras.kohya(loras.SD15_KOHYA, 2, 2.0, 54)),
+        "ComfyUI finds nothing in this LoRA",
+    ),
+    "unknown.safetensors": (lambda path: loras.write(path, {"a.b": torch.zeros(2)}), "ComfyUI finds nothing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_has_its_own_error(comfy: Server, files: dict[str, str], name: str) -> None:
+    write, message = BAD_FILES[name]
+    path = comfy.loras / name
+    write(path)
+    graph = Graph()
+    graph.save(graph.lego(graph.load(files["flux_kohya"]), graph.load(name)), "bad/merged")
+    try:
+        error = comfy.fail(graph.nodes)
+    finally:
+        path.unlink()
+    assert message in error
+    assert name in error  # which of them
+    assert not (comfy.loras / "bad").exists()
+
+
+BAD_SETTINGS = {
+    "rank 0": ({"rank": "0"}, 1.0, "This is not a rank."),
+    "rank text": ({"rank": "many"}, 1.0, "This is not a rank."),
+    "rank over the pool": ({"rank": "13"}, 1.0, "larger than all the LoRAs' ranks together"),
+    "strength nan": ({}, float("nan"), "not a finite number"),
+    "all strengths 0": ({}, 0.0, "every weight is 0"),
+    "rule": ({"module_weights": "attn2"}, 1.0, "not a rule for layer weights"),
+    "rule for a missing LoRA": ({"module_weights": "3: * = 1"}, 1.0, "names a LoRA that is not there"),
+    "rule that matches nothing": ({"module_weights": "*attn9* = 1"}, 1.0, "matches nothing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_setting_has_its_own_error(comfy: Server, files: dict[str, str], case: str) -> None:
+    settings, strength, message = BAD_SETTINGS[case]
+    graph = Graph()
+    loaded = [graph.load(files[name], strength, strength) for name in ("flux_kohya", "flux_kohya_2")]
+    graph.save(graph.lego(*loaded, **settings), "bad/merged")
+    assert message in comfy.fail(graph.nodes)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+def test_other_adapters_are_refused_without_convert_rank(comfy: Server, files: dict[str, str], kind: str) -> None:
+    graph = Graph()
+    graph.save(graph.lego(graph.load(files["flux_kohya"]), graph.load(files[kind])), "bad/merged")
+    error = comfy.fail(graph.nodes)
+    assert "not low rank" in error
+    assert "set convert_rank on Load LoRA" in error
+    assert "diffusion_model.double_blocks.0.img_" in error
+
+
+def test_lora_that_fits_nothing_cannot_be_applied(comfy: Server, files: dict[str, str]) -> None:
+    graph = Graph("sd15")
+    graph.picture(*graph.apply(graph.load(files["flux_kohya"])))
+    assert "Nothing of the LoRA fits the model." in comfy.fail(graph.nodes)

@@ -1,0 +1,188 @@
+"""Run by ComfyUI's own Python: weights that our nodes produce against weights that the stock loader produces.
+
+Usage: weights.py <ComfyUI> <base directory>. Prints one JSON object: case -> what was measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+COMFY, BASE = (Path(argument) for argument in sys.argv[1:3])
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path[0:0] = [str(COMFY), str(BASE / "custom_nodes")]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.lora  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from legomole.core import recipe  # noqa: E402
+from legomole.core.adapter import Adapter  # noqa: E402
+from legomole.core.merge import merge  # noqa: E402
+from legomole.nodes import comfy as host  # noqa: E402
+from legomole.nodes.lora import Lora  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+LORAS = BASE / "models" / "loras"
+
+
+def model(name: str) -> Any:
+    return comfy.sd.load_diffusion_model(str(BASE / f"models/diffusion_models/{name}.safetensors"))
+
+
+def checkpoint() -> tuple[Any, Any]:
+    return comfy.sd.load_checkpoint_guess_config(str(BASE / "models/checkpoints/sd15_nano.safetensors"), False)[:2]
+
+
+def patched(patcher: Any) -> dict[str, torch.Tensor]:
+    """Every patched weight, as ComfyUI computes it, in float64."""
+    weights = patcher.model_state_dict()
+    return {
+        key: comfy.lora.calculate_weight(patches, weights[key].double(), key, intermediate_dtype=torch.float64)
+        for key, patches in patcher.patches.items()
+    }
+
+
+def difference(ours: Any, stock: Any, base: Any) -> float:
+    """Largest difference over all weights, relative to the largest change of that weight."""
+    a, b, weights = patched(ours), patched(stock), base.model_state_dict()
+    assert set(a) == set(b), sorted(set(a) ^ set(b))
+    return max(float((a[key] - b[key]).abs().max() / (b[key] - weights[key].double()).abs().max()) for key in a)
+
+
+def lora(name: str, strength: float = 1.0, convert_rank: int = 0) -> Lora:
+    return Lora(LORAS / f"{name}.safetensors", name, strength, strength, convert_rank)
+
+
+def merged(loras: list[Lora], base: Any, clip: Any, method: str, **settings: Any) -> tuple[Adapter, host.Reading]:
+    reading = host.read(loras, base, clip)
+    result = merge(reading.adapters, recipe.build_method(method, settings), [value.strength_model for value in loras])
+    return reading.finish(result.adapter), reading
+
+
+def stock_chain(loras: list[Lora], base: Any, clip: Any) -> tuple[Any, Any]:
+    for value in loras:
+        state = load_file(value.content)
+        base, clip = comfy.sd.load_lora_for_models(base, clip, state, value.strength_model, value.strength_clip)
+    return base, clip
+
+
+def exact(base: Any, pair: tuple[str, str], stock_names: tuple[str, ...] = (), clip: Any = None) -> Callable[[], Any]:
+    """k = P, reweighting off, against a chain of stock loaders on the same LoRAs (in names those read)."""
+
+    def case() -> Any:
+        loras = [lora(pair[0], 0.7), lora(pair[1], -1.3)]
+        off = {"parameter_reweight": False, "output_reweight": False}
+        known = [lora(file, value.strength_model) for file, value in zip(stock_names or pair, loras, strict=True)]
+        stock, stock_clip = stock_chain(known, base, clip)
+        found: dict[str, Any] = {}
+        for geometry in ("rank-one", "paper"):
+            adapter, reading = merged(loras, base, clip, "lego", rank=12, geometry=geometry, centroid="sum", **off)
+            ours, our_clip = host.apply(Lora(adapter, "merged"), base, clip, 1.0, 1.0)
+            found[geometry] = difference(ours, stock, base)
+            if clip is not None:
+                found[f"{geometry} text encoder"] = difference(our_clip.patcher, stock_clip.patcher, clip.patcher)
+        return {**found, "dropped": reading.dropped, "modules": sorted(adapter.modules)}
+
+    return case
+
+
+def converted(name: str, rank: int) -> Callable[[], Any]:
+    """An update that is not low rank, approximated at its full rank, against the stock loader's."""
+
+    def case() -> Any:
+        base = FLUX
+        adapter, reading = merged([lora(name, 1.0, rank)], base, None, "concat")
+        ours, _ = host.apply(Lora(adapter, "merged"), base, None, 1.0, 1.0)
+        stock, _ = stock_chain([lora(name)], base, None)
+        return {"difference": difference(ours, stock, base), "notes": reading.notes}
+
+    return case
+
+
+def everything() -> Any:
+    """Bias and norm differences, replaced values and keys of no use, in a file such as the stock trainer writes."""
+    base = model("sd3_nano")
+    name = "diffusion_model.joint_blocks.0.x_block"
+    noise = torch.Generator().manual_seed(0)
+    state = {
+        f"{name}.attn.qkv.lora_up.weight": torch.randn(192, 2, generator=noise),
+        f"{name}.attn.qkv.lora_down.weight": torch.randn(2, 64, generator=noise),
+        f"{name}.attn.qkv.alpha": torch.tensor(1.0),
+        f"{name}.attn.qkv.diff_b": torch.randn(192, generator=noise),
+        "diffusion_model.final_layer.linear.set_weight": torch.randn(64, 64, generator=noise),
+        "diffusion_model.no_such_layer.lora_up.weight": torch.ones(4, 2),
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2),
+    }
+    adapter, reading = merged([Lora(state, "trained")], base, None, "concat")
+    ours, _ = host.apply(Lora(adapter, "merged"), base, None, 1.0, 1.0)
+    stock, _ = comfy.sd.load_lora_for_models(base, None, dict(state), 1.0, 1.0)
+    return {"difference": difference(ours, stock, base), "dropped": reading.dropped, "keys": sorted(ours.patches)}
+
+
+def unnamed_rows() -> Any:
+    """Rows of a fused layer that no name stands for: folded into the whole layer."""
+    base = FLUX
+    noise = torch.Generator().manual_seed(1)
+
+    def state(name: str, d_out: int) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.lora_up.weight": torch.randn(d_out, 2, generator=noise),
+            f"{name}.lora_down.weight": torch.randn(2, 128, generator=noise),
+        }
+
+    loras = [
+        Lora(state("diffusion_model.single_blocks.0.linear1", 7 * 128), "whole"),
+        Lora(state("diffusion_model.single_blocks.0.linear1_qkv", 3 * 128), "first rows"),
+    ]
+    names = host._Host(base, None).names
+    names._names = {at: name for at, name in names._names.items() if not (isinstance(at, tuple) and at[1] == 0)}
+    original, host.Names = host.Names, lambda key_map: names
+    try:
+        adapter, _ = merged(loras, base, None, "concat")
+    finally:
+        host.Names = original
+    ours, _ = host.apply(Lora(adapter, "merged"), base, None, 1.0, 1.0)
+    stock = base
+    for value in loras:
+        stock, _ = comfy.sd.load_lora_for_models(stock, None, dict(value.content), 1.0, 1.0)
+    return {"difference": difference(ours, stock, base), "modules": sorted(adapter.modules)}
+
+
+def patched_base() -> Any:
+    """A DoRA is measured against the model's own weights, also while another LoRA is patched into them."""
+    base = FLUX
+    clean, _ = merged([lora("dora", 1.0, 128)], base, None, "concat")
+    other, _ = stock_chain([lora("flux_kohya")], base, None)
+    other.patch_model()
+    try:
+        patched_in, _ = merged([lora("dora", 1.0, 128)], other, None, "concat")
+    finally:
+        other.unpatch_model()
+    (a,), (b,) = clean.modules.values(), patched_in.modules.values()
+    return {"difference": float((a.delta() - b.delta()).abs().max() / a.delta().abs().max())}
+
+
+FLUX = model("flux_nano")
+SD15, CLIP = checkpoint()
+print(
+    json.dumps(
+        {
+            "flux": exact(FLUX, ("flux_kohya", "flux_split"))(),
+            "sd15": exact(SD15, ("sd15_kohya", "sd15_diffusers"), ("sd15_kohya", "sd15_respelled"), CLIP)(),
+            "sd3": exact(model("sd3_nano"), ("sd3_kohya", "sd3_split"))(),
+            "fused alone": exact(FLUX, ("flux_kohya", "flux_kohya_2"))(),
+            "loha": converted("loha", 128)(),
+            "lokr": converted("lokr", 128)(),
+            "dora": converted("dora", 128)(),
+            "everything": everything(),
+            "unnamed rows": unnamed_rows(),
+            "patched base": patched_base(),
+        }
+    )
+)
