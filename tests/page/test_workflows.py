@@ -1,0 +1,113 @@
+"""The shipped workflows in the real page: they open whole and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..comfy.server import Server
+
+pytestmark = [pytest.mark.comfy, pytest.mark.page]
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+
+# What a user chooses for himself: the names of the models, and a size that a test can wait for.
+CHOICES = {
+    "v1-5-pruned-emaonly-fp16.safetensors": "sd15_nano.safetensors",
+    "style.safetensors": "sd15_kohya.safetensors",
+    "subject.safetensors": "sd15_diffusers.safetensors",
+}
+SIZES = {"EmptyLatentImage": {512: 64}, "KSampler": {25: 2}}
+
+
+def chosen(path: Path) -> dict[str, Any]:
+    """A workflow with the tests' models."""
+    workflow = json.loads(path.read_text())
+    for node in workflow["nodes"]:
+        swap = {**CHOICES, **SIZES.get(node["type"], {})}
+        node["widgets_values"] = [swap.get(value, value) for value in node.get("widgets_values", [])]
+    return workflow
+
+
+@pytest.fixture(scope="module")
+def page(comfy: Server) -> Iterator[Any]:
+    """ComfyUI's page, open and ready."""
+    api = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium (set CHROMIUM)")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page()
+        local = re.compile(r"(https?|wss?)://127\.0\.0\.1|data:|blob:")
+        tab.route("**/*", lambda route: route.continue_() if local.match(route.request.url) else route.abort())
+        tab.goto(comfy.url)
+        tab.wait_for_function(
+            "() => window.LiteGraph && window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge",
+            timeout=60_000,
+        )
+        yield tab
+        browser.close()
+
+
+def open_workflow(page: Any, workflow: dict[str, Any]) -> None:
+    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    page.wait_for_timeout(300)  # sockets that grow settle a moment later
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_opens_whole_and_runs(comfy: Server, files: dict[str, str], page: Any, path: Path) -> None:
+    workflow = chosen(path)
+    open_workflow(page, workflow)
+    unknown = page.evaluate("() => app.graph.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
+    assert unknown == []
+    assert page.evaluate("() => app.graph.nodes.length") == len(workflow["nodes"])
+    assert page.evaluate("() => Object.keys(app.graph.links).length") == len(workflow["links"])
+
+    with page.expect_response("**/prompt") as answer:
+        page.evaluate("() => app.queuePrompt(0, 1)")
+    body = answer.value.json()
+    assert body.get("node_errors") == {}, body
+    done = comfy.history(body["prompt_id"])
+    assert done["status"]["status_str"] == "success", done["status"]
+    pictures = [node for node in workflow["nodes"] if node["type"] == "SaveImage"]
+    assert sum(len(output.get("images", [])) for output in done["outputs"].values()) == len(pictures)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_keeps_what_was_saved(page: Any, path: Path) -> None:
+    """Widgets land where they were: opened and saved again, the workflow says the same."""
+    workflow = chosen(path)
+    open_workflow(page, workflow)
+    again = page.evaluate("() => app.graph.serialize()")
+    saved = {node["id"]: (node["type"], node.get("widgets_values")) for node in workflow["nodes"]}
+    assert {node["id"]: (node["type"], node.get("widgets_values", [])) for node in again["nodes"]} == saved
+
+
+def test_loras_row_grows(page: Any) -> None:
+    """Connecting the last socket brings the next."""
+    names = page.evaluate(
+        """async () => {
+            app.graph.clear();
+            const merge = LiteGraph.createNode('LegoMoLE_LegoMerge');
+            app.graph.add(merge);
+            const seen = [];
+            for (let i = 0; i < 3; i++) {
+                seen.push(merge.inputs.filter(x => x.name.startsWith('loras.')).length);
+                const load = LiteGraph.createNode('LegoMoLE_LoadLoRA');
+                app.graph.add(load);
+                load.connect(0, merge, merge.inputs.findIndex(x => x.name === `loras.lora${i}`));
+                await new Promise(resolve => setTimeout(resolve, 50));
+            }
+            return seen;
+        }"""
+    )
+    assert names[1:] == [2, 3]
