@@ -1,0 +1,101 @@
+"""What a user installs: the files in the wheel, the version, the metadata ComfyUI's registry reads, the lint."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import legomole
+import pytest
+import yaml
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(legomole.__file__).parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The package as a wheel would hold it (setuptools' build step alone: no network, no isolation, a second)."""
+    out = tmp_path_factory.mktemp("built")
+    code = "import setuptools; setuptools.setup()"
+    steps = ["-q", "egg_info", "--egg-base", str(out), "build_py", "--build-lib", str(out)]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, *steps], cwd=ROOT, check=True, capture_output=True)
+    return out / "legomole"
+
+
+def tracked(pattern: str) -> set[str]:
+    """Files of the repository that match, relative to the root."""
+    skip = {".venv", "tests", "build", "docs", "benchmarks", "__pycache__"}
+    found = (p.relative_to(ROOT) for p in ROOT.glob(pattern) if p.is_file())
+    return {p.as_posix() for p in found if not skip & set(p.parts) and not p.parts[0].startswith(".")}
+
+
+def test_the_wheel_holds_every_module_and_what_the_page_needs(built):
+    packed = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()}
+    wanted = tracked("*.py") | tracked("*/**/*.py") | tracked("web/**/*") | tracked("workflows/*")
+    assert wanted - packed == set()
+    assert "web/docs" in {str(Path(p).parent.as_posix()) for p in packed}
+    assert any(p.startswith("workflows/") and p.endswith(".json") for p in packed)
+
+
+def test_the_wheel_holds_nothing_else(built):
+    tops = {p.relative_to(built).parts[0] for p in built.rglob("*") if p.is_file()}
+    assert tops <= {"__init__.py", "__main__.py", "cli", "core", "hosts", "nodes", "web", "workflows", "locales"}
+
+
+def test_the_installed_version_is_the_packages():
+    assert metadata.version("legomole") == legomole.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+", legomole.__version__)
+
+
+def test_the_changelog_knows_the_version():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{legomole.__version__}]" in text
+    assert "### Results change" in text
+
+
+def test_comfyui_can_read_the_project():
+    comfy = PROJECT["tool"]["comfy"]
+    assert comfy["PublisherId"]
+    assert comfy["DisplayName"] == "LegoMoLE"
+    assert legomole.WEB_DIRECTORY == "./web"
+    assert (ROOT / "web").is_dir()
+
+
+def test_the_documents_exist_and_link_to_files_that_exist():
+    broken = []
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
+            if "://" not in target and not (document.parent / target).exists():
+                broken.append(f"{document.name}: {target}")
+    assert broken == []
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").lstrip().startswith("Apache License")
+
+
+def test_ci_runs_the_readmes_test_command():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    install = "pip install -c constraints.txt -e '.[dev]'"
+    assert install in readme
+    assert install in script.replace("--quiet ", "")
+    assert ".venv/bin/pytest" in readme
+    assert script.rstrip().endswith(".venv/bin/pytest")
+
+
+def test_the_hooks_are_well_formed():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format", "pyright"]
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_is_clean(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
