@@ -53,7 +53,11 @@ class Calibrated:
 
     def __post_init__(self) -> None:
         if not (self.lam >= 0 and self.mu >= 0):
-            raise MergeError("A weight of the calibrated merge is negative.", expected="0 or more", found=self)
+            raise MergeError(
+                "A weight of the calibrated merge is negative.",
+                expected="lam and mu of 0 or more",
+                found=f"lam {self.lam:g}, mu {self.mu:g}",
+            )
 
     def __call__(self, pool: Pool) -> Merged:
         A = pool.c[:, :, None].to(pool.A) * pool.A
