@@ -72,9 +72,18 @@ class _Host:
 
     def sites(self, lora: Lora) -> Sites:
         """Read one LoRA; every key of it ends up merged, carried or in `dropped`."""
-        state_dict, metadata, source = open_lora(lora)
-        given = comfy.lora_convert.convert_lora(self._spelled(state_dict))
-        patches = comfy.lora.load_lora(given, self.key_map, log_missing=False)
+        state_dict, metadata = open_lora(lora)
+        source = _source(lora, state_dict)
+        given = comfy.lora_convert.convert_lora(self.spelled(state_dict))
+        try:
+            patches = comfy.lora.load_lora(given, self.key_map, log_missing=False)
+        except (KeyError, ValueError, RuntimeError) as error:  # a factor without its partner, an alpha of two numbers
+            raise FormatError(
+                "ComfyUI cannot read the LoRA: a tensor is missing or has the wrong shape.",
+                file=source.path,
+                found=str(error),
+                remedy="the file is damaged or incomplete: export it again",
+            ) from error
         sites = Sites(lora.label, lora.convert_rank, metadata, source)
         full: list[tuple[Target, Any]] = []
         for target, patch in patches.items():
@@ -96,7 +105,7 @@ class _Host:
             )
         return sites
 
-    def _spelled(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def spelled(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Names that ComfyUI reads for those it does not: ``unet.<path>`` also as ``lora_unet_<path with _>``."""
         spelled: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
@@ -119,7 +128,7 @@ class _Host:
                 return False
             try:
                 part = low_rank(patch.weights, tuple(weight.shape[2:]))
-            except FormatError as error:
+            except (FormatError, RuntimeError) as error:  # RuntimeError: a mid matrix that does not fit
                 raise _placed(error, sites, key) from None
             reshape = patch.weights[5]
             if reshape is not None:
@@ -167,6 +176,9 @@ class _Host:
             delta, at = self._delta(target, patch)
             if not torch.isfinite(delta).all():
                 raise FormatError("The file contains NaN or infinite numbers.", file=sites.source.path, module=at.key)
+            if not delta.any():  # ComfyUI logs an update it cannot compute, and goes on
+                sites.dropped.append(f"{at.key} of {sites.label}: ComfyUI computes no change from its {kind_of(patch)}")
+                continue
             kernel = tuple(delta.shape[2:])
             A, B = nearest(delta.flatten(1), min(sites.convert_rank, *delta.flatten(1).shape))
             kept += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
@@ -241,8 +253,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _placed(error: FormatError, sites: Sites, key: str) -> FormatError:
+def _placed(error: FormatError | RuntimeError, sites: Sites, key: str) -> FormatError:
     """The same error, with the file and layer it is about."""
+    if isinstance(error, RuntimeError):
+        return FormatError("The factors do not fit together.", file=sites.source.path, module=key, found=str(error))
     return FormatError(
         error.problem,
         file=sites.source.path,
@@ -253,23 +267,30 @@ def _placed(error: FormatError, sites: Sites, key: str) -> FormatError:
     )
 
 
-def open_lora(lora: Lora) -> tuple[dict[str, Tensor], Mapping[str, str], Source]:
-    """The tensors by key as the stock loader would get them, the metadata, and where it all comes from.
+def open_lora(lora: Lora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The tensors by key as the stock loader would get them, and the metadata.
 
     Raises:
         FormatError: A file that is not a sound safetensors file.
     """
     content = lora.content
     if isinstance(content, Adapter):
-        return formats.to_state_dict(content, "comfy"), content.metadata, content.source
-    if isinstance(content, Path):
-        tensors, metadata = files.read_tensors(content)
-        return tensors, metadata, Source(str(content), files.sha256(content), formats.detect(tensors))
-    return dict(content), {}, Source(lora.label)
+        return formats.to_state_dict(content, "comfy"), content.metadata
+    return files.read_tensors(content) if isinstance(content, Path) else (dict(content), {})
+
+
+def _source(lora: Lora, state_dict: Mapping[str, Tensor]) -> Source:
+    if isinstance(lora.content, Adapter):
+        return lora.content.source
+    if isinstance(lora.content, Path):
+        return Source(str(lora.content), files.sha256(lora.content), formats.detect(state_dict))
+    return Source(lora.label)
 
 
 def apply(lora: Lora, model: Any, clip: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
     """Patch a LoRA into a model and its text encoders: the stock loader, on the state dict that Save LoRA writes.
+
+    Names that only other hosts read are respelled first, as for a merge.
 
     Raises:
         MergeError: Nothing of the LoRA fits.
@@ -277,8 +298,8 @@ def apply(lora: Lora, model: Any, clip: Any, strength_model: float, strength_cli
     strength_model, strength_clip = strength_model * lora.strength_model, strength_clip * lora.strength_clip
     if strength_model == 0 and strength_clip == 0:
         return model, clip
-    state_dict = open_lora(lora)[0]
-    applied = comfy.sd.load_lora_for_models(model, clip, dict(state_dict), strength_model, strength_clip)
+    state_dict = _Host(model, clip).spelled(open_lora(lora)[0])
+    applied = comfy.sd.load_lora_for_models(model, clip, state_dict, strength_model, strength_clip)
     if _patch_count(*applied) == _patch_count(model, clip):
         raise MergeError(
             "Nothing of the LoRA fits the model.",

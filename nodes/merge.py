@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..core import recipe
-from ..core.adapter import Source
+from ..core import formats, recipe
+from ..core.adapter import Adapter, Source
 from ..core.merge import merge
 from ..core.metadata import file_metadata
 from ..core.methods import METHODS, MergeMethod
@@ -18,6 +19,8 @@ from .lora import Lora, flatten
 from .reading import read_files
 from .settings import chosen, has_widgets, module_weights, settings
 from .sockets import CATEGORY, lora_output, loras_input, model_inputs, module_weights_input, widget
+
+_LOG = logging.getLogger(__name__)
 
 LEGO = METHODS["lego"]
 BASELINES = {name: method for name, method in METHODS.items() if method is not LEGO and has_widgets(method)}
@@ -46,7 +49,7 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
     report = replace(
         result.report,
         dropped=(*result.report.dropped, *reading.dropped),
-        notes=(*result.report.notes, *reading.notes),
+        notes=(*result.report.notes, *reading.notes, *_advice(result.adapter, model)),
     )
     made = recipe.Recipe(
         method=report.method,
@@ -67,9 +70,16 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
     adapter = replace(
         reading.finish(result.adapter),
         metadata=file_metadata(made, report, reading.adapters),
-        source=Source(label, format="comfy"),
+        source=Source(label, format="comfy" if model is not None else formats.detect([*result.adapter.modules])),
     )
+    if report.dropped:
+        _LOG.warning("LegoMoLE: %d keys could not be merged, see the report: %s", len(report.dropped), report.dropped)
     return io.NodeOutput(Lora(adapter, label), report.text())
+
+
+def _advice(adapter: Adapter, model: Any) -> Iterator[str]:
+    if model is None and any(name.startswith("unet.") for name in adapter.modules):
+        yield "ComfyUI's stock loader does not read names such as unet.*: connect the model to get names it reads"
 
 
 class LegoMerge(io.ComfyNode):

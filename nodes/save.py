@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io, ui
 
 from ..core import formats
+from ..core.adapter import Adapter
 from ..core.merge import merge
 from ..core.methods import METHODS
 from . import comfy
@@ -13,8 +16,14 @@ from .lora import Lora
 from .reading import adapter_of
 from .sockets import CATEGORY, LEGOMOLE_LORA
 
-AS_IS = "as is"
+AS_IS, AUTO = "as is", "auto"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def lora_format(adapter: Adapter) -> str:
+    """The file format an adapter came in, or comfy where that is not a single file."""
+    format = adapter.source.format
+    return format if format in formats.FORMATS and format != "peft" else "comfy"
 
 
 class SaveLoRA(io.ComfyNode):
@@ -39,10 +48,11 @@ class SaveLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
-                    options=[name for name in formats.FORMATS if name != "peft"],
-                    default="comfy",
+                    options=[AUTO, *(name for name in formats.FORMATS if name != "peft")],
+                    default=AUTO,
                     advanced=True,
-                    tooltip="How the keys are named. comfy is what ComfyUI reads for every architecture.",
+                    tooltip="How the keys are named. auto: as ComfyUI names them after a merge with a model connected, "
+                    "else as in the LoRAs that went in.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -61,6 +71,7 @@ class SaveLoRA(io.ComfyNode):
         if (lora.strength_model, lora.strength_clip) != (1.0, 1.0):
             sum_of_one = METHODS["concat"]()
             scaled = merge([adapter], sum_of_one, [lora.strength_model], text_encoder_weights=[lora.strength_clip])
-            adapter = scaled.adapter
-        path = formats.save(adapter, comfy.save_path(filename_prefix), format=format, dtype=_DTYPES.get(dtype))
+            adapter = replace(scaled.adapter, metadata=adapter.metadata, source=adapter.source)
+        chosen = format if format != AUTO else lora_format(adapter)
+        path = formats.save(adapter, comfy.save_path(filename_prefix), format=chosen, dtype=_DTYPES.get(dtype))
         return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))

@@ -81,7 +81,7 @@ class Graph:
             model, clip = [node, 0], [node, 1]
         return model, clip
 
-    def save(self, lora: Link, prefix: str, format: str = "comfy", dtype: str = "as is") -> Link:
+    def save(self, lora: Link, prefix: str, format: str = "auto", dtype: str = "as is") -> Link:
         return self.add("LegoMoLE_SaveLoRA", lora=lora, filename_prefix=prefix, format=format, dtype=dtype)
 
     def picture(self, model: Link | None = None, clip: Link | None = None) -> str:

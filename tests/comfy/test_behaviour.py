@@ -187,6 +187,12 @@ def _mismatched(path: Path) -> None:
     loras.write(path, {**state, name: torch.zeros(512, 3)})
 
 
+def _without_partner(path: Path) -> None:
+    state = loras.kohya(loras.FLUX_FUSED, 2, 2.0, 55)
+    del state["lora_unet_double_blocks_0_img_mlp_0.lora_down.weight"]
+    loras.write(path, state)
+
+
 def _misfit(path: Path) -> None:
     loras.write(path, loras.kohya({"lora_unet_double_blocks_0_img_mlp_0": (1024, 256)}, 2, 2.0, 53))
 
@@ -198,6 +204,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle.pt": (lambda path: torch.save({"a": torch.zeros(1)}, path), "pickle"),
     "nan.safetensors": (_not_a_number, "NaN or infinite"),
     "mismatched.safetensors": (_mismatched, "do not fit together"),
+    "alone.safetensors": (_without_partner, "a tensor is missing"),
     "misfit.safetensors": (_misfit, "made for another base model"),
     "other_base.safetensors": (
         lambda path: loras.write(path, loras.kohya(loras.SD15_KOHYA, 2, 2.0, 54)),
@@ -258,3 +265,11 @@ def test_lora_that_fits_nothing_cannot_be_applied(comfy: Server, files: dict[str
     graph = Graph("sd15")
     graph.picture(*graph.apply(graph.load(files["flux_kohya"])))
     assert "Nothing of the LoRA fits the model." in comfy.fail(graph.nodes)
+
+
+def test_lora_that_only_other_hosts_name_is_applied(files: dict[str, str], paint: Callable) -> None:
+    """diffusers' U-Net names, unknown to the stock loader, against the same LoRA in names it knows."""
+    graph, stock = Graph("sd15"), Graph("sd15")
+    ours = paint(graph, graph.picture(*graph.apply(graph.load(files["sd15_diffusers"]))))
+    theirs = paint(stock, stock.picture(*stock.stock(files["sd15_respelled"])))
+    torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0)

@@ -209,7 +209,7 @@ def test_files_of_one_dialect_merge_without_a_model(comfy: Server, files: dict[s
     graph, stock = Graph(), Graph()
     names = [files["flux_kohya"], files["flux_kohya_2"]]
     merged = graph.merge("concat", *(graph.load(name) for name in names), with_model=False)
-    graph.save(merged, "no_model/kohya", format="kohya")
+    graph.save(merged, "no_model/kohya")
     same(
         paint(graph, graph.picture(*graph.apply(merged))),
         paint(stock, stock.picture(*stock.stock(*names))),
