@@ -49,7 +49,8 @@ def flatten(values: Mapping[str, object], find: Callable[[str], Path]) -> list[L
         elif isinstance(value, Mapping):
             loras.append(Lora(value, f"{socket} (trained)"))
         elif isinstance(value, (list, tuple)):
-            loras += [Lora(find(name), Path(name).stem, *strengths) for name, *strengths in value]
+            # some packs' stackers leave rows nobody filled in
+            loras += [Lora(find(name), Path(name).stem, *rest) for name, *rest in value if name not in (None, "None")]
         elif value is not None:
             raise MergeError("This is not a LoRA.", module=socket, found=type(value).__name__)
     if not loras:

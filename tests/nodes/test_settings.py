@@ -66,7 +66,7 @@ def test_flatten_keeps_socket_order_and_opens_stacks() -> None:
     """lora10 comes after lora2; a stack's entries stand where the stack is."""
     first, last = Lora(Path("f"), "first"), Lora(Path("l"), "last")
     state = {"a": torch.ones(1)}
-    stack = [("dir/one.safetensors", 0.5, 0.25), ("two.safetensors", 1.0, 1.0)]
+    stack = [("dir/one.safetensors", 0.5, 0.25), ("None", 1.0, 1.0), ("two.safetensors", 1.0, 1.0)]
     values = {"lora10": last, "lora2": stack, "lora1": state, "lora0": first, "lora3": None}
     found = flatten(values, lambda name: Path("/loras", name))
     assert [lora.label for lora in found] == ["first", "lora1 (trained)", "one", "two", "last"]

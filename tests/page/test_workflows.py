@@ -111,3 +111,25 @@ def test_loras_row_grows(page: Any) -> None:
         }"""
     )
     assert names[1:] == [2, 3]
+
+
+def test_choosing_a_method_brings_its_widgets(comfy: Server, page: Any) -> None:
+    """And the prompt the page sends then holds their values."""
+    info = comfy.get("/object_info/LegoMoLE_MergeLoRAs")["LegoMoLE_MergeLoRAs"]
+    for option in info["input"]["required"]["method"][1]["options"]:
+        wanted = {f"method.{name}" for name in option["inputs"]["required"]}
+        sent = page.evaluate(
+            """async method => {
+                app.graph.clear();
+                const merge = LiteGraph.createNode('LegoMoLE_MergeLoRAs');
+                app.graph.add(merge);
+                const choice = merge.widgets.find(widget => widget.name === 'method');
+                choice.value = method;
+                choice.callback?.(method, app.canvas, merge);
+                await new Promise(resolve => setTimeout(resolve, 50));
+                return Object.values((await app.graphToPrompt()).output)[0].inputs;
+            }""",
+            option["key"],
+        )
+        assert sent["method"] == option["key"]
+        assert {name for name in sent if name.startswith("method.")} == wanted
