@@ -75,8 +75,11 @@ def check_output(output: Path, format: str, inputs: list[Path], *, overwrite: bo
     Raises:
         SaveError: It exists and may not be replaced, is one of the inputs, or its folder is missing.
     """
-    if format != "peft" and output.suffix != ".safetensors":
-        output = output.with_name(f"{output.name}.safetensors")
+    if format != "peft":
+        if output.is_dir():
+            raise SaveError("The output is a folder.", file=output, expected="a file name, or --format peft")
+        if output.suffix != ".safetensors":
+            output = output.with_name(f"{output.name}.safetensors")
     if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
         raise SaveError("The output is one of the inputs.", file=output, remedy="choose another name")
     if not output.absolute().parent.is_dir():

@@ -420,6 +420,14 @@ def test_a_missing_output_folder_is_said_before_the_work():
     assert not Path("nowhere").exists()
 
 
+def test_a_folder_is_no_file(folder):
+    (folder / "there").mkdir()
+    result = run("merge", "a.safetensors", "-o", "there/")
+    assert result.exit_code == 4
+    assert "The output is a folder" in squeezed(result.stderr)
+    assert not Path("there.safetensors").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is a folder not even root can write to")
 def test_a_folder_that_cannot_be_written():
     result = run("merge", "a.safetensors", "-o", "/proc/out.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from importlib import metadata
@@ -10,7 +11,13 @@ from pathlib import Path
 
 import legomole
 import pytest
+import torch
 import yaml
+from legomole.cli import app
+from legomole.core.adapter import Adapter
+from legomole.core.lowrank import LowRank
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -88,6 +95,46 @@ def test_ci_runs_the_readmes_test_command():
     assert install in script.replace("--quiet ", "")
     assert ".venv/bin/pytest" in readme
     assert script.rstrip().endswith(".venv/bin/pytest")
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.fixture
+def readme_files(tmp_path, monkeypatch):
+    """The files the README's examples speak of."""
+    monkeypatch.chdir(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    for name, rank in {"style": 8, "subject": 8, "a": 4, "b": 4, "big": 32}.items():
+        modules = {
+            f"lora_unet_down_blocks_0_{layer}": LowRank(
+                torch.randn(rank, 40, generator=g), torch.randn(48, rank, generator=g)
+            )
+            for layer in ("attn1_to_q", "attn2_to_q")
+        }
+        legomole.save(Adapter(modules), f"{name}.safetensors", format="kohya")
+    square = torch.randn(8, 8, generator=g)
+    save_file({"lora_unet_x.lokr_w1": square, "lora_unet_x.lokr_w2": square.clone()}, "lokr.safetensors")
+
+
+def test_the_readmes_commands_work_one_after_the_other(readme_files):
+    lines = [line.partition("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("legomole ")]
+    assert len(commands) == 8
+    for command in commands:
+        arguments = command[: command.index(">")] if ">" in command else command
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        if ">" in command:
+            Path(command[-1]).write_text(result.stdout, encoding="utf-8")
+
+
+def test_the_readmes_python_works(readme_files):
+    (code,) = blocks("python")
+    exec(code, {})
+    assert {part.rank for part in legomole.load("merged.safetensors").modules.values()} == {16}
 
 
 def test_the_hooks_are_well_formed():
