@@ -141,7 +141,9 @@ class _Host:
             return True
         kind, values = patch
         if kind == "set":
-            sites.extras[f"{self.names.whole(key)}.set_weight"] = values[0]
+            offset = parts(target)[1]
+            rows = None if offset is None else self.names.rows(key, offset[1], offset[1] + offset[2])
+            sites.extras[f"{rows or self.names.whole(key)}.set_weight"] = values[0]
             return True
         if kind == "diff" and values[0].ndim < 2:
             if values[0].shape != weight.shape:
@@ -192,9 +194,10 @@ class _Host:
     def _delta(self, target: Target, patch: Any) -> tuple[Tensor, Place]:
         """What a patch adds to the model's own weight: after minus before, as ComfyUI computes it."""
         key, offset, fn = parts(target)
-        if isinstance(patch, tuple):
-            weight = torch.zeros_like(patch[1][0], dtype=torch.float32)
-        elif patch.name in _ADDITIVE and patch.weights[-2 if patch.name == "lora" else -1] is None:
+        # what is added does not depend on the weight, unless magnitudes (DoRA) are rescaled along with it
+        if isinstance(patch, tuple) or (
+            patch.name in _ADDITIVE and patch.weights[-2 if patch.name == "lora" else -1] is None
+        ):
             weight = torch.zeros(self._weights[key].shape, dtype=torch.float32)
         else:
             weight = self._own_weight(key)

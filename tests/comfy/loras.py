@@ -127,6 +127,10 @@ def write_all(folder: Path) -> dict[str, str]:
         "sd3_split": peft(SD3_SPLIT, 8, 20),
         "loha": loha({img_mlp: (512, 128)}, 2, 15),
         "lokr": lokr({img_qkv: (384, 128)}, 16),
+        "full": {
+            f"{img_mlp}.diff": 0.1 * torch.randn(512, 128, generator=torch.Generator().manual_seed(18)),
+            "transformer.transformer_blocks.0.attn.to_k.diff": 0.1 * torch.eye(128),
+        },
         "dora": dora({img_mlp: (512, 128)}, 4, 17),
     }
     return {name: write(folder / f"{name}.safetensors", state) for name, state in states.items()}

@@ -45,7 +45,7 @@ def test_fused_layers_are_cut_only_where_another_lora_splits_them(measured: dict
     assert qkv not in measured["flux"]["modules"]
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora", "full"])
 def test_other_adapters_at_full_rank_are_what_comfyui_makes_of_them(measured: dict[str, Any], kind: str) -> None:
     assert measured[kind]["difference"] < ROUNDING
     assert "100.0%" in measured[kind]["notes"][0]
@@ -62,6 +62,10 @@ def test_every_key_is_merged_carried_or_named(measured: dict[str, Any]) -> None:
     unknown, text = sorted(found["dropped"])
     assert unknown.startswith("diffusion_model.no_such_layer.lora_up.weight of trained: the model has no place")
     assert text.startswith("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight of trained: it belongs to a")
+
+
+def test_value_set_for_some_rows_stays_with_them(measured: dict[str, Any]) -> None:
+    assert measured["replaced rows"]["difference"] < ROUNDING
 
 
 def test_rows_without_a_name_are_folded_into_their_layer(measured: dict[str, Any]) -> None:

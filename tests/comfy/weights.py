@@ -125,6 +125,17 @@ def everything() -> Any:
     return {"difference": difference(ours, stock, base), "dropped": reading.dropped, "keys": sorted(ours.patches)}
 
 
+def replaced_rows() -> Any:
+    """A value set for some rows of a fused layer stays a value for those rows."""
+    state = {"transformer.transformer_blocks.0.attn.to_k.set_weight": torch.eye(128)}
+    single = "lora_unet_single_blocks_0_linear2"
+    state[f"{single}.lora_up.weight"], state[f"{single}.lora_down.weight"] = torch.ones(128, 1), torch.ones(1, 640)
+    adapter, _ = merged([Lora(state, "set")], FLUX, None, "concat")
+    ours, _ = host.apply(Lora(adapter, "merged"), FLUX, None, 1.0, 1.0)
+    stock, _ = comfy.sd.load_lora_for_models(FLUX, None, dict(state), 1.0, 1.0)
+    return {"difference": difference(ours, stock, FLUX)}
+
+
 def unnamed_rows() -> Any:
     """Rows of a fused layer that no name stands for: folded into the whole layer."""
     base = FLUX
@@ -180,7 +191,9 @@ print(
             "loha": converted("loha", 128)(),
             "lokr": converted("lokr", 128)(),
             "dora": converted("dora", 128)(),
+            "full": converted("full", 128)(),
             "everything": everything(),
+            "replaced rows": replaced_rows(),
             "unnamed rows": unnamed_rows(),
             "patched base": patched_base(),
         }

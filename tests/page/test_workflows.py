@@ -92,6 +92,10 @@ def test_workflow_keeps_what_was_saved(page: Any, path: Path) -> None:
     assert {node["id"]: (node["type"], node.get("widgets_values", [])) for node in again["nodes"]} == saved
 
 
+def test_workflows_are_offered_as_templates(comfy: Server) -> None:
+    assert sorted(comfy.get("/workflow_templates")["legomole"]) == [path.stem for path in WORKFLOWS]
+
+
 def test_loras_row_grows(page: Any) -> None:
     """Connecting the last socket brings the next."""
     names = page.evaluate(
