@@ -15,8 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from diffusers.loaders import lora_pipeline, single_file_utils
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from torch import Tensor
 

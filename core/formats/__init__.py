@@ -70,7 +70,8 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
             Nothing is left behind and an old file stays whole.
     """
     path = Path(path)
-    format = format or adapter.source.format or detect([*adapter.modules, *adapter.diffs])
+    configured = _PEFT.name if peft.CONFIG_KEY in adapter.metadata else ""
+    format = format or adapter.source.format or configured or detect([*adapter.modules, *adapter.diffs])
     chosen = _format(format)
     if dtype is not None:
         adapter = cast_adapter(adapter, dtype)
