@@ -1,0 +1,115 @@
+"""PEFT as the oracle: it writes what we read and reads what we write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+from legomole.core.adapter import Adapter  # noqa: E402
+from legomole.core.formats import load, save  # noqa: E402
+from legomole.core.lowrank import LowRank  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+# the libraries' own affairs: deprecations, and PEFT's notices about embeddings and one-dimensional biases it wrote
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*embedding layers", "ignore:.*invalid shape"
+)
+
+TOKENS = torch.tensor([[1, 5, 3, 2]])
+
+
+def llama(bias: bool = False) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=32, attention_bias=bias,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def apply(model: nn.Module, adapter: Adapter, transpose: bool = False) -> None:
+    with torch.no_grad():
+        for name, part in adapter.modules.items():
+            embedding = name.endswith(".lora_embedding")
+            delta = part.delta()
+            weight = model.get_submodule(name.removesuffix(".lora_embedding")).weight
+            assert isinstance(weight, nn.Parameter)
+            weight += delta.T if transpose or embedding else delta
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "transpose"),
+    [
+        (
+            llama,
+            ["model.layers.1.mlp.up_proj", "model.layers.11.mlp.up_proj", "model.layers.0.self_attn.q_proj"],
+            False,
+        ),
+        (gpt2, ["transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_fc"], True),
+    ],
+)
+def test_our_folder_in_peft(model: Any, targets: list[str], transpose: bool, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(1)
+    modules = {}
+    for i, name in enumerate(targets):
+        shape = model().get_submodule(name).weight.shape
+        d_out, d_in = shape[::-1] if transpose else shape
+        A, B = torch.randn(i + 1, d_in, generator=g), torch.randn(d_out, i + 1, generator=g)
+        modules[name] = LowRank(A, B, [None, 3.0, 0.7][i])
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "fan_in_fan_out": transpose}
+    ours = Adapter(modules, metadata={"adapter_config": json.dumps(config)})
+    path = save(ours, tmp_path / "x", format="peft")
+
+    by_hand = model()
+    apply(by_hand, ours, transpose)
+    expected = logits(by_hand)
+    assert not torch.allclose(expected, logits(model()), atol=1e-3)
+    loaded = peft.PeftModel.from_pretrained(model(), str(path))
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_folder_in_ours(rslora: bool, tmp_path: Path) -> None:
+    """Its patterns, rsLoRA, an embedding and a bias of B: our deltas give its logits."""
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj", "up_proj", "embed_tokens"],
+        rank_pattern={"layers.1.mlp.up_proj": 2}, alpha_pattern={"q_proj": 3}, init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(llama(), config)
+    expected = logits(theirs.eval())
+    theirs.save_pretrained(str(tmp_path / "x"))
+    ours = load(tmp_path / "x")
+    assert ours.modules["model.layers.1.mlp.up_proj"].rank == 2
+    by_hand = llama()
+    apply(by_hand, ours)
+    torch.testing.assert_close(logits(by_hand), expected, rtol=1e-4, atol=1e-5)
+
+    again = peft.PeftModel.from_pretrained(llama(), str(save(ours, tmp_path / "y")))
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_B(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=5, lora_bias=True, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(bias=True), config).eval()
+    theirs.save_pretrained(str(tmp_path / "x"))
+    ours = load(tmp_path / "x")
+    assert len(ours.diffs) == 12
+    again = peft.PeftModel.from_pretrained(llama(bias=True), str(save(ours, tmp_path / "y")))
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-4, atol=1e-5)
