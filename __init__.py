@@ -22,13 +22,15 @@ _PUBLIC = {
     "save": "formats",
 }
 
-__all__ = ["WEB_DIRECTORY", "comfy_entrypoint", *_PUBLIC]
-
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f".core.{_PUBLIC[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
 
 
 async def comfy_entrypoint() -> Any:

@@ -55,8 +55,10 @@ def demo(
         print_json({"inputs": [str(style), str(subject)], "output": str(merged), "energy_kept": kept})
         return
     table = Table(title="The same pair, method by method", title_justify="left")
-    for column, side in (("method", "left"), ("rank", "right"), ("of the sum kept", "right"), ("what it does", "left")):
-        table.add_column(column, justify=side)
+    table.add_column("method")
+    table.add_column("rank", justify="right")
+    table.add_column("of the sum kept", justify="right")
+    table.add_column("what it does")
     for name, words, report in rows:
         table.add_row(name, str(report.ranks_out[1]), f"{report.energy_kept:.1%}", words)
     console = out()

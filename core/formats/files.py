@@ -246,4 +246,4 @@ def _serialise(file: BinaryIO, path: Path, tensors: Mapping[str, Tensor], metada
     file.write(len(text).to_bytes(8, "little") + text)
     for key in order:
         flat = tensors[key].detach().to("cpu").contiguous().reshape(-1)
-        file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+        file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
