@@ -15,8 +15,11 @@ WEB_DIRECTORY = "./web"
 
 _PUBLIC = {
     "Adapter": "adapter",
+    "Lego": "methods.lego",
     "LowRank": "lowrank",
     "METHODS": "methods",
+    "Rank": "rank",
+    "align": "align",
     "load": "formats",
     "merge": "merge",
     "save": "formats",
