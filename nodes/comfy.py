@@ -100,7 +100,7 @@ class _Host:
                 "ComfyUI finds nothing in this LoRA for the connected model.",
                 file=source.path,
                 expected="a LoRA of the model's architecture",
-                found=f"keys like {name_some(state_dict, 3)}",
+                found=sites.dropped[0] if patches else f"keys like {name_some(state_dict, 3)}",
                 remedy="connect the base model the LoRA was trained for (and its CLIP)",
             )
         return sites
@@ -173,9 +173,10 @@ class _Host:
                 remedy="set convert_rank on Load LoRA (e.g. 32): each becomes its best low-rank approximation",
             )
         kept = whole = 0.0
-        for target, patch in full:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            delta, at = self._delta(target, patch)
+        advance = progress()
+        for done, (target, patch) in enumerate(full):
+            advance(done, len(full), parts(target)[0])
+            delta, at = self._delta(target, patch, sites.source.path)
             if not torch.isfinite(delta).all():
                 raise FormatError("The file contains NaN or infinite numbers.", file=sites.source.path, module=at.key)
             if not delta.any():  # ComfyUI logs an update it cannot compute, and goes on
@@ -191,7 +192,7 @@ class _Host:
             f"which keeps {kept / (whole or 1):.1%} of their energy"
         )
 
-    def _delta(self, target: Target, patch: Any) -> tuple[Tensor, Place]:
+    def _delta(self, target: Target, patch: Any, file: str) -> tuple[Tensor, Place]:
         """What a patch adds to the model's own weight: after minus before, as ComfyUI computes it."""
         key, offset, fn = parts(target)
         # what is added does not depend on the weight, unless magnitudes (DoRA) are rescaled along with it
@@ -204,7 +205,16 @@ class _Host:
         start, size = (0, weight.shape[0]) if offset is None else offset[1:]
         before = weight[start : start + size].clone()
         entry = (1.0, patch, 1.0, None if offset is None else tuple(offset), fn)
-        after = comfy.lora.calculate_weight([entry], weight, key, intermediate_dtype=weight.dtype)
+        try:  # in float32 beside the weight, as the stock loader: OFT and BOFT work in no other
+            after = comfy.lora.calculate_weight([entry], weight, key, intermediate_dtype=torch.float32)
+        except (RuntimeError, TypeError) as error:
+            raise FormatError(
+                f"ComfyUI cannot compute the change from a layer's {kind_of(patch)}.",
+                file=file,
+                module=self.names.whole(key),
+                found=str(error),
+                remedy="the stock loader cannot use this file either: train or export it in another form",
+            ) from error
         return (after[start : start + size] - before).float(), Place(key, start, start + size)
 
     def _own_weight(self, key: str) -> Tensor:

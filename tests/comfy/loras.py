@@ -111,6 +111,32 @@ def dora(shapes: Shapes, rank: int, seed: int) -> dict[str, Tensor]:
     return state
 
 
+def glora(shapes: Shapes, rank: int, seed: int) -> dict[str, Tensor]:
+    """The update depends on the weight it acts on: W A + B."""
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for name, (d_out, d_in) in shapes.items():
+        for factor, shape in {"a1": (d_in, rank), "a2": (rank, d_in), "b1": (d_out, rank), "b2": (rank, d_in)}.items():
+            state[f"{name}.{factor}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+        state[f"{name}.alpha"] = torch.tensor(float(rank))
+    return state
+
+
+def oft(shapes: Shapes, blocks: tuple[int, ...], seed: int) -> dict[str, Tensor]:
+    """Rotations of the output, block by block; with two numbers of blocks, butterflies of them (BOFT).
+
+    Args:
+        blocks: ``(blocks,)``, or ``(layers, blocks)`` for BOFT.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state: dict[str, Tensor] = {}
+    for name, (d_out, _) in shapes.items():
+        size = d_out // blocks[-1]
+        state[f"{name}.oft_blocks"] = 0.05 * torch.randn(*blocks, size, size, generator=generator)
+        state[f"{name}.alpha"] = torch.tensor(0.0)  # the largest rotation; 0 is no limit
+    return state
+
+
 def write_all(folder: Path) -> dict[str, str]:
     """The tests' LoRAs by short name -> file name: trainers, ranks, dialects and kinds of update."""
     img_mlp, img_qkv = "lora_unet_double_blocks_0_img_mlp_0", "lora_unet_double_blocks_0_img_attn_qkv"
@@ -132,6 +158,9 @@ def write_all(folder: Path) -> dict[str, str]:
             "transformer.transformer_blocks.0.attn.to_k.diff": 0.1 * torch.eye(128),
         },
         "dora": dora({img_mlp: (512, 128)}, 4, 17),
+        "glora": glora({img_mlp: (512, 128)}, 4, 21),
+        "oft": oft({img_mlp: (512, 128), img_qkv: (384, 128)}, (16,), 22),
+        "boft": oft({img_mlp: (512, 128)}, (2, 64), 23),
     }
     return {name: write(folder / f"{name}.safetensors", state) for name, state in states.items()}
 

@@ -261,6 +261,16 @@ def test_other_adapters_are_refused_without_convert_rank(comfy: Server, files: d
     assert "diffusion_model.double_blocks.0.img_" in error
 
 
+def test_update_that_comfyui_cannot_compute_is_named(comfy: Server, files: dict[str, str]) -> None:
+    """BOFT without alpha: the stock loader logs an error and goes on without the layer."""
+    state = loras.oft({"lora_unet_double_blocks_0_img_mlp_0": (512, 128)}, (2, 64), 56)
+    rotations = {key: tensor for key, tensor in state.items() if not key.endswith("alpha")}
+    loras.write(comfy.loras / "no_alpha.safetensors", rotations)
+    graph = Graph()
+    graph.save(graph.lego(graph.load("no_alpha.safetensors", convert_rank=16)), "bad/merged")
+    assert "ComfyUI computes no change from its BOFT" in comfy.fail(graph.nodes)
+
+
 def test_lora_that_fits_nothing_cannot_be_applied(comfy: Server, files: dict[str, str]) -> None:
     graph = Graph("sd15")
     graph.picture(*graph.apply(graph.load(files["flux_kohya"])))

@@ -45,7 +45,7 @@ def test_fused_layers_are_cut_only_where_another_lora_splits_them(measured: dict
     assert qkv not in measured["flux"]["modules"]
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "dora", "full"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora", "full", "glora", "oft", "boft"])
 def test_other_adapters_at_full_rank_are_what_comfyui_makes_of_them(measured: dict[str, Any], kind: str) -> None:
     assert measured[kind]["difference"] < ROUNDING
     assert "100.0%" in measured[kind]["notes"][0]

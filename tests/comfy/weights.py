@@ -40,10 +40,10 @@ def checkpoint() -> tuple[Any, Any]:
 
 
 def patched(patcher: Any) -> dict[str, torch.Tensor]:
-    """Every patched weight, as ComfyUI computes it, in float64."""
+    """Every patched weight, as ComfyUI computes it: float32 changes, here of weights in float64."""
     weights = patcher.model_state_dict()
     return {
-        key: comfy.lora.calculate_weight(patches, weights[key].double(), key, intermediate_dtype=torch.float64)
+        key: comfy.lora.calculate_weight(patches, weights[key].double(), key, intermediate_dtype=torch.float32)
         for key, patches in patcher.patches.items()
     }
 
@@ -192,6 +192,9 @@ print(
             "lokr": converted("lokr", 128)(),
             "dora": converted("dora", 128)(),
             "full": converted("full", 128)(),
+            "glora": converted("glora", 128)(),
+            "oft": converted("oft", 128)(),
+            "boft": converted("boft", 128)(),
             "everything": everything(),
             "replaced rows": replaced_rows(),
             "unnamed rows": unnamed_rows(),
