@@ -49,10 +49,28 @@ def flatten(values: Mapping[str, object], find: Callable[[str], Path]) -> list[L
         elif isinstance(value, Mapping):
             loras.append(Lora(value, f"{socket} (trained)"))
         elif isinstance(value, (list, tuple)):
-            # some packs' stackers leave rows nobody filled in
-            loras += [Lora(find(name), Path(name).stem, *rest) for name, *rest in value if name not in (None, "None")]
+            loras += [_stacked(entry, socket, find) for entry in value if not _is_blank(entry)]
         elif value is not None:
             raise MergeError("This is not a LoRA.", module=socket, found=type(value).__name__)
     if not loras:
         raise MergeError("No LoRA is connected.", expected="at least one on the loras inputs", found="none")
     return loras
+
+
+def _is_blank(entry: object) -> bool:
+    """Some packs' stackers leave rows nobody filled in."""
+    return not entry or (isinstance(entry, (list, tuple)) and entry[0] in (None, "", "None"))
+
+
+def _stacked(entry: object, socket: str, find: Callable[[str], Path]) -> Lora:
+    try:
+        name, strength_model, strength_clip = entry  # type: ignore[misc]
+        name, strengths = str(name), (float(strength_model), float(strength_clip))
+    except (TypeError, ValueError):
+        raise MergeError(
+            "This is not an entry of a LORA_STACK.",
+            module=socket,
+            expected="(file name, strength_model, strength_clip)",
+            found=repr(entry)[:200],
+        ) from None
+    return Lora(find(name), Path(name).stem, *strengths)

@@ -66,7 +66,8 @@ def test_flatten_keeps_socket_order_and_opens_stacks() -> None:
     """lora10 comes after lora2; a stack's entries stand where the stack is."""
     first, last = Lora(Path("f"), "first"), Lora(Path("l"), "last")
     state = {"a": torch.ones(1)}
-    stack = [("dir/one.safetensors", 0.5, 0.25), ("None", 1.0, 1.0), ("two.safetensors", 1.0, 1.0)]
+    blank = [("None", 1.0, 1.0), (None, 1.0, 1.0), ("", 1.0, 1.0), None, ()]
+    stack = [("dir/one.safetensors", 0.5, 0.25), *blank, ["two.safetensors", 1, 1]]
     values = {"lora10": last, "lora2": stack, "lora1": state, "lora0": first, "lora3": None}
     found = flatten(values, lambda name: Path("/loras", name))
     assert [lora.label for lora in found] == ["first", "lora1 (trained)", "one", "two", "last"]
@@ -84,3 +85,9 @@ def test_nothing_connected_is_an_error(values: dict) -> None:
 def test_something_else_is_an_error() -> None:
     with pytest.raises(MergeError, match="This is not a LoRA"):
         flatten({"lora0": 3}, Path)
+
+
+@pytest.mark.parametrize("entry", ["one.safetensors", ("one.safetensors",), ("one.safetensors", None, 1.0), 3])
+def test_stack_of_something_else_is_an_error(entry: object) -> None:
+    with pytest.raises(MergeError, match=r"not an entry of a LORA_STACK(.|\n)*lora0"):
+        flatten({"lora0": [entry]}, Path)
