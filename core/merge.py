@@ -88,6 +88,12 @@ def merge(
             adapters, weights, te_weights, module_weights or [{}] * len(adapters), strict=True
         )
     ]
+    used = [
+        any(values.values()) if values else bool(weight or te_weight)  # one that only carries extras has no modules
+        for values, weight, te_weight in zip(per_module, weights, te_weights, strict=True)
+    ]
+    if not any(used):
+        raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
     groups = _groups(adapters, per_module)
     _check_rank(method, groups)
     dtype = dtype or _widest(adapters)
@@ -104,7 +110,7 @@ def merge(
             reports.update((report.name, report) for report in _module_reports(pool, merged))
             if progress is not None:
                 progress(len(modules), total, pool.names[-1])
-        diffs, extras, passed_on, dropped = _leftovers(adapters, per_module)
+        diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
         weights=tuple(weights),
@@ -112,7 +118,7 @@ def merge(
         modules=tuple(reports[name] for name in sorted(reports)),
         passed_on=tuple(passed_on),
         dropped=tuple(dropped),
-        notes=tuple(_notes(adapters, weights, reports, remarks)),
+        notes=(*_weight_notes(adapters, weights, te_weights, used), *_notes(reports, remarks)),
     )
     return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
 
@@ -175,15 +181,13 @@ def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float
                 remedy="merge only LoRAs trained on one base model (e.g. all SDXL)",
             )
         groups[_Shape(*shapes.pop(), tuple(having), tuple(part.rank for part in parts))].append(name)
-    if not groups:
-        raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
     return groups
 
 
 def _check_rank(method: MergeMethod, groups: Mapping[_Shape, list[str]]) -> None:
     rank = getattr(method, "rank", None)
-    largest = max(sum(shape.ranks) for shape in groups)
-    if rank is not None and rank.unit == "" and rank.value > largest:
+    largest = max((sum(shape.ranks) for shape in groups), default=0)
+    if groups and rank is not None and rank.unit == "" and rank.value > largest:
         raise MergeError(
             "The rank is larger than all the LoRAs' ranks together.",
             expected=f"at most {largest} (at {largest} the merge is the exact sum)",
@@ -273,7 +277,7 @@ def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
 
 
 def _leftovers(
-    adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]]
+    adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]], used: Sequence[bool]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
     """What is not low rank: diffs are summed with the weights, extras are carried, conflicts are named."""
     diffs: dict[str, Tensor] = {}
@@ -295,7 +299,7 @@ def _leftovers(
                 )
             diffs[name] = diffs[name] + part if name in diffs else part
             passed_on.append(f"{name} (added, times {weight:g}, from {adapter.label})")
-        for name, tensor in adapter.extras.items() if any(per_module[i].values()) else ():
+        for name, tensor in adapter.extras.items() if used[i] else ():
             if name not in extras:
                 extras[name] = tensor
                 first[name] = adapter.label
@@ -306,15 +310,17 @@ def _leftovers(
     return {name: tensor.to(dtype) for name, tensor in diffs.items()}, extras, passed_on, dropped
 
 
-def _notes(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    reports: Mapping[str, ModuleReport],
-    remarks: Mapping[str, str],
+def _weight_notes(
+    adapters: Sequence[Adapter], weights: Sequence[float], te_weights: Sequence[float], used: Sequence[bool]
 ) -> Iterator[str]:
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if weight == 0:
+    for adapter, weight, te_weight, counts in zip(adapters, weights, te_weights, used, strict=True):
+        if not counts:
             yield f"{adapter.label} has weight 0 and was left out"
+        elif te_weight != weight and any(map(is_text_encoder, adapter.modules)):
+            yield f"{adapter.label} has weight {te_weight:g} in the text encoders"
+
+
+def _notes(reports: Mapping[str, ModuleReport], remarks: Mapping[str, str]) -> Iterator[str]:
     silent = [report.name for report in reports.values() if not any(report.norms)]
     if silent:
         yield f"{len(silent)} modules are zero in every LoRA: {name_some(silent)}"

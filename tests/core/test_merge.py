@@ -106,6 +106,14 @@ def test_text_encoder_weight_reaches_text_encoders_only():
         torch.testing.assert_close(modules[name].delta(), weight * adapter.modules[name].delta())
 
 
+def test_text_encoder_weight_of_its_own_is_noted():
+    """Weight 0 on the diffusion model only: not left out."""
+    a = named("a", {"lora_te1_q": part(1), "lora_unet_q": part(1)})
+    b = named("b", {"lora_unet_q": part(1)})
+    report = merge([a, b], Concat(), [0, 1], text_encoder_weights=[0.5, 0]).report
+    assert report.notes == ("a has weight 0.5 in the text encoders",)
+
+
 def test_module_patterns_multiply(pair):
     """`*both*` matches both 0.5 and 0.25: 0.125 times the weight 2 is 0.25. The other adapter is untouched."""
     patterns = [{"*both*": 0.5, "bo?h": 0.25}, {}]
@@ -173,6 +181,25 @@ def test_extras_are_carried_and_conflicts_named():
     }
     assert result.report.dropped == ("emb.y of b: it cannot be added, and a has another one",)
     assert "DROPPED (1)" in result.report.text()
+
+
+def test_an_adapter_of_nothing_but_extras_takes_part_unless_its_weight_is_zero(pair):
+    only = named("only", {}, extras={"emb.x": torch.ones(3)})
+    result = merge([pair[0], only], Concat(), [1, 0.5])
+    assert list(result.adapter.extras) == ["emb.x"]
+    assert result.report.passed_on == ("emb.x (unchanged, from only)",)
+    left_out = merge([pair[0], only], Concat(), [1, 0])
+    assert left_out.adapter.extras == {}
+    assert left_out.report.notes == ("only has weight 0 and was left out",)
+
+
+def test_adapters_without_modules_keep_their_diffs():
+    norms = [
+        named(label, {}, diffs={"norm.weight": torch.full((3,), value)}) for label, value in (("a", 1.0), ("b", 4))
+    ]
+    result = merge(norms, SVD(Rank(4)), [1, 0.5])
+    assert result.adapter.diffs["norm.weight"].tolist() == [3.0, 3.0, 3.0]
+    assert not result.adapter.modules
 
 
 # ---- dtypes and numbers
