@@ -167,8 +167,11 @@ def merge(
         base["inputs"] = [parse_input(text) for text in inputs]
     if not base.get("inputs"):
         raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
-    if method is not None and method != base["method"]:
+    other = method is not None and method != base["method"]
+    if other:
         base = {**base, "method": method, "settings": {}}  # settings of another method would only be refused
+    if other or statistics is not None:
+        base.pop("statistics_sha256", None)  # it was of the config's statistics
     typed = {
         "rank": rank,
         "geometry": geometry,

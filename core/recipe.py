@@ -63,6 +63,7 @@ class Recipe(BaseModel):
         dtype: Of the result, default the widest of the inputs'.
         format: Of the file, default the first input's.
         convert_rank: Allow updates that are not low rank, approximated at this rank.
+        statistics_sha256: Hash of a calibrated merge's statistics file, ``""`` accepts any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,6 +77,7 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     format: str | None = None
     convert_rank: int | None = Field(default=None, ge=1)
+    statistics_sha256: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the entries left at their default; versions and weights are always told."""

@@ -14,6 +14,7 @@ from .. import __version__
 from .adapter import Adapter, Source
 from .align import align
 from .formats import FORMATS, detect, load, summarise
+from .formats.files import sha256
 from .keymap import KeyMap
 from .merge import MergeResult, Progress, merge
 from .metadata import KEY, disagreements, file_metadata
@@ -86,7 +87,11 @@ def run(
         build_method(recipe.method, settings)
     adapters = [_load(entry, folder, recipe.convert_rank) for entry in recipe.inputs]
     if "statistics" in settings:
-        settings["statistics"] = Statistics.load(folder / str(settings["statistics"])).of(adapters)
+        statistics = folder / str(settings["statistics"])
+        settings["statistics"] = Statistics.load(statistics).of(adapters)
+        found = sha256(statistics)
+        _check_hash(statistics, recipe.statistics_sha256, found)
+        recipe = recipe.model_copy(update={"statistics_sha256": found})
     method = build_method(recipe.method, settings)
     aligned = align(adapters, key_map=key_map)
     result = merge(
@@ -123,15 +128,19 @@ def _format(first: str, merged: Adapter) -> str:
 def _load(entry: Input, folder: Path, convert_rank: int | None) -> Adapter:
     path = folder / entry.path
     adapter = load(path, convert_rank=convert_rank)
-    if entry.sha256 and adapter.source.sha256 != entry.sha256:
+    _check_hash(path, entry.sha256, adapter.source.sha256)
+    return adapter
+
+
+def _check_hash(path: Path, wanted: str, found: str) -> None:
+    if wanted and found != wanted:
         raise RecipeError(
             "An input is not the file this recipe was written for.",
             file=path,
-            expected=f"sha256 {entry.sha256}",
-            found=f"sha256 {adapter.source.sha256}",
+            expected=f"sha256 {wanted}",
+            found=f"sha256 {found}",
             remedy="find the original file, or remove the sha256 from the recipe to use this one",
         )
-    return adapter
 
 
 def _module_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[str, float]]:

@@ -133,6 +133,10 @@ def test_a_calibrated_merge_reads_its_statistics(folder):
     assert settings["mu"] == 3.0
     second = save(run(read_recipe(first), folder=folder).adapter, folder / "second.safetensors")
     assert first.read_bytes() == second.read_bytes()
+    Statistics(dict.fromkeys(NAMES, Moments(base=2 * torch.eye(6))), hashes).save(folder / "stats.safetensors")
+    with pytest.raises(RecipeError, match="not the file this recipe was written for") as caught:
+        run(read_recipe(first), folder=folder)
+    assert caught.value.file == str(folder / "stats.safetensors")
 
 
 # ---- finding recipes
