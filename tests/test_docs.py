@@ -28,7 +28,7 @@ def merge(command: str) -> None:
 
 @pytest.fixture
 def language_model(tmp_path, monkeypatch) -> dict[str, list[torch.Tensor]]:
-    """A tiny Llama and two LoRAs of its first projections on disk; returns the prompts, each kind with its own words."""
+    """A tiny Llama and two LoRAs of its first projections on disk; returns prompts, of other words for each kind."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -91,6 +91,7 @@ def test_ci_runs_the_readmes_test_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     install = "pip install -c constraints.txt -e '.[dev]'"
+    assert "pip install -c constraints.txt '.[diffusers]' && .venv/bin/legomole demo" in readme
     assert install in readme
     assert install in script.replace("--quiet ", "")
     assert ".venv/bin/pytest" in readme
