@@ -30,7 +30,8 @@ def loras_input() -> Any:
     )
     return io.Autogrow.Input(
         "loras",
-        template=io.Autogrow.TemplatePrefix(one, prefix="lora", min=1, max=50),
+        # none is required by itself: any one of them may be muted or bypassed
+        template=io.Autogrow.TemplatePrefix(one, prefix="lora", min=0, max=50),
         tooltip="The LoRAs to merge. A new socket appears as you connect the last one.",
     )
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from .graph import Graph
-from .server import Server
+from .graph import Graph, Link
+from .server import Prompt, Server
 
 pytestmark = pytest.mark.comfy
 
@@ -77,6 +77,25 @@ def test_stack_counts_as_its_entries(comfy: Server, files: dict[str, str]) -> No
     assert set(stacked) == set(single)
     for key, tensor in stacked.items():
         torch.testing.assert_close(tensor, single[key], rtol=0, atol=0)
+
+
+def test_any_lora_may_be_muted(comfy: Server, files: dict[str, str]) -> None:
+    """The page then leaves its socket out, the first one too."""
+    graph = Graph()
+    merged = graph.lego(graph.load(files["flux_split"]), graph.load(files["flux_kohya"]))
+    del graph.nodes[merged[0]]["inputs"]["loras.lora0"]
+    assert comfy.run(graph.nodes | _preview(merged)).outputs["report"]["text"][0].startswith("lego: 1 LoRA,")
+
+
+@pytest.mark.parametrize("method", ["lego", "concat"])
+def test_nothing_connected_is_said(comfy: Server, method: str) -> None:
+    graph = Graph()
+    merged = graph.lego() if method == "lego" else graph.merge(method)
+    assert "No LoRA is connected." in comfy.fail(graph.nodes | _preview(merged))
+
+
+def _preview(merged: Link) -> Prompt:
+    return {"report": {"class_type": "PreviewAny", "inputs": {"source": [merged[0], 1]}}}
 
 
 def test_lora_trained_in_the_graph_can_be_merged(comfy: Server, files: dict[str, str], paint: Callable) -> None:
