@@ -15,6 +15,9 @@ import comfy.utils
 import comfy.weight_adapter
 import folder_paths
 import torch
+from comfy_api.latest import ui
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 from torch import Tensor
 
 from ..core import formats
@@ -382,3 +385,11 @@ def progress() -> Callable[[int, int, str], None]:
         bar.update_absolute(done, total)
 
     return report
+
+
+def show(text: str) -> ui.PreviewText:
+    """Write a text on the node that runs, where its user looks; the return value puts it into the history too."""
+    running = get_executing_context()
+    if running is not None:
+        PromptServer.instance.send_progress_text(text, running.node_id)
+    return ui.PreviewText(text)

@@ -74,7 +74,7 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
     )
     if report.dropped:
         _LOG.warning("LegoMoLE: %d keys could not be merged, see the report: %s", len(report.dropped), report.dropped)
-    return io.NodeOutput(Lora(adapter, label), report.text())
+    return io.NodeOutput(Lora(adapter, label), report.text(), ui=comfy.show(report.text()))
 
 
 def _advice(adapter: Adapter, model: Any) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..core import formats
 from ..core.adapter import Adapter
@@ -43,8 +43,8 @@ class SaveLoRA(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="legomole/merged",
-                    tooltip="Name inside the loras folder, a number is added. May hold a subfolder and %date% parts "
-                    "like %year%. Existing files are never overwritten.",
+                    tooltip="Name inside the loras folder, a number is added. May hold a subfolder and the date as "
+                    "%year%, %month%, %day%. Existing files are never overwritten.",
                 ),
                 io.Combo.Input(
                     "format",
@@ -74,4 +74,4 @@ class SaveLoRA(io.ComfyNode):
             adapter = replace(scaled.adapter, metadata=adapter.metadata, source=adapter.source)
         chosen = format if format != AUTO else lora_format(adapter)
         path = formats.save(adapter, comfy.save_path(filename_prefix), format=chosen, dtype=_DTYPES.get(dtype))
-        return io.NodeOutput(str(path), ui=ui.PreviewText(str(path)))
+        return io.NodeOutput(str(path), ui=comfy.show(str(path)))

@@ -63,6 +63,15 @@ def open_workflow(page: Any, workflow: dict[str, Any]) -> None:
     page.wait_for_timeout(300)  # sockets that grow settle a moment later
 
 
+def texts_on(page: Any, kind: str) -> list[str]:
+    """What the nodes of a kind show their user after a run."""
+    return page.evaluate(
+        """kind => app.graph.nodes.filter(node => node.type === kind).map(
+            node => node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? 'nothing')""",
+        kind,
+    )
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_opens_whole_and_runs(comfy: Server, files: dict[str, str], page: Any, path: Path) -> None:
     workflow = chosen(path)
@@ -80,6 +89,9 @@ def test_workflow_opens_whole_and_runs(comfy: Server, files: dict[str, str], pag
     assert done["status"]["status_str"] == "success", done["status"]
     pictures = [node for node in workflow["nodes"] if node["type"] == "SaveImage"]
     assert sum(len(output.get("images", [])) for output in done["outputs"].values()) == len(pictures)
+    for kind, text in {"LegoMoLE_LegoMerge": "lego: 2 LoRAs", "LegoMoLE_SaveLoRA": "_00001_.safetensors"}.items():
+        for shown in texts_on(page, kind):
+            assert text in shown
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
