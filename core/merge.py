@@ -103,7 +103,7 @@ def merge(
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
     with torch.no_grad():
-        for pool in _pools(adapters, groups, per_module, torch.device(device)):
+        for pool in _pools(adapters, groups, per_module, torch.device(device), getattr(method, "batch", None)):
             merged = method(pool)
             modules.update(_unpack(adapters, pool, merged, dtype))
             remarks.update(merged.remarks)
@@ -208,10 +208,14 @@ def _pools(
     groups: Mapping[_Shape, list[str]],
     per_module: Sequence[Mapping[str, float]],
     device: torch.device,
+    batch_size: int | None,
 ) -> Iterator[Pool]:
-    """The groups as batches small enough to bound memory; factors are read, checked and cast here."""
+    """The groups as batches small enough to bound memory; factors are read, checked and cast here.
+
+    Methods that work long on every module say a `batch` of their own, so that they are told of and cancelled in time.
+    """
     for shape, names in groups.items():
-        step = max(1, _BATCH_NUMBERS // (sum(shape.ranks) * (shape.d_in + shape.d_out)))
+        step = batch_size or max(1, _BATCH_NUMBERS // (sum(shape.ranks) * (shape.d_in + shape.d_out)))
         for start in range(0, len(names), step):
             batch = names[start : start + step]
             parts = [[adapters[i].modules[name] for i in shape.adapters] for name in batch]

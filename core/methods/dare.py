@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ class Dare:
 
     Source: arXiv:2311.03099; PEFT's ``dare_linear_svd``.
     """
+
+    batch: ClassVar[int] = 1
 
     rank: Rank
     density: float = 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..pool import Merged, Pool
 from ..rank import Rank
@@ -23,6 +24,8 @@ class Ties:
 
     Source: arXiv:2306.01708; PEFT's ``ties_svd``, but an adapter of weight 0 does not vote.
     """
+
+    batch: ClassVar[int] = 1
 
     rank: Rank
     density: float = 0.5

@@ -16,9 +16,11 @@ from legomole.core.lowrank import LowRank
 from legomole.core.merge import merge
 from legomole.core.methods import METHODS
 from legomole.core.methods.concat import Concat
+from legomole.core.methods.dare import Dare
 from legomole.core.methods.lego import Lego
 from legomole.core.methods.linear import Linear
 from legomole.core.methods.svd import SVD
+from legomole.core.methods.ties import Ties
 from legomole.core.rank import Rank
 
 
@@ -302,6 +304,15 @@ def test_progress_counts_modules_and_cancels_by_raising(pair):
 
     with pytest.raises(Cancelled):
         merge(pair, Concat(), progress=cancel)
+
+
+@pytest.mark.parametrize(("method", "told"), [(Ties(Rank(2)), [1, 2, 3]), (Dare(Rank(2)), [1, 2, 3]), (Concat(), [3])])
+def test_slow_methods_tell_of_every_module_of_a_shape(method, told):
+    """The others take modules of one shape at once."""
+    seen = []
+    adapter = named("a", {f"m{i}": part(4, seed=i) for i in range(3)})
+    merge([adapter], method, progress=lambda done, *_: seen.append(done))
+    assert seen == told
 
 
 @pytest.mark.parametrize("method", [Lego(Rank(3)), Lego(Rank(3), geometry="paper"), SVD(Rank(3)), Linear(), Concat()])
