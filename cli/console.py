@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 import traceback
 from collections.abc import Callable, Generator
 from typing import Any
@@ -18,13 +20,19 @@ from typer.core import TyperGroup
 from ..core.errors import LegoMoleError, SaveError
 
 OK, BUG, USAGE, BAD_INPUT, NOT_WRITTEN, CANCELLED = 0, 1, 2, 3, 4, 130
+_PIPE_CLOSED = 141  # 128 + SIGPIPE, as other programs end
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # for `Commands`; rich would exit with 1, our code for a bug
+
+
 def out() -> Console:
     """Standard output: results. Made anew each time, because tests (and pipes) replace the stream."""
-    return Console(highlight=False, soft_wrap=True)
+    return _Output(highlight=False, soft_wrap=True)
 
 
 def err() -> Console:
@@ -48,8 +56,11 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
+        except (typer.Exit, typer.Abort):
             raise
+        except BrokenPipeError:  # the reader has seen enough (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            raise typer.Exit(_PIPE_CLOSED) from None
         except KeyboardInterrupt:
             self._tell(CANCELLED, "Cancelled", {"problem": "Cancelled. Nothing was written."})
         except _UsageError as error:

@@ -95,9 +95,8 @@ def _show(summary: Summary) -> None:
     table.add_row("size", size_of(Path(summary.path)))
     for key, value in sorted(summary.metadata.items()):
         if key != "legomole":
-            table.add_row(
-                f"· {key}", value if len(value) <= _SHOWN else f"{value[:_SHOWN]}.. ({len(value)} characters)"
-            )
+            line = " ".join(value.split())
+            table.add_row(f"· {key}", line if len(line) <= _SHOWN else f"{line[:_SHOWN]}.. ({len(value)} characters)")
     made = recipe_in(summary.metadata, summary.path)
     if made is not None:
         inputs = ", ".join(f"{entry.path}:{entry.weight:g}" for entry in made.inputs)

@@ -177,6 +177,23 @@ def test_inspect_modules_prints_names_alone():
     assert done("inspect", "--modules", "a.safetensors").split() == sorted(NAMES)
 
 
+def test_inspect_shows_metadata_on_one_line():
+    write(Path("c.safetensors"), note='{\n  "a": 1\n}')
+    assert '· note { "a": 1 }' in squeezed(done("inspect", "c.safetensors"))
+
+
+def test_a_closed_pipe_is_no_bug():
+    env = os.environ | {"PYTHONSAFEPATH": "1"}
+    for option in ("--modules", "--json"):
+        command = [sys.executable, "-m", "legomole", "inspect", option, "a.safetensors"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as started:
+            assert started.stdout is not None
+            assert started.stderr is not None
+            started.stdout.close()  # long before anything is written
+            assert started.stderr.read() == b""
+        assert started.returncode == 141
+
+
 def test_inspect_works_on_files_that_cannot_be_merged():
     save_file({"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)}, "lokr.safetensors")
     assert "lokr_w1" in done("inspect", "lokr.safetensors")
