@@ -42,7 +42,7 @@ Format = Annotated[
     typer.Option(
         metavar="NAME",
         rich_help_panel=OUTPUT,
-        help="kohya, diffusers, peft or comfy. Default: that of the first LoRA.",
+        help="kohya, diffusers, peft or comfy. Default: that of the first LoRA, if it has names for all layers.",
     ),
 ]
 ConvertRank = Annotated[

@@ -38,7 +38,12 @@ class Rank:
         if self.unit == "%":
             fine = fine and self.value <= 100
         if not fine:
-            raise MergeError("This is not a rank.", expected="a rank of at least 1", found=str(self), remedy=_REMEDY)
+            raise MergeError(
+                "This is not a rank.",
+                expected="at least 1, more than 0x, or above 0% and up to 100%",
+                found=str(self),
+                remedy=_REMEDY,
+            )
 
     @classmethod
     def parse(cls, text: str | int | Rank) -> Rank:
@@ -49,11 +54,13 @@ class Rank:
             return cls(95, "%")
         match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([x%]?)\s*", str(text))
         if match is None:
-            raise MergeError("This is not a rank.", expected="a rank", found=repr(text), remedy=_REMEDY)
+            raise MergeError(
+                "This is not a rank.", expected="a rank such as 16, 1.5x or 95%", found=repr(text), remedy=_REMEDY
+            )
         return cls(float(match[1]), match[2])
 
     def __str__(self) -> str:
-        return f"{self.value:g}{self.unit}"
+        return f"{self.value:.12g}{self.unit}"
 
     def resolve(self, pool: Pool) -> Tensor:
         """`k` for each module of the pool: ``(M,)`` long within ``1 .. P``."""

@@ -61,7 +61,7 @@ class Recipe(BaseModel):
         module_weights: Pattern of module names -> factor, for every input that has such modules.
         normalize: Average instead of sum, see `merge`.
         dtype: Of the result, default the widest of the inputs'.
-        format: Of the file, default the first input's.
+        format: Of the file, default the first input's if it has names for all layers.
         convert_rank: Allow updates that are not low rank, approximated at this rank.
         statistics_sha256: Hash of a calibrated merge's statistics file, ``""`` accepts any.
     """

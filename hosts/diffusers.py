@@ -72,7 +72,10 @@ def to_diffusers(adapter: Adapter) -> Adapter:
     lost = sorted(set(adapter.modules) - set(known))
     if lost:
         raise MergeError(
-            "diffusers has no names for some layers.", file=adapter.source.path or None, found=name_some(lost, 3)
+            "diffusers has no names for some layers.",
+            file=adapter.source.path or None,
+            found=name_some(lost, 3),
+            remedy="keep the format of the inputs, or save as comfy",
         )
     return rename(adapter, known)
 
