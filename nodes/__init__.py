@@ -1,1 +1,1 @@
-"""The ComfyUI nodes. Only this folder knows ComfyUI; `comfy.py` alone touches more of it than its node API."""
+"""The ComfyUI nodes. Only this folder knows ComfyUI; only `comfy.py` and `program.py` know more than its node API."""

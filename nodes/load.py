@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import comfy
+from . import program
 from .lora import Lora
 from .sockets import CATEGORY, LORA_STACK, lora_output, strength
 
@@ -24,7 +24,7 @@ class LoadLoRA(io.ComfyNode):
             description="A LoRA file for merging or applying. Chain several through lora_stack.",
             search_aliases=["lora loader", "lora stack", "legomole", "lego lora"],
             inputs=[
-                io.Combo.Input("lora_name", options=comfy.lora_names(), tooltip="A file in the loras folder."),
+                io.Combo.Input("lora_name", options=program.lora_names(), tooltip="A file in the loras folder."),
                 strength("strength_model", "How strongly it acts on the diffusion model. Negative subtracts it."),
                 strength("strength_clip", "How strongly it acts on the text encoders."),
                 io.Int.Input(
@@ -53,7 +53,7 @@ class LoadLoRA(io.ComfyNode):
         """Changes when the file changes, so that a merge of an overwritten LoRA runs again."""
         if lora_name is None:  # comes from another node: not known before that has run
             return float("nan")
-        status = comfy.lora_path(lora_name).stat()
+        status = program.lora_path(lora_name).stat()
         return status.st_mtime_ns, status.st_size
 
     @classmethod
@@ -65,6 +65,6 @@ class LoadLoRA(io.ComfyNode):
         convert_rank: int = 0,
         lora_stack: list[tuple[str, float, float]] | None = None,
     ) -> io.NodeOutput:
-        path = comfy.lora_path(lora_name)
+        path = program.lora_path(lora_name)
         lora = Lora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank)
         return io.NodeOutput(lora, [*(lora_stack or []), (lora_name, strength_model, strength_clip)])

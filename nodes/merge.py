@@ -14,7 +14,7 @@ from ..core.adapter import Adapter, Source
 from ..core.merge import merge
 from ..core.metadata import file_metadata
 from ..core.methods import METHODS, MergeMethod
-from . import comfy
+from . import comfy, program
 from .lora import Lora, flatten
 from .reading import read_files
 from .settings import chosen, has_widgets, module_weights, settings
@@ -35,7 +35,7 @@ def _outputs() -> list[Any]:
 
 def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any, rules: str | None) -> io.NodeOutput:
     """Read, merge, and say what happened: what both nodes do."""
-    values = flatten(loras, comfy.lora_path)
+    values = flatten(loras, program.lora_path)
     reading = read_files(values) if model is None else comfy.read(values, model, clip)
     per_module = module_weights(rules or "", reading.adapters)
     result = merge(
@@ -44,7 +44,7 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
         [value.strength_model for value in values],
         text_encoder_weights=[value.strength_clip for value in values],
         module_weights=per_module,
-        progress=comfy.progress(),
+        progress=program.progress(),
     )
     report = replace(
         result.report,
@@ -74,7 +74,7 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
     )
     if report.dropped:
         _LOG.warning("LegoMoLE: %d keys could not be merged, see the report: %s", len(report.dropped), report.dropped)
-    return io.NodeOutput(Lora(adapter, label), report.text(), ui=comfy.show(report.text()))
+    return io.NodeOutput(Lora(adapter, label), report.text(), ui=program.show(report.text()))
 
 
 def _advice(adapter: Adapter, model: Any) -> Iterator[str]:

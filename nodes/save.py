@@ -11,7 +11,7 @@ from ..core import formats
 from ..core.adapter import Adapter
 from ..core.merge import merge
 from ..core.methods import METHODS
-from . import comfy
+from . import program
 from .lora import Lora
 from .reading import adapter_of
 from .sockets import CATEGORY, LEGOMOLE_LORA
@@ -73,5 +73,5 @@ class SaveLoRA(io.ComfyNode):
             scaled = merge([adapter], sum_of_one, [lora.strength_model], text_encoder_weights=[lora.strength_clip])
             adapter = replace(scaled.adapter, metadata=adapter.metadata, source=adapter.source)
         chosen = format if format != AUTO else lora_format(adapter)
-        path = formats.save(adapter, comfy.save_path(filename_prefix), format=chosen, dtype=_DTYPES.get(dtype))
-        return io.NodeOutput(str(path), ui=comfy.show(str(path)))
+        path = formats.save(adapter, program.save_path(filename_prefix), format=chosen, dtype=_DTYPES.get(dtype))
+        return io.NodeOutput(str(path), ui=program.show(str(path)))
