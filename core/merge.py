@@ -165,7 +165,7 @@ def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float
     """Module names by shape. Modules every adapter leaves out (weight 0) vanish here."""
     groups: dict[_Shape, list[str]] = defaultdict(list)
     for name in sorted({name for adapter in adapters for name in adapter.modules}):
-        having = [i for i in range(len(adapters)) if per_module[i].get(name)]
+        having = [i for i, adapter in enumerate(adapters) if name in adapter.modules and per_module[i][name]]
         if not having:
             continue
         parts = [adapters[i].modules[name] for i in having]
