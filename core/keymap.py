@@ -95,7 +95,8 @@ def rename(adapter: Adapter, key_map: KeyMap) -> Adapter:
         module, _, parameter = name.rpartition(".")
         for piece in key_map.get(module, (Piece(module),)):
             cut = tensor if piece.rows is None else torch.cat([tensor[a:b] for a, b in piece.rows])
-            diffs[f"{piece.target}.{parameter}"] = cut
+            target = f"{piece.target}.{parameter}"
+            diffs[target] = diffs[target] + cut if target in diffs else cut
     return replace(adapter, modules=modules, diffs=diffs)
 
 

@@ -36,6 +36,13 @@ def test_swapped_halves() -> None:
     assert found.diffs["m.bias"].tolist() == [2, 3, 0, 1]
 
 
+def test_two_diffs_on_one_target_are_added() -> None:
+    found = rename(
+        Adapter({}, {"a.bias": torch.tensor([1.0, 2.0]), "b.bias": torch.tensor([10.0, 20.0])}), {"a": (Piece("b"),)}
+    )
+    assert found.diffs["b.bias"].tolist() == [11, 22]
+
+
 def test_two_modules_on_one_target_are_added() -> None:
     a, b = part(4, seed=1), part(4, 3.0, seed=2)
     found = rename(Adapter({"to_q": a, "alias": b}), {"alias": (Piece("to_q"),)})
