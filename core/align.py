@@ -9,6 +9,7 @@ from itertools import combinations
 from .adapter import Adapter, is_text_encoder
 from .errors import LegoMoleError, MergeError, name_some
 from .keymap import KeyMap, rename, unmapped
+from .spelling import respelled
 
 Resolver = Callable[[Sequence[Adapter]], KeyMap]
 
@@ -16,11 +17,12 @@ Resolver = Callable[[Sequence[Adapter]], KeyMap]
 def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> list[Adapter]:
     """The adapters under common module names.
 
-    Adapters that name their layers alike are returned as they are: their names are those of the merged file. Where
-    two of them share no layer of the diffusion model (or of the text encoders), or each has kinds of layers the other
-    lacks (a fused ``qkv`` here, a ``to_q`` there), the host's key map is asked, and followed if more of the layers
-    meet under it. An adapter of the text encoder alone and one of the diffusion model alone may be merged as long as
-    they come in one dialect: they are disjoint parts of one model.
+    Adapters that name their layers alike are returned as they are: their names are those of the merged file. Where two
+    of them share no layer of the diffusion model (or of the text encoders), or each has kinds of layers the other lacks
+    (a fused ``qkv`` here, a ``to_q`` there), names that differ in prefix and punctuation only are spelled alike. If
+    that is not enough, the host's key map is asked, and followed if more of the layers meet under it. An adapter of the
+    text encoder alone and one of the diffusion model alone may be merged as long as they come in one dialect: they are
+    disjoint parts of one model.
 
     Args:
         adapters: As loaded.
@@ -35,8 +37,12 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
     adapters = list(adapters)
     result = adapters
     met = _strangers(adapters) is None
+    if not met or _differ_in_kind(adapters):
+        spelled = respelled(adapters)
+        if _strangers(spelled) is None and (not met or _shared(spelled) > _shared(adapters)):
+            result, met = spelled, True
     known: KeyMap = {}
-    if key_map is not None and len(adapters) > 1 and (not met or _differ_in_kind(adapters)):
+    if key_map is not None and len(adapters) > 1 and (not met or _differ_in_kind(result)):
         try:
             known = key_map(adapters)
         except LegoMoleError:
@@ -44,7 +50,7 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
                 raise
         renamed = [rename(adapter, known) for adapter in adapters]
         # the same layers under other names are no gain: the files' own names are kept then
-        if _shared(renamed) > _shared(adapters) * (1 + 1e-9) or not met:
+        if _shared(renamed) > _shared(result) * (1 + 1e-9) or not met:
             result = renamed
     strangers = _strangers(result)
     if strangers is not None and not _parts_of_one_model(strangers, adapters, known):
