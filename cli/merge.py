@@ -11,7 +11,7 @@ import typer
 from ..core.errors import MergeError
 from .arguments import add_module_weights, parse_input, parse_setting
 from .console import out, print_json, progress_bar
-from .names import key_map, spelled_for
+from .names import finished, key_map
 from .options import (
     DEFAULT_RANK,
     LEGO,
@@ -243,11 +243,12 @@ def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrit
     if "rank" in fields and "rank" not in recipe.settings:
         recipe = recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
     paths = [folder / entry.path for entry in recipe.inputs]
-    target = check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
+    first = summarise(paths[0])
+    target = check_output(output, recipe.format or first.format, paths, overwrite=overwrite)
     with progress_bar("merging", quiet=json) as progress:
         result = run(recipe, folder=folder, key_map=key_map, device=device, progress=progress)
-    format = recipe.format or result.adapter.source.format
-    written = save(spelled_for(result.adapter, format), target, format=format)
+    adapter, format = finished(result.adapter, first.format, recipe.format)
+    written = save(adapter, target, format=format)
     if json:
         print_json({"output": str(written), "report": result.report.to_dict()})
         return

@@ -75,9 +75,9 @@ class Adapter:
         """
         for module, part in self.modules.items():
             for name, factor in (("A", part.A), ("B", part.B)):
-                _check_finite(factor, f"{module} (factor {name})", self.source.path)
+                check_finite(factor, f"{module} (factor {name})", self.source.path)
         for name, tensor in self.diffs.items():
-            _check_finite(tensor, name, self.source.path)
+            check_finite(tensor, name, self.source.path)
 
 
 # How the dialects begin the names of text encoder modules (kohya lora_te*_, diffusers text_encoder*., ComfyUI ..).
@@ -89,7 +89,8 @@ def is_text_encoder(module: str) -> bool:
     return module.startswith(_TEXT_ENCODER_PREFIXES)
 
 
-def _check_finite(tensor: Tensor, module: str, file: str) -> None:
+def check_finite(tensor: Tensor, module: str, file: str) -> None:
+    """Raise FormatError if a tensor holds NaN or infinity."""
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     # NaN or infinity always makes the sum non-finite: one pass without a temporary, the exact test on suspicion only
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):

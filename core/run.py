@@ -13,6 +13,7 @@ import torch
 from .. import __version__
 from .adapter import Adapter, Source
 from .align import align
+from .errors import name_some
 from .formats import FORMATS, detect, load, summarise
 from .formats.files import sha256
 from .keymap import KeyMap
@@ -94,6 +95,7 @@ def run(
         recipe = recipe.model_copy(update={"statistics_sha256": found})
     method = build_method(recipe.method, settings)
     aligned = align(adapters, key_map=key_map)
+    translated = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge(
         aligned,
         method,
@@ -109,6 +111,11 @@ def run(
     )
     done = recipe.model_copy(update={"legomole": __version__, "settings": recipe.settings | settings_of(method)})
     notes = [*result.report.notes, *disagreements(adapters)]
+    if translated and result.adapter.extras:
+        notes.append(
+            f"{len(result.adapter.extras)} tensors that are carried along keep their file's names, unlike the layers: "
+            f"{name_some(sorted(result.adapter.extras))}"
+        )
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
@@ -116,13 +123,21 @@ def run(
         )
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(done, report, adapters)
-    source = Source(format=recipe.format or _format(adapters[0].source.format, result.adapter))
+    source = Source(format=recipe.format or _format(adapters[0].source.format, result.adapter, translated))
     return MergeResult(dataclasses.replace(result.adapter, metadata=metadata, source=source), report)
 
 
-def _format(first: str, merged: Adapter) -> str:
-    """The first input's format if it can say the merged names (they may have been translated), else theirs."""
-    return first if all(FORMATS[first].fits(name) for name in merged.modules) else detect(list(merged.modules))
+def _format(first: str, merged: Adapter, translated: bool) -> str:
+    """The first input's format if it can say the merged names, else one that can.
+
+    Names a host has translated are its own, whatever the first format could say too; ``comfy`` says any, also those
+    of several dialects in one file, which its readers look up one by one.
+    """
+    names = [*merged.modules, *(name.rpartition(".")[0] for name in merged.diffs)]
+    if not translated and all(FORMATS[first].carries(name) for name in names):
+        return first
+    own = detect(names)
+    return own if all(FORMATS[own].fits(name) for name in names) else "comfy"
 
 
 def _load(entry: Input, folder: Path, convert_rank: int | None) -> Adapter:

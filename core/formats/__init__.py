@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Source
-from ..errors import SaveError
+from ..errors import FormatError, SaveError
 from . import files, peft
 from .base import Format
 from .comfy import Comfy
@@ -20,7 +21,7 @@ from .diffusers import Diffusers
 from .kohya import Kohya
 from .peft import Peft
 from .suffixes import classify
-from .writing import cast_adapter
+from .writing import cast_adapter, folded
 
 __all__ = ["FORMATS", "Format", "Summary", "detect", "from_state_dict", "load", "save", "summarise", "to_state_dict"]
 
@@ -35,7 +36,7 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
     The tensors keep their dtype and are views of the memory-mapped file.
 
     Args:
-        path: File or folder.
+        path: File or folder. ``adapter_model.safetensors`` beside its ``adapter_config.json`` means the folder.
         convert_rank: Turn LoHa, LoKr and full deltas into low-rank updates of this rank (exactly factorised, then the
             best approximation of that rank). ``None`` refuses them.
 
@@ -43,7 +44,7 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
         FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
     """
     path = Path(path)
-    weights, config = peft.read_folder(path) if path.is_dir() else (path, None)
+    weights, config = _parts(path)
     tensors, metadata = files.read_tensors(weights)
     source = Source(str(path), files.sha256(weights), "" if config is None else _PEFT.name)
     if config is not None:
@@ -53,12 +54,25 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
     return adapter
 
 
+def _parts(path: Path) -> tuple[Path, str | None]:
+    """The weight file, and the configuration of a PEFT folder, also where its weight file was named."""
+    try:
+        if path.is_dir():
+            return peft.read_folder(path)
+        if path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).is_file():
+            return peft.read_folder(path.parent)
+    except OSError as error:  # e.g. a name that is too long for the system
+        raise FormatError("The path cannot be used.", file=path, found=error.strerror or str(error)) from error
+    return path, None
+
+
 def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype: torch.dtype | None = None) -> Path:
     """Write a LoRA, atomically and with the same bytes every time.
 
     Args:
         adapter: Its module names must be those of the format.
-        path: A file, ``.safetensors`` is added where it is missing; for ``peft`` a folder.
+        path: A file, ``.safetensors`` is added where it is missing; for ``peft`` a folder, or a file if the adapter
+            came from a lone file, without a configuration.
         format: A name in `FORMATS`; default that of the adapter's source, else told from the names.
         dtype: Of factors and diffs; default their own.
 
@@ -75,12 +89,16 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
     chosen = _format(format)
     if dtype is not None:
         adapter = cast_adapter(adapter, dtype)
+    # a PEFT file that came without a configuration is written without one; its readers take the scale for 1
+    lone = format == adapter.source.format == _PEFT.name and not configured and path.suffix == ".safetensors"
+    if lone:
+        adapter = replace(adapter, modules={name: folded(part, name) for name, part in adapter.modules.items()})
     state, metadata = chosen.write(adapter)
-    if format != _PEFT.name:
+    if lone or format != _PEFT.name:
         if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
             raise SaveError("LoRAs are written as safetensors only.", file=path, expected="a name ending .safetensors")
         path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises for a name that is too long)
             raise SaveError("The output is a folder.", file=path, expected="the name of a file")
         files.write_tensors(path, state, metadata)
         return path
@@ -172,7 +190,7 @@ def summarise(path: str | Path) -> Summary:
         FormatError: A file that is not a sound safetensors file.
     """
     path = Path(path)
-    weights, config = peft.read_folder(path) if path.is_dir() else (path, None)
+    weights, config = _parts(path)
     header = files.read_header(weights)
     roles, others = classify(header.shapes)
     ranks = Counter(

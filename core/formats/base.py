@@ -23,7 +23,11 @@ class Format(Protocol):
         ...
 
     def fits(self, module: str) -> bool:
-        """Whether the format can say this module name."""
+        """Whether a module name is one of the format's own."""
+        ...
+
+    def carries(self, module: str) -> bool:
+        """Whether the format can say a module name, its own or one that its files have been seen with."""
         ...
 
     def read(

@@ -21,6 +21,9 @@ class Comfy:
     def fits(self, module: str) -> bool:
         return True
 
+    def carries(self, module: str) -> bool:
+        return self.fits(module)
+
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:

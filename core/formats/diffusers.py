@@ -15,7 +15,10 @@ from . import reading, writing
 from .peft import PeftScale
 
 _CONFIG = "lora_adapter_metadata"
-_NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\w+)?)\..+")
+_NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\d+)?)\..+")
+
+# names of other dialects; any other dotted path is carried as the file had it (bare names, base_model.model.)
+_FOREIGN = ("lora_", "lycoris_", "oft_", "diffusion_model.", "text_encoders.")
 
 
 class Diffusers:
@@ -29,6 +32,9 @@ class Diffusers:
     def fits(self, module: str) -> bool:
         return _NAME.fullmatch(module) is not None
 
+    def carries(self, module: str) -> bool:
+        return not module.startswith(_FOREIGN)
+
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:
@@ -38,11 +44,12 @@ class Diffusers:
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.demand_names(
-            adapter, self.name, self.fits, "unet.down_blocks.0... or transformer.transformer_blocks.0..."
+            adapter, self.name, self.carries, "unet.down_blocks.0... or transformer.transformer_blocks.0..."
         )
         state: dict[str, Tensor] = {}
         for name, part in adapter.modules.items():
-            state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = writing.factors(writing.folded(part, name))
+            down, up = writing.processor_keys(name) or (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
+            state[down], state[up] = writing.factors(writing.folded(part, name))
         for name, bias in writing.low_rank_bias(adapter, self.name).items():
             state[f"{name}.lora_B.bias"] = bias
         # the alpha of an input's configuration would scale again what is folded in

@@ -205,7 +205,8 @@ def _beside(path: Path) -> Generator[Path]:
         raise SaveError(
             "The output folder does not exist.", file=path, expected=f"a folder {path.parent}", remedy="create it first"
         )
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # a name may have 255 bytes, and a character 4 of them
+    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
     except SaveError:

@@ -24,6 +24,9 @@ class Kohya:
     def fits(self, module: str) -> bool:
         return _NAME.fullmatch(module) is not None
 
+    def carries(self, module: str) -> bool:
+        return self.fits(module)
+
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:

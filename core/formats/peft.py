@@ -21,6 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 CONFIG_KEY = "adapter_config"  # the configuration's place in an adapter's metadata
 _PREFIX = "base_model.model."
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class PeftScale:
                 found="use_dora is true",
                 remedy="convert it in ComfyUI with the model connected, where the base weights are known",
             )
+        start = str(config.get("init_lora_weights")).lower()
+        if start.startswith(_CHANGED_BASE):
+            raise FormatError(
+                "This LoRA belongs to a changed base model: its training began by taking a part out of the weights.",
+                file=source.path or None,
+                expected="init_lora_weights true, gaussian or another that leaves the base model alone",
+                found=f"init_lora_weights {start}",
+                remedy="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
+            )
         try:
             return PeftScale(
                 int(config.get("r", 8)),
@@ -59,6 +69,7 @@ class PeftScale:
 
     def __call__(self, module: str, rank: int) -> float | None:
         """The alpha for which ``alpha / rank`` is PEFT's scale; ``None`` where that scale is 1."""
+        module = module.removesuffix(".lora_embedding")
         configured = _match(self.rank_pattern, module, self.r)
         if configured != rank:
             raise FormatError(
@@ -94,6 +105,9 @@ class Peft:
 
     def fits(self, module: str) -> bool:
         return not module.startswith(("lora_unet_", "lora_te", "lycoris_", "diffusion_model.", "text_encoders."))
+
+    def carries(self, module: str) -> bool:
+        return self.fits(module)
 
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Source
+from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
 from ..lowrank import LowRank, concat
 from . import convert
-from .suffixes import UNSUPPORTED, classify
+from .suffixes import UNSUPPORTED, classify, role_of
 
 Scale = Callable[[str, int], float | None]
 """The alpha of a module of a rank where the file has no alpha key; ``None`` means scale 1."""
@@ -44,6 +44,16 @@ def assemble(
     convert.check_rank(convert_rank)
     roles, rest = classify(tensors)
     _check_kinds(roles, tensors, source, convert_rank)
+    twice = [key for key in rest if role_of(key) is not None]
+    if twice:
+        raise FormatError(
+            "The file says one thing twice, under two spellings of one key.",
+            file=source.path or None,
+            module=name_some(twice, 3),
+            expected="one spelling, e.g. lora_A or lora_down",
+            found=name_some([key for key in tensors if role_of(key) == role_of(twice[0])], 3),
+            remedy="remove one of them, or export the LoRA again",
+        )
     modules: dict[str, LowRank] = {}
     diffs: dict[str, Tensor] = {}
     for module, keys in roles.items():
@@ -53,7 +63,7 @@ def assemble(
             if updates:
                 modules[module] = updates[0] if len(updates) == 1 else concat(updates, [1.0] * len(updates))
             diffs.update(_diffs(module, parts, updates))
-        except (FormatError, RuntimeError) as error:  # RuntimeError: a product of tensors that do not fit
+        except (FormatError, RuntimeError, IndexError) as error:  # a product of tensors that do not fit, or are empty
             raise _located(error, source, keys) from error
     if not modules and not diffs:
         raise FormatError(
@@ -107,6 +117,9 @@ def _updates(
 ) -> list[LowRank]:
     """Every low-rank update a module has: normally one."""
     alpha = _alpha(parts["alpha"]) if "alpha" in parts else None
+    for role, tensor in parts.items():
+        if convert_rank is not None and role.startswith(("hada_", "lokr_", "diff")):
+            check_finite(tensor, f"{module} ({role})", "")  # decompositions of NaN fail in ways of their own
     updates: list[LowRank] = []
     if "down" in parts or "up" in parts or "mid" in parts:
         _demand(parts, ("down", "up"))

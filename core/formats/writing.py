@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -63,10 +64,21 @@ def factors(part: LowRank) -> tuple[Tensor, Tensor]:
     return down, part.B.reshape(part.d_out, part.rank, *(1 for _ in part.kernel))
 
 
+def processor_keys(module: str) -> tuple[str, str] | None:
+    """Keys of down and up for XLabs' attention processors, whose readers know no others and no alpha."""
+    if re.search(r"\.processor\.\w+_lora\d?$", module) is None:
+        return None
+    return f"{module}.down.weight", f"{module}.up.weight"
+
+
 def with_alpha(adapter: Adapter) -> dict[str, Tensor]:
     """``lora_down``, ``lora_up`` and ``alpha`` of every module; diffs as ``.diff`` and ``.diff_b``."""
     state: dict[str, Tensor] = {}
     for name, part in adapter.modules.items():
+        processor = processor_keys(name)
+        if processor is not None:
+            state[processor[0]], state[processor[1]] = factors(folded(part, name))
+            continue
         state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = factors(part)
         state[f"{name}.alpha"] = torch.tensor(float(part.rank if part.alpha is None else part.alpha))
     for name, tensor in adapter.diffs.items():

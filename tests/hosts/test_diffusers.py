@@ -20,6 +20,8 @@ from legomole.core.formats import from_state_dict, load, save  # noqa: E402
 from legomole.core.formats.suffixes import classify  # noqa: E402
 from legomole.core.keymap import rename  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
+from legomole.core.recipe import Input, Recipe  # noqa: E402
+from legomole.core.run import run  # noqa: E402
 from legomole.hosts.diffusers import key_map, to_diffusers, to_kohya  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -252,6 +254,31 @@ def test_to_kohya_and_back(shapes: files.Shapes, given: files.Shapes | None, tmp
 def test_no_kohya_names_for_flux() -> None:
     with pytest.raises(MergeError, match="Stable Diffusion"):
         to_kohya(split(files.AI_TOOLKIT_FLUX))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_layer_diffusers_cannot_name_does_not_keep_the_merge_from_being_saved(swap: bool, tmp_path: Path) -> None:
+    """T5 layers have no diffusers names; the file holds names of two dialects then, each of which is read."""
+    t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    shapes = ({**files.KOHYA_FLUX, t5: (64, 64)}, files.AI_TOOLKIT_FLUX)
+    paths = [
+        files.write(tmp_path / "kohya.safetensors", files.state_dict(shapes[0])),
+        files.write(tmp_path / "split.safetensors", files.state_dict(shapes[1], files.PEFT, alpha=None)),
+    ]
+    inputs = [Input(path=str(path)) for path in (reversed(paths) if swap else paths)]
+    merged = run(Recipe(method="concat", inputs=inputs), key_map=key_map).adapter
+    assert load(save(merged, tmp_path / "x")).modules.keys() == {*files.AI_TOOLKIT_FLUX, t5}
+
+
+def test_translated_layers_are_saved_in_the_format_whose_names_they_have(tmp_path: Path) -> None:
+    """Of Wan's diffusers names no reader takes lora_down."""
+    shapes: files.Shapes = {"transformer.blocks.0.attn1.to_q": (512, 512)}
+    paths = [
+        files.write(tmp_path / "native.safetensors", files.state_dict(files.WAN)),
+        files.write(tmp_path / "diffusers.safetensors", files.state_dict(shapes, files.PEFT, alpha=None)),
+    ]
+    merged = run(Recipe(method="concat", inputs=[Input(path=str(path)) for path in paths]), key_map=key_map).adapter
+    assert merged.source.format == "diffusers"
 
 
 # --- tiny models ------------------------------------------------------------------------------------------------------

@@ -92,6 +92,25 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
             load(path)
 
 
+def test_names_too_long_for_the_system(tmp_path: Path) -> None:
+    for read in (load, summarise):
+        with pytest.raises(FormatError, match="path cannot be used"):
+            read(tmp_path / ("x" * 400))
+    with pytest.raises(SaveError, match="could not be written"):
+        save(lora(), tmp_path / ("x" * 400), format="comfy")
+    assert save(lora(), tmp_path / ("x" * 240), format="comfy").is_file()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "match"), [(torch.full((3, 5), float("nan")), "NaN or infinite"), (torch.ones(0, 5), "do not fit")]
+)
+def test_whole_differences_that_cannot_be_decomposed(value: Tensor, match: str, tmp_path: Path) -> None:
+    path = files.write(tmp_path / "x.safetensors", {**files.state_dict(LAYER), "lora_unet_y.diff": value})
+    with pytest.raises(FormatError, match=rf"{match}[\s\S]*lora_unet_y"):
+        load(path, convert_rank=2)
+
+
 def test_missing_and_folder(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no such file"):
         load(tmp_path / "none.safetensors")
@@ -125,6 +144,7 @@ CONTENT = {
     "nan in down": (nan(DOWN), "NaN or infinite"),
     "nan in up": (nan(UP), "NaN or infinite"),
     "nan alpha": (nan(ALPHA), "alpha is not a finite number"),
+    "two spellings": (put(lora_A__weight=torch.ones(4, 3)), "one thing twice"),
     "down alone": (drop(UP), "no partner"),
     "up alone": (drop(DOWN), "no partner"),
     "alpha alone": (drop(DOWN, UP), "alpha has no factors"),
@@ -250,6 +270,7 @@ CONFIGS = {
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "not a LoRA"),
     "no type": ({"peft_type": None}, "not a LoRA"),
     "dora": ({"use_dora": True}, "DoRA"),
+    "changed base": ({"init_lora_weights": "pissa_niter_4"}, "changed base model"),
     "other rank": ({"r": 16}, "rank in the configuration"),
     "nonsense": ({"lora_alpha": "much"}, "not sound"),
     "bad pattern": ({"rank_pattern": {"(": 4}}, "not a regular expression"),

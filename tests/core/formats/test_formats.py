@@ -13,6 +13,8 @@ from legomole.core.errors import FormatError, SaveError
 from legomole.core.formats import FORMATS, detect, from_state_dict, load, save, summarise, to_state_dict
 from legomole.core.formats.suffixes import role_of
 from legomole.core.lowrank import LowRank
+from legomole.core.recipe import Input, Recipe
+from legomole.core.run import run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -269,6 +271,37 @@ def test_overflow_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SaveError, match=r"too large for float16[\s\S]*lora_unet_x[\s\S]*bf16 or fp32"):
         save(a, tmp_path / "x", dtype=torch.float16)
     assert not list(tmp_path.iterdir())
+
+
+BARE = {  # as they come: names of ComfyUI's or the model's own that its other readers do not know with a prefix
+    "LTX": "transformer_blocks.0.attn1.to_q",
+    "Mochi": "blocks.0.attn.qkv_x",
+    "BFL control": "img_in",
+}
+
+
+@pytest.mark.parametrize("case", BARE)
+def test_bare_names_are_written_as_they_came(case: str, tmp_path: Path) -> None:
+    state = files.state_dict({BARE[case]: (4, 3)}, files.PEFT, alpha=None)
+    path = files.write(tmp_path / "x.safetensors", state)
+    assert not FORMATS["diffusers"].fits(BARE[case])  # not diffusers' own names: there a host must translate
+    merged = run(Recipe(method="concat", inputs=[Input(path=str(path), weight=0.5)])).adapter
+    assert load_file(save(merged, tmp_path / "y")).keys() == state.keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_xlabs_processors_are_written_as_they_came(prefix: str, tmp_path: Path) -> None:
+    """Their readers know no alpha and no lora_down."""
+    layer = f"{prefix}double_blocks.0.processor.qkv_lora1"
+    state = files.state_dict({layer: (6, 3)}, ("down.weight", "up.weight"), alpha=None)
+    path = files.write(tmp_path / "x.safetensors", state)
+    merged = run(Recipe(method="concat", inputs=[Input(path=str(path), weight=0.5)])).adapter
+    found = load_file(save(merged, tmp_path / "y"))
+    assert found.keys() == state.keys()
+    torch.testing.assert_close(
+        found[f"{layer}.up.weight"] @ found[f"{layer}.down.weight"],
+        0.5 * state[f"{layer}.up.weight"] @ state[f"{layer}.down.weight"],
+    )
 
 
 def test_summary_without_reading(tmp_path: Path) -> None:

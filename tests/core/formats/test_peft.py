@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.formats import FORMATS, from_state_dict, to_state_dict
+from legomole.core.formats import FORMATS, from_state_dict, load, save, summarise, to_state_dict
 from legomole.core.formats.peft import Peft
 from legomole.core.lowrank import LowRank
+from safetensors.torch import load_file
 
 from ... import lora_files as files
 
@@ -69,3 +72,35 @@ def test_extras_keep_the_key_of_the_file() -> None:
     found = from_state_dict(state)
     assert found.extras.keys() == {"base_model.model.lm_head.weight"}
     assert to_state_dict(found, "peft").keys() == state.keys()
+
+
+def test_patterns_reach_embeddings() -> None:
+    state = {
+        "base_model.model.embed.lora_embedding_A": torch.ones(2, 9),
+        "base_model.model.embed.lora_embedding_B": torch.ones(3, 2),
+    }
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"embed": 2}, "alpha_pattern": {"embed": 1}}
+    found = from_state_dict(state, {"adapter_config": json.dumps(config)})
+    assert {name: part.scale for name, part in found.modules.items()} == {"embed.lora_embedding": 0.5}
+
+
+def test_the_weight_file_of_a_folder_has_the_folders_scale(tmp_path: Path) -> None:
+    part = LowRank(torch.ones(2, 3), torch.ones(3, 2), alpha=8.0)
+    folder = save(Adapter({"a.x": part}), tmp_path / "x", format="peft")
+    found = load(folder / "adapter_model.safetensors")
+    assert found.modules["a.x"].scale == 4.0
+    assert found.source.format == summarise(folder / "adapter_model.safetensors").format == "peft"
+
+
+def test_a_lone_file_is_written_as_one_with_the_scale_folded_in(tmp_path: Path) -> None:
+    state = files.state_dict({"double_blocks.0.x": (4, 3)}, files.PEFT, alpha=None, prefix="base_model.model.")
+    lone = load(files.write(tmp_path / "in.safetensors", state))
+    scaled = replace(lone, modules={name: replace(part, alpha=2.0) for name, part in lone.modules.items()})
+    path = save(scaled, tmp_path / "out.safetensors")
+    written = load_file(path)
+    assert written.keys() == state.keys()
+    name = "base_model.model.double_blocks.0.x.lora_"
+    torch.testing.assert_close(
+        written[f"{name}B.weight"] @ written[f"{name}A.weight"],
+        0.5 * state[f"{name}B.weight"] @ state[f"{name}A.weight"],
+    )
