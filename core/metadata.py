@@ -95,7 +95,14 @@ def _tags(inputs: Sequence[Adapter]) -> dict[str, dict[str, int]]:
 
 
 def disagreements(inputs: Sequence[Adapter]) -> list[str]:
-    notes: list[str] = []
+    """Where the inputs' metadata contradict each other, or leave open how strong a LoRA is."""
+    notes = [
+        f"{adapter.label} came without its adapter_config.json: its scale was taken for 1"
+        for adapter in inputs
+        if adapter.source.format == "peft"
+        and CONFIG_KEY not in adapter.metadata
+        and all(part.alpha is None for part in adapter.modules.values())
+    ]
     for key in _AGREED:
         said = {adapter.label: adapter.metadata[key] for adapter in inputs if adapter.metadata.get(key)}
         if len(set(said.values())) > 1:

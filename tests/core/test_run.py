@@ -121,6 +121,14 @@ def test_a_different_base_model_is_noted(folder):
     assert "ss_base_model_version differs" in result.adapter.metadata[KEY]
 
 
+def test_a_scale_nobody_told_is_noted(folder):
+    named = Adapter({f"model.layers.0.{x}": LowRank(torch.ones(2, 6), torch.ones(5, 2)) for x in "qk"})
+    peft = save(named, folder / "whole", format="peft")
+    (peft / "adapter_model.safetensors").rename(folder / "alone.safetensors")
+    result = run(recipe(inputs=[Input(path="alone.safetensors")], settings={"rank": 2}), folder=folder)
+    assert result.report.notes == ("alone came without its adapter_config.json: its scale was taken for 1",)
+
+
 def test_a_calibrated_merge_reads_its_statistics(folder):
     """With unit second moments for every concept the calibrated merge is finite, repeatable, and names its file."""
     hashes = tuple(load(folder / f"{x}.safetensors").source.sha256 for x in "ab")
