@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -222,7 +222,8 @@ def _beside(path: Path) -> Generator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # on a read-only disk even the removal of nothing fails, and would hide the cause
+                temporary.unlink()
 
 
 def _sync(file: BinaryIO) -> None:

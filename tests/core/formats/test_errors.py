@@ -215,6 +215,19 @@ def test_full_disk(format: str, exists: bool, code: int, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("format", ["comfy", "peft"])
+def test_read_only_disk(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There every change fails, clearing up included."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for change in ("open", "mkdir", "unlink"):
+        monkeypatch.setattr(Path, change, fail)
+    with pytest.raises(SaveError, match="Read-only file system"):
+        save(lora(), tmp_path / "x", format=format)
+
+
+@pytest.mark.parametrize("format", ["comfy", "peft"])
 def test_overwriting(format: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors" if format == "comfy" else tmp_path / "x"
     for value in (1.0, 2.0):
