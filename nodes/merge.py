@@ -72,9 +72,11 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
         metadata=file_metadata(made, report, reading.adapters),
         source=Source(label, format="comfy" if model is not None else formats.detect([*result.adapter.modules])),
     )
+    shown = text = report.text()
     if report.dropped:
-        _LOG.warning("LegoMoLE: %d keys could not be merged, see the report: %s", len(report.dropped), report.dropped)
-    return io.NodeOutput(Lora(adapter, label), report.text(), ui=program.show(report.text()))
+        shown = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"  # a node shows few lines at first
+        _LOG.warning("LegoMoLE: %d keys could not be merged: %s", len(report.dropped), report.dropped)
+    return io.NodeOutput(Lora(adapter, label), text, ui=program.show(shown))
 
 
 def _advice(adapter: Adapter, model: Any) -> Iterator[str]:

@@ -87,6 +87,16 @@ def test_any_lora_may_be_muted(comfy: Server, files: dict[str, str]) -> None:
     assert comfy.run(graph.nodes | _preview(merged)).outputs["report"]["text"][0].startswith("lego: 1 LoRA,")
 
 
+def test_dropped_keys_are_the_first_thing_the_node_says(comfy: Server, files: dict[str, str]) -> None:
+    """A LoRA with a text encoder part, merged without CLIP."""
+    graph = Graph("sd15")
+    merged = graph.lego(graph.load(files["sd15_kohya"]))
+    del graph.nodes[merged[0]]["inputs"]["clip"]
+    outputs = comfy.run(graph.nodes | _preview(merged)).outputs
+    assert outputs[merged[0]]["text"][0].startswith("3 keys could not be merged")
+    assert "mlp_fc1.lora_up.weight of sd15_kohya: it belongs to a text encoder" in outputs["report"]["text"][0]
+
+
 @pytest.mark.parametrize("method", ["lego", "concat"])
 def test_nothing_connected_is_said(comfy: Server, method: str) -> None:
     graph = Graph()
