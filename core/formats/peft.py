@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..adapter import Adapter, Source
-from ..errors import FormatError
+from ..errors import FormatError, SaveError, name_some
 from . import reading, writing
 
 WEIGHTS = "adapter_model.safetensors"
@@ -135,7 +135,15 @@ class Peft:
                 state[f"{_PREFIX}{name}_A"], state[f"{_PREFIX}{name}_B"] = down, up
             else:
                 state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"] = down, up
-        for name, bias in writing.low_rank_bias(adapter, self.name).items():
+        biases = writing.low_rank_bias(adapter, self.name)
+        embeddings = [name for name in biases if name.endswith(".lora_embedding")]
+        if embeddings:
+            raise SaveError(
+                "PEFT loads biases for all layers or none, and has none for embeddings.",
+                found=f"biases beside {name_some(embeddings, 3)}",
+                remedy="keep the embeddings out of the merge: give them the module weight 0",
+            )
+        for name, bias in biases.items():
             part = adapter.modules[name]
             state[f"{_PREFIX}{name}.lora_B.bias"] = bias if part.scale == 1.0 else _unscaled(bias, part.scale)
         return writing.with_extras(state, adapter), {"format": "pt", **writing.strings(adapter.metadata, CONFIG_KEY)}

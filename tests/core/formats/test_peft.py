@@ -7,8 +7,10 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from legomole.core.adapter import Adapter
+from legomole.core.errors import SaveError
 from legomole.core.formats import FORMATS, from_state_dict, load, save, summarise, to_state_dict
 from legomole.core.formats.peft import Peft
 from legomole.core.lowrank import LowRank
@@ -104,3 +106,9 @@ def test_a_lone_file_is_written_as_one_with_the_scale_folded_in(tmp_path: Path) 
         written[f"{name}B.weight"] @ written[f"{name}A.weight"],
         0.5 * state[f"{name}B.weight"] @ state[f"{name}A.weight"],
     )
+
+
+def test_biases_beside_embeddings_are_refused() -> None:
+    part = LowRank(torch.ones(2, 3), torch.ones(3, 2))
+    with pytest.raises(SaveError, match=r"none for embeddings[\s\S]*e\.lora_embedding"):
+        to_state_dict(Adapter({"a.x": part, "e.lora_embedding": part}, {"a.x.bias": torch.ones(3)}), "peft")
