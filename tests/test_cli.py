@@ -234,8 +234,10 @@ def test_dialects_are_translated():
     assert set(back.modules) == set(style.modules)
     for name, part in style.modules.items():
         torch.testing.assert_close(back.modules[name].delta(), part.delta(), atol=1e-4, rtol=1e-2)
-    done("merge", "d/style.safetensors", "d/subject.safetensors", "--format", "kohya", "-o", "both.safetensors")
+    # the first LoRA's format, without asking: what every program reads
+    done("merge", "d/style.safetensors", "d/subject.safetensors", "-o", "both.safetensors")
     both = load("both.safetensors")
+    assert both.source.format == "kohya"
     assert set(both.modules) == set(style.modules)
     assert (both.metadata["ss_network_dim"], both.metadata["ss_network_alpha"]) == ("6", "6")
 
