@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,11 @@ def test_workflow_keeps_what_was_saved(page: Any, path: Path) -> None:
 
 
 def test_workflows_are_offered_as_templates(comfy: Server) -> None:
+    """Under their names, each with its picture."""
     assert sorted(comfy.get("/workflow_templates")["legomole"]) == [path.stem for path in WORKFLOWS]
+    for path in WORKFLOWS:
+        with urllib.request.urlopen(f"{comfy.url}/api/workflow_templates/legomole/{path.stem}.jpg", timeout=60) as got:
+            assert got.headers["Content-Type"] == "image/jpeg"
 
 
 def test_loras_row_grows(page: Any) -> None:
