@@ -118,7 +118,7 @@ def merge(
         modules=tuple(reports[name] for name in sorted(reports)),
         passed_on=tuple(passed_on),
         dropped=tuple(dropped),
-        notes=(*_weight_notes(adapters, weights, te_weights, used), *_notes(reports, remarks)),
+        notes=(*_weight_notes(adapters, weights, te_weights, per_module, used), *_notes(reports, remarks)),
     )
     return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
 
@@ -315,12 +315,19 @@ def _leftovers(
 
 
 def _weight_notes(
-    adapters: Sequence[Adapter], weights: Sequence[float], te_weights: Sequence[float], used: Sequence[bool]
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    te_weights: Sequence[float],
+    per_module: Sequence[Mapping[str, float]],
+    used: Sequence[bool],
 ) -> Iterator[str]:
-    for adapter, weight, te_weight, counts in zip(adapters, weights, te_weights, used, strict=True):
+    for adapter, weight, te_weight, values, counts in zip(adapters, weights, te_weights, per_module, used, strict=True):
+        silenced = [name for name, value in values.items() if value == 0]
         if not counts:
             yield f"{adapter.label} has weight 0 and was left out"
-        elif te_weight != weight and any(map(is_text_encoder, adapter.modules)):
+        elif silenced:
+            yield f"{len(silenced)} modules of {adapter.label} have weight 0 and were left out: {name_some(silenced)}"
+        if counts and te_weight != weight and any(map(is_text_encoder, adapter.modules)):
             yield f"{adapter.label} has weight {te_weight:g} in the text encoders"
 
 

@@ -113,7 +113,10 @@ def test_text_encoder_weight_of_its_own_is_noted():
     a = named("a", {"lora_te1_q": part(1), "lora_unet_q": part(1)})
     b = named("b", {"lora_unet_q": part(1)})
     report = merge([a, b], Concat(), [0, 1], text_encoder_weights=[0.5, 0]).report
-    assert report.notes == ("a has weight 0.5 in the text encoders",)
+    assert report.notes == (
+        "1 modules of a have weight 0 and were left out: lora_unet_q",
+        "a has weight 0.5 in the text encoders",
+    )
 
 
 def test_module_patterns_multiply(pair):
@@ -128,6 +131,12 @@ def test_module_factor_zero_keeps_an_adapter_out_of_a_module(pair):
     result = merge(pair, Concat(), module_weights=[{"*": 0}, {}])
     assert set(result.adapter.modules) == {"both", "only_subject"}
     assert result.adapter.modules["both"].rank == 2
+
+
+def test_modules_left_out_by_a_factor_are_named(pair):
+    result = merge(pair, Concat(), module_weights=[{}, {"only_subject": 0}])
+    assert "only_subject" not in result.adapter.modules
+    assert result.report.notes == ("1 modules of subject have weight 0 and were left out: only_subject",)
 
 
 def test_a_pattern_that_matches_nothing_is_an_error(pair):
