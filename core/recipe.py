@@ -113,7 +113,12 @@ def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
         )
     missing = [key for key, field in fields.items() if key not in settings and _required(field)]
     if missing:
-        raise RecipeError(f"The method {name} needs a setting.", found="nothing", expected=", ".join(missing))
+        raise RecipeError(
+            f"The method {name} needs a setting.",
+            expected=", ".join(missing),
+            found="nothing",
+            remedy="measure them first, see docs/calibrated.md" if "statistics" in missing else None,
+        )
     hints = typing.get_type_hints(row)
     return row(**{key: _checked(name, key, hints[key], value) for key, value in settings.items()})
 

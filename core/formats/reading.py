@@ -83,10 +83,10 @@ def _check_kinds(
         keys = [keys[kind] for keys in roles.values() if kind in keys]
         if keys:
             raise FormatError(
-                f"This is a {kind} adapter, which changes a layer in another way than by adding a low-rank matrix.",
+                f"The file is a LoRA of the kind {kind}, which does not add a low-rank matrix to a layer.",
                 file=source.path or None,
                 found=name_some(keys, 3),
-                remedy="no conversion is possible from the file alone",
+                remedy="convert it in ComfyUI with the model connected and a convert_rank, as far as ComfyUI can load it",
             )
     dora = [keys["dora"] for keys in roles.values() if "dora" in keys]
     if dora:
