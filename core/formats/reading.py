@@ -86,7 +86,7 @@ def _check_kinds(
                 f"The file is a LoRA of the kind {kind}, which does not add a low-rank matrix to a layer.",
                 file=source.path or None,
                 found=name_some(keys, 3),
-                remedy="convert it in ComfyUI with the model connected and a convert_rank, as far as ComfyUI can load it",
+                remedy="convert it in ComfyUI, as far as that can load it: connect the model and set a convert_rank",
             )
     dora = [keys["dora"] for keys in roles.values() if "dora" in keys]
     if dora:
