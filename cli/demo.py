@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .console import out, print_json
-from .names import key_map
+from .names import finished, key_map
 from .options import Json
 
 _RANK = 8
@@ -42,7 +42,8 @@ def demo(
 
     result = merge("lego", rank=_RANK)
     paper = merge("lego", rank=_RANK, geometry="paper")
-    merged = save(result.adapter, folder / "merged.safetensors")
+    adapter, format = finished(result.adapter, "kohya", None)  # as `legomole merge` would name and save it
+    merged = save(adapter, folder / "merged.safetensors", format=format)
     rows = [
         ("concat", "the exact sum", merge("concat").report),
         ("svd", "the nearest to the sum at this rank", merge("svd", rank=_RANK).report),

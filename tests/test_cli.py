@@ -249,6 +249,8 @@ def test_demo_runs_twice_and_says_what_one_sees():
     assert "What you see" in text
     merged = load("there/merged.safetensors")
     assert {part.rank for part in merged.modules.values()} == {8}
+    done("merge", "--config", "there/merged.safetensors", "-o", "again.safetensors")
+    assert Path("again.safetensors").read_bytes() == Path("there/merged.safetensors").read_bytes()
     kept = json.loads(done("demo", "there", "--json"))["energy_kept"]
     # the exact sum, its nearest matrix of rank 8, then LEGO close to that; factors as they lie lose
     assert kept["concat"] == pytest.approx(1.0)
