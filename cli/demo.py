@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from .console import out, print_json
-from .names import finished, key_map
+from .names import key_map, spelled_for
 from .options import Json
 
 _RANK = 8
@@ -38,12 +38,11 @@ def demo(
         recipe = Recipe(
             method=method, settings=settings, inputs=[Input(path=style.name), Input(path=subject.name, weight=0.8)]
         )
-        return run(recipe, folder=folder, key_map=key_map)
+        return run(recipe, folder=folder, key_map=key_map, spell=spelled_for)
 
     result = merge("lego", rank=_RANK)
     paper = merge("lego", rank=_RANK, geometry="paper")
-    adapter, format = finished(result.adapter, "kohya", None)  # as `legomole merge` would name and save it
-    merged = save(adapter, folder / "merged.safetensors", format=format)
+    merged = save(result.adapter, folder / "merged.safetensors")
     rows = [
         ("concat", "the exact sum", merge("concat").report),
         ("svd", "the nearest to the sum at this rank", merge("svd", rank=_RANK).report),

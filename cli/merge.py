@@ -11,7 +11,7 @@ import typer
 from ..core.errors import MergeError
 from .arguments import add_module_weights, parse_input, parse_setting
 from .console import out, print_json, progress_bar
-from .names import finished, key_map
+from .names import key_map, spelled_for
 from .options import (
     DEFAULT_RANK,
     LEGO,
@@ -246,9 +246,8 @@ def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrit
     first = summarise(paths[0])
     target = check_output(output, recipe.format or first.format, paths, overwrite=overwrite)
     with progress_bar("merging", quiet=json) as progress:
-        result = run(recipe, folder=folder, key_map=key_map, device=device, progress=progress)
-    adapter, format = finished(result.adapter, first.format, recipe.format)
-    written = save(adapter, target, format=format)
+        result = run(recipe, folder=folder, key_map=key_map, spell=spelled_for, device=device, progress=progress)
+    written = save(result.adapter, target)
     if json:
         print_json({"output": str(written), "report": result.report.to_dict()})
         return

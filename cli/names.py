@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.keymap import KeyMap
 
-_BARE = ("down_blocks.", "mid_block.", "up_blocks.")
-
 
 def key_map(adapters: Sequence[Adapter]) -> KeyMap:
     """What `core.align.align` asks for.
@@ -36,22 +34,6 @@ def spelled_for(adapter: Adapter, format: str) -> Adapter:
     if format not in ("diffusers", "kohya") or all(FORMATS[format].fits(name) for name in names):
         return adapter
     return _diffusers().to_diffusers(adapter) if format == "diffusers" else _diffusers().to_kohya(adapter)
-
-
-def finished(adapter: Adapter, first: str, asked: str | None) -> tuple[Adapter, str]:
-    """A merged adapter under the names it is to be saved with, and the format.
-
-    Args:
-        first: The first input's format. asked: The one the user asked for.
-    """
-    if asked is not None:
-        return spelled_for(adapter, asked), asked
-    # Stable Diffusion's kohya names are read by every program, its diffusers names by diffusers, bare ones by none
-    starts = ("unet.", *_BARE) if first == "kohya" else _BARE
-    known = all(name.startswith(("unet.", "text_encoder.", "text_encoder_2.", *_BARE)) for name in adapter.modules)
-    if known and any(name.startswith(starts) for name in adapter.modules):
-        return spelled_for(adapter, "kohya"), "kohya"
-    return adapter, adapter.source.format
 
 
 def _diffusers() -> Any:

@@ -66,6 +66,7 @@ def run(
     *,
     folder: Path = Path(),
     key_map: Callable[[Sequence[Adapter]], KeyMap] | None = None,
+    spell: Callable[[Adapter, str], Adapter] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -77,6 +78,9 @@ def run(
         recipe: What to do.
         folder: Where the recipe's relative paths start.
         key_map: A host's, for inputs whose files name the same layers differently, see `align`.
+        spell: The same host's: an adapter under the names that a format needs. With it the result is ready to be
+            saved in the format the recipe asks for, and Stable Diffusion LoRAs keep kohya names if the first has
+            them; without it names stay as `align` left them.
         device: Where to compute. progress: See `merge`.
 
     Raises:
@@ -123,8 +127,27 @@ def run(
         )
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(done, report, adapters)
-    source = Source(format=recipe.format or _format(adapters[0].source.format, result.adapter, translated))
-    return MergeResult(dataclasses.replace(result.adapter, metadata=metadata, source=source), report)
+    first, merged, format = adapters[0].source.format, result.adapter, recipe.format
+    if format is None and spell is not None and _wants_kohya(first, merged):
+        format = "kohya"
+    if format is None:
+        format = _format(first, merged, translated)
+    elif spell is not None:
+        merged = spell(merged, format)
+    return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
+
+
+_BARE_UNET = ("down_blocks.", "mid_block.", "up_blocks.")
+
+
+def _wants_kohya(first: str, merged: Adapter) -> bool:
+    """Whether a Stable Diffusion LoRA under diffusers' names should rather have kohya's.
+
+    Those are read by every program, diffusers' names by diffusers, bare ones by none.
+    """
+    starts = ("unet.", *_BARE_UNET) if first == "kohya" else _BARE_UNET
+    known = all(name.startswith(("unet.", "text_encoder.", "text_encoder_2.", *_BARE_UNET)) for name in merged.modules)
+    return known and any(name.startswith(starts) for name in merged.modules)
 
 
 def _format(first: str, merged: Adapter, translated: bool) -> str:

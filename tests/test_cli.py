@@ -23,7 +23,7 @@ from legomole.core.formats import FORMATS, load, save
 from legomole.core.lowrank import LowRank
 from legomole.core.methods import METHODS
 from legomole.core.recipe import from_text
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 NAMES = [f"lora_unet_down_blocks_0_{kind}_to_{x}" for kind in ("attn1", "attn2") for x in "qk"]
@@ -255,6 +255,16 @@ def test_demo_runs_twice_and_says_what_one_sees():
     # the exact sum, its nearest matrix of rank 8, then LEGO close to that; factors as they lie lose
     assert kept["concat"] == pytest.approx(1.0)
     assert kept["concat"] >= kept["svd"] > kept["lego"] > 0.95 > kept["lego, paper"] > kept["linear"]
+
+
+@pytest.mark.parametrize("layer", ["transformer_blocks.0.attn1.to_q", "double_blocks.0.processor.qkv_lora1"])
+def test_names_that_all_inputs_share_are_kept(layer):
+    """Bare names (LTX, XLabs) are no format's own, but their readers want them back as they were."""
+    down, up = (".down.weight", ".up.weight") if "processor" in layer else (".lora_A.weight", ".lora_B.weight")
+    for name in ("x", "y"):
+        save_file({layer + down: torch.ones(2, 3), layer + up: torch.ones(6, 2)}, f"{name}.safetensors")
+    done("merge", "x.safetensors", "y.safetensors", "--method", "concat", "-o", "xy.safetensors")
+    assert load_file("xy.safetensors").keys() == {layer + down, layer + up}
 
 
 # ---- outputs are never replaced by accident
