@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..hosts.names import key_map, spelled_for
 from .console import out, print_json
-from .names import key_map, spelled_for
 from .options import Json
 
 _RANK = 8

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..hosts.names import key_map, spelled_for
 from .console import out, print_json
-from .names import key_map, spelled_for
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 
 if TYPE_CHECKING:

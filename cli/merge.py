@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..core.errors import MergeError
+from ..hosts.names import key_map, spelled_for
 from .arguments import add_module_weights, parse_input, parse_setting
 from .console import out, print_json, progress_bar
-from .names import key_map, spelled_for
 from .options import (
     DEFAULT_RANK,
     LEGO,
