@@ -102,7 +102,7 @@ def balanced(pool: Pool) -> Mixing:
     return Mixing(R_A, R_B, torch.full((pool.batch,), pool.size))
 
 
-def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 20) -> tuple[Tensor, Tensor]:
+def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple[Tensor, Tensor]:
     """Best rank-one approximation of the mean ``1/n sum_j b_j a_j^T`` of every cluster.
 
     Power iteration on the members' coefficients, all clusters at once: for ``v = sum_j alpha_j a_j`` the image is

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from legomole.core.methods.concat import Concat
 from legomole.core.methods.lego import Lego, balanced, best_rank_one, folded, unit_norms
@@ -294,6 +294,7 @@ class TestBestRankOne:
         return A, B, torch.nn.functional.one_hot(labels, k).double()
 
     @given(seeds, st.integers(1, 6))
+    @example(210, 1)  # the largest member lies nearly across the leading direction: slow to turn
     @settings(max_examples=30, deadline=None)
     def test_against_the_svd_of_the_dense_mean(self, seed, k):
         A, B, Z = self.setup(seed, k)
