@@ -72,10 +72,9 @@ def _plain(summary: Summary) -> dict[str, Any]:
 
 def base_model(summary: Summary) -> str:
     """What the metadata says the LoRA was trained on, in its own words; ``unknown`` where it does not say."""
-    for key in ("modelspec.architecture", "ss_base_model_version"):
-        if summary.metadata.get(key):
-            return summary.metadata[key]
-    return "unknown (the metadata does not say)"
+    from ..core import adapter
+
+    return adapter.base_model(summary.metadata) or "unknown (the metadata does not say)"
 
 
 def _show(summary: Summary) -> None:

@@ -59,6 +59,11 @@ class Adapter:
         )
 
     @property
+    def layers(self) -> list[str]:
+        """Names of all layers it changes: those with a low-rank update, then those with a diff alone."""
+        return list(dict.fromkeys([*self.modules, *(name.rpartition(".")[0] for name in self.diffs)]))
+
+    @property
     def dtype(self) -> torch.dtype:
         """The widest dtype of the factors."""
         dtypes = [part.dtype for part in self.modules.values()]
@@ -82,6 +87,11 @@ class Adapter:
 
 # How the dialects begin the names of text encoder modules (kohya lora_te*_, diffusers text_encoder*., ComfyUI ..).
 _TEXT_ENCODER_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl.", "t5.")
+
+
+def base_model(metadata: Mapping[str, str]) -> str | None:
+    """What a file says it was trained on, in its own words; ``None`` where it does not say."""
+    return metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or None
 
 
 def is_text_encoder(module: str) -> bool:

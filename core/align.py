@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from .adapter import Adapter, is_text_encoder
+from .adapter import Adapter, base_model, is_text_encoder
 from .errors import LegoMoleError, MergeError, name_some
 from .keymap import KeyMap, rename, unmapped
 from .spelling import respelled
@@ -141,8 +141,5 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
 
 
 def _base(adapter: Adapter) -> str:
-    """What the file says its base model is."""
-    for key in ("modelspec.architecture", "ss_base_model_version"):
-        if adapter.metadata.get(key):
-            return f" ({adapter.metadata[key]})"
-    return ""
+    base = base_model(adapter.metadata)
+    return "" if base is None else f" ({base})"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
+
+_Error = TypeVar("_Error", bound="LegoMoleError")
 
 
 class LegoMoleError(Exception):
@@ -34,6 +37,12 @@ class LegoMoleError(Exception):
         self.found = found
         self.remedy = remedy
         super().__init__(self._text())
+
+    def at(self: _Error, file: object, module: str) -> _Error:
+        """The same error, about this file and this module."""
+        return type(self)(
+            self.problem, file=file, module=module, expected=self.expected, found=self.found, remedy=self.remedy
+        )
 
     def _text(self) -> str:
         lines = [self.problem]

@@ -30,6 +30,13 @@ class Piece:
     rows: Spans | None = None
 
 
+def spans_of(rows: Tensor) -> Spans:
+    """Row numbers ``(n,)`` long, n at least 1, as the ranges they run through, in their order."""
+    breaks = torch.nonzero(rows[1:] != rows[:-1] + 1)[:, 0] + 1
+    edges = [0, *breaks.tolist(), len(rows)]
+    return tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in itertools.pairwise(edges))
+
+
 KeyMap = Mapping[str, tuple[Piece, ...]]
 
 

@@ -103,6 +103,18 @@ def merge_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
+def fold_tucker(down: Tensor, mid: Tensor) -> Tensor:
+    """A Tucker core folded into the down factor, exactly: ``A[p, c, *kernel] = sum_q mid[p, q, *kernel] down[q, c]``.
+
+    Args:
+        down: ``(r, in, 1, ..)``. mid: ``(r, r, *kernel)``.
+
+    Returns:
+        ``(r, in, *kernel)`` float32.
+    """
+    return torch.einsum("pq...,qc->pc...", mid.float(), down.flatten(1).float())
+
+
 def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """Stack the units of several updates: ``delta = sum_i weights[i] * parts[i].delta()``, exactly.
 

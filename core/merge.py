@@ -142,8 +142,7 @@ def _module_weights(
     adapter: Adapter, weight: float, te_weight: float, patterns: Mapping[str, float]
 ) -> dict[str, float]:
     """Weight of every module that has a delta or a diff. A pattern that matches nothing is an error, not a no-op."""
-    names = [*adapter.modules, *(name.rpartition(".")[0] for name in adapter.diffs)]
-    values = {name: te_weight if is_text_encoder(name) else weight for name in names}
+    values = {name: te_weight if is_text_encoder(name) else weight for name in adapter.layers}
     for pattern, factor in patterns.items():
         if not math.isfinite(factor):
             raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)

@@ -156,7 +156,7 @@ def _format(first: str, merged: Adapter, translated: bool) -> str:
     Names a host has translated are its own, whatever the first format could say too; ``comfy`` says any, also those
     of several dialects in one file, which its readers look up one by one.
     """
-    names = [*merged.modules, *(name.rpartition(".")[0] for name in merged.diffs)]
+    names = merged.layers
     if not translated and all(FORMATS[first].carries(name) for name in names):
         return first
     own = detect(names)

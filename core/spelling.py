@@ -7,7 +7,7 @@ the OTHER adapters can be flattened, and what looks alike then is alike.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from .adapter import Adapter, is_text_encoder
 from .keymap import Piece, rename
@@ -24,7 +24,7 @@ def respelled(adapters: Sequence[Adapter]) -> list[Adapter]:
     A layer that only an underscored adapter has is spelled after its like in another block, and keeps its name where
     there is none. Programs that read any of the dialects read all names of the result.
     """
-    names = {name for adapter in adapters for name in _names(adapter) if not is_text_encoder(name)}
+    names = {name for adapter in adapters for name in adapter.layers if not is_text_encoder(name)}
     dotted = {name for name in names if not name.startswith(_FLAT)}
     if not dotted or any(_path(name).startswith(_UNET) for name in names):
         return list(adapters)
@@ -38,7 +38,7 @@ def respelled(adapters: Sequence[Adapter]) -> list[Adapter]:
         if path is not None:
             targets[name] = prefix + path
     for adapter in adapters:
-        own = {name: targets.get(name, name) for name in _names(adapter)}
+        own = {name: targets.get(name, name) for name in adapter.layers}
         if len(set(own.values())) < len(own):  # one file names a layer in two ways: for a host to tell apart
             return list(adapters)
     key_map = {name: (Piece(target),) for name, target in targets.items()}
@@ -51,11 +51,6 @@ def _prefix(names: set[str]) -> str:
         if any(name.startswith(prefix) for name in names):
             return prefix
     return _DOTTED[0] if any(name.startswith("lora_unet_") for name in names) else ""
-
-
-def _names(adapter: Adapter) -> Iterator[str]:
-    yield from adapter.modules
-    yield from (name.rpartition(".")[0] for name in adapter.diffs)
 
 
 def _path(name: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..core.adapter import Adapter
 from ..core.errors import MergeError, name_some
 from ..core.formats import FORMATS
 from ..core.formats.suffixes import classify
-from ..core.keymap import KeyMap, Piece, Spans, rename
+from ..core.keymap import KeyMap, Piece, Spans, rename, spans_of
 
 _PATCHED_BLOCKS = SimpleNamespace(layers_per_block=2)  # all of Stability's U-Nets
 _STYLES = (("lora_A", "lora_B", False), ("lora_down", "lora_up", True), ("lora_down", "lora_up", False))
@@ -259,12 +258,8 @@ class _Probe:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         if int(numbers.min()) < start or int(numbers.max()) >= stop:
             return None
-        numbers = numbers - start
-        breaks = torch.nonzero(numbers[1:] != numbers[:-1] + 1)[:, 0] + 1
-        edges = [0, *breaks.tolist(), len(numbers)]
-        if len(edges) - 1 > _MAX_SPANS:
-            return None
-        return index, tuple((int(numbers[a]), int(numbers[b - 1]) + 1) for a, b in pairwise(edges))
+        spans = spans_of(numbers - start)
+        return (index, spans) if len(spans) <= _MAX_SPANS else None
 
 
 def _convert(

@@ -30,8 +30,7 @@ def spelled_for(adapter: Adapter, format: str) -> Adapter:
     """
     from ..core.formats import FORMATS
 
-    names = [*adapter.modules, *(name.rpartition(".")[0] for name in adapter.diffs)]
-    if format not in ("diffusers", "kohya") or all(FORMATS[format].fits(name) for name in names):
+    if format not in ("diffusers", "kohya") or all(FORMATS[format].fits(name) for name in adapter.layers):
         return adapter
     return _diffusers().to_diffusers(adapter) if format == "diffusers" else _diffusers().to_kohya(adapter)
 

@@ -268,14 +268,7 @@ def _placed(error: FormatError | RuntimeError, sites: Sites, key: str) -> Format
     """The same error, with the file and layer it is about."""
     if isinstance(error, RuntimeError):
         return FormatError("The factors do not fit together.", file=sites.source.path, module=key, found=str(error))
-    return FormatError(
-        error.problem,
-        file=sites.source.path,
-        module=key,
-        expected=error.expected,
-        found=error.found,
-        remedy=error.remedy,
-    )
+    return error.at(sites.source.path, key)
 
 
 def open_lora(lora: Lora) -> tuple[dict[str, Tensor], Mapping[str, str]]:

@@ -6,7 +6,6 @@ some of its rows, or ``(key, offset, fn)`` where `fn` reorders the update's rows
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Source
-from ..core.keymap import KeyMap, Place, Spans, refine
-from ..core.lowrank import LowRank
+from ..core.keymap import KeyMap, Place, Spans, refine, spans_of
+from ..core.lowrank import LowRank, fold_tucker
 
 Target = Any  # str | tuple[str, tuple[int, int, int] | None] | tuple[str, tuple[int, int, int] | None, Callable]
 
@@ -121,9 +120,7 @@ def _order(fn: Callable[[Tensor], Tensor], rows: int) -> Spans | None:
     moved = fn(torch.arange(rows, dtype=torch.float64)[:, None])
     if moved.shape != (rows, 1) or not torch.equal(moved.sort(0).values[:, 0], torch.arange(rows, dtype=moved.dtype)):
         return None
-    ids = [int(i) for i in moved[:, 0].tolist()]
-    breaks = [0, *(i for i in range(1, rows) if ids[i] != ids[i - 1] + 1), rows]
-    return tuple((ids[a], ids[b - 1] + 1) for a, b in itertools.pairwise(breaks))
+    return spans_of(moved[:, 0].long())
 
 
 def low_rank(weights: tuple[Any, ...], kernel: tuple[int, ...]) -> LowRank:
@@ -134,10 +131,8 @@ def low_rank(weights: tuple[Any, ...], kernel: tuple[int, ...]) -> LowRank:
         kernel: Of the layer it goes to.
     """
     up, down, alpha, mid = weights[:4]
-    A = down.flatten(1)
-    if mid is not None:
-        A = torch.einsum("mn...,ni->mi...", mid.float(), A.float()).flatten(1)
-    return LowRank(A, up.flatten(1), None if alpha is None else float(alpha), kernel)
+    A = down if mid is None else fold_tucker(down, mid)
+    return LowRank(A.flatten(1), up.flatten(1), None if alpha is None else float(alpha), kernel)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
-from ..lowrank import LowRank, concat
+from ..lowrank import LowRank, concat, fold_tucker
 from . import convert
 from .suffixes import UNSUPPORTED, classify, role_of
 
@@ -165,7 +164,7 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
             found=f"down {tuple(down.shape)}, up {tuple(up.shape)}",
         )
     kernel = tuple(down.shape[2:])
-    if mid is not None:  # Tucker: delta[o, c, *kernel] = sum_pq up[o, p] mid[p, q, *kernel] down[q, c]
+    if mid is not None:
         if mid.ndim < 3 or math.prod(kernel) != 1 or tuple(mid.shape[:2]) != (up.shape[1], down.shape[0]):
             raise FormatError(
                 "The Tucker core does not fit the factors.",
@@ -173,7 +172,7 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
                 found=f"mid {tuple(mid.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}",
             )
         kernel = tuple(mid.shape[2:])
-        down = torch.einsum("pq...,qc->pc...", mid.float(), down.flatten(1).float())
+        down = fold_tucker(down, mid)
     if alpha is None and alpha_of is not None:
         alpha = alpha_of(module, down.shape[0])
     return LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
@@ -203,11 +202,4 @@ def _located(error: Exception, source: Source, keys: Mapping[str, str]) -> Forma
         return FormatError(
             "Tensors of a module do not fit together.", file=source.path or None, module=where, found=str(error)
         )
-    return FormatError(
-        error.problem,
-        file=source.path or None,
-        module=where,
-        expected=error.expected,
-        found=error.found,
-        remedy=error.remedy,
-    )
+    return error.at(source.path or None, where)

@@ -129,8 +129,7 @@ def demand_names(adapter: Adapter, format: str, fits: Callable[[str], bool], exa
     Raises:
         SaveError: Names of another dialect.
     """
-    wrong = [name for name in adapter.modules if not fits(name)]
-    wrong += [name for name in adapter.diffs if not fits(name.rpartition(".")[0])]
+    wrong = [name for name in adapter.layers if not fits(name)]
     if wrong:
         raise SaveError(
             f"The layers are not named as the {format} format names them.",
