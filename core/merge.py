@@ -123,6 +123,13 @@ def merge(
     return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
 
 
+def matching(pattern: str, adapters: Sequence[Adapter]) -> list[int]:
+    """Positions of the adapters that have layers a module pattern matches: those a pattern meant for all is for."""
+    return [
+        i for i, adapter in enumerate(adapters) if any(fnmatch.fnmatchcase(name, pattern) for name in adapter.layers)
+    ]
+
+
 def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None, normalize: bool) -> list[float]:
     weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
     if len(weights) != len(adapters):

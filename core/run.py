@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from .errors import name_some
 from .formats import FORMATS, detect, load, summarise
 from .formats.files import sha256
 from .keymap import KeyMap
-from .merge import MergeResult, Progress, merge
+from .merge import MergeResult, Progress, matching, merge
 from .metadata import KEY, disagreements, file_metadata
 from .recipe import Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
 from .statistics import Statistics
@@ -185,9 +184,6 @@ def _module_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[st
     """Patterns per adapter: its own, and of those meant for all the ones it has modules for."""
     tables = [dict(entry.module_weights) for entry in recipe.inputs]
     for pattern, factor in recipe.module_weights.items():
-        having = [
-            i for i, adapter in enumerate(adapters) if any(fnmatchcase(name, pattern) for name in adapter.modules)
-        ]
-        for i in having or [0]:  # nobody has them: let merge() refuse the pattern
+        for i in matching(pattern, adapters) or [0]:  # nobody has them: let merge() refuse the pattern
             tables[i][pattern] = tables[i].get(pattern, 1.0) * factor
     return tables

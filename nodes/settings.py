@@ -7,11 +7,11 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
+from ..core.merge import matching
 from ..core.methods import MergeMethod
 from ..core.rank import Rank
 
@@ -137,11 +137,8 @@ def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]
                 )
             rules[int(number) - 1][pattern] = factor
             continue
-        having = [i for i, adapter in enumerate(adapters) if _matches(pattern, adapter)]
-        for i in having or range(len(adapters)):  # matching nothing anywhere is the engine's error to raise
+        for i in matching(pattern, adapters) or range(
+            len(adapters)
+        ):  # matching nothing anywhere is the engine's error to raise
             rules[i][pattern] = factor
     return rules
-
-
-def _matches(pattern: str, adapter: Adapter) -> bool:
-    return any(fnmatchcase(name, pattern) for name in adapter.modules)

@@ -15,6 +15,7 @@ from legomole.core.metadata import KEY
 from legomole.core.recipe import Input, Recipe, RecipeError, to_text
 from legomole.core.run import read_recipe, recipe_in, run
 from legomole.core.statistics import Moments, Statistics
+from safetensors.torch import save_file
 
 NAMES = [f"lora_unet_down_blocks_0_{kind}_to_{x}" for kind in ("attn1", "attn2") for x in "qk"]
 
@@ -58,6 +59,15 @@ def test_patterns_for_all_reach_those_that_have_such_modules(folder):
     assert {name for name in merged.adapter.modules if "attn1" in name} == set()
     want = 0.5 * load(folder / "c.safetensors").modules["lora_unet_only_here"].delta()
     torch.testing.assert_close(merged.adapter.modules["lora_unet_only_here"].delta(), want)
+
+
+def test_patterns_for_all_reach_layers_that_only_have_a_diff(folder):
+    layer = f"{NAMES[0]}."
+    norm = {f"{layer}lora_down.weight": torch.ones(1, 4), f"{layer}lora_up.weight": torch.ones(4, 1)}
+    save_file({**norm, "lora_unet_norm.w_norm": torch.ones(4)}, folder / "norm.safetensors")
+    entries = [Input(path="norm.safetensors"), Input(path="norm.safetensors")]
+    merged = run(recipe("concat", {}, inputs=entries, module_weights={"*norm": 0.25}), folder=folder).adapter
+    torch.testing.assert_close(merged.diffs["lora_unet_norm.weight"], torch.full((4,), 0.5))  # 0.25 + 0.25
 
 
 def test_a_pattern_nobody_has_is_an_error(folder):
