@@ -15,11 +15,17 @@ WEB_DIRECTORY = "./web"
 
 _PUBLIC = {
     "Adapter": "adapter",
+    "GateSet": "gates",
+    "GateSettings": "gates",
     "Lego": "methods.lego",
     "LowRank": "lowrank",
     "METHODS": "methods",
+    "Mixture": "mixture",
     "Rank": "rank",
+    "TrainedGates": "trained",
     "align": "align",
+    "attach": "attach",
+    "freeze": "freeze",
     "load": "formats",
     "merge": "merge",
     "save": "formats",

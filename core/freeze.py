@@ -1,0 +1,59 @@
+"""Freeze a mixture: gates at their mean become merge weights, and the mixture one ordinary LoRA."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from .bank import Bank
+from .errors import MergeError, name_some
+from .merge import MergeResult, Progress, merge
+from .methods import MergeMethod
+from .mixture import Mixture
+from .record import Record
+
+
+def freeze(
+    mixture: Mixture, bank: Bank, record: Record, method: MergeMethod, *, progress: Progress | None = None
+) -> MergeResult:
+    """One LoRA that acts as the mixture does with its gates held at their mean over a recorded run.
+
+    What is lost: the gates no longer follow the prompt, the step or the picture. The report says how much they did.
+
+    Args:
+        mixture: The mixture. bank: What was built of it for the model that ran.
+        record: Of the run, see `core.record`.
+        method: How the experts are merged; ``concat`` keeps exactly what the mean gates say, at the ranks' sum.
+        progress: See `merge`.
+
+    Raises:
+        MergeError: Nothing was recorded, or the gates were shut for all experts.
+    """
+    mean, spread = record.mean(), record.spread()
+    scope_of = {module: bank.scopes[path].name for module, path in bank.paths.items()}
+    missing = sorted({scope for scope in scope_of.values() if scope not in mean})
+    if missing:
+        raise MergeError(
+            "Some gates were not recorded.", found=name_some(missing), remedy="record a whole run of the model"
+        )
+    module_weights = [
+        {glob.escape(module): float(mean[scope][i]) for module, scope in scope_of.items() if module in adapter.modules}
+        for i, adapter in enumerate(mixture.experts)
+    ]
+    strengths = [strength * mixture.scale for strength in mixture.strengths]
+    result = merge(mixture.experts, method, strengths, module_weights=module_weights, progress=progress)
+    notes = (*result.report.notes, *_said(mixture, mean, spread))
+    return MergeResult(result.adapter, replace(result.report, notes=notes))
+
+
+def _said(mixture: Mixture, mean: Mapping[str, Tensor], spread: Mapping[str, Tensor]) -> list[str]:
+    n = len(mixture.experts)
+    average = [float(sum(m[i] for m in mean.values()) / len(mean)) for i in range(n)]
+    varied = [float(sum(s[i] for s in spread.values()) / len(spread)) for i in range(n)]
+    each = ", ".join(
+        f"{label} {a:.3g} (varied by {v:.2g})" for label, a, v in zip(mixture.labels, average, varied, strict=True)
+    )
+    return [f"gates frozen at their mean over the recorded run: {each}; they no longer follow the prompt or the step"]

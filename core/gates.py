@@ -1,0 +1,211 @@
+"""Gates: how much of each expert goes in, decided from what a gate reads.
+
+``g = softmax((W (f - m) / s + b) / tau)`` as published, with the paper's ``e`` as ``W``, or independent sigmoids, which
+can turn every expert off at once. ``m`` and ``s`` are the mean and spread of what the gate read in a calibration pass,
+so that one learning rate suits all gates.
+
+Source: arXiv:2404.13628, section 3.2 (gating function) and eq. 10, 11 (balance loss).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from .errors import MergeError
+
+Granularity = Literal["network", "block", "layer", "matrix"]
+Activation = Literal["sigmoid", "softmax", "softmax-null"]
+Reads = Literal["text", "hidden", "experts", "flat"]
+
+
+class GateSettings(BaseModel):
+    """What kind of gates.
+
+    Args:
+        granularity: One gate for the whole ``network``, per ``block``, per ``layer`` (an attention, a feed-forward) or
+            per weight ``matrix``.
+        activation: ``softmax`` over the experts with a learnable temperature (the paper's), ``softmax-null`` with one
+            more place that stands for none of them, or one ``sigmoid`` per expert, up to `ceiling`.
+        reads: ``text``: the model's text conditioning, mean over tokens. ``hidden``: the block's (or layer's) input,
+            mean over positions. ``experts``: the experts' own normalised outputs, mean over positions (the paper's
+            input, made independent of image size). ``flat``: the same of every position apart (as published); works
+            only at the number of positions it was trained with.
+        ceiling: The largest value of a sigmoid gate. It starts at 1, the plain sum.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    granularity: Granularity = "layer"
+    activation: Activation = "sigmoid"
+    reads: Reads = "text"
+    ceiling: float = Field(default=1.5, gt=1.0, le=100.0, allow_inf_nan=False)
+
+    def even(self, experts: int) -> float:
+        """The value of every gate before any training: 1 for sigmoids (the plain sum), equal shares for softmax."""
+        return {"sigmoid": 1.0, "softmax": 1 / experts, "softmax-null": 1 / (experts + 1)}[self.activation]
+
+
+class Gate(nn.Module):
+    """One gate: features ``(B, F)`` to weights ``(B, N)``, float32. A new one gives `GateSettings.even`.
+
+    Args:
+        features: Number of features `F`. experts: Number of experts `N`.
+        settings: The activation is taken from here.
+        mean: ``(F,)``. spread: ``(F,)``, positive. Of the features in the calibration pass; default 0 and 1.
+        owner: ``(F,)`` long: the expert a feature belongs to; ``None`` where they belong to none.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    owner: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        experts: int,
+        settings: GateSettings,
+        *,
+        mean: Tensor | None = None,
+        spread: Tensor | None = None,
+        owner: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings, self.experts = settings, experts
+        rows = experts + (settings.activation == "softmax-null")
+        start = -math.log(settings.ceiling - 1) if settings.activation == "sigmoid" else 0.0
+        self.weight = nn.Parameter(torch.zeros(rows, features))
+        self.bias = nn.Parameter(torch.full((rows,), start))
+        self.log_temperature = nn.Parameter(torch.zeros(()), requires_grad=settings.activation != "sigmoid")
+        self.register_buffer("mean", torch.zeros(features) if mean is None else mean.float())
+        self.register_buffer("spread", torch.ones(features) if spread is None else spread.float())
+        self.register_buffer("owner", owner)
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[1]
+
+    def logits(self, f: Tensor) -> Tensor:
+        """``W (f - m) / s + b``: ``(B, N)``, or ``(B, N + 1)`` with the null expert last."""
+        return torch.addmm(self.bias, (f.float() - self.mean) / self.spread, self.weight.mT)
+
+    def forward(self, f: Tensor) -> Tensor:
+        return activate(self.logits(f), self.log_temperature, self.settings, self.experts)
+
+    def select(self, keep: Sequence[int]) -> Gate:
+        """The gate of a mixture that has only these experts: the rows of the others, and what it read of them, gone."""
+        columns, owner = torch.ones(self.features, dtype=torch.bool), None
+        if self.owner is not None:
+            place = torch.full((self.experts,), -1)
+            place[list(keep)] = torch.arange(len(keep))
+            columns = place[self.owner.cpu()] >= 0
+            owner = place[self.owner.cpu()][columns]
+        gate = Gate(
+            int(columns.sum()),
+            len(keep),
+            self.settings,
+            mean=self.mean.cpu()[columns],
+            spread=self.spread.cpu()[columns],
+            owner=owner,
+        )
+        rows = [*keep, *range(self.experts, self.weight.shape[0])]
+        with torch.no_grad():
+            gate.weight.copy_(self.weight.cpu()[rows][:, columns])
+            gate.bias.copy_(self.bias.cpu()[rows])
+            gate.log_temperature.copy_(self.log_temperature)
+        return gate.to(self.weight.device)
+
+
+def activate(logits: Tensor, log_temperature: Tensor, settings: GateSettings, experts: int) -> Tensor:
+    """Logits ``(..., N)`` or ``(..., N + 1)`` to gates ``(..., N)``; `log_temperature` must broadcast with them."""
+    if settings.activation == "sigmoid":
+        return settings.ceiling * torch.sigmoid(logits)
+    return torch.softmax(logits / log_temperature.exp(), -1)[..., :experts]
+
+
+class GateSet(nn.Module):
+    """All gates of a mixture, by the part of the model they rule. Parts without a gate of their own mix evenly.
+
+    Args:
+        experts: Number of experts `N`.
+        settings: Of all gates.
+        gates: Scope (see `core.scopes`) -> gate. Empty for an untrained set.
+
+    Raises:
+        MergeError: A gate for another number of experts.
+    """
+
+    def __init__(
+        self, experts: int, settings: GateSettings | None = None, gates: Mapping[str, Gate] | None = None
+    ) -> None:
+        super().__init__()
+        self.experts, self.settings = experts, settings or GateSettings()
+        self.names = tuple(gates or {})
+        for name, gate in (gates or {}).items():
+            if gate.experts != experts:
+                raise MergeError(
+                    "A gate belongs to another number of LoRAs.", module=name, expected=experts, found=gate.experts
+                )
+        self._gates = nn.ModuleList((gates or {}).values())
+        self._place = {name: i for i, name in enumerate(self.names)}
+
+    def __getitem__(self, scope: str) -> Gate:
+        return self._gates[self._place[scope]]  # type: ignore[return-value]
+
+    def get(self, scope: str) -> Gate | None:
+        return self[scope] if scope in self._place else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether there are gates at all; without any the mix is even."""
+        return bool(self.names)
+
+    def even(self, like: Tensor) -> Tensor:
+        """``(1, N)``: what a scope without a gate uses."""
+        return like.new_full((1, self.experts), self.settings.even(self.experts), dtype=torch.float32)
+
+    def values(self, f: Tensor) -> list[Tensor]:
+        """All gates of the same features ``(B, F)`` in one product: a ``(B, N)`` per name of `names`."""
+        gates: list[Gate] = list(self._gates)  # type: ignore[arg-type]
+        weight, bias = torch.stack([g.weight for g in gates]), torch.stack([g.bias for g in gates])  # (G, rows, F)
+        mean, spread = torch.stack([g.mean for g in gates]), torch.stack([g.spread for g in gates])
+        x = (f.float() - mean[:, None]) / spread[:, None]  # (G, B, F)
+        temperature = torch.stack([g.log_temperature for g in gates])[:, None, None]
+        return list(activate(torch.baddbmm(bias[:, None], x, weight.mT), temperature, self.settings, self.experts))
+
+    def select(self, keep: Sequence[int]) -> GateSet:
+        """The gates of a mixture that has only these experts. Softmax shares are renormalised in proportion.
+
+        Source: arXiv:2404.13628, section 3.3 (flexibility at inference: experts masked without retraining).
+        """
+        return GateSet(len(keep), self.settings, {name: self[name].select(keep) for name in self.names})
+
+    def copy(self) -> GateSet:
+        """An independent copy with its own parameters."""
+        return self.select(range(self.experts))
+
+
+def balance_loss(values: Iterable[Tensor]) -> Tensor:
+    """``-log prod_i q_i`` with ``q_i`` the mean of expert `i` over all gates: smallest when none is starved.
+
+    Args:
+        values: ``(B, N)`` per gate; the batch counts into the mean.
+
+    Source: arXiv:2404.13628 eq. 10, 11.
+    """
+    q = torch.stack([value.float().mean(0) for value in values]).mean(0)
+    return -q.clamp_min(1e-12).log().sum()
+
+
+def entropy(values: Iterable[Tensor]) -> Tensor:
+    """Mean entropy in nats of the gates, each normalised to sum to one: ``log N`` when even, 0 when one rules."""
+    each: list[Tensor] = []
+    for value in values:
+        p = value.float() / value.float().sum(-1, keepdim=True).clamp_min(1e-12)
+        each.append(-(p * p.clamp_min(1e-12).log()).sum(-1).mean())
+    return torch.stack(each).mean()

@@ -1,0 +1,200 @@
+"""Train the gates of a mixture: one function over everything in this folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..attach import Attachment
+from ..errors import MergeError
+from ..gates import GateSet
+from ..merge import Progress
+from ..mixture import Mixture
+from ..router import named, route_gates
+from ..trained import Expert, TrainedGates
+from .calibrate import calibrate
+from .denoiser import Denoiser
+from .examples import Examples, Images, make_examples
+from .fit import Devices, Fit, fit
+from .objectives import Clip, Guidance, Regression
+from .prompts import Prompt, prompts_for
+from .settings import TrainSettings
+
+__all__ = ["Clip", "Denoiser", "Devices", "Images", "Prompt", "TrainSettings", "Training", "prompts_for", "train"]
+
+_CALIBRATED_ON = 64  # examples
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """Trained gates, and how it went."""
+
+    gates: TrainedGates
+    fit: Fit
+
+
+def train(
+    attachment: Attachment,
+    mixture: Mixture,
+    denoiser: Denoiser,
+    prompts: Sequence[Prompt],
+    concepts: Sequence[Sequence[str]],
+    settings: TrainSettings,
+    *,
+    base: str = "",
+    identity: str = "",
+    images: Images | None = None,
+    clip: Clip | None = None,
+    folder: Path | None = None,
+    devices: Devices | None = None,
+    progress: Progress | None = None,
+) -> Training:
+    """Train gates for a mixture. The base model and the LoRAs are not changed.
+
+    Args:
+        attachment: The mixture on the model.
+        mixture: The same mixture. denoiser: Runs the model; its prompts are `prompts`, in order.
+        prompts: See `prompts_for`. concepts: Per expert, the words that name it.
+        settings: The objective, and how to train.
+        base: The kind of model, for the gates' file. identity: What else tells this training from others (the model's
+            file, the size of the pictures).
+        images: For ``denoise``. clip: For ``clip``.
+        folder: Where examples and state are kept, so that an interrupted training goes on where it was. It is emptied
+            of them at the end.
+        devices: See `fit`.
+        progress: Called with (done, in all, what is going on). May raise to cancel.
+
+    Raises:
+        MergeError: Nothing to learn from (images, a CLIP model or a LoRA missing), or numbers that are not finite.
+        FormatError: `folder` holds another training.
+    """
+    _check(mixture, settings, images, clip)
+    experts = tuple(Expert.of(adapter) for adapter in mixture.experts)
+    record = {
+        "settings": settings.model_dump(),
+        "prompts": [prompt.text for prompt in prompts],
+        "concepts": [list(words) for words in concepts],
+        "strengths": [strength * mixture.scale for strength in mixture.strengths],
+    }
+    described = json.dumps(
+        [record, [e.sha256 for e in experts], mixture.gates.settings.model_dump(), mixture.mixing, base, identity]
+        + ([] if images is None else [_digest(images.latents), list(images.prompt)])
+    )
+    key = hashlib.sha256(described.encode()).hexdigest()
+
+    def trained(gates: GateSet, run: Fit) -> Training:
+        outcome = {"losses": run.losses, "entropies": run.entropies, "stopped": run.stopped}
+        return Training(TrainedGates(gates.copy().cpu(), experts, base, {**record, **outcome}), run)
+
+    if settings.objective == "router":
+        return trained(_routed(attachment, denoiser, prompts, concepts, settings, progress), Fit())
+    examples = _examples(attachment, denoiser, prompts, settings, images, folder, key, devices, progress)
+    rows = list(range(min(len(examples), _CALIBRATED_ON)))
+    calibrate(attachment, _predicting(denoiser, examples, rows, settings.batch))
+    if settings.objective == "clip":
+        assert clip is not None
+        objective = Guidance(denoiser, examples, prompts, concepts, clip)
+    else:
+        objective = Regression(denoiser, examples)
+    run = fit(attachment, objective, settings, key=key, folder=folder, devices=devices, progress=progress)
+    if folder is not None and (devices is None or devices.rank == 0):
+        for name in ("examples.safetensors", "state.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    return trained(attachment.bank.gates, run)
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
+
+
+def _check(mixture: Mixture, settings: TrainSettings, images: Images | None, clip: Clip | None) -> None:
+    if len(mixture.experts) == 1 and mixture.gates.settings.activation == "softmax":
+        raise MergeError(
+            "A softmax over one LoRA is always 1: there is nothing to train.",
+            remedy="connect another LoRA, or choose sigmoid gates, which can turn it off",
+        )
+    silent = [label for label, s in zip(mixture.labels, mixture.strengths, strict=True) if s * mixture.scale == 0]
+    if silent:
+        raise MergeError(
+            "A LoRA of strength 0 adds nothing, so no gate can be trained for it.",
+            file=silent[0],
+            remedy="give it a strength, or disconnect it",
+        )
+    if settings.objective == "denoise" and images is None:
+        raise MergeError(
+            "The denoising objective needs pictures.",
+            expected="some images (latents) per LoRA, each with its prompt",
+            found="none",
+            remedy="give some, or use the objective distil, which needs none",
+        )
+    if settings.objective == "clip" and clip is None:
+        raise MergeError(
+            "CLIP guidance needs a CLIP model.", found="none", remedy="give one, or use the objective distil"
+        )
+
+
+def _examples(
+    attachment: Attachment,
+    denoiser: Denoiser,
+    prompts: Sequence[Prompt],
+    settings: TrainSettings,
+    images: Images | None,
+    folder: Path | None,
+    key: str,
+    devices: Devices | None,
+    progress: Progress | None,
+) -> Examples:
+    path = None if folder is None else folder / "examples.safetensors"
+    if path is not None and (kept := Examples.load(path, key)) is not None:
+        return kept
+    made = make_examples(attachment, denoiser, prompts, settings, images=images, progress=progress)
+    if path is not None and (devices is None or devices.rank == 0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.save(path, key)
+    return made
+
+
+def _predicting(denoiser: Denoiser, examples: Examples, rows: Sequence[int], batch: int) -> Callable[[], None]:
+    def run() -> None:
+        for i in range(0, len(rows), batch):
+            part = rows[i : i + batch]
+            denoiser.predict(examples.noisy[part], examples.t[part], examples.prompt[part].tolist())
+
+    return run
+
+
+def _routed(
+    attachment: Attachment,
+    denoiser: Denoiser,
+    prompts: Sequence[Prompt],
+    concepts: Sequence[Sequence[str]],
+    settings: TrainSettings,
+    progress: Progress | None,
+) -> GateSet:
+    """Every prompt once through the model, to see its conditioning; then least squares."""
+    seen: list[Tensor] = []
+    scopes = list(dict.fromkeys(scope.name for scope in attachment.bank.scopes.values()))
+
+    def collect(scope: str, f: Tensor, owner: Tensor | None) -> None:
+        if scope == scopes[0]:
+            seen.append(f.float().cpu())
+
+    latents: Tensor | None = None
+    for i in range(len(prompts)):  # one at a time: a host may run prompts of other lengths in another order
+        if latents is None:
+            with torch.no_grad(), attachment.hold([0.0] * attachment.bank.experts):
+                latents = denoiser.sample([i], settings.seed)  # any picture will do
+        with torch.no_grad(), attachment.measure(collect):
+            denoiser.predict(latents, torch.full((1,), 0.5), [i])
+        if progress is not None:
+            progress(i + 1, len(prompts), "reading the prompts")
+    asked = named([prompt.text for prompt in prompts], concepts)
+    gates = route_gates(torch.cat(seen), asked, attachment.bank.gates.settings, scopes)
+    attachment.use(gates)
+    return gates

@@ -1,0 +1,179 @@
+"""Trained gates as a value and as a file: the gates, and which LoRAs and what model they are for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from .adapter import Adapter, check_finite
+from .errors import FormatError, MergeError
+from .formats.files import read_tensors, write_tensors
+from .gates import Gate, GateSet, GateSettings
+
+_KIND = "legomole.gates.1"
+_NETWORK = "(network)"  # a tensor's name needs something before the slash
+
+
+class Expert(BaseModel):
+    """A LoRA that gates were made for.
+
+    Args:
+        label: What it was called. sha256: Of its file, or of its factors where it never was a file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Expert:
+        return cls(label=adapter.label, sha256=adapter.source.sha256 or _fingerprint(adapter))
+
+
+def _fingerprint(adapter: Adapter) -> str:
+    digest = hashlib.sha256()
+    for name, part in sorted(adapter.modules.items()):
+        digest.update(f"{name} {part.scale!r}".encode())
+        for factor in (part.A, part.B):
+            digest.update(factor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedGates:
+    """Gates and what they belong to. Immutable: ComfyUI caches and fans it out.
+
+    Args:
+        gates: The gates.
+        experts: The LoRAs, in the gates' order.
+        base: The kind of model they were made on, in its program's words; ``""`` where nobody said.
+        training: How they came about: objective, steps, seed, prompts, losses ...; plain data for JSON.
+    """
+
+    gates: GateSet
+    experts: tuple[Expert, ...]
+    base: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
+
+    def of(self, adapters: Sequence[Adapter], base: str = "") -> GateSet:
+        """The gates in the order of `adapters`, told by their hashes. Of fewer LoRAs: the others are switched off.
+
+        Args:
+            adapters: The LoRAs to mix, each once.
+            base: The kind of model they go on; ``""`` accepts any.
+
+        Raises:
+            MergeError: A LoRA the gates do not know, or another kind of model.
+        """
+        if base and self.base and base != self.base:
+            raise MergeError(
+                "The gates were trained on another kind of model.",
+                expected=self.base,
+                found=base,
+                remedy="connect the model they were trained on, or train gates for this one",
+            )
+        order: list[int] = []
+        for adapter in adapters:
+            sha256 = Expert.of(adapter).sha256
+            known = [i for i, expert in enumerate(self.experts) if expert.sha256 == sha256 and i not in order]
+            if not known:
+                raise MergeError(
+                    "The gates were trained with other LoRAs.",
+                    file=adapter.source.path or adapter.label,
+                    expected=", ".join(f"{e.label} ({e.sha256[:12]})" for e in self.experts),
+                    found=f"{adapter.label} ({sha256[:12]})",
+                    remedy="connect the very files the gates were trained with (in any order), or train again",
+                )
+            order.append(known[0])
+        return self.gates.select(order)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, atomically. Tensors are named ``<scope>/weight``, ``/bias`` ...
+
+        Raises:
+            SaveError: See `core.formats.files.write_tensors`; nothing is left behind.
+        """
+        tensors, header = self.to_tensors()
+        write_tensors(Path(path), tensors, header)
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What `save` writes: tensors by name, and the metadata."""
+        tensors: dict[str, Tensor] = {}
+        for scope in self.gates.names:
+            for name, tensor in self.gates[scope].state_dict().items():
+                tensors[f"{scope or _NETWORK}/{name}"] = tensor
+        header = {
+            "kind": _KIND,
+            "scopes": json.dumps(self.gates.names),
+            "experts": json.dumps([expert.model_dump() for expert in self.experts]),
+            "settings": self.gates.settings.model_dump_json(),
+            "base": self.base,
+            "training": json.dumps(dict(self.training)),
+        }
+        return tensors, header
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainedGates:
+        """Read what `save` wrote.
+
+        Raises:
+            FormatError: Not such a file, or one that is damaged.
+        """
+        return cls.from_tensors(*read_tensors(Path(path)), path)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, str], path: object) -> TrainedGates:
+        """The gates in a file's tensors and metadata.
+
+        Raises:
+            FormatError: See `load`.
+        """
+        if header.get("kind") != _KIND:
+            raise FormatError(
+                "This file holds no gates.",
+                file=path,
+                expected=f"metadata kind {_KIND}",
+                found=header.get("kind", "none"),
+                remedy="choose a file that Save Gates or `legomole train-gates` wrote",
+            )
+        try:
+            settings = GateSettings.model_validate_json(header["settings"])
+            experts = tuple(Expert.model_validate(entry) for entry in json.loads(header["experts"]))
+            scopes: list[str] = [str(scope) for scope in json.loads(header["scopes"])]
+            gates = {scope: _gate(tensors, scope, len(experts), settings, path) for scope in scopes}
+            training = dict(json.loads(header["training"]))
+            return cls(GateSet(len(experts), settings, gates), experts, header.get("base", ""), training)
+        except (KeyError, TypeError, ValueError, ValidationError, RuntimeError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(
+                "The gates could not be read.",
+                file=path,
+                found=f"{type(error).__name__}: {error}",
+                remedy="the file is damaged: train and save the gates again",
+            ) from error
+
+
+def _gate(tensors: Mapping[str, Tensor], scope: str, experts: int, settings: GateSettings, path: object) -> Gate:
+    prefix = f"{scope or _NETWORK}/"
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name, tensor in own.items():
+        if tensor.is_floating_point():
+            check_finite(tensor, f"{prefix}{name}", str(path))
+    gate = Gate(own["weight"].shape[1], experts, settings, owner=own.get("owner"))
+    with torch.no_grad():
+        gate.load_state_dict(own)
+    return gate
