@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,7 +17,13 @@ from .record import Record
 
 
 def freeze(
-    mixture: Mixture, bank: Bank, record: Record, method: MergeMethod, *, progress: Progress | None = None
+    mixture: Mixture,
+    bank: Bank,
+    record: Record,
+    method: MergeMethod,
+    *,
+    text_encoder_weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
 ) -> MergeResult:
     """One LoRA that acts as the mixture does with its gates held at their mean over a recorded run.
 
@@ -27,6 +33,7 @@ def freeze(
         mixture: The mixture. bank: What was built of it for the model that ran.
         record: Of the run, see `core.record`.
         method: How the experts are merged; ``concat`` keeps exactly what the mean gates say, at the ranks' sum.
+        text_encoder_weights: Of the experts' text encoder parts, which no gate rules; default the strengths.
         progress: See `merge`.
 
     Raises:
@@ -44,16 +51,28 @@ def freeze(
         for i, adapter in enumerate(mixture.experts)
     ]
     strengths = [strength * mixture.scale for strength in mixture.strengths]
-    result = merge(mixture.experts, method, strengths, module_weights=module_weights, progress=progress)
-    notes = (*result.report.notes, *_said(mixture, mean, spread))
+    result = merge(
+        mixture.experts,
+        method,
+        strengths,
+        text_encoder_weights=text_encoder_weights,
+        module_weights=module_weights,
+        progress=progress,
+    )
+    notes = (*result.report.notes, *_said(mixture, bank, mean, spread))
     return MergeResult(result.adapter, replace(result.report, notes=notes))
 
 
-def _said(mixture: Mixture, mean: Mapping[str, Tensor], spread: Mapping[str, Tensor]) -> list[str]:
+def _said(mixture: Mixture, bank: Bank, mean: Mapping[str, Tensor], spread: Mapping[str, Tensor]) -> list[str]:
     n = len(mixture.experts)
     average = [float(sum(m[i] for m in mean.values()) / len(mean)) for i in range(n)]
     varied = [float(sum(s[i] for s in spread.values()) / len(spread)) for i in range(n)]
     each = ", ".join(
         f"{label} {a:.3g} (varied by {v:.2g})" for label, a, v in zip(mixture.labels, average, varied, strict=True)
     )
-    return [f"gates frozen at their mean over the recorded run: {each}; they no longer follow the prompt or the step"]
+    notes = [f"gates frozen at their mean over the recorded run: {each}; they no longer follow the prompt or the step"]
+    if mixture.mixing == "output":
+        notes.append("blocks were mixed by their outputs; one LoRA can only sum the updates of layers, which is near")
+    if bank.left_out:
+        notes.append(f"merged too, though no gate ruled them: {name_some(bank.left_out, 3)}")
+    return notes

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .errors import MergeError
+from .gates import wide
 from .keymap import Spans
 from .lowrank import LowRank
 from .mixture import Mixture
@@ -77,11 +78,11 @@ class Stack(nn.Module):
                 ups.append(math.copysign(math.sqrt(abs(c)), c) * B)
                 units += part.update.rank
             self.groups.append((start, stop, first, units))
-            self.register_buffer(f"U{n}", torch.cat(ups, 1).to(dtype or _widest(parts)), persistent=False)
+            self.register_buffer(f"U{n}", torch.cat(ups, 1).to(dtype or _widest(parts)))
         D = torch.cat(downs).to(dtype or _widest(parts))
-        self.register_buffer("D", D.unflatten(1, (-1, *kernel)) if kernel else D, persistent=False)
+        self.register_buffer("D", D.unflatten(1, (-1, *kernel)) if kernel else D)
         owner = torch.tensor([part.expert for part in parts for _ in range(part.update.rank)])
-        self.register_buffer("owner", owner, persistent=False)
+        self.register_buffer("owner", owner)
 
     @property
     def U(self) -> list[Tensor]:
@@ -100,31 +101,36 @@ class Stack(nn.Module):
             return layer._conv_forward(x, D, None)  # type: ignore[operator] # the layer's own stride and padding
         return nn.functional.linear(x, D)
 
-    def gated(self, z: Tensor, g: Tensor) -> Tensor:
-        """`z` with every expert's slice times its gate: `g` is ``(B, N)``, or ``(1, N)`` for all samples."""
+    def spread(self, g: Tensor, z: Tensor) -> Tensor:
+        """Gates ``(B, N)``, or ``(1, N)`` for all samples, as one factor per unit; broadcasts with `z`."""
         g = fit_batch(g, z.shape[0]).to(z)[:, self.owner]
         rest = (1,) * (z.ndim - 2)
-        return z * (g.view(*g.shape, *rest) if self.kernel else g.view(g.shape[0], *rest, g.shape[1]))
+        return g.view(*g.shape, *rest) if self.kernel else g.view(g.shape[0], *rest, g.shape[1])
+
+    def gated(self, z: Tensor, g: Tensor) -> Tensor:
+        """`z` with every expert's slice times its gate: `g` is ``(B, N)``, or ``(1, N)`` for all samples."""
+        return z * self.spread(g, z)
 
     def add(self, y: Tensor, z: Tensor) -> Tensor:
-        """``y + U z``; `z` already gated, `y` the layer's own output, which may be overwritten."""
-        ups = [U.to(z.device, z.dtype) for U in self.U]
-        if self.kernel:
-            conv = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(self.kernel) - 1]
-            ups = [U.reshape(*U.shape, *(1 for _ in self.kernel)) for U in ups]
-            if self.whole:
-                return y + conv(z, ups[0])
-            for (start, stop, a, b), U in zip(self.groups, ups, strict=True):
-                y[:, start:stop] += conv(z[:, a:b], U)
-            return y
-        if self.whole and y.dtype == z.dtype:
-            return torch.addmm(y.reshape(-1, self.d_out), z.reshape(-1, z.shape[-1]), ups[0].mT).view(y.shape)
-        for (start, stop, a, b), U in zip(self.groups, ups, strict=True):
-            y[..., start:stop] += nn.functional.linear(z[..., a:b], U)
-        return y
+        """``y + U z`` in the dtype of `y`; `z` already gated, `y` the layer's own output, which may be overwritten.
+
+        Without gradients it is: a copy of `y` would cost half as much as the product. With them it is not, because the
+        layer may have kept `y` for its backward pass, or handed out a view.
+        """
+        Y = y.flatten(2) if self.kernel else y.reshape(-1, y.shape[-1])  # (B, d_out, positions), or (positions, d_out)
+        Y = Y.clone() if torch.is_grad_enabled() else Y
+        Z = (z.flatten(2) if self.kernel else z.reshape(-1, z.shape[-1])).to(y.dtype)
+        for (start, stop, a, b), U in zip(self.groups, self.U, strict=True):
+            U = U.to(y.device, y.dtype)
+            rows, units = (Y, Z) if self.whole else (Y[:, start:stop], Z[:, a:b])
+            if self.kernel:
+                rows.baddbmm_(U.expand(y.shape[0], -1, -1), units)
+            else:
+                rows.addmm_(units, U.mT)
+        return Y.view(y.shape)
 
     def normalised(self, z: Tensor, experts: int) -> Tensor:
-        """The experts' outputs in rank space, normalised: ``z / rho``, ``(B, T, R)`` float32.
+        """The experts' outputs in rank space, normalised: ``z / rho``, ``(B, T, R)``, at least float32.
 
         ``rho`` is the root mean square of the concatenated outputs ``E_1(x) .. E_N(x)`` of a position, found from
         ``|U_i z_i|^2 = z_i^T (U_i^T U_i) z_i`` without forming them. Any linear map of the normalised outputs is then a
@@ -135,14 +141,22 @@ class Stack(nn.Module):
 
         Source: arXiv:2404.13628 eq. 5 (normalisation of the concatenated outputs; which one is left open there).
         """
-        z = (z.flatten(2).mT if self.kernel else z.flatten(1, -2) if z.ndim > 2 else z[:, None]).float()
+        z = wide(z.flatten(2).mT if self.kernel else z.flatten(1, -2) if z.ndim > 2 else z[:, None])
         square = z.new_zeros(z.shape[:2])
         for (_, _, a, b), U in zip(self.groups, self.U, strict=True):
             same = self.owner[a:b, None] == self.owner[None, a:b]
-            K = (U.float().mT @ U.float()).to(z.device) * same.to(z.device)  # the experts' own Gram matrices
+            U = wide(U)
+            K = (U.mT @ U).to(z) * same.to(z.device)  # the experts' own Gram matrices
             square = square + ((z[..., a:b] @ K) * z[..., a:b]).sum(-1)
         rho = (square / (experts * self.d_out)).clamp_min(0).sqrt()
         return z / rho.clamp_min(1e-6)[..., None]
+
+    def by_expert(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`z` ``(.., R)`` with the units sorted by expert, and the owners ``(R,)`` in that order."""
+        if len(self.groups) == 1:
+            return z, self.owner
+        order = torch.argsort(self.owner, stable=True)
+        return z[..., order.to(z.device)], self.owner[order]
 
 
 def fit_batch(g: Tensor, batch: int) -> Tensor:
@@ -194,7 +208,7 @@ def rows_of(layer: nn.Module) -> int | None:
 
 
 def _check(layer: nn.Module, update: LowRank, start: int, stop: int, module: str) -> None:
-    rows, width = rows_of(layer), getattr(layer, "in_features", None)
+    rows, width = rows_of(layer), getattr(layer, "in_features", getattr(layer, "nx", None))
     if isinstance(layer, _ConvNd):
         width = layer.in_channels * math.prod(layer.kernel_size)
         if layer.groups != 1 or layer.transposed:

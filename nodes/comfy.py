@@ -47,6 +47,7 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
         tuple(line for site in sites for line in site.dropped),
         tuple(line for site in sites for line in site.notes),
         lambda adapter: fuse_unnamed(adapter, common, host.names, host.rows),
+        common.places,
     )
 
 
@@ -281,6 +282,11 @@ def open_lora(lora: Lora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     if isinstance(content, Adapter):
         return formats.to_state_dict(content, "comfy"), content.metadata
     return files.read_tensors(content) if isinstance(content, Path) else (dict(content), {})
+
+
+def trigger_words(lora: Lora) -> str:
+    """The words that a LoRA's file says it is called by, ``""`` where it says none."""
+    return open_lora(lora)[1].get("modelspec.trigger_phrase", "")
 
 
 def _source(lora: Lora, state_dict: Mapping[str, Tensor]) -> Source:

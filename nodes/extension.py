@@ -12,8 +12,20 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import apply, load, merge, save
+            from . import apply, gates, load, merge, mole, save, train_gates
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
             raise
-        return [load.LoadLoRA, merge.LegoMerge, merge.MergeLoRAs, apply.ApplyLoRA, save.SaveLoRA]
+        return [
+            load.LoadLoRA,
+            merge.LegoMerge,
+            merge.MergeLoRAs,
+            apply.ApplyLoRA,
+            save.SaveLoRA,
+            mole.MoLEMix,
+            train_gates.TrainGates,
+            gates.SaveGates,
+            gates.LoadGates,
+            mole.FreezeToLoRA,
+            mole.GateMap,
+        ]

@@ -24,7 +24,9 @@ class LoadLoRA(io.ComfyNode):
             description="A LoRA file for merging or applying. Chain several through lora_stack.",
             search_aliases=["lora loader", "lora stack", "legomole", "lego lora"],
             inputs=[
-                io.Combo.Input("lora_name", options=program.lora_names(), tooltip="A file in the loras folder."),
+                io.Combo.Input(
+                    "lora_name", options=program.names(program.LORAS), tooltip="A file in the loras folder."
+                ),
                 strength("strength_model", "How strongly it acts on the diffusion model. Negative subtracts it."),
                 strength("strength_clip", "How strongly it acts on the text encoders."),
                 io.Int.Input(

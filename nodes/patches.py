@@ -141,10 +141,12 @@ class Common:
 
     Args:
         key_map: For `core.keymap.rename`.
-        unnamed: Names of our own making, for row ranges that no loader has a name for -> where they are.
+        places: The common names -> where they are.
+        unnamed: Those of our own making among them, for row ranges that no loader has a name for.
     """
 
     key_map: KeyMap
+    places: Mapping[str, Place]
     unnamed: Mapping[str, Place]
 
 
@@ -159,19 +161,20 @@ def common_names(places: Mapping[str, Place], names: Names, rows: Callable[[str]
     cut = {p.key for p in places.values() if p.stop - p.start < rows(p.key)}
     # once a layer is cut, cut it into ranges that have names
     named = {f"{key}{span}": Place(key, *span) for key in cut for span in names.slices(key)}
+    known: dict[str, Place] = {}
     unnamed: dict[str, Place] = {}
 
     def leaf(key: str, start: int, stop: int) -> str:
-        if stop - start >= rows(key):
-            return names.whole(key)
-        name = names.rows(key, start, stop)
+        whole = stop - start >= rows(key)
+        name = names.whole(key) if whole else names.rows(key, start, stop)
         if name is None:
             name = f"{names.whole(key)}[{start}:{stop}]"
             unnamed[name] = Place(key, start, stop)
+        known[name] = Place(key, start, stop)
         return name
 
     key_map = refine({**named, **places}, leaf)
-    return Common({site: pieces for site, pieces in key_map.items() if site in places}, unnamed)
+    return Common({site: pieces for site, pieces in key_map.items() if site in places}, known, unnamed)
 
 
 def fuse_unnamed(adapter: Adapter, common: Common, names: Names, rows: Callable[[str], int]) -> Adapter:

@@ -2,52 +2,73 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import numpy as np
+import torch
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
+from torch import Tensor
 
 from ..core.errors import FormatError, SaveError
 
+_TELL_EVERY = 0.5  # seconds
 
-def lora_names() -> list[str]:
-    """What Load LoRA offers: the files of the loras folders."""
-    return folder_paths.get_filename_list("loras")
+LORAS, GATES = "loras", "legomole_gates"  # kinds of model files, and the names of their folders beside each other
+folder_paths.folder_names_and_paths.setdefault(GATES, ([str(Path(folder_paths.models_dir) / GATES)], {".safetensors"}))
+
+
+def names(kind: str) -> list[str]:
+    """What a loading node offers: the files of a kind's folders."""
+    return folder_paths.get_filename_list(kind)
 
 
 def lora_path(name: str) -> Path:
-    """The file behind a name of `lora_names`."""
-    path = folder_paths.get_full_path("loras", name)
+    """The file behind a LoRA's name."""
+    return path_of(name, LORAS)
+
+
+def path_of(name: str, kind: str) -> Path:
+    """The file behind a name of `names`."""
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
         raise FormatError(
-            "There is no such LoRA.",
+            "There is no such LoRA." if kind == LORAS else "There are no such gates.",
             file=name,
-            expected="a file in ComfyUI's loras folders",
+            expected=f"a file in ComfyUI's {kind} folders",
             remedy="refresh the page, or choose another file",
         )
     return Path(path)
 
 
-def save_path(prefix: str) -> Path:
-    """A new file in the loras folder, numbered like those of the stock save nodes: ``prefix_00001_.safetensors``.
+def unfinished_folder() -> Path:
+    """Where interrupted trainings wait to be taken up."""
+    return Path(folder_paths.get_user_directory()) / "legomole" / "unfinished"
+
+
+def save_path(prefix: str, kind: str = LORAS) -> Path:
+    """A new file in a kind's folder, numbered like those of the stock save nodes: ``prefix_00001_.safetensors``.
 
     Args:
         prefix: Name, with a subfolder if wanted; ``%year%`` and the like are filled in.
+        kind: `LORAS` or `GATES`.
 
     Raises:
-        SaveError: The place is outside the loras folder, or the subfolder cannot be made.
+        SaveError: The place is outside that folder, or the subfolder cannot be made.
     """
-    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder = Path(folder_paths.get_folder_paths(kind)[0])
     windows, posix = PureWindowsPath(prefix), PurePosixPath(prefix)
     inside = posix.name and not (windows.anchor or posix.anchor or ".." in windows.parts or "\0" in prefix)
     if not inside or not (folder / prefix).parent.resolve().is_relative_to(folder.resolve()):
         raise SaveError(
-            "A LoRA can only be saved inside the loras folder.",
+            f"{'A LoRA' if kind == LORAS else 'Gates'} can only be saved inside the {kind} folder.",
             file=prefix,
             expected="a name like merged or styles/merged",
             remedy="give a relative name without .., through no link that leads out of the folder",
@@ -70,9 +91,32 @@ def progress() -> Callable[[int, int, str], None]:
     return report
 
 
+def told_progress() -> Callable[[int, int, str], None]:
+    """`progress` that also writes on the node what is going on, now and then."""
+    bar, told = progress(), 0.0
+
+    def report(done: int, total: int, what: str) -> None:
+        nonlocal told
+        bar(done, total, what)
+        if time.monotonic() - told > _TELL_EVERY or done == total:
+            told = time.monotonic()
+            _write(f"{what}, {done} of {total}")
+
+    return report
+
+
 def show(text: str) -> ui.PreviewText:
     """Write a text on the node that runs, where its user looks; the return value puts it into the history too."""
+    _write(text)
+    return ui.PreviewText(text)
+
+
+def _write(text: str) -> None:
     running = get_executing_context()
     if running is not None:
         PromptServer.instance.send_progress_text(text, running.node_id)
-    return ui.PreviewText(text)
+
+
+def picture(image: Any) -> Tensor:
+    """A Pillow image as an IMAGE: ``(1, height, width, 3)`` in 0 .. 1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0)[None]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core import formats
 from ..core.adapter import Adapter, Source
 from ..core.align import align
+from ..core.keymap import Place
 from .lora import Lora
 
 
@@ -22,12 +23,14 @@ class Reading:
         dropped: Keys of the files that have no place in the model, with the reason, for the report.
         notes: Other things worth saying in the report.
         finish: Makes of the merged adapter one that the stock loader reads whole.
+        places: Where the layers sit in the connected model, by name; empty without one.
     """
 
     adapters: list[Adapter]
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 def adapter_of(lora: Lora) -> Adapter:

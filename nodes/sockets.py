@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from .settings import Setting
 
 LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `Lora`
+LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.trained.TrainedGates`
 LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train LoRA returns
 LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]
 
@@ -32,7 +33,7 @@ def loras_input() -> Any:
         "loras",
         # none is required by itself: any one of them may be muted or bypassed
         template=io.Autogrow.TemplatePrefix(one, prefix="lora", min=0, max=50),
-        tooltip="The LoRAs to merge. A new socket appears as you connect the last one.",
+        tooltip="The LoRAs. A new socket appears as you connect the last one.",
     )
 
 

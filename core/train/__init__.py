@@ -21,7 +21,7 @@ from ..trained import Expert, TrainedGates
 from .calibrate import calibrate
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples
-from .fit import Devices, Fit, fit
+from .fit import Devices, Fit, fit, read_state
 from .objectives import Clip, Guidance, Regression
 from .prompts import Prompt, prompts_for
 from .settings import TrainSettings
@@ -54,6 +54,7 @@ def train(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
+    keep: Callable[[Training], None] | None = None,
 ) -> Training:
     """Train gates for a mixture. The base model and the LoRAs are not changed.
 
@@ -69,6 +70,7 @@ def train(
             of them at the end.
         devices: See `fit`.
         progress: Called with (done, in all, what is going on). May raise to cancel.
+        keep: Called with what was learnt so far when the training is interrupted.
 
     Raises:
         MergeError: Nothing to learn from (images, a CLIP model or a LoRA missing), or numbers that are not finite.
@@ -94,6 +96,8 @@ def train(
 
     if settings.objective == "router":
         return trained(_routed(attachment, denoiser, prompts, concepts, settings, progress), Fit())
+    if folder is not None:
+        read_state(folder, key)  # another training's folder is refused before anything is painted
     examples = _examples(attachment, denoiser, prompts, settings, images, folder, key, devices, progress)
     rows = list(range(min(len(examples), _CALIBRATED_ON)))
     calibrate(attachment, _predicting(denoiser, examples, rows, settings.batch))
@@ -102,7 +106,14 @@ def train(
         objective = Guidance(denoiser, examples, prompts, concepts, clip)
     else:
         objective = Regression(denoiser, examples)
-    run = fit(attachment, objective, settings, key=key, folder=folder, devices=devices, progress=progress)
+    run = Fit()
+    try:
+        fit(attachment, objective, settings, key=key, folder=folder, devices=devices, progress=progress, run=run)
+    except BaseException:
+        if keep is not None and run.losses:
+            run.stopped = f"interrupted after {len(run.losses)} of {settings.steps} steps"
+            keep(trained(attachment.bank.gates, run))
+        raise
     if folder is not None and (devices is None or devices.rank == 0):
         for name in ("examples.safetensors", "state.safetensors"):
             (folder / name).unlink(missing_ok=True)

@@ -12,6 +12,8 @@ from ..errors import MergeError
 from ..gates import Gate, GateSet
 from ..router import standardisation
 
+_FEATURES = 64  # as many as there were where the default learning rate was found
+
 
 class _Moments:
     def __init__(self, owner: Tensor | None) -> None:
@@ -61,6 +63,9 @@ def calibrate(attachment: Attachment, run: Callable[[], None]) -> GateSet:
     device = next(iter(bank.stacks.values())).D.device
     for scope, m in found.items():
         mean, spread = standardisation(m.sum / m.n, (m.square / m.n - (m.sum / m.n).square()).clamp_min(0))
+        # AdamW moves every weight by the learning rate, so a logit by that times the number of features: count them as
+        # _FEATURES, whatever their number
+        spread = spread * max(1.0, len(spread) / _FEATURES)
         gates[scope] = Gate(
             len(mean), bank.experts, bank.gates.settings, mean=mean.float(), spread=spread.float(), owner=m.owner
         )

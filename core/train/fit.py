@@ -80,6 +80,7 @@ def fit(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
+    run: Fit | None = None,
 ) -> Fit:
     """Train the attachment's gates in place.
 
@@ -90,6 +91,7 @@ def fit(
         folder: Where to keep the state: written every few steps and when interrupted, read at the start.
         devices: Others that train along; every process must call this with the same examples and settings.
         progress: Called with (steps done, steps in all, the loss in words). May raise to cancel: the state is kept.
+        run: Where to note how it goes, for a caller that wants to know after a cancel too.
 
     Raises:
         MergeError: The loss was not a finite number from the start.
@@ -99,7 +101,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
     )
-    run = Fit()
+    run = run or Fit()
     start = _resume(folder, key, parameters, optimizer, run) if folder is not None else 0
     good = _snapshot(parameters)
     done = start
@@ -153,15 +155,23 @@ def _step(
 ) -> tuple[float, float]:
     """Gradients of one batch, in parts; the mean loss and the gates' entropy."""
     batch = batch_of(step, objective.size, settings.batch, settings.seed)
+    share_of_one = 1 / len(batch)
     if devices is not None:
         batch = batch[devices.rank :: devices.world]
-    parts = [part for part in torch.tensor(batch).chunk(settings.accumulation) if len(part)]
+        share_of_one *= devices.world  # of which the mean is taken below: right for uneven parts, too
+    parts = [part for part in torch.tensor(batch, dtype=torch.long).chunk(settings.accumulation) if len(part)]
     total, spread = torch.zeros(()), 0.0
     for part in parts:
         seen = _Seen()
-        share = len(part) / len(batch)
+        share = len(part) * share_of_one
         with torch.enable_grad(), attachment.watch(seen), exact_gradients():
             loss = objective.loss(part.tolist())
+            if not seen.values:
+                raise MergeError(
+                    "The gates were not seen at work.",
+                    expected="a model that reaches at least one gate",
+                    remedy="train before the model is compiled (torch.compile)",
+                )
             whole = loss
             if settings.balance:
                 whole = loss + settings.balance * balance_loss(list(seen.values.values()))
@@ -171,7 +181,7 @@ def _step(
     if devices is not None:
         for p in parameters:
             p.grad = devices.mean(torch.zeros_like(p) if p.grad is None else p.grad)
-        total = devices.mean(total)
+        total, spread = devices.mean(torch.tensor([float(total), spread])).tolist()
     return float(total), spread
 
 
@@ -239,18 +249,9 @@ def _resume(
     folder: Path, key: str, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, run: Fit
 ) -> int:
     """Take up the state in the folder; the number of steps it has done, 0 if there is none."""
-    path = _path(folder)
-    if not path.exists():
+    if (state := read_state(folder, key)) is None:
         return 0
-    tensors, header = read_tensors(path)
-    if header.get("kind") != _KIND or header.get("key") != key:
-        raise FormatError(
-            "The folder holds the state of another training.",
-            file=path,
-            expected=key or "the same settings, model, LoRAs and prompts",
-            found=header.get("key", "another kind of file"),
-            remedy="go on with the settings it was begun with, or name another folder",
-        )
+    tensors, header = state
     try:
         before = json.loads(header["run"])
         with torch.no_grad():
@@ -261,8 +262,35 @@ def _resume(
                 if rest:
                     optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in rest.items()}
         run.losses, run.entropies = list(before["losses"]), list(before["entropies"])
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FormatError(
-            "The training cannot be taken up again.", file=path, found=str(error), remedy="delete it to start anew"
+            "The training cannot be taken up again.",
+            file=_path(folder),
+            found=str(error),
+            remedy="delete it to start anew",
         ) from error
     return len(run.losses)
+
+
+def read_state(folder: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The tensors and metadata of the training that `folder` holds; ``None`` if it holds none.
+
+    Raises:
+        FormatError: It holds another training, or a damaged file.
+    """
+    path = _path(folder)
+    if not path.exists():
+        return None
+    try:
+        tensors, header = read_tensors(path)
+    except FormatError as error:
+        raise FormatError(error.problem, file=path, found=error.found, remedy="delete it to start anew") from error
+    if header.get("kind") != _KIND or header.get("key") != key:
+        raise FormatError(
+            "The folder holds the state of another training.",
+            file=path,
+            expected=key or "the same settings, model, LoRAs and prompts",
+            found=header.get("key", "another kind of file"),
+            remedy="go on with the settings it was begun with, or name another folder",
+        )
+    return tensors, header

@@ -81,13 +81,50 @@ class Graph:
             model, clip = [node, 0], [node, 1]
         return model, clip
 
+    def mix(self, *loras: Link, gates: Link | None = None, clip: Link | None = None, **settings: Any) -> Link:
+        """MoLE Mix on the model; its MODEL (outputs 1 and 2 are CLIP and the report)."""
+        defaults = {"scale": 1.0, "mixing": "delta", "granularity": "block", "clip_method": "concat"}
+        model = settings.pop("model", self.model)
+        return self.add(
+            "LegoMoLE_MoLEMix", model=model, clip=clip, gates=gates, **_row(loras), **{**defaults, **settings}
+        )
+
+    def train(self, *loras: Link, **settings: Any) -> Link:
+        """Train Gates, small: its gates (outputs 1 and 2 are the picture and the report)."""
+        defaults = {
+            "words": "ember style\nheart",
+            "prompts": "ember style\nheart\nheart in ember style\na dog",
+            "objective": "distil",
+            "granularity": "block",
+            "activation": "sigmoid",
+            "reads": "text",
+            "steps": 12,
+            "batch_size": 8,
+            "learning_rate": 0.05,
+            "balance": 0.0,
+            "pictures": 8,
+            "examples": 32,
+            "sampling_steps": 2,
+            "cfg": 1.0,
+            "compose": 1.2,
+            "save_memory": True,
+            "seed": 0,
+            "latent_image": self.empty(),
+        }
+        return self.add(
+            "LegoMoLE_TrainGates", model=self.model, clip=self.clip, **_row(loras), **{**defaults, **settings}
+        )
+
+    def empty(self, size: int = 64) -> Link:
+        return self.add(self._latent, width=size, height=size, batch_size=1)
+
     def save(self, lora: Link, prefix: str, format: str = "auto", dtype: str = "as is") -> Link:
         return self.add("LegoMoLE_SaveLoRA", lora=lora, filename_prefix=prefix, format=format, dtype=dtype)
 
-    def picture(self, model: Link | None = None, clip: Link | None = None) -> str:
+    def picture(self, model: Link | None = None, clip: Link | None = None, prompt: str = "a house of bricks") -> str:
         """Sample a picture; the node that saves it, and its latent."""
-        text = [self.add("CLIPTextEncode", text=text, clip=clip or self.clip) for text in ("a house of bricks", "")]
-        latent = self.add(self._latent, width=64, height=64, batch_size=1)
+        text = [self.add("CLIPTextEncode", text=text, clip=clip or self.clip) for text in (prompt, "")]
+        latent = self.empty()
         sampled = self.add(
             "KSampler",
             model=model or self.model,

@@ -17,7 +17,19 @@ from .server import Server
 
 pytestmark = pytest.mark.comfy
 
-OURS = ("LegoMoLE_LoadLoRA", "LegoMoLE_LegoMerge", "LegoMoLE_MergeLoRAs", "LegoMoLE_ApplyLoRA", "LegoMoLE_SaveLoRA")
+OURS = (
+    "LegoMoLE_LoadLoRA",
+    "LegoMoLE_LegoMerge",
+    "LegoMoLE_MergeLoRAs",
+    "LegoMoLE_ApplyLoRA",
+    "LegoMoLE_SaveLoRA",
+    "LegoMoLE_MoLEMix",
+    "LegoMoLE_TrainGates",
+    "LegoMoLE_SaveGates",
+    "LegoMoLE_LoadGates",
+    "LegoMoLE_FreezeToLoRA",
+    "LegoMoLE_GateMap",
+)
 
 
 # ---- loading

@@ -1,0 +1,122 @@
+"""Gate training inside ComfyUI: a model that gradients can pass through, its memory, its state on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..core.attach import attach
+from ..core.bank import Bank
+from ..core.train import Images, Prompt, Training, TrainSettings, train
+from ..core.trained import Expert
+from .denoiser import ComfyDenoiser
+from .mixes import Mix
+
+
+def train_gates(
+    mix: Mix,
+    model: Any,
+    clip: Any,
+    latent: Tensor,
+    prompts: Sequence[Prompt],
+    concepts: Sequence[Sequence[str]],
+    settings: TrainSettings,
+    *,
+    cfg: float,
+    sampling_steps: int,
+    checkpointing: bool,
+    images: Mapping[int, Tensor],
+    folder: Path,
+    progress: Callable[[int, int, str], None],
+    keep: Callable[[Training], None],
+) -> Training:
+    """Train the gates of a mix on its model.
+
+    Args:
+        mix: Of untrained gates. model: The MODEL it was built for. clip: The CLIP, with the experts' parts.
+        latent: A LATENT's samples of the size to train at.
+        prompts, concepts, settings: See `core.train`.
+        cfg: Guidance of the pictures the models paint. sampling_steps: Their steps.
+        checkpointing: Save memory by computing blocks twice.
+        images: Expert -> its pictures as latents, for the denoising objective.
+        folder: Where unfinished trainings are kept.
+        progress: See `core.train.train`. keep: Also.
+    """
+    identity = _identity(model, mix, latent, cfg, sampling_steps)
+    key = json.dumps([identity, settings.model_dump(), [p.text for p in prompts], [list(c) for c in concepts]])
+    state = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    # text first: on a small GPU the text encoders make room for the model
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+    with torch.inference_mode(False), _trainable(model) as patcher:
+        network = patcher.model.diffusion_model
+        bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
+        denoiser = ComfyDenoiser(patcher, encoded, latent, cfg, sampling_steps)
+        with attach(network, bank, checkpointing=checkpointing) as attachment:
+            done = train(
+                attachment,
+                mix.mixture,
+                denoiser,
+                prompts,
+                concepts,
+                settings,
+                base=mix.base,
+                identity=identity,
+                images=_images(images, prompts, denoiser),
+                folder=state,
+                progress=progress,
+                keep=keep,
+            )
+    if state.is_dir() and not any(state.iterdir()):
+        state.rmdir()
+    return done
+
+
+def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> str:
+    """What tells this training from others beside the settings: the model's weights (patches too), LoRAs, sizes."""
+    digest = hashlib.sha256()
+    weights = model.model_state_dict()
+    for name in sorted(weights)[:: max(1, len(weights) // 16)]:  # some weights tell models apart
+        digest.update(weights[name].detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
+    digest.update(repr([(key, len(patches)) for key, patches in sorted(model.patches.items())]).encode())
+    experts = [Expert.of(adapter).sha256 for adapter in mix.mixture.experts]
+    chosen = mix.mixture.gates.settings.model_dump()
+    return json.dumps([digest.hexdigest(), experts, chosen, mix.mixture.strengths, list(latent.shape[1:]), cfg, steps])
+
+
+@contextmanager
+def _trainable(model: Any) -> Generator[Any]:
+    """A copy of the model whose tensors gradients may pass by, loaded, in a number format that gradients survive."""
+    patcher = model.clone(force_deepcopy=True)
+    if patcher.model.get_dtype_inference() == torch.float16:  # small gradients vanish in it
+        bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
+        patcher.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
+    patcher.model.requires_grad_(False)
+    comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
+    comfy.model_management.in_training = True  # some of ComfyUI's kernels have no backward
+    try:
+        with torch.enable_grad():
+            yield patcher
+    finally:
+        comfy.model_management.in_training = False
+        patcher.detach()
+
+
+def _images(images: Mapping[int, Tensor], prompts: Sequence[Prompt], denoiser: ComfyDenoiser) -> Images | None:
+    """The pictures of all experts, each with one of the prompts that name it alone, in turn."""
+    if not images:
+        return None
+    latents: list[Tensor] = []
+    numbers: list[int] = []
+    for expert, own in images.items():
+        alone = [i for i, prompt in enumerate(prompts) if prompt.named == (expert,)]
+        latents.append(denoiser.latents(own.clone()).float().cpu())
+        numbers += [alone[i % len(alone)] for i in range(len(own))]
+    return Images(torch.cat(latents), numbers)

@@ -1,0 +1,270 @@
+"""Run by ComfyUI's own Python: what a model with a mix on it paints, against stock loaders.
+
+Usage: mixing.py <ComfyUI> <base directory>. Prints one JSON object: case -> what was measured. Leaves gradients, and
+what they are of, in <base directory>/gradients_<base>.safetensors for a comparison with diffusers.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+COMFY, BASE = (Path(argument) for argument in sys.argv[1:3])
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path[0:0] = [str(COMFY), str(BASE / "custom_nodes")]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.hooks  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
+from legomole.core.attach import attach  # noqa: E402
+from legomole.core.bank import Bank  # noqa: E402
+from legomole.core.gates import Gate, GateSet, GateSettings  # noqa: E402
+from legomole.core.trained import Expert, TrainedGates  # noqa: E402
+from legomole.nodes import mixes  # noqa: E402
+from legomole.nodes.lora import Lora  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+LORAS = BASE / "models" / "loras"
+noise = torch.Generator().manual_seed(0)
+CHANNELS = {"flux": 16, "sd3": 16, "sd15": 4}
+# Two LoRAs in the names of two trainers, and the second in names that the stock loader reads.
+PAIRS = {
+    "flux": ("flux_kohya", "flux_split", "flux_split"),
+    "sd3": ("sd3_kohya", "sd3_split", "sd3_split"),
+    "sd15": ("sd15_kohya", "sd15_diffusers", "sd15_respelled"),
+}
+
+
+def load(base: str) -> Any:
+    if base == "sd15":
+        path = str(BASE / "models/checkpoints/sd15_nano.safetensors")
+        return comfy.sd.load_checkpoint_guess_config(path, output_clip=False, output_vae=False)[0]
+    return comfy.sd.load_diffusion_model(str(BASE / f"models/diffusion_models/{base}_nano.safetensors"))
+
+
+def conditioning(base: str, seed: int, **more: Any) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    width, pooled = (4096, 2048) if base == "sd3" else (768, 768)
+    states = torch.randn(1, 8, width, generator=generator)
+    return [[states, {"pooled_output": torch.randn(1, pooled, generator=generator), **more}]]
+
+
+def paint(model: Any, base: str, cfg: float = 2.0, prompt: int = 1, hooks: Any = None) -> Tensor:
+    """Two steps of the stock sampler; the latent."""
+    latent = torch.zeros(1, CHANNELS[base], 8, 8)
+    start = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
+    positive = conditioning(base, prompt, **({} if hooks is None else {"hooks": hooks}))
+    return comfy.sample.sample(
+        model, start, 2, cfg, "euler", "simple", positive, conditioning(base, 2), latent, disable_pbar=True, seed=7
+    )
+
+
+def lora(name: str, strength: float = 1.0) -> Lora:
+    return Lora(LORAS / f"{name}.safetensors", name, strength, strength)
+
+
+def stock(model: Any, *loras: Lora) -> Any:
+    for value in loras:
+        model, _ = comfy.sd.load_lora_for_models(model, None, load_file(value.content), value.strength_model, 0.0)
+    return model
+
+
+def mixed(model: Any, *loras: Lora, **options: Any) -> Any:
+    return mixes.on_model(mixes.build(loras, model, None, **options), model)
+
+
+def away(a: Tensor, b: Tensor, plain: Tensor) -> float:
+    """Largest difference, relative to the largest change the LoRAs make."""
+    return float((a - b).abs().max() / (b - plain).abs().max())
+
+
+def leftovers(model: Any) -> int:
+    return sum("forward" in module.__dict__ for module in model.model.diffusion_model.modules())
+
+
+def random_gates(model: Any, loras: list[Lora], **settings: Any) -> TrainedGates:
+    """Gates of random weights for every part the LoRAs change, reading the text."""
+    mix = mixes.build(loras, model, None, settings=GateSettings(**settings))
+    generator = torch.Generator().manual_seed(3)
+    width = 4096 if mix.base == "SD3" else 768
+    gates: dict[str, Gate] = {}
+    for scope in {scope.name for scope in mix.bank.scopes.values()}:
+        gate = Gate(width, len(loras), mix.mixture.gates.settings)
+        torch.nn.init.normal_(gate.weight, std=0.2, generator=generator)
+        gates[scope] = gate
+    experts = tuple(Expert.of(adapter) for adapter in mix.mixture.experts)
+    return TrainedGates(GateSet(len(loras), mix.mixture.gates.settings, gates), experts, mix.base)
+
+
+def pair(base: str) -> Callable[[], Any]:
+    def case() -> Any:
+        model = load(base)
+        first, second, readable = PAIRS[base]
+        a, b, known = lora(first, 0.7), lora(second, -1.3), lora(readable, -1.3)
+        plain = paint(model, base)
+        both, one, two = stock(model, a, known), stock(model, a), stock(model, known)
+        mix = mixed(model, a, b)
+        painted = paint(mix, base)
+        found = {
+            "even": away(painted, paint(both, base), plain),
+            "first alone": away(paint(mixed(model, a, b, off=[1]), base), paint(one, base), plain),
+            "second alone": away(paint(mixed(model, a, b, off=[0]), base), paint(two, base), plain),
+            "again": float((paint(mix, base) - painted).abs().max()),
+        }
+        found["output mixing, one left"] = away(
+            paint(mixed(model, a, b, off=[1], mixing="output", settings=GateSettings(granularity="block")), base),
+            paint(one, base),
+            plain,
+        )
+        found["base after"] = float((paint(model, base) - plain).abs().max())
+        found["left on base"] = leftovers(model)
+        gates = random_gates(model, [a, b], granularity="layer")
+        gated = paint(mixed(model, a, b, gates=gates), base)
+        found["gates matter"] = away(gated, painted, plain)
+        swapped = mixed(model, b, a, gates=gates)  # gates go by the LoRAs' hashes, not by their order
+        found["other order"] = away(paint(swapped, base), gated, plain)
+        return found
+
+    return case
+
+
+def among_others() -> Any:
+    """A mix beside stock loaders, hooks, bypass loaders, another mix; clones; models that come and go."""
+    base = "flux"
+    model = load(base)
+    a, b, c = lora("flux_kohya", 0.5), lora("flux_split", 0.5), lora("flux_kohya_2", 0.5)
+    plain = paint(model, base)
+    chain = paint(stock(model, a, b, c), base)
+    found: dict[str, float] = {}
+
+    def check(name: str, patcher: Any, hooks: Any = None) -> None:
+        found[name] = away(paint(patcher, base, hooks=hooks), chain, plain)
+
+    check("loader before", mixed(stock(model, c), a, b))
+    check("loader after", stock(mixed(model, a, b), c))
+    check("two mixes", mixed(mixed(model, a), b, c))
+    bypass, _ = comfy.sd.load_bypass_lora_for_models(model, None, load_file(c.content), 0.5, 0.0)
+    check("bypass before", mixed(bypass, a, b))
+    mix = mixed(model, a, b)
+    check("bypass after", comfy.sd.load_bypass_lora_for_models(mix, None, load_file(c.content), 0.5, 0.0)[0])
+
+    # a hook LoRA acts on the positive prompt only: without guidance that is all there is
+    hooked = comfy.hooks.create_hook_lora(load_file(c.content), 0.5, 0.0)
+    stock_hooked = stock(model, a, b)
+    with_hook = paint(stock_hooked, base, cfg=1.0, hooks=hooked)
+    found["hook"] = away(paint(mix, base, cfg=1.0, hooks=hooked), with_hook, paint(model, base, cfg=1.0))
+
+    before = paint(mix, base)
+    comfy.model_management.unload_all_models()
+    found["after unloading"] = float((paint(mix, base) - before).abs().max())
+    other = mixed(model, c)
+    paint(other, base)
+    found["after another mix"] = float((paint(mix, base) - before).abs().max())
+    clone = mix.clone()
+    found["clone"] = float((paint(clone, base) - before).abs().max())
+    del clone, other
+    gc.collect()
+    found["after a clone is gone"] = float((paint(mix, base) - before).abs().max())
+    found["base after"] = float((paint(model, base) - plain).abs().max())
+    found["left on base"] = leftovers(model)
+    return found
+
+
+def compiled() -> Any:
+    base = "flux"
+    a, b = lora("flux_kohya"), lora("flux_split")
+    model = load(base)
+    gates = random_gates(model, [a, b], granularity="block")
+    plain, eager = paint(model, base), paint(mixed(model, a, b, gates=gates), base)
+    first = model.clone()
+    set_torch_compile_wrapper(first, backend="eager")
+    paint(first, base)  # compiled before the mix comes
+    later = mixed(load(base), a, b, gates=gates)
+    set_torch_compile_wrapper(later, backend="eager")
+    return {
+        "compiled, then mixed": away(paint(mixed(first, a, b, gates=gates), base), eager, plain),
+        "mixed, then compiled": away(paint(later, base), eager, plain),
+        "compiled base after": float((paint(first, base) - plain).abs().max()),
+    }
+
+
+def recorded() -> Any:
+    """Only the positive prompt's samples are kept, whatever shares a batch with them."""
+    base = "flux"
+    model = load(base)
+    a, b = lora("flux_kohya"), lora("flux_split")
+    mix = mixed(model, a, b, gates=random_gates(model, [a, b], granularity="block"))
+    paint(mix, base, cfg=1.0)
+    alone = mixes.mixes_of(mix)[0].record.mean()
+    paint(mix, base, cfg=3.0)
+    record = mixes.mixes_of(mix)[0].record
+    both = record.mean()
+    return {
+        "passes": len(record.passes),
+        "scopes": sorted(record.scopes),
+        "difference": max(float((alone[scope] - both[scope]).abs().max()) for scope in alone),
+    }
+
+
+def gradients(base: str) -> Callable[[], Any]:
+    """Of a loss in the gates' values, with and without recomputing blocks; written down for diffusers to repeat."""
+
+    def case() -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            model = load(base)
+            network = model.model.diffusion_model.requires_grad_(False)
+            pair = [lora(name) for name in PAIRS[base][:2]]
+            mix = mixes.build(pair, model, None, settings=GateSettings(granularity="block"))
+            generator = torch.Generator().manual_seed(5)
+            width, pooled = (4096, 2048) if base == "sd3" else (768, 768)
+            inputs = {
+                "x": torch.randn(2, CHANNELS[base], 8, 8, generator=generator),
+                "t": torch.tensor([0.7, 0.2]) * (1000 if base == "sd3" else 1),
+                "context": torch.randn(2, 6, width, generator=generator),
+                "y": torch.randn(2, pooled, generator=generator),
+            }
+            target = torch.randn(2, CHANNELS[base], 8, 8, generator=generator)
+            comfy.model_management.in_training = True
+            found: dict[str, Tensor] = {}
+            for checkpointing in (False, True):
+                g = torch.tensor([[0.8, 0.3], [0.2, 1.1]], requires_grad=True)
+                bank = Bank(network, mix.mixture)
+                with attach(network, bank, checkpointing=checkpointing) as attachment, attachment.hold(g):
+                    x, t = inputs["x"].clone(), inputs["t"]
+                    from legomole.core.attach import exact_gradients
+
+                    with exact_gradients():
+                        out = network(x, t, context=inputs["context"].clone(), y=inputs["y"].clone())
+                    loss = (out - target).square().mean()
+                    loss.backward()
+                assert g.grad is not None
+                found[f"gradient {checkpointing}"], found[f"loss {checkpointing}"] = g.grad, loss.detach()
+            comfy.model_management.in_training = False
+            save_file({**inputs, "target": target, **found}, BASE / f"gradients_{base}.safetensors")
+            a, b = found["gradient False"], found["gradient True"]
+            return {"checkpointing": float((a - b).abs().max() / a.abs().max())}
+
+    return case
+
+
+with torch.inference_mode():
+    CASES: dict[str, Callable[[], Any]] = {
+        **{base: pair(base) for base in PAIRS},
+        "among others": among_others,
+        "compiled": compiled,
+        "recorded": recorded,
+        "gradients flux": gradients("flux"),
+        "gradients sd3": gradients("sd3"),
+    }
+    print(json.dumps({name: case() for name, case in CASES.items()}))

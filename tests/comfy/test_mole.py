@@ -1,0 +1,369 @@
+"""MoLE in a real graph: mixing, training, saving, loading, freezing, drawing; errors in our words."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from .graph import Graph, Link
+from .server import Server
+from .test_inputs import same
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def pair(files: dict[str, str]) -> Callable[..., list[Link]]:
+    """Load LoRA nodes of the two Flux LoRAs, in either order."""
+
+    def load(graph: Graph, *, swapped: bool = False, strength: float = 1.0) -> list[Link]:
+        loras = [graph.load(files["flux_kohya"], strength), graph.load(files["flux_split"], strength)]
+        return loras[::-1] if swapped else loras
+
+    return load
+
+
+def preview(link: Link, output: int) -> dict:
+    return {"text": {"class_type": "PreviewAny", "inputs": {"source": [link[0], output]}}}
+
+
+def size_of(comfy: Server, entry: dict[str, str]) -> tuple[int, int]:
+    with Image.open(comfy.base / "output" / entry["subfolder"] / entry["filename"]) as picture:
+        return picture.size
+
+
+def gates_in(report: str) -> dict[str, float]:
+    """Mean gates by LoRA, from Gate Map's report."""
+    return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.e-]+)(?=[,;])", report.partition(": ")[2])}
+
+
+def mean_gates(comfy: Server, pair: Callable, prompt: str, **training: object) -> dict[str, float]:
+    graph = Graph()
+    loras = pair(graph)
+    mix = graph.mix(*loras, gates=graph.train(*loras, **training))
+    graph.picture(mix, prompt=prompt)
+    chart = graph.add("LegoMoLE_GateMap", model=mix, after=["KSampler0", 0])
+    return gates_in(comfy.run(graph.nodes | preview(chart, 1)).outputs["text"]["text"][0])
+
+
+# ---- mixing
+
+
+@pytest.mark.parametrize("base", ["flux", "sd15"])
+def test_mix_without_gates_paints_what_the_stock_chain_paints(
+    files: dict[str, str], paint: Callable, base: str
+) -> None:
+    """Text encoder parts too, merged by the exact sum."""
+    names = {
+        "flux": ("flux_kohya", "flux_split", "flux_split"),
+        "sd15": ("sd15_kohya", "sd15_diffusers", "sd15_respelled"),
+    }[base]
+    graph, stock = Graph(base), Graph(base)
+    mix = graph.mix(graph.load(files[names[0]], 0.6, 0.6), graph.load(files[names[1]], 0.9, 0.9), clip=graph.clip)
+    same(
+        paint(graph, graph.picture(mix, [mix[0], 1])),
+        paint(stock, stock.picture(*stock.stock(files[names[0]], files[names[2]], strengths=[0.6, 0.9]))),
+    )
+
+
+@pytest.mark.parametrize("off", ["2", "flux_split"])
+def test_one_switched_off_is_the_other_alone(files: dict[str, str], paint: Callable, pair: Callable, off: str) -> None:
+    graph, stock = Graph(), Graph()
+    mix = graph.mix(*pair(graph), switched_off=off)
+    same(paint(graph, graph.picture(mix)), paint(stock, stock.picture(*stock.stock(files["flux_kohya"]))))
+
+
+def test_the_base_model_paints_the_same_before_and_after_a_mix(comfy: Server, paint: Callable, pair: Callable) -> None:
+    def plain(prefix: str) -> tuple:
+        graph = Graph()
+        node = graph.picture()
+        graph.nodes["SaveLatent0"]["inputs"]["filename_prefix"] = prefix  # or the answer would come from the cache
+        comfy.post("/free", {"free_memory": True})
+        return paint(graph, node)
+
+    before = plain("test/before")
+    mixed = Graph()
+    paint(mixed, mixed.picture(mixed.mix(*pair(mixed))))
+    after = plain("test/after")
+    assert torch.equal(before[1], after[1])
+    assert np.array_equal(before[0], after[0])
+
+
+# ---- training
+
+
+def test_training_lowers_the_loss_and_the_gates_open_for_their_words(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    loras = pair(graph)
+    trained = graph.train(*loras, steps=60, learning_rate=0.02)
+    graph.add("SaveImage", images=[trained[0], 1], filename_prefix="test/loss")
+    run = comfy.run(graph.nodes | preview(trained, 2))
+    first, last = map(
+        float, re.search(r"loss ([\d.e-]+) at the first step, ([\d.e-]+)", run.outputs["text"]["text"][0]).groups()
+    )
+    assert last < 0.5 * first
+    assert size_of(comfy, run.outputs["SaveImage0"]["images"][0]) == (640, 360)
+    assert len(run.of("progress")) > 3 or len(run.of("progress_state")) > 3
+
+    style = mean_gates(comfy, pair, "ember style", steps=60, learning_rate=0.02)
+    heart = mean_gates(comfy, pair, "heart", steps=60, learning_rate=0.02)
+    none = mean_gates(comfy, pair, "a dog", steps=60, learning_rate=0.02)
+    assert style["flux_kohya"] > 2 * style["flux_split"]
+    assert heart["flux_split"] > 2 * heart["flux_kohya"]
+    assert max(none.values()) < 0.5 * min(style["flux_kohya"], heart["flux_split"])
+
+
+def test_the_router_needs_no_training(comfy: Server, pair: Callable) -> None:
+    style = mean_gates(comfy, pair, "ember style", objective="router")
+    both = mean_gates(comfy, pair, "heart in ember style", objective="router")
+    none = mean_gates(comfy, pair, "a dog", objective="router")
+    assert style["flux_kohya"] > 0.9 > 0.1 > style["flux_split"]
+    assert min(both.values()) > 0.9
+    assert max(none.values()) < 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reads": "hidden", "granularity": "layer"},
+        {"reads": "experts", "activation": "softmax", "balance": 0.5},
+        {"reads": "flat", "activation": "softmax-null", "save_memory": False},
+        {"granularity": "network"},
+        {"granularity": "matrix", "reads": "hidden"},
+    ],
+    ids=lambda s: "-".join(str(v) for v in s.values()),
+)
+def test_every_kind_of_gate_trains_and_paints(comfy: Server, paint: Callable, pair: Callable, settings: dict) -> None:
+    graph = Graph()
+    loras = pair(graph)
+    gates = graph.train(*loras, steps=3, **settings)
+    ours = paint(graph, graph.picture(graph.mix(*loras, gates=gates)))
+    plain = Graph()
+    assert not torch.equal(ours[1], paint(plain, plain.picture())[1])
+    assert torch.isfinite(ours[1]).all()
+
+
+def test_gates_learn_from_pictures(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    loras = pair(graph)
+    latents = [graph.add("LatentBatch", samples1=graph.empty(), samples2=graph.empty()) for _ in loras]
+    trained = graph.train(
+        *loras, objective="denoise", steps=6, latents__latents0=latents[0], latents__latents1=latents[1]
+    )
+    run = comfy.run(graph.nodes | preview(trained, 2))
+    assert "at the last of 6" in run.outputs["text"]["text"][0]
+
+
+# ---- files
+
+
+def saved_gates(comfy: Server, prefix: str) -> Path:
+    return comfy.base / "models" / "legomole_gates" / f"{prefix}_00001_.safetensors"
+
+
+def test_saved_gates_belong_to_their_loras(
+    comfy: Server, files: dict[str, str], paint: Callable, pair: Callable
+) -> None:
+    graph = Graph()
+    loras = pair(graph)
+    gates = graph.train(*loras)
+    graph.add("LegoMoLE_SaveGates", gates=gates, filename_prefix="kept/gates")
+    first = paint(graph, graph.picture(graph.mix(*loras, gates=gates)))
+    name = "kept/gates_00001_.safetensors"
+    with safe_open(saved_gates(comfy, "kept/gates"), "pt") as file:
+        assert file.metadata()["base"] == "Flux"
+
+    other = Graph()
+    loaded = other.add("LegoMoLE_LoadGates", gates_name=name)
+    again = paint(other, other.picture(other.mix(*pair(other, swapped=True), gates=loaded)))
+    same(again, first)
+
+    foreign = Graph()
+    loaded = foreign.add("LegoMoLE_LoadGates", gates_name=name)
+    foreign.picture(foreign.mix(foreign.load(files["flux_kohya_2"]), gates=loaded))
+    message = comfy.fail(foreign.nodes)
+    assert "The gates were trained with other LoRAs." in message
+    assert "flux_kohya_2" in message
+
+    alone = Graph()  # of the LoRAs they were trained with, only one: the other is switched off
+    loaded = alone.add("LegoMoLE_LoadGates", gates_name=name)
+    paint(alone, alone.picture(alone.mix(pair(alone)[0], gates=loaded)))
+
+
+def test_a_file_that_holds_no_gates_is_refused(comfy: Server, pair: Callable) -> None:
+    path = saved_gates(comfy, "not_gates")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"a": torch.zeros(2)}, path)
+    graph = Graph()
+    gates = graph.add("LegoMoLE_LoadGates", gates_name=path.name)
+    graph.picture(graph.mix(*pair(graph), gates=gates))
+    assert "This file holds no gates." in comfy.fail(graph.nodes)
+
+
+def test_cancelled_training_goes_on_where_it_was(comfy: Server, pair: Callable) -> None:
+    """And ends with the very gates of one that was never cancelled."""
+    steps, made = 120, 40  # training steps; pictures and examples made before
+
+    def graph(prefix: str) -> Graph:
+        one = Graph()
+        one.add("LegoMoLE_SaveGates", gates=one.train(*pair(one), steps=steps, seed=4), filename_prefix=prefix)
+        return one
+
+    cut = graph("cut/gates")
+    prompt_id = comfy.queue(cut.nodes)
+    comfy.wait_for(
+        "progress", lambda data: data["prompt_id"] == prompt_id and data["max"] == steps and data["value"] > 30
+    )
+    comfy.post("/interrupt", {})
+    run = comfy.wait(prompt_id)
+    assert run.of("execution_interrupted")
+    kept = sorted((comfy.base / "models" / "legomole_gates").glob("interrupted_*"))
+    with safe_open(kept[-1], "pt") as file:
+        assert f"of {steps} steps" in file.metadata()["training"]
+
+    resumed = comfy.run(cut.nodes)
+    assert made not in {data["max"] for data in resumed.of("progress")}
+    comfy.post("/free", {"free_memory": True})
+    time.sleep(1)  # it is freed between two prompts
+    whole = graph("whole/gates")
+    fresh = comfy.run(whole.nodes)
+    assert "LegoMoLE_TrainGates0" in fresh.executed
+    assert made in {data["max"] for data in fresh.of("progress")}
+    a, b = load_file(saved_gates(comfy, "cut/gates")), load_file(saved_gates(comfy, "whole/gates"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    unfinished = comfy.base / "user" / "legomole" / "unfinished"
+    assert not any(unfinished.rglob("*.safetensors"))
+
+
+# ---- freezing and drawing
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_frozen_mix_paints_what_the_mix_paints(comfy: Server, paint: Callable, pair: Callable, trained: bool) -> None:
+    """For the prompt it was frozen for: gates that read the text are the same at every step."""
+    graph, stock = Graph(), Graph()
+    loras = pair(graph)
+    mix = graph.mix(*loras, gates=graph.train(*loras) if trained else None, scale=0.8)
+    positive = graph.add("CLIPTextEncode", text="heart", clip=graph.clip)
+    frozen = graph.add(
+        "LegoMoLE_FreezeToLoRA",
+        **{
+            "model": mix,
+            "positive": positive,
+            "latent_image": graph.empty(),
+            "method": "concat",
+            "steps": 2,
+            "seed": 1,
+        },
+    )
+    graph.save(frozen, f"frozen/{trained}")
+    ours = paint(graph, graph.picture(mix, prompt="heart"))
+    same(ours, paint(stock, stock.picture(*stock.stock(f"frozen/{trained}_00001_.safetensors"), prompt="heart")))
+
+
+def test_gate_map_draws_every_part(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    mix = graph.mix(*pair(graph))
+    graph.picture(mix)
+    chart = graph.add("LegoMoLE_GateMap", model=mix, after=["KSampler0", 0])
+    graph.add("SaveImage", images=chart, filename_prefix="test/map")
+    run = comfy.run(graph.nodes | preview(chart, 1))
+    assert gates_in(run.outputs["text"]["text"][0]) == {"flux_kohya": 1.0, "flux_split": 1.0}
+    _, height = size_of(comfy, run.outputs["SaveImage1"]["images"][0])
+    assert height > 72 + 3 * 22  # double block, single block, the rest
+    assert run.outputs["LegoMoLE_GateMap0"]["images"]
+
+
+# ---- errors
+
+
+def failing(comfy: Server, graph: Graph, model: Link) -> str:
+    graph.picture(model)
+    return comfy.fail(graph.nodes)
+
+
+def test_lora_of_another_architecture(comfy: Server, files: dict[str, str]) -> None:
+    graph = Graph()
+    message = failing(comfy, graph, graph.mix(graph.load(files["sd15_kohya"])))
+    assert "ComfyUI finds nothing in this LoRA for the connected model." in message
+
+
+def test_no_lora_connected(comfy: Server) -> None:
+    graph = Graph()
+    assert "No LoRA is connected." in failing(comfy, graph, graph.mix())
+
+
+@pytest.mark.parametrize(
+    ("off", "words"), [("1, 2", "Every LoRA is switched off."), ("3", "There is no such LoRA to switch off.")]
+)
+def test_switching_off(comfy: Server, pair: Callable, off: str, words: str) -> None:
+    graph = Graph()
+    assert words in failing(comfy, graph, graph.mix(*pair(graph), switched_off=off))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"words": "ember style"}, "LoRA number 2 has no words that name its concept."),
+        ({"words": "a\nb\nc"}, "There are more lines of words than LoRAs."),
+        ({"words": "heart\nheart"}, "LoRAs number 1 and 2 are named by the same word."),
+        ({"prompts": "ember style\na dog"}, "None of the prompts names LoRA number 2."),
+        ({"objective": "denoise"}, "The denoising objective needs pictures."),
+        ({"objective": "router", "reads": "hidden"}, "The router is for gates that read the text."),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_training_refuses(comfy: Server, pair: Callable, settings: dict, words: str) -> None:
+    graph = Graph()
+    loras = pair(graph)
+    assert words in failing(comfy, graph, graph.mix(*loras, gates=graph.train(*loras, **settings)))
+
+
+def test_training_refuses_a_silent_lora_and_a_softmax_of_one(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    loras = pair(graph, strength=0.0)
+    message = failing(comfy, graph, graph.mix(*loras, gates=graph.train(*loras)))
+    assert "A LoRA of strength 0 adds nothing" in message
+    graph = Graph()
+    lora = pair(graph)[0]
+    settings = {"activation": "softmax", "words": "ember style", "prompts": ""}
+    message = failing(comfy, graph, graph.mix(lora, gates=graph.train(lora, **settings)))
+    assert "A softmax over one LoRA is always 1" in message
+
+
+def test_output_mixing_needs_gates_per_block(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    assert "Output mixing mixes whole blocks." in failing(
+        comfy, graph, graph.mix(*pair(graph), mixing="output", granularity="layer")
+    )
+
+
+def test_gate_map_and_freeze_need_a_mix(comfy: Server) -> None:
+    graph = Graph()
+    graph.picture()
+    graph.add("LegoMoLE_GateMap", model=graph.model, after=["KSampler0", 0])
+    assert "There is no mix on this model." in comfy.fail(graph.nodes | preview(["LegoMoLE_GateMap0", 0], 1))
+
+
+def test_words_come_from_the_file(comfy: Server, files: dict[str, str]) -> None:
+    """Trigger words in a file's metadata stand in for an empty line."""
+    state = load_file(comfy.loras / files["flux_kohya"])
+    save_file(state, comfy.loras / "triggered.safetensors", {"modelspec.trigger_phrase": "ember style"})
+    graph = Graph()
+    loras = [graph.load("triggered.safetensors"), graph.load(files["flux_split"])]
+    gates = graph.train(*loras, words="\nheart", steps=1)
+    graph.add("LegoMoLE_SaveGates", gates=gates, filename_prefix="words/gates")
+    comfy.run(graph.nodes)
+    with safe_open(saved_gates(comfy, "words/gates"), "pt") as file:
+        assert json.loads(file.metadata()["training"])["concepts"] == [["ember style"], ["heart"]]
