@@ -233,6 +233,7 @@ class GateMap(io.ComfyNode):
             category=CATEGORY,
             description="Draws how much of each LoRA went in, part of the model by part, in the last sampling run.",
             search_aliases=["mole heat map", "gate heatmap", "expert weights", "legomole"],
+            is_output_node=True,  # it shows its picture itself
             inputs=[
                 io.Model.Input("model", tooltip="The model with the mix that was sampled with."),
                 io.MultiType.Input(

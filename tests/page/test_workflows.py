@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ..comfy.graph import Graph
 from ..comfy.server import Server
 
 pytestmark = [pytest.mark.comfy, pytest.mark.page]
@@ -26,7 +27,22 @@ CHOICES = {
     "style.safetensors": "sd15_kohya.safetensors",
     "subject.safetensors": "sd15_diffusers.safetensors",
 }
-SIZES = {"EmptyLatentImage": {512: 64}, "KSampler": {25: 2}}
+SIZES = {
+    "EmptyLatentImage": {512: 64},
+    "KSampler": {25: 2},
+    "LegoMoLE_TrainGates": {200: 2, 256: 8, 32: 4, 12: 1},  # steps, examples, pictures, their steps
+}
+
+
+# What the nodes say after a run.
+TEXTS = {
+    "LegoMoLE_LegoMerge": "lego: 2 LoRAs",
+    "LegoMoLE_SaveLoRA": "_00001_.safetensors",
+    "LegoMoLE_TrainGates": "gates for sd15_kohya, sd15_diffusers",
+    "LegoMoLE_MoLEMix": "mix of ",
+    "LegoMoLE_SaveGates": ".safetensors",
+    "LegoMoLE_LoadGates": "gates per block",
+}
 
 
 def chosen(path: Path) -> dict[str, Any]:
@@ -39,7 +55,17 @@ def chosen(path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def page(comfy: Server) -> Iterator[Any]:
+def gates(comfy: Server, files: dict[str, str]) -> None:
+    """The gates that a workflow loads, trained with the tests' LoRAs before the page asks what there is."""
+    graph = Graph("sd15")
+    loras = [graph.load(files["sd15_kohya"]), graph.load(files["sd15_diffusers"])]
+    trained = graph.train(*loras, objective="router")
+    graph.add("LegoMoLE_SaveGates", gates=trained, filename_prefix="gates")
+    comfy.run(graph.nodes)
+
+
+@pytest.fixture(scope="module")
+def page(comfy: Server, gates: None) -> Iterator[Any]:
     """ComfyUI's page, open and ready."""
     api = pytest.importorskip("playwright.sync_api")
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -88,9 +114,10 @@ def test_workflow_opens_whole_and_runs(comfy: Server, files: dict[str, str], pag
     assert body.get("node_errors") == {}, body
     done = comfy.history(body["prompt_id"])
     assert done["status"]["status_str"] == "success", done["status"]
-    pictures = [node for node in workflow["nodes"] if node["type"] == "SaveImage"]
-    assert sum(len(output.get("images", [])) for output in done["outputs"].values()) == len(pictures)
-    for kind, text in {"LegoMoLE_LegoMerge": "lego: 2 LoRAs", "LegoMoLE_SaveLoRA": "_00001_.safetensors"}.items():
+    shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap")
+    pictures = [str(node["id"]) for node in workflow["nodes"] if node["type"] in shows_pictures]
+    assert {node for node, output in done["outputs"].items() if output.get("images")} == set(pictures)
+    for kind, text in TEXTS.items():
         for shown in texts_on(page, kind):
             assert text in shown
 
