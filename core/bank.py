@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .adapter import is_text_encoder
 from .errors import MergeError, name_some
+from .gates import GateSet
 from .keymap import Spans
 from .mixture import Mixture
-from .scopes import Scope, scopes
-from .stack import stacks
+from .scopes import Scope, scopes, uncompiled
+from .stack import rows_of, stacks
 
 # What files put before the path of a layer inside its own model.
 _PREFIXES = ("diffusion_model.", "transformer.", "unet.", "base_model.model.")
@@ -41,25 +42,32 @@ class Bank(nn.Module):
 
     def __init__(self, model: nn.Module, mixture: Mixture, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        model = uncompiled(model)
         places = _places(model, mixture)
-        layers = {path: model.get_submodule(path) for path, *_ in places.values()}
+        changed = {path for path, *_ in places.values()}
+        layers = {path: layer for path, layer in model.named_modules() if path in changed}  # in the model's order
         self.paths = {name: path for name, (path, *_) in places.items()}
         self.stacks = stacks(mixture, layers, places)
         self.scopes: dict[str, Scope] = scopes(model, self.stacks, mixture.gates.settings.granularity)
-        self.gates = mixture.gates.copy()
+        self.gates = self._gates(mixture.gates)
         self.mixing, self.experts, self.labels = mixture.mixing, len(mixture.experts), mixture.labels
         self.left_out = tuple(_left_out(mixture))
         for path, stack in self.stacks.items():
             stack.to(dtype=_dtype(layers[path], dtype))
             self.add_module(path.replace(".", "/"), stack)  # a module's name must not have dots
-        unknown = sorted(set(self.gates.names) - {scope.name for scope in self.scopes.values()})
-        if unknown:
+
+    def _gates(self, gates: GateSet) -> GateSet:
+        """A copy of the gates of what the experts change; an expert that was switched off took its parts with it."""
+        known = {scope.name for scope in self.scopes.values()}
+        own = {name: gates[name] for name in gates.names if name in known}
+        if gates.trained and not own:
             raise MergeError(
                 "The gates were trained for other parts of a model than these LoRAs change here.",
-                expected=f"parts like {name_some(sorted({s.name or '(network)' for s in self.scopes.values()}), 3)}",
-                found=f"{len(unknown)} gates such as {name_some([name or '(network)' for name in unknown], 3)}",
+                expected=f"parts like {name_some(sorted(name or '(network)' for name in known), 3)}",
+                found=f"{len(gates.names)} gates such as {name_some([name or '(network)' for name in gates.names], 3)}",
                 remedy="use the gates with the base model and the program they were trained in",
             )
+        return GateSet(gates.experts, gates.settings, own).copy()
 
     @property
     def blocks(self) -> dict[str, list[str]]:
@@ -97,7 +105,7 @@ def _places(model: nn.Module, mixture: Mixture) -> dict[str, Site]:
                 continue
             path = _path(name, paths)
             if path is not None:
-                found[name] = (path, 0, update.d_out, None)
+                found[name] = (path, 0, rows_of(model.get_submodule(path)) or update.d_out, None)
             elif not is_text_encoder(name):
                 missing.setdefault(adapter.source.path or adapter.label, []).append(name)
     wrong = [path for path, *_ in found.values() if path not in paths]

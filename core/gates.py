@@ -58,7 +58,10 @@ class Gate(nn.Module):
         features: Number of features `F`. experts: Number of experts `N`.
         settings: The activation is taken from here.
         mean: ``(F,)``. spread: ``(F,)``, positive. Of the features in the calibration pass; default 0 and 1.
-        owner: ``(F,)`` long: the expert a feature belongs to; ``None`` where they belong to none.
+        owner: ``(F,)`` long: the expert a feature belongs to, ascending (at every position anew); ``None`` where they
+            belong to none.
+        layer: Path of the layer whose input it reads (``hidden``), the first of its scope that an expert changed;
+            ``""`` where it reads a block's input or something else.
     """
 
     mean: Tensor
@@ -74,9 +77,10 @@ class Gate(nn.Module):
         mean: Tensor | None = None,
         spread: Tensor | None = None,
         owner: Tensor | None = None,
+        layer: str = "",
     ) -> None:
         super().__init__()
-        self.settings, self.experts = settings, experts
+        self.settings, self.experts, self.layer = settings, experts, layer
         rows = experts + (settings.activation == "softmax-null")
         start = -math.log(settings.ceiling - 1) if settings.activation == "sigmoid" else 0.0
         self.weight = nn.Parameter(torch.zeros(rows, features))
@@ -92,26 +96,34 @@ class Gate(nn.Module):
 
     def logits(self, f: Tensor) -> Tensor:
         """``W (f - m) / s + b``: ``(B, N)``, or ``(B, N + 1)`` with the null expert last."""
-        return torch.addmm(self.bias, (f.float() - self.mean) / self.spread, self.weight.mT)
+        return torch.addmm(self.bias, (f.to(self.mean) - self.mean) / self.spread, self.weight.mT)
 
     def forward(self, f: Tensor) -> Tensor:
         return activate(self.logits(f), self.log_temperature, self.settings, self.experts)
 
     def select(self, keep: Sequence[int]) -> Gate:
-        """The gate of a mixture that has only these experts: the rows of the others, and what it read of them, gone."""
-        columns, owner = torch.ones(self.features, dtype=torch.bool), None
+        """The gate of a mixture that has only these experts, in this order.
+
+        The rows of the others, and what it read of them, are gone. What it reads stays sorted by expert.
+        """
+        columns, owner = torch.arange(self.features), None
         if self.owner is not None:
+            own = self.owner.cpu()
             place = torch.full((self.experts,), -1)
             place[list(keep)] = torch.arange(len(keep))
-            columns = place[self.owner.cpu()] >= 0
-            owner = place[self.owner.cpu()][columns]
+            # where the owner falls, the features of the next position begin (gates that read positions apart)
+            position = torch.cat([own[:1] * 0, (own[1:] < own[:-1]).cumsum(0)])
+            columns = torch.argsort(position * self.experts + place[own], stable=True)
+            columns = columns[place[own][columns] >= 0]
+            owner = place[own][columns]
         gate = Gate(
-            int(columns.sum()),
+            len(columns),
             len(keep),
             self.settings,
             mean=self.mean.cpu()[columns],
             spread=self.spread.cpu()[columns],
             owner=owner,
+            layer=self.layer,
         )
         rows = [*keep, *range(self.experts, self.weight.shape[0])]
         with torch.no_grad():
@@ -119,6 +131,11 @@ class Gate(nn.Module):
             gate.bias.copy_(self.bias.cpu()[rows])
             gate.log_temperature.copy_(self.log_temperature)
         return gate.to(self.weight.device)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or wider if it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def activate(logits: Tensor, log_temperature: Tensor, settings: GateSettings, experts: int) -> Tensor:
@@ -174,7 +191,7 @@ class GateSet(nn.Module):
         gates: list[Gate] = list(self._gates)  # type: ignore[arg-type]
         weight, bias = torch.stack([g.weight for g in gates]), torch.stack([g.bias for g in gates])  # (G, rows, F)
         mean, spread = torch.stack([g.mean for g in gates]), torch.stack([g.spread for g in gates])
-        x = (f.float() - mean[:, None]) / spread[:, None]  # (G, B, F)
+        x = (f.to(mean) - mean[:, None]) / spread[:, None]  # (G, B, F)
         temperature = torch.stack([g.log_temperature for g in gates])[:, None, None]
         return list(activate(torch.baddbmm(bias[:, None], x, weight.mT), temperature, self.settings, self.experts))
 
@@ -198,7 +215,7 @@ def balance_loss(values: Iterable[Tensor]) -> Tensor:
 
     Source: arXiv:2404.13628 eq. 10, 11.
     """
-    q = torch.stack([value.float().mean(0) for value in values]).mean(0)
+    q = torch.stack([wide(value).mean(0) for value in values]).mean(0)
     return -q.clamp_min(1e-12).log().sum()
 
 

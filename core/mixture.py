@@ -22,7 +22,7 @@ class Mixture:
 
     ``delta`` mixing: every adapted layer gives ``W x + sum_i g_i strength_i scale_i B_i A_i x``. ``output`` mixing:
     every block gives ``F(x) + sum_i g_i (F_i(x) - F(x))`` with ``F_i`` the block under LoRA `i` alone, one more pass of
-    the block per expert; layers outside of blocks are mixed by their deltas.
+    the block per expert; layers outside of blocks, or around other blocks, are mixed by their deltas.
 
     Args:
         experts: The LoRAs, with common module names (see `core.align`).

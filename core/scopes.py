@@ -49,6 +49,12 @@ def scopes(model: nn.Module, layers: Iterable[str], granularity: Granularity) ->
     return found
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module itself, should it come wrapped by ``torch.compile``: its layers have their own names there."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def _block(model: nn.Module, path: str) -> str:
     parts = path.split(".")
     for n in range(len(parts) - 1, 0, -1):

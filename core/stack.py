@@ -52,9 +52,11 @@ class Stack(nn.Module):
 
     Attributes:
         D: ``(R, d_in)``, or ``(R, channels, *kernel)``. owner: ``(R,)`` long, the expert of each row of `D`.
+        layout: Equal for stacks that `spread` the same gates alike.
     """
 
     D: Tensor
+    U0: Tensor
     owner: Tensor
 
     def __init__(
@@ -65,6 +67,7 @@ class Stack(nn.Module):
         downs: list[Tensor] = []
         self.groups: list[tuple[int, int, int, int]] = []  # (first row, last row, first unit, last unit) of each U
         self.d_out, self.kernel = d_out, kernel
+        self.layout = (bool(kernel), *((part.expert, part.update.rank) for part in parts))
         units = 0
         for n, ((start, stop), members) in enumerate(groupby(parts, key=lambda part: (part.start, part.stop))):
             ups: list[Tensor] = []
@@ -103,7 +106,7 @@ class Stack(nn.Module):
 
     def spread(self, g: Tensor, z: Tensor) -> Tensor:
         """Gates ``(B, N)``, or ``(1, N)`` for all samples, as one factor per unit; broadcasts with `z`."""
-        g = fit_batch(g, z.shape[0]).to(z)[:, self.owner]
+        g = fit_batch(g, z.shape[0]).to(z).index_select(1, self.owner.to(z.device))
         rest = (1,) * (z.ndim - 2)
         return g.view(*g.shape, *rest) if self.kernel else g.view(g.shape[0], *rest, g.shape[1])
 
@@ -114,20 +117,26 @@ class Stack(nn.Module):
     def add(self, y: Tensor, z: Tensor) -> Tensor:
         """``y + U z`` in the dtype of `y`; `z` already gated, `y` the layer's own output, which may be overwritten.
 
-        Without gradients it is: a copy of `y` would cost half as much as the product. With them it is not, because the
-        layer may have kept `y` for its backward pass, or handed out a view.
+        Without gradients it is, to save copying it. With them it is not, because the layer may have kept `y` for its
+        backward pass, or handed out a view.
         """
-        Y = y.flatten(2) if self.kernel else y.reshape(-1, y.shape[-1])  # (B, d_out, positions), or (positions, d_out)
+        Y = y.flatten(2) if self.kernel else y.flatten(0, -2)  # (B, d_out, positions), or (positions, d_out)
         Y = Y.clone() if torch.is_grad_enabled() else Y
-        Z = (z.flatten(2) if self.kernel else z.reshape(-1, z.shape[-1])).to(y.dtype)
-        for (start, stop, a, b), U in zip(self.groups, self.U, strict=True):
-            U = U.to(y.device, y.dtype)
-            rows, units = (Y, Z) if self.whole else (Y[:, start:stop], Z[:, a:b])
-            if self.kernel:
-                rows.baddbmm_(U.expand(y.shape[0], -1, -1), units)
-            else:
-                rows.addmm_(units, U.mT)
-        return Y.view(y.shape)
+        Z = (z.flatten(2) if self.kernel else z.flatten(0, -2)).to(y.dtype)
+        if self.whole:
+            self._add(Y, Z, self.U0)
+        else:
+            for (start, stop, a, b), U in zip(self.groups, self.U, strict=True):
+                self._add(Y[:, start:stop], Z[:, a:b], U)
+        return Y.view_as(y)
+
+    def _add(self, Y: Tensor, Z: Tensor, U: Tensor) -> None:
+        """``Y += U Z`` in place, `Y` and `Z` flattened as in `add`."""
+        U = U.to(Y.device, Y.dtype)
+        if self.kernel:
+            Y.baddbmm_(U.expand(Y.shape[0], -1, -1), Z)
+        else:
+            Y.addmm_(Z, U.mT)
 
     def normalised(self, z: Tensor, experts: int) -> Tensor:
         """The experts' outputs in rank space, normalised: ``z / rho``, ``(B, T, R)``, at least float32.
@@ -178,7 +187,7 @@ def stacks(
 
     Args:
         mixture: What to stack; its scale and strengths are folded in.
-        layers: Path -> layer.
+        layers: Path -> layer; the stacks come in this order.
         place_of: Module name -> path, first row, last row, row order.
 
     Raises:
@@ -192,8 +201,9 @@ def stacks(
                 _check(layers[path], update, start, stop, f"{path} ({adapter.label})")
                 parts.setdefault(path, []).append(Part(i, update, start, stop, strength * mixture.scale, order))
     built: dict[str, Stack] = {}
-    for path in sorted(parts):
-        layer = layers[path]
+    for path, layer in layers.items():
+        if path not in parts:
+            continue
         kernel = tuple(layer.kernel_size) if isinstance(layer, _ConvNd) else ()
         built[path] = Stack(parts[path], rows_of(layer) or max(part.stop for part in parts[path]), kernel)
     return built
@@ -222,7 +232,7 @@ def _check(layer: nn.Module, update: LowRank, start: int, stop: int, module: str
         raise MergeError(
             "The LoRA was made for another base model: one of its layers has a different shape.",
             module=module,
-            expected=f"(d_out, d_in) = {(rows if (start, stop) == (0, update.d_out) else stop - start, width)}",
+            expected=f"(d_out, d_in) = {(stop - start, width)}",
             found=(update.d_out, update.d_in),
             remedy="use the base model the LoRA was trained for",
         )

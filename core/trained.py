@@ -117,7 +117,7 @@ class TrainedGates:
                 tensors[f"{scope or _NETWORK}/{name}"] = tensor
         header = {
             "kind": _KIND,
-            "scopes": json.dumps(self.gates.names),
+            "scopes": json.dumps({name: self.gates[name].layer for name in self.gates.names}),
             "experts": json.dumps([expert.model_dump() for expert in self.experts]),
             "settings": self.gates.settings.model_dump_json(),
             "base": self.base,
@@ -152,11 +152,13 @@ class TrainedGates:
         try:
             settings = GateSettings.model_validate_json(header["settings"])
             experts = tuple(Expert.model_validate(entry) for entry in json.loads(header["experts"]))
-            scopes: list[str] = [str(scope) for scope in json.loads(header["scopes"])]
-            gates = {scope: _gate(tensors, scope, len(experts), settings, path) for scope in scopes}
+            scopes = {str(scope): str(layer) for scope, layer in dict(json.loads(header["scopes"])).items()}
+            gates = {
+                scope: _gate(tensors, scope, layer, len(experts), settings, path) for scope, layer in scopes.items()
+            }
             training = dict(json.loads(header["training"]))
             return cls(GateSet(len(experts), settings, gates), experts, header.get("base", ""), training)
-        except (KeyError, TypeError, ValueError, ValidationError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ValidationError, RuntimeError) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(
@@ -167,13 +169,16 @@ class TrainedGates:
             ) from error
 
 
-def _gate(tensors: Mapping[str, Tensor], scope: str, experts: int, settings: GateSettings, path: object) -> Gate:
+def _gate(
+    tensors: Mapping[str, Tensor], scope: str, layer: str, experts: int, settings: GateSettings, path: object
+) -> Gate:
     prefix = f"{scope or _NETWORK}/"
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     for name, tensor in own.items():
         if tensor.is_floating_point():
             check_finite(tensor, f"{prefix}{name}", str(path))
-    gate = Gate(own["weight"].shape[1], experts, settings, owner=own.get("owner"))
+    owner = own["owner"].clone() if "owner" in own else None  # of its own: the others are copied into the gate's
+    gate = Gate(own["weight"].shape[1], experts, settings, owner=owner, layer=layer)
     with torch.no_grad():
         gate.load_state_dict(own)
     return gate

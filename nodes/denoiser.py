@@ -12,6 +12,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..core.attach import Attachment
+
 Conditioning = Sequence[Any]  # ComfyUI's: [[tensor, {"pooled_output": ..}], ..]
 
 
@@ -21,14 +23,23 @@ class ComfyDenoiser:
 
     Args:
         patcher: A model patcher whose model is loaded and not for inference only.
+        attachment: The mixture on that model.
         prompts: The conditioning of every prompt. The last is the empty prompt, for guidance.
         latent: A LATENT of the size to train at; only its shape is used.
         cfg: Guidance when the model paints; 1 for models that are guided already.
         steps: Of painting, by Euler's method.
     """
 
-    def __init__(self, patcher: Any, prompts: Sequence[Conditioning], latent: Tensor, cfg: float, steps: int) -> None:
-        self.patcher, self.model = patcher, patcher.model
+    def __init__(
+        self,
+        patcher: Any,
+        attachment: Attachment,
+        prompts: Sequence[Conditioning],
+        latent: Tensor,
+        cfg: float,
+        steps: int,
+    ) -> None:
+        self.patcher, self.model, self.attachment = patcher, patcher.model, attachment
         self.device = patcher.load_device
         self.cfg, self.steps = cfg, steps
         self._prompts = [_owned(conditioning) for conditioning in prompts]
@@ -85,7 +96,8 @@ class ComfyDenoiser:
             groups.setdefault(_form(self._prompts[number]), []).append(row)
         out: list[tuple[int, Tensor]] = []
         for rows in groups.values():
-            clean = self._clean(x[rows], sigma[rows], [self._prompts[prompts[row]] for row in rows])
+            with self.attachment.part(rows):
+                clean = self._clean(x[rows], sigma[rows], [self._prompts[prompts[row]] for row in rows])
             out += zip(rows, ((x[rows] - clean) / _like(sigma[rows], x)).split(1), strict=True)
         return torch.cat([part for _, part in sorted(out, key=lambda entry: entry[0])])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.attach import attach
 from ..core.bank import Bank
+from ..core.errors import MergeError
 from ..core.train import Images, Prompt, Training, TrainSettings, train
 from ..core.trained import Expert
 from .denoiser import ComfyDenoiser
@@ -58,8 +59,8 @@ def train_gates(
     with torch.inference_mode(False), _trainable(model) as patcher:
         network = patcher.model.diffusion_model
         bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
-        denoiser = ComfyDenoiser(patcher, encoded, latent, cfg, sampling_steps)
         with attach(network, bank, checkpointing=checkpointing) as attachment:
+            denoiser = ComfyDenoiser(patcher, attachment, encoded, latent, cfg, sampling_steps)
             done = train(
                 attachment,
                 mix.mixture,
@@ -94,7 +95,14 @@ def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> s
 @contextmanager
 def _trainable(model: Any) -> Generator[Any]:
     """A copy of the model whose tensors gradients may pass by, loaded, in a number format that gradients survive."""
-    patcher = model.clone(force_deepcopy=True)
+    try:
+        patcher = model.clone(force_deepcopy=True)
+    except RuntimeError as error:  # ComfyUI loads the file again for it, and cannot where another pack loaded it
+        raise MergeError(
+            "This model cannot be copied for training.",
+            found=str(error),
+            remedy="load it with one of ComfyUI's own loaders",
+        ) from error
     if patcher.model.get_dtype_inference() == torch.float16:  # small gradients vanish in it
         bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
         patcher.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)

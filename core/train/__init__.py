@@ -76,7 +76,7 @@ def train(
         MergeError: Nothing to learn from (images, a CLIP model or a LoRA missing), or numbers that are not finite.
         FormatError: `folder` holds another training.
     """
-    _check(mixture, settings, images, clip)
+    _check(mixture, concepts, settings, images, clip)
     experts = tuple(Expert.of(adapter) for adapter in mixture.experts)
     record = {
         "settings": settings.model_dump(),
@@ -124,7 +124,17 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
 
 
-def _check(mixture: Mixture, settings: TrainSettings, images: Images | None, clip: Clip | None) -> None:
+def _check(
+    mixture: Mixture,
+    concepts: Sequence[Sequence[str]],
+    settings: TrainSettings,
+    images: Images | None,
+    clip: Clip | None,
+) -> None:
+    if len(concepts) != len(mixture.experts):
+        raise MergeError(
+            "Every LoRA needs words that name it.", expected=f"{len(mixture.experts)} lists", found=len(concepts)
+        )
     if len(mixture.experts) == 1 and mixture.gates.settings.activation == "softmax":
         raise MergeError(
             "A softmax over one LoRA is always 1: there is nothing to train.",

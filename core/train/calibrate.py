@@ -67,7 +67,13 @@ def calibrate(attachment: Attachment, run: Callable[[], None]) -> GateSet:
         # _FEATURES, whatever their number
         spread = spread * max(1.0, len(spread) / _FEATURES)
         gates[scope] = Gate(
-            len(mean), bank.experts, bank.gates.settings, mean=mean.float(), spread=spread.float(), owner=m.owner
+            len(mean),
+            bank.experts,
+            bank.gates.settings,
+            mean=mean.float(),
+            spread=spread.float(),
+            owner=m.owner,
+            layer=attachment.layers_read.get(scope, ""),
         )
     made = GateSet(bank.experts, bank.gates.settings, gates).to(device)
     attachment.use(made)

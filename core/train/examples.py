@@ -129,9 +129,10 @@ def make_examples(
     if images is not None:  # two of three examples are the user's pictures, the rest the prior
         _check_images(images, latents, len(prompts))
         own = torch.arange(n) % 3 != 0
-        which = torch.arange(n)[own] % len(images.latents)
-        clean[own] = images.latents[which].to(clean)
-        prompt[own] = torch.tensor(list(images.prompt))[which]
+        which = torch.arange(int(own.sum())) % len(images.latents)
+        painted_ones = torch.arange(int((~own).sum())) % settings.samples
+        clean[own], clean[~own] = images.latents[which].to(clean), latents[painted_ones]
+        prompt[own], prompt[~own] = torch.tensor(list(images.prompt))[which], drawn[painted_ones]
     noisy, target = torch.empty_like(clean), torch.empty_like(clean)
     for i in range(0, n, settings.batch):
         s = slice(i, min(i + settings.batch, n))

@@ -120,7 +120,8 @@ def fit(
                         found=loss,
                         remedy="check that the model and the LoRAs paint pictures; train in float32 or bfloat16",
                     )
-                run.stopped = f"the loss became {loss} at step {step + 1}; the gates are those of the step before"
+                what = "its gradient was not finite" if math.isfinite(loss) else f"the loss became {loss}"
+                run.stopped = f"{what} at step {step + 1}; the gates are those of the step before"
                 break
             good = _snapshot(parameters)
             optimizer.step()

@@ -31,6 +31,7 @@ from legomole.core.bank import Bank  # noqa: E402
 from legomole.core.gates import Gate, GateSet, GateSettings  # noqa: E402
 from legomole.core.trained import Expert, TrainedGates  # noqa: E402
 from legomole.nodes import mixes  # noqa: E402
+from legomole.nodes.denoiser import ComfyDenoiser  # noqa: E402
 from legomole.nodes.lora import Lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -99,7 +100,7 @@ def random_gates(model: Any, loras: list[Lora], **settings: Any) -> TrainedGates
     generator = torch.Generator().manual_seed(3)
     width = 4096 if mix.base == "SD3" else 768
     gates: dict[str, Gate] = {}
-    for scope in {scope.name for scope in mix.bank.scopes.values()}:
+    for scope in sorted({scope.name for scope in mix.bank.scopes.values()}):
         gate = Gate(width, len(loras), mix.mixture.gates.settings)
         torch.nn.init.normal_(gate.weight, std=0.2, generator=generator)
         gates[scope] = gate
@@ -217,6 +218,33 @@ def recorded() -> Any:
     }
 
 
+def lengths() -> Any:
+    """Prompts of two lengths in one batch, each with gates of its own: as each alone."""
+    base = "flux"
+    model = load(base)
+    mix = mixes.build([lora("flux_kohya"), lora("flux_split")], model, None)
+    short, long = conditioning(base, 1), conditioning(base, 2)
+    long = [[torch.cat([long[0][0], long[0][0]], 1), long[0][1]]]
+    comfy.model_management.load_models_gpu([model])
+    x, t = torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.6, 0.9])
+    g = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+    with attach(model.model.diffusion_model, mix.bank) as attachment:
+        denoiser = ComfyDenoiser(model, attachment, [short, long], torch.zeros(1, 16, 8, 8), 1.0, 2)
+        prompts = [1, 0, 1]
+        with attachment.hold(g):
+            together = denoiser.predict(x, t, prompts)
+            goal = denoiser.goal(x, t, x.flip(0))
+            clean = denoiser.clean(denoiser.noised(x, t, x.flip(0)), t, goal)
+        alone: list[Tensor] = []
+        for i in range(3):
+            with attachment.hold(g[i : i + 1]):
+                alone.append(denoiser.predict(x[i : i + 1], t[i : i + 1], prompts[i : i + 1]))
+    return {
+        "difference": float((together - torch.cat(alone)).abs().max() / together.abs().max()),
+        "clean": float((clean - x).abs().max()),
+    }
+
+
 def gradients(base: str) -> Callable[[], Any]:
     """Of a loss in the gates' values, with and without recomputing blocks; written down for diffusers to repeat."""
 
@@ -264,6 +292,7 @@ with torch.inference_mode():
         "among others": among_others,
         "compiled": compiled,
         "recorded": recorded,
+        "lengths": lengths,
         "gradients flux": gradients("flux"),
         "gradients sd3": gradients("sd3"),
     }

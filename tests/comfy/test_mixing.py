@@ -86,6 +86,11 @@ def test_the_record_is_of_the_prompt_not_of_the_negative_one(measured: dict[str,
     assert measured["recorded"]["scopes"] == ["", "double_blocks.0", "single_blocks.0"]
 
 
+def test_prompts_of_other_lengths_keep_their_own_gates(measured: dict[str, Any]) -> None:
+    assert measured["lengths"]["difference"] < 1e-5
+    assert measured["lengths"]["clean"] < 1e-5
+
+
 # ---- gradients
 
 

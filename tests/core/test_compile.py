@@ -1,0 +1,118 @@
+"""Mixtures and ``torch.compile``, whichever came first. The graphs it traces are run as they are: no C++ needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.gates import GateSettings
+from legomole.core.mixture import Mixture
+from torch import Tensor, nn
+
+from .mole import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
+from .pools import close
+
+
+class Backend:
+    """Runs graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.compiled = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., object]:
+        self.compiled += 1
+        return graph.forward
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def mixed(model: nn.Module, reads: str, mixing: str, granularity: str) -> Mixture:
+    settings = GateSettings(reads=reads, granularity=granularity)
+    few = [name for name in lora(model, 0).modules if name.endswith(("inp", "to_q", "ff.0", "img.qkv"))]
+    return trained(model, (lora(model, 1, names=few), lora(model, 2, names=few)), settings, mixing)
+
+
+@pytest.mark.parametrize(
+    ("reads", "mixing", "granularity"), [("text", "delta", "layer"), ("experts", "output", "block")]
+)
+def test_compiled_first(reads, mixing, granularity):
+    model, backend = Transformer(1), Backend()
+    x, text = inputs(model)
+    base, mixture = model(x, text), mixed(model, reads, mixing, granularity)
+    with attach(model, mixture):
+        expected = model(x, text)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert torch.equal(compiled(x, text), base)
+    with attach(compiled, mixture):
+        assert close(compiled(x, text), expected, 1e-6)
+        traced = backend.compiled
+        assert close(compiled(x, text), expected, 1e-6)
+        assert backend.compiled == traced == 2  # once without and once with the mixture, not once a step
+    assert untouched(model)
+    assert torch.equal(compiled(x, text), base)
+
+
+def test_attached_first():
+    model, backend = Transformer(1), Backend()
+    x, text = inputs(model)
+    base = model(x, text)
+    with attach(model, mixed(model, "hidden", "delta", "layer")):
+        expected = model(x, text)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        assert close(compiled(x, text), expected, 1e-6)
+    assert torch.equal(compiled(x, text), base)
+    assert backend.compiled == 2
+
+
+def test_other_values_of_the_gates_reach_a_compiled_model():
+    model = Transformer(1)
+    x, text = inputs(model)
+    mixture = mixed(model, "text", "delta", "layer")
+    compiled = torch.compile(model, backend=Backend(), fullgraph=True)
+    with attach(model, mixture) as at:
+        for gates in ([1.0, 0.0], [0.0, 1.0], [0.3, 0.4]):
+            with at.hold(gates):
+                assert close(compiled(x, text), model(x, text), 1e-6)
+        assert close(compiled(x, text), model(x, text), 1e-6)
+        with torch.no_grad():
+            for p in at.bank.gates.parameters():
+                p.mul_(-1)
+        assert close(compiled(x, text), model(x, text), 1e-6)
+
+
+def test_blocks_compiled_one_by_one():
+    """As diffusers' `compile_repeated_blocks` does."""
+    model, backend = InPlace(1), Backend()
+    x, text = inputs(model)
+    base, mixture = call(model, x, text), mixed(model, "hidden", "delta", "block")
+    with attach(model, mixture):
+        expected = call(model, x, text)
+    for block in model.double_blocks:
+        block.compile(backend=backend)
+    assert close(call(model, x, text), base, 1e-6)
+    with attach(model, mixture):
+        assert close(call(model, x, text), expected, 1e-6)
+        traced = backend.compiled
+        assert close(call(model, x, text), expected, 1e-6)
+        assert backend.compiled == traced
+    assert close(call(model, x, text), base, 1e-6)
+
+
+def test_gradients_of_a_compiled_model():
+    model = Transformer(1)
+    x, text = inputs(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with attach(model, mixed(model, "experts", "delta", "block")) as at, torch.enable_grad():
+        expected = gradients(at, lambda: model(x, text).square().mean())
+        found = gradients(at, lambda: compiled(x, text).square().mean())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name

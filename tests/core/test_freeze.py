@@ -1,0 +1,125 @@
+"""freeze(): the LoRA a mixture becomes acts as the mixture does with its gates held at their mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from legomole.core.adapter import Adapter, Source
+from legomole.core.attach import attach
+from legomole.core.bank import Bank
+from legomole.core.errors import MergeError
+from legomole.core.freeze import freeze
+from legomole.core.gates import GateSet, GateSettings
+from legomole.core.keymap import Place
+from legomole.core.lowrank import LowRank
+from legomole.core.methods import METHODS
+from legomole.core.mixture import Mixture
+from legomole.core.record import Record
+from torch import nn
+
+from .mole import D, InPlace, Transformer, UNet, call, inputs, lora, merged, trained
+from .pools import close
+
+CONCAT = METHODS["concat"]()
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def run(model: nn.Module, mixture: Mixture, passes: int = 3) -> tuple[Bank, Record]:
+    record = Record()
+    with attach(model, mixture) as at, at.watch(record):
+        for seed in range(passes):
+            call(model, *inputs(model, seed=seed))
+    return at.bank, record
+
+
+@pytest.mark.parametrize("make", [Transformer, UNet, InPlace])
+@pytest.mark.parametrize("reads", ["text", "experts"])
+def test_equals_the_mixture_at_its_mean(make, reads):
+    model = make()
+    experts = lora(model, 1), lora(model, 2, 3)
+    mixture = trained(model, experts, GateSettings(reads=reads), strengths=(0.8, -0.6), scale=1.1)
+    bank, record = run(model, mixture)
+    frozen = freeze(mixture, bank, record, CONCAT).adapter
+    mean = record.mean()
+    expected = {}  # by hand: every module of an expert times the mean gate of its scope
+    for i, strength in enumerate((0.8 * 1.1, -0.6 * 1.1)):
+        for name, part in experts[i].modules.items():
+            delta = strength * float(mean[bank.scopes[name].name][i]) * part.delta()
+            expected[name] = expected.get(name, 0) + delta
+    assert frozen.modules.keys() == expected.keys()
+    for name, part in frozen.modules.items():
+        assert close(part.delta(), expected[name])
+    x, text = inputs(model)
+    by_weights = call(merged(model, (frozen,), (1.0,)), x, text)
+    with attach(model, Mixture((frozen,))):
+        assert close(call(model, x, text), by_weights)
+
+
+def test_of_a_network_gate_equals_gates_held():
+    model = Transformer()
+    mixture = trained(model, (lora(model, 1), lora(model, 2)), GateSettings(granularity="network"))
+    bank, record = run(model, mixture)
+    frozen = freeze(mixture, bank, record, CONCAT)
+    x, text = inputs(model)
+    with attach(model, mixture) as at, at.hold(record.mean()[""]):
+        held = model(x, text)
+    assert close(merged(model, (frozen.adapter,), (1.0,))(x, text), held)
+    note = frozen.report.notes[-1]
+    for i, value in enumerate(record.mean()[""].tolist()):
+        assert f"adapter {value:.3g} (varied by {record.spread()[''][i]:.2g})" in note
+    assert "no longer follow the prompt" in note
+
+
+def test_modules_whose_names_have_brackets():
+    """As a host names the rows of a fused layer; in a pattern they would mean something else."""
+    model = InPlace(1)
+    g = torch.Generator().manual_seed(0)
+    where = "double_blocks.0.img.qkv"
+    places = {f"{where}[{i}:{i + D}]": Place(where, i, i + D) for i in (0, D)}
+    low = LowRank(torch.randn(2, D, generator=g), torch.randn(D, 2, generator=g))
+    adapter = Adapter(dict.fromkeys(places, low))
+    mixture = Mixture((adapter, adapter), GateSet(2, GateSettings(activation="softmax")), places=places)
+    bank, record = run(model, mixture)
+    frozen = freeze(mixture, bank, record, CONCAT).adapter
+    assert frozen.modules.keys() == places.keys()
+    for part in frozen.modules.values():
+        assert close(part.delta(), low.delta())  # shares of a half of each
+
+
+def test_what_else_is_lost_is_said():
+    model = Transformer(1)
+    expert = Adapter(lora(model, 1).modules, diffs={"inp.bias": torch.ones(D)}, source=Source("a.safetensors"))
+    mixture = trained(model, (expert, lora(model, 2)), GateSettings(granularity="block"), "output")
+    notes = " / ".join(freeze(mixture, *run(model, mixture), CONCAT).report.notes)
+    assert "mixed by their outputs" in notes
+    assert "though no gate ruled them: inp.bias of a: a difference" in notes
+
+
+def test_text_encoder_parts_have_weights_of_their_own():
+    model = Transformer(1)
+    te = {"text_encoder.q": LowRank(torch.ones(1, 3), torch.ones(3, 1))}
+    mixture = Mixture((Adapter({**lora(model, 1).modules, **te}),), strengths=(0.5,))
+    ran = run(model, mixture)
+    for weights, size in ((None, 0.5), ([2.0], 2.0)):
+        frozen = freeze(mixture, *ran, CONCAT, text_encoder_weights=weights).adapter
+        assert close(frozen.modules["text_encoder.q"].delta(), size * torch.ones(3, 3))
+
+
+def test_bad_input():
+    model = Transformer()
+    mixture = Mixture((lora(model, 1), lora(model, 2)), GateSet(2, GateSettings(reads="hidden")))
+    bank, record = run(model, mixture)
+    with pytest.raises(MergeError, match="No gate values"):
+        freeze(mixture, bank, Record(), CONCAT)
+    partial = Record(passes=[{"blocks.0.ff": torch.ones(1, 2)}])
+    with pytest.raises(MergeError, match=r"not recorded[\s\S]*blocks\.0\.attn[\s\S]*whole run"):
+        freeze(mixture, bank, partial, CONCAT)
+    for one in record.passes:
+        one.update({scope: torch.zeros(1, 2) for scope in one})
+    with pytest.raises(MergeError, match="every weight is 0"):
+        freeze(mixture, bank, record, CONCAT)

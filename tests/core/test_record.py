@@ -1,0 +1,78 @@
+"""Record: gate values by pass, scope and expert, and what is made of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.errors import MergeError
+from legomole.core.gates import GateSettings
+from legomole.core.record import Record
+
+from .mole import Transformer, inputs, lora, trained
+
+
+def record(*passes: dict[str, list[list[float]]], rows=None, sizes=None) -> Record:
+    made = Record(rows)
+    for i, one in enumerate(passes):
+        made.start({} if sizes is None else sizes[i])
+        for scope, value in one.items():
+            made.seen(scope, torch.tensor(value))
+    return made
+
+
+def test_by_hand():
+    made = record({"a": [[1.0, 0.0], [0.5, 0.5]], "b": [[0.2, 0.8]]}, {"a": [[0.25, 0.75]], "b": [[0.4, 0.6]]})
+    assert made.scopes == ["a", "b"]
+    # a: mean of its samples (.75, .25), then (.25, .75)
+    expected = torch.tensor([[[0.75, 0.25], [0.2, 0.8]], [[0.25, 0.75], [0.4, 0.6]]])
+    assert torch.allclose(made.table(), expected)
+    assert made.mean()["a"].tolist() == pytest.approx([0.5, 0.5])
+    assert made.mean()["b"].tolist() == pytest.approx([0.3, 0.7])
+    assert made.spread()["a"].tolist() == pytest.approx([0.25, 0.25])
+    assert made.spread()["b"].tolist() == pytest.approx([0.1, 0.1])
+
+    def H(p: float) -> float:
+        return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    assert made.entropy() == pytest.approx((H(0.75) + H(0.2) + H(0.25) + H(0.4)) / 4)
+
+
+def test_the_first_value_of_a_pass_counts():
+    """A part of the model that runs again (a tile, a refiner) does not overwrite it."""
+    made = record({"a": [[1.0]]})
+    made.seen("a", torch.tensor([[0.0]]))
+    assert made.passes == [{"a": torch.tensor([[1.0]])}]
+
+
+def test_rows_of_the_prompt_alone():
+    """The caller tells the prompt's rows from the negative prompt's by the arguments of the model's forward."""
+    made = record(
+        {"a": [[0.0], [1.0]]}, {"a": [[0.5]]}, {"a": [[0.2], [0.4]]},
+        rows=lambda arguments, batch: [i for i, kind in enumerate(arguments["kinds"]) if kind == "prompt"],
+        sizes=[{"kinds": ["negative", "prompt"]}, {"kinds": ["prompt"]}, {"kinds": ["negative", "negative"]}],
+    )  # fmt: skip
+    assert made.table().flatten().tolist() == [1.0, 0.5]  # the last pass had no row of the prompt
+
+
+def test_nothing_recorded():
+    for made in (Record(), record({})):
+        with pytest.raises(MergeError, match=r"No gate values[\s\S]*sample first"):
+            made.table()
+
+
+def test_of_a_model_at_work():
+    model = Transformer()
+    x, text = inputs(model)
+    mixture = trained(model, (lora(model, 1), lora(model, 2)), GateSettings(reads="text"))
+    made = Record()
+    with attach(model, mixture) as at, at.watch(made):
+        model(x, text)
+        model(x, -text)
+    assert set(made.scopes) == set(mixture.gates.names)
+    for i, sign in enumerate((1, -1)):
+        for scope, value in zip(made.scopes, made.table()[i], strict=True):
+            assert torch.allclose(value, mixture.gates[scope](sign * text.mean(1)).mean(0).detach(), atol=1e-6)
+    assert not made.table().requires_grad

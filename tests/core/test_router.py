@@ -1,0 +1,96 @@
+"""The prompt router: words found in prompts, and gates that act as it does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from legomole.core.errors import MergeError
+from legomole.core.gates import GateSettings
+from legomole.core.router import named, route_gates, routed_values, standardisation
+
+ASKED = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
+
+
+class TestNamed:
+    def test_whole_words_whatever_their_case(self):
+        prompts = ["An Ember style cat", "embers", "ember, heart-shaped", "in remember style", "(ember:1.2) HEART", ""]
+        found = named(prompts, [["ember"], ["heart", "love heart"]])
+        assert found.tolist() == [
+            [True, False], [False, False], [True, True], [False, False], [True, True], [False, False],
+        ]  # fmt: skip
+
+    def test_phrases_signs_and_other_scripts(self):
+        prompts = ["a love heart", "love of the heart", "<sks> c++ dog", "ein Café", "一只 猫"]
+        found = named(prompts, [["love heart"], ["<sks>"], ["C++ "], ["café"], ["猫"]])
+        assert found.int().tolist() == [
+            [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1],
+        ]  # fmt: skip
+
+    def test_of_nothing(self):
+        assert named([], [["a"]]).shape == (0, 1)
+        assert named(["a"], []).shape == (1, 0)
+
+
+class TestRoutedValues:
+    @pytest.mark.parametrize(
+        ("activation", "expected"),
+        [
+            ("sigmoid", [[1, 0], [0, 1], [1, 1], [0, 0]]),
+            ("softmax", [[1, 0], [0, 1], [0.5, 0.5], [0.5, 0.5]]),
+            ("softmax-null", [[1, 0], [0, 1], [0.5, 0.5], [0, 0]]),
+        ],
+    )
+    def test_by_hand(self, activation, expected):
+        assert routed_values(ASKED, GateSettings(activation=activation)).tolist() == expected
+
+
+class TestRouteGates:
+    def text(self) -> torch.Tensor:
+        return torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "softmax-null"])
+    def test_act_as_the_router_does(self, activation):
+        settings = GateSettings(activation=activation)
+        gates = route_gates(self.text(), ASKED, settings, ["a", "b"])
+        assert gates.names == ("a", "b")
+        wanted = routed_values(ASKED, settings)
+        with torch.no_grad():
+            found = gates["a"](self.text())
+        assert torch.equal(found, gates["b"](self.text()).detach())
+        assert float((found - wanted).abs().max()) < 0.15
+
+    def test_equal_the_ridge_regression(self):
+        """Found in the dual form (prompts x prompts); here in the primal one (features x features)."""
+        text, ridge = self.text().double(), 3.0
+        gate = route_gates(self.text(), ASKED, GateSettings(ceiling=3.0), [""], ridge=ridge)[""]
+        mean, spread = standardisation(text.mean(0), text.var(0, unbiased=False))
+        X = (text - mean) / spread
+        # at 1 = 3 sigmoid(y): y = -log 2; off: -4; the bias is what all have in the mean: half of the prompts ask
+        Y = torch.where(ASKED, -math.log(2.0), -4.0).double()
+        bias = Y.mean(0)
+        W = torch.linalg.solve(X.mT @ X + ridge * torch.eye(40, dtype=X.dtype), X.mT @ (Y - bias)).mT
+        assert torch.allclose(gate.weight.double(), W, atol=1e-5)
+        assert torch.allclose(gate.bias.double(), bias, atol=1e-6)
+        assert torch.allclose(gate.mean.double(), mean, atol=1e-6)
+        assert torch.allclose(gate.spread.double(), spread, atol=1e-6)
+
+    def test_bad_input(self):
+        with pytest.raises(MergeError, match=r"read the text[\s\S]*hidden"):
+            route_gates(self.text(), ASKED, GateSettings(reads="hidden"), [""])
+        with pytest.raises(MergeError, match="LoRA number 2 is asked for by no prompt"):
+            route_gates(self.text(), ASKED & torch.tensor([True, False]), GateSettings(), [""])
+        with pytest.raises(MergeError, match="LoRA number 1 is asked for by every prompt"):
+            route_gates(self.text(), ASKED | torch.tensor([True, False]), GateSettings(), [""])
+
+
+class TestStandardisation:
+    def test_by_hand(self):
+        # variances (0, 200, 400): the mean 200 gives a floor of 2
+        mean, spread = standardisation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 200.0, 400.0]))
+        assert mean.tolist() == [1.0, 2.0, 3.0]
+        assert spread.tolist() == pytest.approx([math.sqrt(2), math.sqrt(202), math.sqrt(402)])
+
+    def test_what_never_varies_is_left_as_it_is(self):
+        assert standardisation(torch.zeros(2), torch.zeros(2))[1].tolist() == [1.0, 1.0]

@@ -1,0 +1,94 @@
+"""calibrate(): gates of the right size that start even, whatever they read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.errors import MergeError
+from legomole.core.gates import GateSet, GateSettings
+from legomole.core.mixture import Mixture
+from legomole.core.router import standardisation
+from legomole.core.train.calibrate import calibrate
+
+from ..mole import FEATURES, Transformer, UNet, Values, call, inputs, lora
+from ..pools import close
+
+
+def mixture(model, reads: str, granularity: str = "layer", activation: str = "softmax") -> Mixture:
+    settings = GateSettings(reads=reads, granularity=granularity, activation=activation)
+    return Mixture((lora(model, 1), lora(model, 2, 3)), GateSet(2, settings))
+
+
+@pytest.mark.parametrize("reads", ["text", "hidden", "experts", "flat"])
+def test_what_is_read_has_mean_0_and_spread_1(reads):
+    model = UNet()
+    batches = [inputs(model, 4, seed) for seed in range(3)]
+    read: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad(), attach(model, mixture(model, reads)) as at:
+        with at.measure(lambda scope, f, _: read.setdefault(scope, []).append(f)):
+            for x, text in batches:
+                call(model, x, text)
+        gates = calibrate(at, lambda: [call(model, *batch) for batch in batches])
+        assert at.bank.gates is gates
+        layers = {name: gates[name].layer for name in gates.names}
+    assert set(gates.names) == set(read)
+    inner = "down_blocks.0.attentions.0.transformer_blocks.0"
+    assert layers[f"{inner}.attn"] == (f"{inner}.attn.to_q" if reads == "hidden" else "")
+    assert layers["down_blocks.0.resnets.0"] == ""  # it reads the block's input
+    for name, parts in read.items():
+        f = torch.cat(parts).double()
+        mean, spread = standardisation(f.mean(0), f.var(0, unbiased=False))
+        gate = gates[name]
+        assert torch.allclose(gate.mean.double(), mean, atol=1e-5)
+        assert torch.allclose(gate.spread.double(), spread * max(1, f.shape[1] / 64), rtol=1e-3, atol=1e-5)
+        assert (gate.owner is None) == (reads in ("text", "hidden"))
+        assert gate.features == f.shape[1]
+
+
+def test_by_hand():
+    """One text conditioning of mean (1, .., 1) and one of mean (3, .., 3): mean 2, variance 1, floor .01."""
+    model = Transformer(1)
+    x, text = inputs(model)
+    text = torch.stack([torch.full_like(text[0], 1.0), torch.full_like(text[0], 3.0)])
+    with attach(model, mixture(model, "text", "network")) as at:
+        gate = calibrate(at, lambda: [model(x, text), None])[""]
+    assert gate.mean.tolist() == pytest.approx([2.0] * FEATURES)
+    assert gate.spread.tolist() == pytest.approx([1.01**0.5] * FEATURES)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", "softmax-null"])
+def test_gates_start_even(activation):
+    model = Transformer(1)
+    x, text = inputs(model)
+    mixed = mixture(model, "hidden", activation=activation)
+    seen = Values()
+    with torch.no_grad(), attach(model, mixed) as at:
+        before = model(x, text)
+        calibrate(at, lambda: [model(x, text)])
+        with at.watch(seen):
+            assert close(model(x, text), before)
+    even = mixed.gates.settings.even(2)
+    assert all(torch.allclose(value, torch.full_like(value, even)) for value in seen.values.values())
+
+
+def test_earlier_gates_are_forgotten_first():
+    """What a gate reads depends on the gates before it: the second calibration must see what the first saw."""
+    model = Transformer(1)
+    x, text = inputs(model)
+    with torch.no_grad(), attach(model, mixture(model, "hidden")) as at:
+        first = calibrate(at, lambda: [model(x, text)])
+        for name in first.names:
+            first[name].bias.copy_(torch.tensor([5.0, -5.0]))
+        second = calibrate(at, lambda: [model(x, text)])
+        assert all(torch.equal(first[name].mean, second[name].mean) for name in first.names)
+
+
+def test_bad_input():
+    model = Transformer(1)
+    x, text = inputs(model)
+    with attach(model, mixture(model, "flat")) as at:
+        with pytest.raises(MergeError, match=r"size changes[\s\S]*\(25,\)[\s\S]*\(20,\)[\s\S]*one size"):
+            calibrate(at, lambda: [model(x, text), model(x[:, :4], text)])
+        with pytest.raises(MergeError, match="did not reach a single gate"):
+            calibrate(at, lambda: None)

@@ -1,0 +1,275 @@
+"""train(): from words to gates, with every objective, and with clear words where there is nothing to learn from."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.errors import FormatError, MergeError
+from legomole.core.formats.files import read_tensors
+from legomole.core.gates import GateSet, GateSettings
+from legomole.core.mixture import Mixture
+from legomole.core.train import Images, Training, TrainSettings, prompts_for, train
+from legomole.core.trained import TrainedGates
+
+from ..mole import ToyDenoiser, Transformer, Values, lora
+from ..pools import close
+
+WORDS = [["ember"], ["heart"]]
+PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])
+SETTINGS = TrainSettings(steps=20, batch=16, examples=48, samples=16, warmup=2, learning_rate=0.05)
+
+
+class Stop(Exception):
+    pass
+
+
+class ToyClip:
+    """The mean of the latents; a text's direction follows from its letters."""
+
+    def images(self, latents):
+        return torch.nn.functional.normalize(latents.mean(1), dim=-1)
+
+    def texts(self, texts):
+        rows = [torch.tensor([float(ord(letter)) for letter in (text + "....")[:4]]) - 105 for text in texts]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+
+def mixture(model, strengths=(), n: int = 2, **settings) -> Mixture:
+    return Mixture(tuple(lora(model, 1 + i) for i in range(n)), GateSet(n, GateSettings(**settings)), strengths)
+
+
+def run(model, mixed: Mixture, settings: TrainSettings = SETTINGS, *, concepts=WORDS, **kw) -> Training:
+    with attach(model, mixed) as at:
+        return train(at, mixed, ToyDenoiser(model, PROMPTS), PROMPTS, concepts, settings, **kw)
+
+
+def equal(one: GateSet, other: GateSet) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class TestObjectives:
+    def test_distilled_text_gates_open_for_the_words(self):
+        """After training the LoRAs a prompt names are open and the others are shut."""
+        model = Transformer(1)
+        weights = copy.deepcopy(model.state_dict())
+        mixed = mixture(model, granularity="network")
+        done = run(model, mixed, SETTINGS.model_copy(update={"steps": 80, "learning_rate": 0.1}))
+        assert done.fit.losses[-1] < 0.1 * done.fit.losses[0]
+        seen = Values()
+        denoiser = ToyDenoiser(model, PROMPTS)
+        with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(seen):
+            denoiser.predict(torch.randn(4, 5, 4), torch.ones(4), [0, 1, 2, 3])
+        wanted = torch.tensor([[1.0, 0], [0, 1], [1.2, 1.2], [0, 0]])
+        assert torch.allclose(seen.values[""], wanted, atol=0.2)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+    def test_denoising_of_a_users_pictures(self):
+        model = Transformer(1)
+        images = Images(torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(0)), [0, 0, 1, 1])
+        done = run(model, mixture(model), SETTINGS.model_copy(update={"objective": "denoise"}), images=images)
+        assert done.fit.losses[-1] < 0.9 * done.fit.losses[0]
+
+    def test_clip_guidance(self):
+        model = Transformer(1)
+        settings = SETTINGS.model_copy(update={"objective": "clip"})
+        done = run(model, mixture(model, reads="hidden"), settings, clip=ToyClip())
+        assert done.fit.losses[-1] < 0.95 * done.fit.losses[0]
+
+    def test_the_router_needs_no_training(self):
+        model = Transformer(1)
+        mixed = mixture(model)
+        done = run(model, mixed, TrainSettings(objective="router"))
+        assert done.fit.losses == []
+        assert set(done.gates.gates.names) == {"", "blocks.0.attn", "blocks.0.ff"}
+        seen = Values()
+        with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(seen):
+            ToyDenoiser(model, PROMPTS).predict(torch.randn(5, 5, 4), torch.ones(5), range(5))
+        wanted = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0], [0, 0]])
+        for value in seen.values.values():
+            assert ((value > 0.5) == (wanted > 0.5)).all(), value
+
+    def test_output_mixing(self):
+        model = Transformer(1)
+        experts = (lora(model, 1), lora(model, 2))
+        mixed = Mixture(experts, GateSet(2, GateSettings(granularity="block")), mixing="output")
+        done = run(model, mixed, SETTINGS.model_copy(update={"steps": 10}))
+        assert done.fit.losses[-1] < 0.9 * done.fit.losses[0]
+
+
+class TestResult:
+    def test_says_what_it_is_and_where_it_came_from(self, tmp_path: Path):
+        model = Transformer(1)
+        mixed = mixture(model, strengths=(0.5, 1.5))
+        done = run(model, mixed, SETTINGS.model_copy(update={"steps": 3}), base="Toy")
+        done.gates.save(tmp_path / "g.safetensors")
+        read = TrainedGates.load(tmp_path / "g.safetensors")
+        assert read.base == "Toy"
+        assert read.training["losses"] == done.fit.losses
+        assert read.training["entropies"] == done.fit.entropies
+        assert read.training["stopped"] == ""
+        assert read.training["settings"]["steps"] == 3
+        assert read.training["prompts"] == [prompt.text for prompt in PROMPTS]
+        assert read.training["concepts"] == WORDS
+        assert read.training["strengths"] == [0.5, 1.5]
+        assert equal(read.of(mixed.experts, "Toy"), done.gates.gates)
+
+    def test_the_mixture_and_the_attachment(self):
+        """The mixture keeps its own gates; the attachment goes on with those that were learnt."""
+        model = Transformer(1)
+        mixed = mixture(model)
+        with attach(model, mixed) as at:
+            done = train(at, mixed, ToyDenoiser(model, PROMPTS), PROMPTS, WORDS, SETTINGS)
+            assert not mixed.gates.trained
+            assert equal(at.bank.gates, done.gates.gates)
+            with torch.no_grad():
+                at.bank.gates[""].bias.zero_()
+            assert not equal(at.bank.gates, done.gates.gates)  # a copy
+
+    def test_one_lora(self):
+        model = Transformer(1)
+        mixed = mixture(model, n=1)
+        prompts = prompts_for([["ember"]])
+        with attach(model, mixed) as at:
+            done = train(at, mixed, ToyDenoiser(model, prompts), prompts, [["ember"]], SETTINGS)
+        assert done.fit.losses[-1] < done.fit.losses[0]
+
+
+class TestFolder:
+    def test_an_interrupted_training_goes_on_and_clears_up(self, tmp_path: Path):
+        model, kept = Transformer(1), []
+        whole = run(model, mixture(model))
+        told: list[tuple[int, int, str]] = []
+
+        def stop(done: int, total: int, what: str) -> None:
+            if what.startswith("loss") and done == 9:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(model, mixture(model), folder=tmp_path, progress=stop, keep=kept.append)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.safetensors", "state.safetensors"]
+        resumed = run(model, mixture(model), folder=tmp_path, progress=lambda *what: told.append(what))
+        assert [done for done, _, _ in told] == list(range(10, 21))  # nothing was painted again
+        assert equal(resumed.gates.gates, whole.gates.gates)
+        assert resumed.fit.losses == whole.fit.losses
+        assert list(tmp_path.iterdir()) == []
+        # what the interrupted one had learnt
+        assert kept[0].fit.stopped == "interrupted after 9 of 20 steps"
+        assert kept[0].fit.losses == whole.fit.losses[:9]
+        assert not equal(kept[0].gates.gates, whole.gates.gates)
+
+    def test_cancelled_while_painting(self, tmp_path: Path):
+        model = Transformer(1)
+
+        def stop(done: int, total: int, what: str) -> None:
+            if what == "predicting":
+                raise Stop
+
+        kept: list[Training] = []
+        with pytest.raises(Stop):
+            run(model, mixture(model), folder=tmp_path, progress=stop, keep=kept.append)
+        assert kept == []
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"settings": SETTINGS.model_copy(update={"seed": 1})},
+            {"strengths": (1.0, 0.9)},
+            {"granularity": "block"},
+            {"concepts": [["ember", "embers"], ["heart"]]},
+            {"base": "other"},
+            {"identity": "768 x 768"},
+        ],
+    )
+    def test_another_training_is_refused_and_its_files_are_left_alone(self, tmp_path: Path, change):
+        model = Transformer(1)
+
+        def stop(done: int, total: int, what: str) -> None:
+            if what.startswith("loss"):
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(model, mixture(model), folder=tmp_path, progress=stop)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        mixed = mixture(model, **{k: v for k, v in change.items() if k in ("strengths", "granularity")})
+        rest = {k: v for k, v in change.items() if k not in ("strengths", "granularity")}
+        with pytest.raises(FormatError, match="another training"):
+            run(model, mixed, folder=tmp_path, **rest)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def test_examples_of_another_training_are_made_anew(self, tmp_path: Path):
+        model, settings = Transformer(1), SETTINGS.model_copy(update={"steps": 1})
+
+        def stop(done: int, total: int, what: str) -> None:
+            if what.startswith("loss"):
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(model, mixture(model), settings, folder=tmp_path, progress=stop)
+        (tmp_path / "state.safetensors").unlink()
+        key = read_tensors(tmp_path / "examples.safetensors")[1]["key"]
+        with pytest.raises(Stop):
+            run(model, mixture(model), settings, folder=tmp_path, progress=stop, identity="other")
+        assert read_tensors(tmp_path / "examples.safetensors")[1]["key"] != key
+
+
+class TestBadInput:
+    def test_a_softmax_over_one(self):
+        model = Transformer(1)
+        with pytest.raises(MergeError, match=r"softmax over one LoRA[\s\S]*sigmoid"):
+            run(model, mixture(model, n=1, activation="softmax"), concepts=WORDS[:1])
+
+    def test_words_for_another_number_of_loras(self):
+        model = Transformer(1)
+        with pytest.raises(MergeError, match=r"words that name it[\s\S]*2 lists[\s\S]*found: +1"):
+            run(model, mixture(model), concepts=WORDS[:1])
+
+    @pytest.mark.parametrize(("strengths", "scale"), [((1.0, 0.0), 1.0), ((1.0, 1.0), 0.0)])
+    def test_strength_0(self, strengths, scale):
+        model = Transformer(1)
+        mixed = Mixture((lora(model, 1), lora(model, 2)), strengths=strengths, scale=scale)
+        with pytest.raises(MergeError, match=r"strength 0 adds nothing[\s\S]*file: +adapter"):
+            run(model, mixed)
+
+    @pytest.mark.parametrize(("objective", "said"), [("denoise", "needs pictures"), ("clip", "needs a CLIP model")])
+    def test_what_an_objective_needs(self, objective, said):
+        model = Transformer(1)
+        with pytest.raises(MergeError, match=rf"{said}[\s\S]*distil"):
+            run(model, mixture(model), SETTINGS.model_copy(update={"objective": objective}))
+
+    def test_the_router_for_gates_that_do_not_read_text(self):
+        model = Transformer(1)
+        with pytest.raises(MergeError, match="router is for gates that read the text"):
+            run(model, mixture(model, reads="hidden"), TrainSettings(objective="router"))
+
+    def test_a_model_whose_pictures_are_not_numbers(self):
+        model = Transformer(1)
+        model.final.bias.fill_(float("nan"))
+        with pytest.raises(MergeError, match="not finite"):
+            run(model, mixture(model))
+
+
+def test_in_bfloat16_the_gates_stay_in_float32():
+    model = Transformer(1).bfloat16()
+
+    class Half(ToyDenoiser):
+        def predict(self, noisy, t, prompts):
+            return super().predict(noisy.bfloat16(), t, prompts)
+
+        def sample(self, prompts, seed):
+            return super().sample(prompts, seed).float()
+
+    mixed = mixture(model)
+    denoiser = Half(model, PROMPTS)
+    denoiser.text = denoiser.text.bfloat16()
+    with attach(model, mixed) as at:
+        done = train(at, mixed, denoiser, PROMPTS, WORDS, SETTINGS)
+    assert {tensor.dtype for tensor in done.gates.gates.state_dict().values()} == {torch.float32}
+    assert done.fit.losses[-1] < 0.8 * done.fit.losses[0]
+    in_full = Transformer(1)
+    assert close(torch.tensor(done.fit.losses), torch.tensor(run(in_full, mixture(in_full)).fit.losses), 0.1)
