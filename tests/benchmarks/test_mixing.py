@@ -1,0 +1,109 @@
+"""The mixing benchmark: that its models do the same work, what a mixed layer runs, and its sums. Nothing is timed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.gates import GateSet, GateSettings
+from legomole.core.mixture import Mixture
+from legomole.core.train.calibrate import calibrate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("peft")
+pytest.importorskip("diffusers")
+
+# the libraries' own affairs: deprecations, and PEFT's notice that `proj_out` also ends another layer's name
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
+
+SMALL = ("--width", "64", "--tokens", "16", "--rank", "2", "--threads", str(torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module")
+def mixing() -> ModuleType:
+    """The script, as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "speed" / "mixing.py"
+    spec = importlib.util.spec_from_file_location("mixing_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["mixing_benchmark"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("case", "kinds"), [("dit", 9), ("unet", 9), ("llm", 8)])
+def test_every_model_gives_what_the_merged_one_gives(mixing: ModuleType, tmp_path: Path, case: str, kinds: int):
+    """The script compares them before it times them, and stops where they differ."""
+    mixing.main([*SMALL, "--cases", case, "--experts", "3", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    names = {row["model"] for row in rows}
+    assert len(names) == len(rows) == kinds
+    assert {"merged", "even, untrained", "hidden gates, per layer", "experts gates, per block"} < names
+    assert {name for name in names if "PEFT" in name} == {"PEFT, unmerged"} | (
+        {"PEFT X-LoRA"} if case == "llm" else set()
+    )
+
+
+def test_a_model_that_gives_something_else_is_refused(mixing: ModuleType):
+    base, merged = torch.zeros(4), torch.ones(4)
+    mixing.check({"merged": lambda: merged, "same": lambda: merged + 1e-4}, base, torch.float32)
+    with pytest.raises(SystemExit, match=r"other does not give what the merged model gives: 0\.5 of"):
+        mixing.check({"merged": lambda: merged, "other": lambda: merged / 2}, base, torch.float32)
+
+
+def test_ratios_are_taken_within_a_round(mixing: ModuleType):
+    """Ratios 2, 1.5, 1: median 1.5, and the quartiles are halfway to the others."""
+    found = list(mixing.summary({"merged": [1.0, 2.0, 4.0], "ours": [2.0, 3.0, 4.0]}))
+    assert found[1] == {"model": "ours", "seconds": 3.0, "ratio": 1.5, "low": 1.25, "high": 1.75}
+    assert found[0]["ratio"] == 1.0
+
+
+class Operations(TorchDispatchMode):
+    """Counts what runs, by name, without what only makes a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if not func.is_view and name not in ("_unsafe_view", "promote_types"):
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
+def test_a_mixed_layer_runs_two_products_and_one_scaling_and_never_waits_for_the_device(mixing: ModuleType, reads: Any):
+    """On the device that holds no numbers reading one raises, and what is copied there is counted."""
+    case = mixing.dit(64, 16)
+    model = case.model.eval()
+    adapters = mixing.loras(case, 3, 2)
+    layers = len(adapters[0].modules)
+    settings = GateSettings(reads=reads, granularity="block")
+    with torch.no_grad():
+        plain = copy.deepcopy(model).to("meta")
+        attachment = attach(model, Mixture(tuple(adapters), GateSet(3, settings)))
+        gates = calibrate(attachment, lambda: model(**case.inputs))
+        model.to("meta")
+        attachment.bank.to("meta")
+        inputs = {name: x.to("meta") for name, x in case.inputs.items()}
+        with Operations() as base:
+            plain(**inputs)
+        with Operations() as ours:
+            model(**inputs)
+    more = ours.seen - base.seen
+    assert not [name for name in more if "copy" in name], more
+    assert more["addmm_"] == layers == 44, more
+    # beside the two products and the scaling: what all gates share, and what each needs to read, open and spread
+    shared, each = {"text": (12, 1), "hidden": (0, 7), "experts": (0, 20)}[reads]
+    assert more.total() <= 3 * layers + shared + each * len(gates.names), more
