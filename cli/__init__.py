@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, files, merge
+from . import demo, files, gates, merge
 from .console import Commands
 
 app = typer.Typer(
@@ -33,7 +33,8 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Combine LoRAs without breaking them: merge, look inside, convert, shrink.
+    """Combine LoRAs without breaking them: merge, look inside, convert, shrink,
+    and train the gates that mix them at run time.
 
     New here? Run [bold]legomole demo[/bold].
     """
@@ -44,4 +45,5 @@ app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("compress", epilog=merge.COMPRESS_EXAMPLES)(merge.compress)
 app.command("inspect", epilog=files.INSPECT_EXAMPLES)(files.inspect)
 app.command("convert", epilog=files.CONVERT_EXAMPLES)(files.convert)
+app.command("train-gates", epilog=gates.EXAMPLES)(gates.train_gates)
 app.command("demo")(demo.demo)

@@ -61,8 +61,8 @@ class Commands(TyperGroup):
         except BrokenPipeError:  # the reader has seen enough (`| head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
             raise typer.Exit(_PIPE_CLOSED) from None
-        except KeyboardInterrupt:
-            self._tell(CANCELLED, "Cancelled", {"problem": "Cancelled. Nothing was written."})
+        except KeyboardInterrupt as stop:
+            self._tell(CANCELLED, "Cancelled", {"problem": str(stop) or "Cancelled. Nothing was written."})
         except _UsageError as error:
             if not self._json:
                 raise  # typer shows it beside the usage line, and exits with USAGE
@@ -98,13 +98,20 @@ def _facts(error: LegoMoleError) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, *, quiet: bool) -> Generator[Callable[[int, int, str], None], None, None]:
+def progress_bar(
+    title: str, *, quiet: bool, telling: bool = False
+) -> Generator[Callable[[int, int, str], None], None, None]:
     """A bar on standard error while the block runs; nothing when `quiet` or not on a terminal.
 
+    Args:
+        title: What is done. quiet: No bar. telling: Show what the callback is told instead of the title.
+
     Yields:
-        The callback `merge` wants: modules done, modules in all, name of the last.
+        The callback `merge` and `train` want: done, in all, what was done last.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err(), transient=True, disable=quiet or not err().is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total, _name: bar.update(task, completed=done, total=total)
+        yield lambda done, total, what: bar.update(
+            task, completed=done, total=total, description=what if telling else title
+        )

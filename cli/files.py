@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..hosts.names import key_map, spelled_for
 from .console import out, print_json
+from .gates_output import gates_facts, show
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _SHOWN = 60  # characters of a metadata value
 
 
 def inspect(
-    paths: Annotated[list[Path], typer.Argument(metavar="LORA", help="LoRA files or PEFT folders.")],
+    paths: Annotated[list[Path], typer.Argument(metavar="LORA", help="LoRA files, PEFT folders, gates.")],
     modules: Annotated[bool, typer.Option("--modules", help="List the module names, one a line.")] = False,
     recipe: Annotated[bool, typer.Option("--recipe", help="Print only the recipe of a merged file, as YAML.")] = False,
     json: Json = False,
@@ -44,26 +45,36 @@ def inspect(
     """Look inside LoRA files: format, ranks, number formats, metadata, and how they were merged.
 
     Reads only the header, so it also works for files that cannot be merged. Several files: how far they overlap.
+    Of gates (train-gates) it tells the LoRAs, the settings and the training.
     """
     from ..core.formats import summarise
 
     summaries = [summarise(path) for path in paths]
+    loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
     if recipe:
         _print_recipes(summaries, json)
     elif json:
         data = [_plain(summary) for summary in summaries]
-        print_json({"files": data} | ({"overlap": _overlap(paths)} if len(paths) > 1 else {}))
+        print_json({"files": data} | ({"overlap": _overlap(loras)} if len(loras) > 1 else {}))
     elif modules:
         for summary in summaries:
             out().print("\n".join(summary.names), markup=False)
     else:
         for summary in summaries:
             _show(summary)
-        if len(paths) > 1:
-            _show_overlap(paths)
+        if len(loras) > 1:
+            _show_overlap(loras)
+
+
+def _holds_gates(summary: Summary) -> bool:
+    return summary.metadata.get("kind", "").startswith("legomole.gates.")
 
 
 def _plain(summary: Summary) -> dict[str, Any]:
+    if _holds_gates(summary):
+        from ..core.trained import TrainedGates
+
+        return {"path": summary.path, "format": "gates", **gates_facts(TrainedGates.load(summary.path))}
     data: dict[str, Any] = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
     made = data["metadata"].get("legomole")
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
@@ -79,7 +90,11 @@ def base_model(summary: Summary) -> str:
 
 def _show(summary: Summary) -> None:
     from ..core.run import recipe_in
+    from ..core.trained import TrainedGates
 
+    if _holds_gates(summary):
+        show(summary.path, TrainedGates.load(summary.path))
+        return
     table = Table(title=summary.path, title_justify="left", title_style="bold", show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")

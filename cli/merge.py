@@ -222,7 +222,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     import torch
 
     try:
@@ -238,7 +238,7 @@ def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrit
     from ..core.methods import METHODS
     from ..core.run import run
 
-    _check_device(device)
+    check_device(device)
     fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
     if "rank" in fields and "rank" not in recipe.settings:
         recipe = recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})

@@ -1,0 +1,299 @@
+"""`legomole train-gates`."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..core.errors import MergeError, SaveError
+from .arguments import parse_setting
+from .console import out, print_json, progress_bar
+from .gates_input import parse_expert, parse_size, read_lines, read_pictures
+from .gates_output import draw, facts, python, tell
+from .merge import check_device
+from .options import OUTPUT, Device, DtypeName, Json, Overwrite, check_output, size_of
+
+if TYPE_CHECKING:
+    from ..core.gates import GateSettings
+    from ..core.train import TrainSettings
+
+EXAMPLES = """[bold]Examples[/bold]
+
+Gates for a style and a subject, without a single picture:
+[cyan]legomole train-gates sd15 style.safetensors:0.8 heart.safetensors --words 'ember style,burning' --words heart \\
+  --device cuda -o gates.safetensors[/cyan]
+
+The router as gates, which only reads the prompts:
+[cyan]legomole train-gates sd15 a.safetensors b.safetensors --words ember --words heart --objective router \\
+  -o gates.safetensors[/cyan]
+
+From your own pictures, so that an interruption loses nothing:
+[cyan]legomole train-gates sd15 a.safetensors b.safetensors --words ember --words heart --objective denoise \\
+  --images 1:embers --images 2:hearts --state run1 -o gates.safetensors[/cyan]
+"""
+GATES, TRAINING, PICTURES = "Gates", "Training", "Pictures the models paint to learn from"
+
+
+def train_gates(
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="A folder in diffusers' format, or the name of a model in the local cache. Nothing is downloaded.",
+        ),
+    ],
+    loras: Annotated[
+        list[str],
+        typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Strength 1 if not given."),
+    ],
+    words: Annotated[
+        list[str],
+        typer.Option(
+            metavar="WORDS",
+            help="What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
+            "in their order.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
+    ],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to train on, one a line. Kinds that are missing (each LoRA alone, several, none) are made up "
+            "from the words; without a file all are.",
+        ),
+    ] = None,
+    objective: Annotated[
+        Literal["distil", "router", "denoise", "clip"],
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=TRAINING,
+            help="distil: imitate the LoRAs a prompt names, needs no pictures. router: only read the prompts. denoise: "
+            "the pictures of --images. clip: please the CLIP model of --clip.",
+        ),
+    ] = "distil",
+    images: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N:FOLDER",
+            rich_help_panel=TRAINING,
+            help="denoise: pictures of the N-th LoRA's concept. A .txt of the same name describes one; without it the "
+            "LoRA's first words do. Repeatable.",
+        ),
+    ] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=TRAINING,
+            help="clip: a CLIP model with its processor, as transformers saves it.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the optimizer. Default 200.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Examples per step. Default 32.")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", metavar="RATE", rich_help_panel=TRAINING, help="Learning rate. Default 0.01."),
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WEIGHT", rich_help_panel=TRAINING, help="Of the balance loss. Default 0; the MoLE paper has 0.5."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of everything drawn. Default 0.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            rich_help_panel=TRAINING,
+            help="Any other setting: examples (640), samples (128), accumulation (1), warmup (10), patience (0), "
+            "compose (1.2), weight_decay (0.001). Repeatable.",
+        ),
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", rich_help_panel=TRAINING, help="Save memory: compute every block twice.")
+    ] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            rich_help_panel=TRAINING,
+            help="Keep what was done here; the same command goes on after an interruption.",
+        ),
+    ] = None,
+    granularity: Annotated[
+        Literal["network", "block", "layer", "matrix"],
+        typer.Option(metavar="NAME", rich_help_panel=GATES, help="One gate per network, block, layer or matrix."),
+    ] = "layer",
+    activation: Annotated[
+        Literal["sigmoid", "softmax", "softmax-null"],
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=GATES,
+            help="sigmoid: every LoRA for itself. softmax: shares of 1 (the paper's). softmax-null: one for none.",
+        ),
+    ] = "sigmoid",
+    reads: Annotated[
+        Literal["text", "hidden", "experts", "flat"],
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=GATES,
+            help="What gates see: the prompt (text), the block's input (hidden), the LoRAs' outputs (experts, or flat "
+            "as in the paper).",
+        ),
+    ] = "text",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WxH",
+            rich_help_panel=PICTURES,
+            help="Pixels: 512, or 768x512. Default the pipeline's; smaller is faster.",
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="SCALE", rich_help_panel=PICTURES, help="Default the pipeline's. 1: none.")
+    ] = None,
+    paint_steps: Annotated[
+        int, typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help="Steps per picture.")
+    ] = 12,
+    device: Device = "cpu",
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Of the model: float32, bfloat16 or float16 (which loses small gradients). Default float32 on the "
+            "CPU, bfloat16 elsewhere.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also draw the training and the gates (.png)."),
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Train the gates that mix LoRAs at run time (MoLE), for a diffusers pipeline.
+
+    The LoRAs stay apart; small gates decide for every prompt and layer how much of each goes in. Only they are trained.
+    [bold]accelerate launch -m legomole train-gates ..[/bold] shares the work among several devices.
+    """
+    entries = [parse_expert(text) for text in loras]
+    concepts = [[word.strip() for word in text.split(",") if word.strip()] for text in words]
+    if len(concepts) != len(entries):
+        raise typer.BadParameter(f"{len(entries)} LoRAs and {len(concepts)} times --words: give one for every LoRA.")
+    given = {"steps": steps, "batch": batch, "learning_rate": lr, "balance": balance, "seed": seed}
+    typed = {"objective": objective, **{k: v for k, v in given.items() if v is not None}}
+    training, chosen = _settings(
+        {**typed, **dict(map(parse_setting, settings or ()))},
+        {"granularity": granularity, "activation": activation, "reads": reads},
+    )
+    if objective == "clip" and clip is None:
+        raise typer.BadParameter("The objective clip needs --clip FOLDER.")
+    pixels = None if size is None else parse_size(size)
+    pictures = read_pictures(images or (), concepts)
+    texts = [] if prompts is None else read_lines(prompts)
+    output = check_output(output, "gates", [Path(path) for path, _ in entries], overwrite=overwrite)
+    if plot is not None:
+        plot = _check_plot(plot, overwrite)
+    check_device(device)
+
+    import torch
+
+    from ..core.formats import load
+    from ..core.gates import GateSet
+    from ..core.mixture import Mixture
+
+    devices = _host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
+    alone = devices is None or devices.rank == 0
+    device = device if devices is None else str(devices.accelerator.device)
+    number = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    adapters = [load(path) for path, _ in entries]
+    pipe = _host("pipeline_training").load_pipeline(pipeline, device=device, dtype=number)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*are of text encoders")  # told below, with the rest that is left out
+        adapters = _host("pipeline").experts(pipe, adapters)
+    mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
+    critic = None if clip is None else _host("pipeline_clip").load_clip(clip)
+    with progress_bar("training", quiet=json or not alone, telling=True) as progress:
+        try:
+            done = _host("pipeline_training").train_gates(
+                pipe, mixture, concepts, texts, training, images=pictures, clip=critic, size=pixels, guidance=guidance,
+                paint_steps=paint_steps, checkpointing=checkpointing, folder=state, devices=devices, progress=progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_interrupted(state)) from None
+        except torch.cuda.OutOfMemoryError as error:
+            raise MergeError(
+                "The device has too little memory.",
+                found=str(error).partition("\n")[0] or None,
+                remedy="try --checkpointing, a smaller --batch or --size, or --set accumulation=4",
+            ) from error
+    if not alone:
+        return
+    done.gates.save(output)
+    if plot is not None:
+        draw(done, mixture.labels, plot)
+    component = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
+    code = python(pipeline, component, entries, output, concepts)
+    if json:
+        print_json({**facts(done, mixture.labels), "output": str(output), "python": code})
+        return
+    tell(done, mixture.labels)
+    out().print(f"wrote {output} ({size_of(output)})" + (f" and {plot}" if plot else ""), markup=False)
+    out().print(f"\nTo use them:\n\n{code}", markup=False)
+
+
+def _host(name: str) -> Any:
+    try:
+        return importlib.import_module(f"..hosts.{name}", __package__)
+    except ImportError as error:
+        raise MergeError(
+            "Gates are trained on a diffusers pipeline, and what that needs is not installed.",
+            found=str(error),
+            remedy="pip install 'legomole[diffusers]'",
+        ) from error
+
+
+def _settings(training: Mapping[str, Any], gates: Mapping[str, Any]) -> tuple[TrainSettings, GateSettings]:
+    from pydantic import ValidationError
+
+    from ..core.gates import GateSettings
+    from ..core.train import TrainSettings
+
+    try:
+        return TrainSettings.model_validate(training), GateSettings.model_validate(gates)
+    except ValidationError as error:
+        wrong = "; ".join(f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors())
+        raise typer.BadParameter(f"Settings that cannot be trained with. {wrong}") from error
+
+
+def _check_plot(path: Path, overwrite: bool) -> Path:
+    path = path if path.suffix == ".png" else path.with_name(f"{path.name}.png")
+    if not path.absolute().parent.is_dir():
+        raise SaveError("The output folder does not exist.", file=path.absolute().parent, remedy="create it first")
+    if path.exists() and not overwrite:
+        raise SaveError("The output exists already.", file=path, remedy="choose another name, or add --overwrite")
+    return path
+
+
+def _interrupted(state: Path | None) -> str:
+    if state is None:
+        return "Cancelled. Nothing was written. With --state FOLDER what was learnt would have been kept."
+    if not any(state.glob("*.safetensors")):
+        return "Cancelled before there was anything to keep. Nothing was written."
+    return f"Cancelled. What was done is kept in {state}: the same command goes on from there."

@@ -1,0 +1,66 @@
+"""What `train-gates` is given, as values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..core.errors import FormatError
+from .arguments import parse_input
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def parse_expert(text: str) -> tuple[str, float]:
+    """``FILE`` or ``FILE:STRENGTH``."""
+    entry = parse_input(text)
+    if "text_encoder_weight" in entry:
+        raise typer.BadParameter(f"{text!r}: text encoders are not mixed, so a LoRA has one strength here.")
+    return entry["path"], entry.get("weight", 1.0)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``512``, or ``768x512`` for width and height: height and width."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size: write 512, or 768x512 for width and height.")
+    width = int(match[1])
+    return int(match[2] or width), width
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            "The text cannot be read.", file=path, expected="a text file in UTF-8", found=error
+        ) from error
+
+
+def read_pictures(texts: Sequence[str], concepts: Sequence[Sequence[str]]) -> list[tuple[Any, str]]:
+    """The pictures of every ``N:FOLDER``, each with the text beside it, or the first words of the N-th LoRA."""
+    from PIL import Image
+
+    found: list[tuple[Any, str]] = []
+    for text in texts:
+        match = re.fullmatch(r"(\d+):(.+)", text)
+        if match is None or not 1 <= int(match[1]) <= len(concepts):
+            raise typer.BadParameter(f"{text!r} is not N:FOLDER with N from 1 to {len(concepts)}, the place of a LoRA.")
+        folder, words = Path(match[2]), concepts[int(match[1]) - 1]
+        paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+        if not paths:
+            raise FormatError("There are no pictures.", file=folder, expected=f"a folder with {', '.join(_SUFFIXES)}")
+        for path in paths:
+            described = path.with_suffix(".txt")
+            caption = " ".join(read_lines(described)) if described.exists() else words[0]
+            try:
+                with Image.open(path) as picture:
+                    found.append((picture.convert("RGB"), caption))
+            except OSError as error:
+                raise FormatError("The picture cannot be read.", file=path, found=error) from error
+    return found

@@ -1,0 +1,162 @@
+"""What `train-gates` and `inspect` say about gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from ..core.errors import SaveError, name_some
+from .console import out
+from .options import size_of
+
+if TYPE_CHECKING:
+    from ..core.trained import TrainedGates
+    from ..hosts.pipeline_training import PipelineTraining
+
+
+def facts(done: PipelineTraining, labels: Sequence[str]) -> dict[str, Any]:
+    """A training as plain data."""
+    return {
+        **gates_facts(done.gates),
+        "prompts": len(done.prompts),
+        "weights": [
+            {"named": [labels[i] for i in named], "prompts": count, "mean": dict(zip(labels, mean, strict=True))}
+            for named, count, mean in weights(done)
+        ],
+        "left_out": list(done.left_out),
+    }
+
+
+def gates_facts(gates: TrainedGates) -> dict[str, Any]:
+    """Trained gates as plain data."""
+    training = gates.training
+    losses, entropies = (list(training.get(name, ())) for name in ("losses", "entropies"))
+    return {
+        "base": gates.base,
+        "experts": [expert.model_dump() for expert in gates.experts],
+        "gates": len(gates.gates.names),
+        **gates.gates.settings.model_dump(),
+        "training": dict(training.get("settings", {})),
+        "concepts": training.get("concepts", []),
+        "strengths": training.get("strengths", []),
+        "loss": losses[:1] + losses[-1:],
+        "entropy": entropies[:1] + entropies[-1:],
+        "steps": len(losses),
+        "stopped": training.get("stopped", ""),
+    }
+
+
+def weights(done: PipelineTraining) -> list[tuple[tuple[int, ...], int, list[float]]]:
+    """Mean gates per kind of prompt: which LoRAs it names, how many such prompts, the mean of each LoRA's gates."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(done.prompts):
+        kinds.setdefault(prompt.named, []).append(i)
+    order = sorted(kinds, key=lambda named: (len(named) == 0, len(named), named))
+    return [(named, len(kinds[named]), done.values[kinds[named]].mean((0, 1)).tolist()) for named in order]
+
+
+def tell(done: PipelineTraining, labels: Sequence[str]) -> None:
+    """Print what a training came to."""
+    console, found = out(), gates_facts(done.gates)
+    settings = found["training"]
+    line = f"{settings['objective']} on {found['base']}: {found['gates']} gates, {len(done.prompts)} prompts"
+    if found["loss"]:
+        line += f", {found['steps']} steps\nloss     {_course(found['loss'])}\nentropy  {_course(found['entropy'])}"
+    console.print(line, markup=False)
+    if found["stopped"]:
+        console.print(f"stopped early: {found['stopped']}", markup=False)
+    if done.left_out:
+        console.print(f"{len(done.left_out)} parts are not mixed: {name_some(done.left_out, 2)}", markup=False)
+    table = Table(title="How much of each LoRA goes in, in the mean over the model", title_justify="left")
+    table.add_column("prompts that name")
+    for label in labels:
+        table.add_column(label, justify="right")
+    for named, count, mean in weights(done):
+        names = " and ".join(labels[i] for i in named) or "none"
+        table.add_row(f"{names} ({count})", *(f"{value:.2f}" for value in mean))
+    console.print(table)
+
+
+def _course(values: Sequence[float]) -> str:
+    return f"{values[0]:.4g} to {values[-1]:.4g}"
+
+
+def show(path: str, gates: TrainedGates) -> None:
+    """Print what a file of gates holds."""
+    found = gates_facts(gates)
+    table = Table(title=path, title_justify="left", title_style="bold", show_header=False, box=None)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("holds", f"{found['gates']} gates of a mixture (MoLE)")
+    table.add_row("base model", found["base"] or "unknown")
+    strengths = found["strengths"] or [1.0] * len(gates.experts)
+    concepts = found["concepts"] or [[]] * len(gates.experts)
+    for expert, strength, words in zip(gates.experts, strengths, concepts, strict=True):
+        named = f", named by {', '.join(words)}" if words else ""
+        table.add_row("LoRA", f"{expert.label}:{strength:g}, sha256 {expert.sha256[:12]}..{named}")
+    table.add_row("gates", f"per {found['granularity']}, {found['activation']}, read {found['reads']}")
+    settings: Mapping[str, Any] = found["training"]
+    if settings:
+        shown = ("steps", "batch", "learning_rate", "balance", "seed") if found["loss"] else ("seed",)
+        course = f"; loss {_course(found['loss'])}, entropy {_course(found['entropy'])}" if found["loss"] else ""
+        table.add_row(
+            "trained by", f"{settings['objective']} ({', '.join(f'{k} {settings[k]}' for k in shown)}){course}"
+        )
+    if found["stopped"]:
+        table.add_row("stopped", found["stopped"])
+    table.add_row("size", size_of(Path(path)))
+    out().print(table)
+    out().print()
+
+
+def python(
+    pipeline: str, component: str, loras: Sequence[tuple[str, float]], output: Path, concepts: Sequence[Sequence[str]]
+) -> str:
+    """The lines that use the gates."""
+    loads = ", ".join(f"legomole.load({path!r})" for path, _ in loras)
+    strengths = ", ".join(f"{strength:g}" for _, strength in loras)
+    prompt = ", ".join(words[0] for words in concepts)
+    lines = [
+        "import legomole",
+        "from diffusers import DiffusionPipeline",
+        "from legomole.hosts.pipeline import experts, load_gates",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
+        f"loras = experts(pipe, [{loads}])",
+        f"gates = load_gates(pipe, {str(output)!r}, loras)",
+        f"mixture = legomole.Mixture(loras, gates, strengths=[{strengths}])",
+        f"with legomole.attach(pipe.{component}, mixture):",
+        f"    image = pipe({prompt!r}).images[0]",
+    ]
+    return "\n".join(lines)
+
+
+def draw(done: PipelineTraining, labels: Sequence[str], path: Path) -> None:
+    """Save a picture: loss and entropy over the steps, and the mean gate of every LoRA in every part of the model.
+
+    Raises:
+        SaveError: It could not be written.
+    """
+    from PIL import Image
+
+    from ..core.draw import curves, heat_map
+
+    parts = [
+        heat_map(
+            done.values.mean(0), [scope or "(network)" for scope in done.scopes], labels, "gates, mean over the prompts"
+        )
+    ]
+    if done.fit.losses:
+        parts.insert(0, curves({"loss": done.fit.losses, "entropy": done.fit.entropies}, "training"))
+    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
+    try:
+        sheet.save(path, format="PNG")
+    except OSError as error:
+        raise SaveError("The picture could not be written.", file=path, found=error.strerror or str(error)) from error

@@ -1,0 +1,163 @@
+"""Tiny random pipelines with tokenizers and text encoders of their own: everything a real one has, in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from legomole.core.adapter import Adapter
+from legomole.core.lowrank import LowRank
+from torch import nn
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz,"
+TOKENS = 40  # of a prompt: letter by letter, it must fit
+
+
+def clip_tokenizer() -> Any:
+    """Letters are the tokens; the last of a word has an ending of its own, as in CLIP's."""
+    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
+    vocab = {word: i for i, word in enumerate(words)}
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
+
+
+def t5_tokenizer() -> Any:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -2.0) for c in LETTERS)]
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def clip_config(hidden: int, projection: int) -> Any:
+    return transformers.CLIPTextConfig(
+        vocab_size=2 + 2 * len(LETTERS), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=projection, max_position_embeddings=TOKENS, bos_token_id=0,
+        eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+def t5(hidden: int) -> Any:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=4 + len(LETTERS), d_model=hidden, d_kv=4, d_ff=2 * hidden, num_layers=1, num_heads=2
+        )
+    )
+
+
+def vae(channels: int, shift: float | None = 0.1) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=channels, norm_num_groups=2, sample_size=16,
+        shift_factor=shift, scaling_factor=0.5,
+    )  # fmt: skip
+
+
+def unet(**options: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **options,
+    )  # fmt: skip
+
+
+def _sd15(scheduler: Any) -> Any:
+    return diffusers.StableDiffusionPipeline(
+        vae=vae(4, None), text_encoder=transformers.CLIPTextModel(clip_config(8, 8)), tokenizer=clip_tokenizer(),
+        unet=unet(cross_attention_dim=8), scheduler=scheduler or ddim(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _sdxl(scheduler: Any) -> Any:
+    return diffusers.StableDiffusionXLPipeline(
+        vae=vae(4, None), text_encoder=transformers.CLIPTextModel(clip_config(8, 8)), tokenizer=clip_tokenizer(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config(12, 6)), tokenizer_2=clip_tokenizer(),
+        unet=unet(
+            cross_attention_dim=20, addition_embed_type="text_time", addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=6 + 6 * 4,
+        ),
+        scheduler=scheduler or diffusers.EulerDiscreteScheduler(**SD_BETAS),
+    )  # fmt: skip
+
+
+def _sd3(scheduler: Any) -> Any:
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=20, out_channels=4,
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, vae=vae(4),
+        scheduler=scheduler or diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=transformers.CLIPTextModelWithProjection(clip_config(8, 8)), tokenizer=clip_tokenizer(),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config(12, 12)), tokenizer_2=clip_tokenizer(),
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def _flux(scheduler: Any) -> Any:
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=8, axes_dims_rope=(2, 2, 4), guidance_embeds=True,
+    )  # fmt: skip
+    dynamic = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return diffusers.FluxPipeline(
+        scheduler=scheduler or dynamic, vae=vae(1), text_encoder=transformers.CLIPTextModel(clip_config(8, 8)),
+        tokenizer=clip_tokenizer(), text_encoder_2=t5(16), tokenizer_2=t5_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+PIPELINES = {"SD 1.5": _sd15, "SDXL": _sdxl, "SD3": _sd3, "Flux": _flux}
+
+
+def build(name: str, scheduler: Any = None) -> Any:
+    """One of `PIPELINES`; the same one every time."""
+    torch.manual_seed(0)
+    pipe = PIPELINES[name](scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval()
+    return pipe
+
+
+def ddim(**options: Any) -> Any:
+    return diffusers.DDIMScheduler(**SD_BETAS, clip_sample=False, timestep_spacing="trailing", **options)
+
+
+def clip() -> tuple[Any, Any]:
+    """A CLIP model and its processor."""
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=12, patch_size=4,
+        projection_dim=6,
+    )  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config=clip_config(8, 6).to_dict(), vision_config=vision.to_dict(), projection_dim=6
+    )
+    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+    return transformers.CLIPModel(config).eval(), transformers.CLIPProcessor(pictures, clip_tokenizer())
+
+
+def component(pipe: Any) -> str:
+    return "unet" if hasattr(pipe, "unet") else "transformer"
+
+
+LAYERS = ("to_q", "to_v", "to_out.0")
+
+
+def lora(pipe: Any, seed: int, *, rank: int = 3, kinds: Sequence[str] = LAYERS) -> Adapter:
+    """A LoRA in diffusers' names, loud enough to show."""
+    name = component(pipe)
+    g = torch.Generator().manual_seed(seed)
+    modules = {
+        f"{name}.{path}": LowRank(
+            torch.randn(rank, layer.weight[0].numel(), generator=g),
+            0.3 * torch.randn(layer.weight.shape[0], rank, generator=g),
+            2.0,
+            tuple(layer.weight.shape[2:]),
+        )
+        for path, layer in getattr(pipe, name).named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and path.endswith(tuple(kinds))
+    }
+    return Adapter(modules)
