@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .adapter import is_text_encoder
 from .errors import MergeError, name_some
@@ -84,12 +84,6 @@ class Bank(nn.Module):
     def parameters_of_gates(self) -> list[nn.Parameter]:
         """What training changes, and nothing else."""
         return [p for p in self.gates.parameters() if p.requires_grad]
-
-    def one_hot(self, named: Iterable[int], value: float = 1.0) -> Tensor:
-        """``(N,)``: `value` for the named experts, 0 for the rest."""
-        g = torch.zeros(self.experts)
-        g[list(named)] = value
-        return g
 
 
 def _places(model: nn.Module, mixture: Mixture) -> dict[str, Site]:

@@ -18,7 +18,7 @@ Rows = Callable[[Mapping[str, Any], int], Sequence[int]]
 
 @dataclass(eq=False)
 class Record:
-    """Gate values by pass of the model and scope. A `core.attach.Watcher`.
+    """Gate values by pass of the model and scope. A `core.gating.Watcher`.
 
     Args:
         rows: Which samples of a batch to keep; default all. A host tells the prompt's from the negative prompt's.

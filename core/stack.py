@@ -14,6 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import MergeError
 from .gates import wide
@@ -218,6 +219,13 @@ def rows_of(layer: nn.Module) -> int | None:
 
 
 def _check(layer: nn.Module, update: LowRank, start: int, stop: int, module: str) -> None:
+    if isinstance(layer, (nn.Embedding, NonDynamicallyQuantizableLinear)):
+        raise MergeError(
+            "A layer that is used through its weight alone cannot be mixed at run time.",
+            module=module,
+            found=type(layer).__name__,
+            remedy="merge these LoRAs instead, or leave this layer out of them",
+        )
     rows, width = rows_of(layer), getattr(layer, "in_features", getattr(layer, "nx", None))
     if isinstance(layer, _ConvNd):
         width = layer.in_channels * math.prod(layer.kernel_size)

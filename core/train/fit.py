@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..attach import Attachment, exact_gradients
+from ..attach import Attachment
 from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
 from ..gates import balance_loss, entropy
 from ..merge import Progress
+from ..recompute import exact_gradients
 from .settings import TrainSettings
 
 _KIND = "legomole.training.1"

@@ -29,6 +29,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from legomole.core.attach import attach  # noqa: E402
 from legomole.core.bank import Bank  # noqa: E402
 from legomole.core.gates import Gate, GateSet, GateSettings  # noqa: E402
+from legomole.core.recompute import exact_gradients  # noqa: E402
 from legomole.core.trained import Expert, TrainedGates  # noqa: E402
 from legomole.nodes import mixes  # noqa: E402
 from legomole.nodes.denoiser import ComfyDenoiser  # noqa: E402
@@ -270,8 +271,6 @@ def gradients(base: str) -> Callable[[], Any]:
                 bank = Bank(network, mix.mixture)
                 with attach(network, bank, checkpointing=checkpointing) as attachment, attachment.hold(g):
                     x, t = inputs["x"].clone(), inputs["t"]
-                    from legomole.core.attach import exact_gradients
-
                     with exact_gradients():
                         out = network(x, t, context=inputs["context"].clone(), y=inputs["y"].clone())
                     loss = (out - target).square().mean()

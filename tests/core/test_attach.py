@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.attach import Attachment, attach, exact_gradients
+from legomole.core.attach import Attachment, attach
 from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
 from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss
 from legomole.core.keymap import Place
 from legomole.core.lowrank import LowRank
 from legomole.core.mixture import Mixture
+from legomole.core.recompute import exact_gradients
 from torch import Tensor, nn
 
 from .mole import (
@@ -78,7 +79,7 @@ class TestEqualsMerged:
             if mixing == "delta":  # the sum of outputs is not the output of the sum
                 assert close(call(model, x, text), call(merged(model, (a, b), (0.96, -0.6)), x, text))
             for i, (hot, strength) in enumerate((([1.0, 0.0], (0.96, 0)), ([0.0, 1.0], (0, -0.6)))):
-                with at.hold(at.bank.one_hot([i])):
+                with at.hold(torch.eye(at.bank.experts)[i]):
                     assert close(call(model, x, text), call(merged(model, (a, b), strength), x, text)), hot
             with at.hold([0.0, 0.0]):
                 base = call(model, x, text)
@@ -444,6 +445,22 @@ class TestDetach:
             attachment.detach()
         assert untouched(model)
         assert torch.equal(model(x, text), base)
+
+    def test_what_stays_below_another_program_does_not_pile_up(self):
+        """A program on top that puts back what it found, again and again, with a new mixture below it each time."""
+        model = Transformer()
+        x, text = inputs(model)
+        base, layer = model(x, text), model.blocks[0].attn.to_q
+        for i in range(4):
+            attachment = attach(model, Mixture((lora(model, i),)))
+            found = layer.forward
+            layer.forward = functools.wraps(found)(lambda *args, found=found: found(*args))
+            attachment.detach()
+            layer.forward = found
+        assert torch.equal(model(x, text), base)
+        assert found.previous is None
+        attach(model, Mixture((lora(model, 9),))).detach()
+        assert untouched(model)
 
     @pytest.mark.parametrize("ours_first", [True, False])
     def test_under_the_wrapper_of_another_program(self, ours_first):

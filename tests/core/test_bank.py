@@ -146,12 +146,6 @@ def test_an_eight_bit_layer_does_not_take_the_factors_with_it():
     assert Bank(model, Mixture((Adapter({"a": low}),))).stacks["a"].D.dtype == torch.bfloat16
 
 
-def test_one_hot():
-    model = Transformer()
-    bank = Bank(model, Mixture((lora(model, 0), lora(model, 1), lora(model, 2))))
-    assert bank.one_hot([0, 2], 0.5).tolist() == [0.5, 0.0, 0.5]
-
-
 def test_moves_as_a_module():
     model = Transformer()
     bank = Bank(model, Mixture((lora(model, 0),))).to("meta")

@@ -268,6 +268,11 @@ class TestStacks:
         with pytest.raises(MergeError, match=r"cannot be mixed[\s\S]*c \(adapter\)"):
             stacks(Mixture((lora_of(update(2, 6, 36)),)), {"c": layer}, {"c": ("c", 0, 6, None)})
 
+    @pytest.mark.parametrize("layer", [nn.MultiheadAttention(4, 2).out_proj, nn.Embedding(6, 4)])
+    def test_layers_that_only_lend_their_weight_are_refused(self, layer):
+        with pytest.raises(MergeError, match=r"through its weight alone[\s\S]*c \(adapter\)"):
+            stacks(Mixture((lora_of(update(2, 4, 4)),)), {"c": layer}, {"c": ("c", 0, 4, None)})
+
     @pytest.mark.parametrize(
         ("layer", "low", "rows", "found"),
         [

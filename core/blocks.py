@@ -1,0 +1,111 @@
+"""The forward method of a block: gates inside it open anew, its outputs are mixed, it can be computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import MergeError
+from .forwards import Arguments, Forward
+from .gates import wide
+from .gating import Site, State, pooled
+from .recompute import copied, recomputed
+from .stack import fit_batch
+
+_STREAM = ("img", "x", "hidden_states")  # what blocks call the stream of the picture or text
+_CACHE = ("past_key_values", "past_key_value", "layer_past")  # keys and values of a language model's earlier tokens
+
+
+class Block(Forward):
+    def __init__(self, module: nn.Module, state: State, path: str, inside: Sequence[Site], checkpointing: bool):
+        self.path, self.inside, self.checkpointing = path, inside, checkpointing
+        self.own = next((site for site in inside if site.name == path), None)
+        # a block around other blocks (of a U-Net) would run them once more per LoRA for each of its own passes
+        around = any(other.startswith(f"{path}.") for other in state.bank.blocks)
+        self.output = state.bank.mixing == "output" and self.own is not None and not around
+        super().__init__(module, state)
+        self.arguments, self.cache = Arguments(self.inner, _STREAM), Arguments(self.inner, _CACHE)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.inner(*args, **kwargs)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        if (recompute or self.output) and self.cache.find(args, kwargs) is not None:
+            raise MergeError(
+                "A block that runs more than once would write into the key-value cache each time.",
+                module=self.path,
+                remedy="call the model with use_cache=False, or use delta mixing without checkpointing",
+            )
+        return recomputed(self, args, kwargs) if recompute else self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if state.reads != "text":
+            for site in self.inside:
+                site.value = None
+        if self.output:
+            return self._output_mixed(args, kwargs)
+        if self.own is not None and state.reads == "hidden":
+            x = self.arguments.stream(args, kwargs)
+            state.hidden(self.own, "", x, image=x.ndim > 3)
+        return self.inner(*args, **kwargs)
+
+    def _output_mixed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``F(x) + sum_i g_i (F_i(x) - F(x))``: the block without experts, and once under each alone."""
+        state, site = self.state, self.own
+        assert site is not None
+        n = state.bank.experts
+        gate, x = site.value, self.arguments.stream(args, kwargs)
+        alone = torch.eye(n, device=x.device)
+        outputs: list[list[Any]] = []
+        tree = None
+        for g in (torch.zeros(1, n, device=x.device), *alone.split(1)):
+            site.value = g
+            copied_args, copied_kwargs = copied((args, kwargs))  # some blocks write into their inputs
+            flat, tree = pytree.tree_flatten(self.inner(*copied_args, **copied_kwargs))
+            outputs.append(flat)
+        base, own = outputs[0], outputs[1:]
+        if gate is None:
+            gate = state.fixed(site, x)
+        if gate is None:
+            if state.reads == "hidden":
+                gate = state.read(site, _pooled_stream(x))
+            else:
+                gate = state.read(site, *self._outputs_read(base, own))
+        state.set(site, gate)
+        mixed = [
+            value + sum(_scaled(fit_batch(gate, value.shape[0])[:, i], own[i][j] - value) for i in range(n))
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for j, value in enumerate(base)
+        ]
+        assert tree is not None
+        return pytree.tree_unflatten(mixed, tree)
+
+    def _outputs_read(self, base: list[Any], own: list[list[Any]]) -> tuple[Tensor, Tensor]:
+        """The experts' outputs as published: concatenated, normalised, per position or in the mean."""
+        j = next(j for j, value in enumerate(base) if isinstance(value, Tensor) and value.is_floating_point())
+        deltas = [wide(_positions(flat[j] - base[j])) for flat in own]
+        E = torch.cat(deltas, -1)  # (B, T, N d)
+        E = E / E.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+        owner = torch.arange(len(own), device=E.device).repeat_interleave(deltas[0].shape[-1])
+        if self.state.reads == "flat":
+            return E.flatten(1), owner.repeat(E.shape[1])
+        return E.mean(1), owner
+
+
+def _pooled_stream(x: Tensor) -> Tensor:
+    return pooled(x, channels_first=x.ndim > 3)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """``(B, T, d)`` of a sequence or of an image with channels first."""
+    return x.flatten(2).mT if x.ndim > 3 else x if x.ndim == 3 else x[:, None]
+
+
+def _scaled(g: Tensor, x: Tensor) -> Tensor:
+    return g.to(x).view(-1, *(1 for _ in range(x.ndim - 1))) * x

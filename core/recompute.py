@@ -1,0 +1,108 @@
+"""Recompute blocks in the backward pass, and keep gradients exact where blocks work in place."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from .errors import MergeError
+from .gating import State
+
+
+class Recomputable(Protocol):
+    """A block's forward method, see `core.blocks.Block`."""
+
+    path: str
+    module: nn.Module
+    state: State
+    active: bool
+
+    def run(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep only the inputs; run the block again in the backward pass. Right for blocks that work in place."""
+    flat, tree = pytree.tree_flatten((args, kwargs))
+    at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+    sites = [site for site in block.state.sites.values() if site.value is not None]
+    watch, measure, held = block.state.watch, block.state.measure, block.state.held
+    opened: dict[str, Tensor] = {}  # the gates that open inside: with a graph only as outputs, too
+    shape: Any = None
+
+    def run(anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
+        nonlocal opened, shape
+        if not block.active:
+            raise MergeError(
+                "The mixture was taken off before the backward pass, which runs blocks again.",
+                module=block.path,
+                remedy="call backward() inside the `with attach(..)` block",
+            )
+        state, seen = block.state, _Opened()
+        everywhere = list(state.sites.values())
+        outer = [site.value for site in everywhere], state.watch, state.measure, state.held
+        state.watch, state.measure, state.held = None if watch is None else seen, measure, held
+        for site, value in zip(sites, tensors, strict=False):
+            site.value = value
+        values = list(flat)
+        for i, value in zip(at, tensors[len(sites) :], strict=True):
+            values[i] = value.clone()
+        inner_args, inner_kwargs = pytree.tree_unflatten(values, tree)
+        try:
+            with exact_gradients():
+                leaves, shape = pytree.tree_flatten(block.run(*inner_args, **inner_kwargs))
+            opened = seen.values
+            # only tensors get gradients, not what holds them; copies, because views must not be written into later
+            return tuple(copied([anchor, *leaves, *opened.values()]))
+        finally:
+            for site, value in zip(everywhere, outer[0], strict=True):  # no other block may see this graph
+                site.value = value
+            _, state.watch, state.measure, state.held = outer
+
+    inside = [site.value for site in sites] + [flat[i] for i in at]
+    for i in at:
+        flat[i] = None  # the library keeps them
+    anchor = torch.zeros((), requires_grad=True)  # an input and output with a gradient: the library asks for one
+    random = block.module.training  # dropout must fall alike both times
+    found = checkpoint(run, anchor, *inside, use_reentrant=True, preserve_rng_state=random)
+    found = list(found)[1:]  # type: ignore[call-overload]
+    leaves = len(found) - len(opened)
+    if watch is not None:
+        for name, value in zip(opened, found[leaves:], strict=True):
+            watch.seen(name, value)
+    return pytree.tree_unflatten(found[:leaves], shape)
+
+
+class _Opened:
+    """Notes the gates that open in a block. A `Watcher`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        pass
+
+    def seen(self, scope: str, value: Tensor) -> None:
+        self.values[scope] = value
+
+
+@contextmanager
+def exact_gradients() -> Generator[None]:
+    """Gradients that stay right where blocks write into tensors kept for the backward pass (``img += ..``)."""
+    with torch.autograd.graph.saved_tensors_hooks(_kept, lambda t: t):
+        yield
+
+
+def _kept(t: Tensor) -> Tensor:
+    """What to keep for the backward pass: a copy, but of weights, which nobody writes into, the tensor itself."""
+    return t if isinstance(t if t._base is None else t._base, nn.Parameter) else t.clone()
+
+
+def copied(tree: Any) -> Any:
+    """The same tuples, lists and dicts, with copies of the tensors."""
+    return pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, tree)
