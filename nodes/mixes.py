@@ -140,7 +140,7 @@ def build(
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     kept = [i for i in range(len(loras)) if i not in off]
     weights = tuple(loras[i].strength_clip for i in kept)
-    return Mix(mixture, bank, Record(_prompt_rows), weights, reading, base)
+    return Mix(mixture, bank, _Record(_prompt_rows), weights, reading, base)
 
 
 def _owned(adapter: Adapter) -> Adapter:
@@ -227,8 +227,16 @@ def run(model: Any, positive: Any, latent: Tensor, steps: int, seed: int) -> Non
     )
 
 
+class _Record(Record):
+    """Keeps only what tells samples apart: the other arguments lead back to the model, and would keep it alive."""
+
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        told = arguments.get("transformer_options") or {}
+        super().start({"parts": list(told.get("cond_or_uncond") or [0])})
+
+
 def _prompt_rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
     """The samples of the positive prompt: ComfyUI puts it and the negative one into one batch, in this order."""
-    parts = (arguments.get("transformer_options") or {}).get("cond_or_uncond") or [0]
+    parts: list[int] = arguments["parts"]
     size = batch // len(parts) or 1
     return [row for i, part in enumerate(parts) if part == 0 for row in range(i * size, min((i + 1) * size, batch))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,14 @@ def among_others() -> Any:
     found["after a clone is gone"] = float((paint(mix, base) - before).abs().max())
     found["base after"] = float((paint(model, base) - plain).abs().max())
     found["left on base"] = leftovers(model)
+
+    fresh = load(base)
+    gone = mixed(fresh, a, b)
+    paint(gone, base)
+    bank = weakref.ref(mixes.mixes_of(gone)[0].bank)
+    del gone  # as when ComfyUI drops it from its cache: loaded, and never asked to unload
+    found["left when the mix is gone"] = leftovers(fresh) + (bank() is not None)
+    found["base when the mix is gone"] = float((paint(fresh, base) - plain).abs().max())
     return found
 
 

@@ -68,7 +68,11 @@ def test_a_mix_gets_along_with(measured: dict[str, Any], case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["after unloading", "after another mix", "clone", "after a clone is gone", "base after"]
+    "case",
+    [
+        *("after unloading", "after another mix", "clone", "after a clone is gone", "base after"),
+        *("left when the mix is gone", "base when the mix is gone"),
+    ],
 )
 def test_nothing_changes(measured: dict[str, Any], case: str) -> None:
     assert measured["among others"][case] == 0

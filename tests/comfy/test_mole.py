@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .conftest import picture_of
 from .graph import Graph, Link
 from .server import Server
 from .test_inputs import same
@@ -84,19 +85,18 @@ def test_one_switched_off_is_the_other_alone(files: dict[str, str], paint: Calla
 
 
 def test_the_base_model_paints_the_same_before_and_after_a_mix(comfy: Server, paint: Callable, pair: Callable) -> None:
-    def plain(prefix: str) -> tuple:
-        graph = Graph()
-        node = graph.picture()
-        graph.nodes["SaveLatent0"]["inputs"]["filename_prefix"] = prefix  # or the answer would come from the cache
-        comfy.post("/free", {"free_memory": True})
-        return paint(graph, node)
-
-    before = plain("test/before")
-    mixed = Graph()
-    paint(mixed, mixed.picture(mixed.mix(*pair(mixed))))
-    after = plain("test/after")
+    plain, mixed = Graph(), Graph()
+    node = plain.picture()
+    before = paint(plain, node)
+    between = paint(mixed, mixed.picture(mixed.mix(*pair(mixed))))
+    run = comfy.run(plain.nodes)  # the same loaded model; the mix has gone from ComfyUI's cache by now
+    assert "KSampler0" in run.executed
+    assert "UNETLoader0" not in run.executed
+    after = picture_of(comfy, run, node)
     assert torch.equal(before[1], after[1])
     assert np.array_equal(before[0], after[0])
+    assert not torch.equal(between[1], after[1])
+    assert "memory leak detected with model Bank" not in comfy.log.read_text()
 
 
 # ---- training
