@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..core.draw import curves
 from ..core.errors import MergeError
@@ -30,6 +29,12 @@ class TrainGates(io.ComfyNode):
         latents = io.Autogrow.TemplatePrefix(
             io.Latent.Input("latents", tooltip="Pictures of this LoRA's own subject or style, encoded; one batch."),
             prefix="latents",
+            min=0,
+            max=50,
+        )
+        captions = io.Autogrow.TemplatePrefix(
+            io.Conditioning.Input("captions", tooltip="An encoded prompt for the pictures of this LoRA."),
+            prefix="captions",
             min=0,
             max=50,
         )
@@ -162,6 +167,12 @@ class TrainGates(io.ComfyNode):
                     optional=True,
                     tooltip="For denoise: one batch of encoded pictures per LoRA, in the LoRAs' order.",
                 ),
+                io.Autogrow.Input(
+                    "captions",
+                    template=captions,
+                    optional=True,
+                    tooltip="For denoise: what describes the pictures of each LoRA. Default: prompts with its words.",
+                ),
             ],
             outputs=[
                 LEGOMOLE_GATES.Output("gates", display_name="gates", tooltip="For MoLE Mix and Save Gates."),
@@ -195,6 +206,7 @@ class TrainGates(io.ComfyNode):
         seed: int,
         prompts: str | None = None,
         latents: dict[str, Any] | None = None,
+        captions: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         values = flatten(loras, program.lora_path)
         concepts = concepts_of(words, values)
@@ -226,7 +238,8 @@ class TrainGates(io.ComfyNode):
             cfg=cfg,
             sampling_steps=sampling_steps,
             checkpointing=save_memory,
-            images=_pictures(latents or {}, len(values)),
+            images={i: latent["samples"] for i, latent in _by_lora("latents", latents, len(values)).items()},
+            captions=_by_lora("captions", captions, len(values)),
             folder=program.unfinished_folder(),
             progress=program.told_progress(),
             keep=_keep,
@@ -282,13 +295,15 @@ def concepts_of(words: str, loras: Sequence[Lora]) -> list[list[str]]:
     ]
 
 
-def _pictures(latents: Mapping[str, Any], experts: int) -> dict[int, Tensor]:
-    sockets = sorted(latents, key=lambda name: (len(name), name))
-    found = {
-        int(name.removeprefix("latents")): latents[name]["samples"] for name in sockets if latents[name] is not None
-    }
+def _by_lora(row: str, values: Mapping[str, Any] | None, experts: int) -> dict[int, Any]:
+    """What is connected to a growing row, by the position of the LoRA it belongs to.
+
+    Raises:
+        MergeError: Something is connected past the last LoRA.
+    """
+    found = {int(name.removeprefix(row)): value for name, value in (values or {}).items() if value is not None}
     if found and max(found) >= experts:
         raise MergeError(
-            "There are more batches of pictures than LoRAs.", expected=f"at most {experts}", found=max(found) + 1
+            f"More {row} are connected than LoRAs.", expected=f"at most {experts}", found=f"{row}{max(found)}"
         )
-    return found
+    return dict(sorted(found.items()))

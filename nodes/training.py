@@ -18,7 +18,7 @@ from ..core.bank import Bank
 from ..core.errors import MergeError
 from ..core.train import Images, Prompt, Training, TrainSettings, train
 from ..core.trained import Expert
-from .denoiser import ComfyDenoiser
+from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
 
 
@@ -35,6 +35,7 @@ def train_gates(
     sampling_steps: int,
     checkpointing: bool,
     images: Mapping[int, Tensor],
+    captions: Mapping[int, Conditioning],
     folder: Path,
     progress: Callable[[int, int, str], None],
     keep: Callable[[Training], None],
@@ -48,14 +49,20 @@ def train_gates(
         cfg: Guidance of the pictures the models paint. sampling_steps: Their steps.
         checkpointing: Save memory by computing blocks twice.
         images: Expert -> its pictures as latents, for the denoising objective.
+        captions: Expert -> the conditioning that describes its pictures; default prompts that name it alone.
         folder: Where unfinished trainings are kept.
         progress: See `core.train.train`. keep: Also.
     """
     identity = _identity(model, mix, latent, cfg, sampling_steps)
+    for caption in captions.values():
+        identity += hashlib.sha256(caption[0][0].detach().to("cpu", torch.float32).numpy().tobytes()).hexdigest()
     key = json.dumps([identity, settings.model_dump(), [p.text for p in prompts], [list(c) for c in concepts]])
     state = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     # text first: on a small GPU the text encoders make room for the model
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+    if images:  # described in front: the last prompt is the empty one
+        prompts = [*(Prompt(f"caption {i + 1}", (i,)) for i in captions), *prompts]
+        encoded = [*captions.values(), *encoded]
     with torch.inference_mode(False), _trainable(model) as patcher:
         network = patcher.model.diffusion_model
         bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
@@ -70,7 +77,7 @@ def train_gates(
                 settings,
                 base=mix.base,
                 identity=identity,
-                images=_images(images, prompts, denoiser),
+                images=_images(images, captions, prompts, denoiser),
                 folder=state,
                 progress=progress,
                 keep=keep,
@@ -117,14 +124,20 @@ def _trainable(model: Any) -> Generator[Any]:
         patcher.detach()
 
 
-def _images(images: Mapping[int, Tensor], prompts: Sequence[Prompt], denoiser: ComfyDenoiser) -> Images | None:
-    """The pictures of all experts, each with one of the prompts that name it alone, in turn."""
+def _images(
+    images: Mapping[int, Tensor],
+    captions: Mapping[int, Conditioning],
+    prompts: Sequence[Prompt],
+    denoiser: ComfyDenoiser,
+) -> Images | None:
+    """The pictures of all experts, each with its caption, else with the prompts that name the expert alone, in turn."""
     if not images:
         return None
     latents: list[Tensor] = []
     numbers: list[int] = []
     for expert, own in images.items():
         alone = [i for i, prompt in enumerate(prompts) if prompt.named == (expert,)]
+        alone = alone[:1] if expert in captions else alone  # it comes first
         latents.append(denoiser.latents(own.clone()).float().cpu())
         numbers += [alone[i % len(alone)] for i in range(len(own))]
     return Images(torch.cat(latents), numbers)

@@ -153,12 +153,18 @@ def test_every_kind_of_gate_trains_and_paints(comfy: Server, paint: Callable, pa
     assert torch.isfinite(ours[1]).all()
 
 
-def test_gates_learn_from_pictures(comfy: Server, pair: Callable) -> None:
+@pytest.mark.parametrize("captioned", [False, True])
+def test_gates_learn_from_pictures(comfy: Server, pair: Callable, captioned: bool) -> None:
     graph = Graph()
     loras = pair(graph)
     latents = [graph.add("LatentBatch", samples1=graph.empty(), samples2=graph.empty()) for _ in loras]
     trained = graph.train(
-        *loras, objective="denoise", steps=6, latents__latents0=latents[0], latents__latents1=latents[1]
+        *loras,
+        objective="denoise",
+        steps=6,
+        latents__latents0=latents[0],
+        latents__latents1=latents[1],
+        captions__captions1=graph.add("CLIPTextEncode", text="my heart", clip=graph.clip) if captioned else None,
     )
     run = comfy.run(graph.nodes | preview(trained, 2))
     assert "at the last of 6" in run.outputs["text"]["text"][0]
