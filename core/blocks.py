@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from .errors import MergeError
@@ -27,6 +28,8 @@ class Block(Forward):
         # a block around other blocks (of a U-Net) would run them once more per LoRA for each of its own passes
         around = any(other.startswith(f"{path}.") for other in state.bank.blocks)
         self.output = state.bank.mixing == "output" and self.own is not None and not around
+        # with more than three dimensions: an image with channels first, or (in video transformers) with them last
+        self.image = any(isinstance(layer, (_ConvNd, nn.GroupNorm)) for layer in module.modules())
         super().__init__(module, state)
         self.arguments, self.cache = Arguments(self.inner, _STREAM), Arguments(self.inner, _CACHE)
 
@@ -51,8 +54,11 @@ class Block(Forward):
             return self._output_mixed(args, kwargs)
         if self.own is not None and state.reads == "hidden":
             x = self.arguments.stream(args, kwargs)
-            state.hidden(self.own, "", x, image=x.ndim > 3)
+            state.hidden(self.own, "", x, image=self._image(x))
         return self.inner(*args, **kwargs)
+
+    def _image(self, x: Tensor) -> bool:
+        return self.image and x.ndim > 3
 
     def _output_mixed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``F(x) + sum_i g_i (F_i(x) - F(x))``: the block without experts, and once under each alone."""
@@ -73,7 +79,7 @@ class Block(Forward):
             gate = state.fixed(site, x)
         if gate is None:
             if state.reads == "hidden":
-                gate = state.read(site, _pooled_stream(x))
+                gate = state.read(site, pooled(x, channels_first=self._image(x)))
             else:
                 gate = state.read(site, *self._outputs_read(base, own))
         state.set(site, gate)
@@ -89,7 +95,7 @@ class Block(Forward):
     def _outputs_read(self, base: list[Any], own: list[list[Any]]) -> tuple[Tensor, Tensor]:
         """The experts' outputs as published: concatenated, normalised, per position or in the mean."""
         j = next(j for j, value in enumerate(base) if isinstance(value, Tensor) and value.is_floating_point())
-        deltas = [wide(_positions(flat[j] - base[j])) for flat in own]
+        deltas = [wide(self._positions(flat[j] - base[j])) for flat in own]
         E = torch.cat(deltas, -1)  # (B, T, N d)
         E = E / E.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
         owner = torch.arange(len(own), device=E.device).repeat_interleave(deltas[0].shape[-1])
@@ -97,14 +103,9 @@ class Block(Forward):
             return E.flatten(1), owner.repeat(E.shape[1])
         return E.mean(1), owner
 
-
-def _pooled_stream(x: Tensor) -> Tensor:
-    return pooled(x, channels_first=x.ndim > 3)
-
-
-def _positions(x: Tensor) -> Tensor:
-    """``(B, T, d)`` of a sequence or of an image with channels first."""
-    return x.flatten(2).mT if x.ndim > 3 else x if x.ndim == 3 else x[:, None]
+    def _positions(self, x: Tensor) -> Tensor:
+        """``(B, T, d)`` of a sequence or an image."""
+        return x.flatten(2).mT if self._image(x) else x.flatten(1, -2) if x.ndim > 2 else x[:, None]
 
 
 def _scaled(g: Tensor, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from .settings import TrainSettings
 
 _KIND = "legomole.training.1"
 _SAVE_EVERY = 25  # steps
+_EPSILON = 1e-12  # of AdamW: in a large model a single gate moves the loss by very little
 
 
 class Objective(Protocol):
@@ -100,7 +101,7 @@ def fit(
     gates = attachment.bank.gates
     parameters = attachment.bank.parameters_of_gates
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False, eps=_EPSILON
     )
     run = run or Fit()
     start = _resume(folder, key, parameters, optimizer, run) if folder is not None else 0

@@ -391,6 +391,36 @@ class TestMasks:
             assert close(call(model, x, text), expected)
 
 
+class TestVideoBlocks:
+    """Transformers that keep frames, rows and columns apart have channels last; U-Nets have them first."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.to_q, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.out(torch.tanh(self.to_q(x)))
+
+    class Model(nn.Module):
+        def __init__(self, block: type[nn.Module]) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([block()])
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return self.blocks[0](x)
+
+    @pytest.mark.parametrize("mixing", ["delta", "output"])
+    def test_channels_last(self, mixing):
+        model = self.Model(self.Block)
+        x = torch.randn(2, 3, 4, 5, 6)
+        mixture = Mixture((lora(model, 1), lora(model, 2)), GateSet(2, settings("hidden", "block")), mixing=mixing)
+        seen = {}
+        with attach(model, mixture) as attachment, attachment.measure(lambda scope, f, _: seen.update({scope: f})):
+            model(x)
+        assert close(seen["blocks.0"], x.mean((1, 2, 3)))
+
+
 class TestDetach:
     def test_leaves_the_model_as_it_was(self, model):
         x, text = inputs(model)
