@@ -59,7 +59,8 @@ class Mix:
         m, gates = self.mixture, self.mixture.gates
         s = gates.settings
         kind = f"{len(gates.names)} trained gates ({s.activation}, read {s.reads})" if gates.trained else "even gates"
-        lines = [f"mix of {len(m.experts)} LoRAs in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
+        count = f"{len(m.experts)} LoRA{'s' * (len(m.experts) != 1)}"
+        lines = [f"mix of {count} in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
         for i, (label, strength) in enumerate(zip(m.labels, m.strengths, strict=True)):
             silent = ": adds nothing" if strength * m.scale == 0 else ""
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{silent}")
