@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..core.errors import MergeError, SaveError
+from ..core.errors import MergeError
 from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, parse_size, read_lines, read_pictures
 from .gates_output import draw, facts, python, tell
 from .merge import check_device
-from .options import OUTPUT, Device, DtypeName, Json, Overwrite, check_output, size_of
+from .options import OUTPUT, Device, DtypeName, Json, Overwrite, check_free, check_output, size_of
 
 if TYPE_CHECKING:
     from ..core.gates import GateSettings
@@ -209,7 +209,8 @@ def train_gates(
     texts = [] if prompts is None else read_lines(prompts)
     output = check_output(output, "gates", [Path(path) for path, _ in entries], overwrite=overwrite)
     if plot is not None:
-        plot = _check_plot(plot, overwrite)
+        plot = plot if plot.suffix == ".png" else plot.with_name(f"{plot.name}.png")
+        check_free(plot, overwrite=overwrite)
     check_device(device)
 
     import torch
@@ -280,15 +281,6 @@ def _settings(training: Mapping[str, Any], gates: Mapping[str, Any]) -> tuple[Tr
     except ValidationError as error:
         wrong = "; ".join(f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors())
         raise typer.BadParameter(f"Settings that cannot be trained with. {wrong}") from error
-
-
-def _check_plot(path: Path, overwrite: bool) -> Path:
-    path = path if path.suffix == ".png" else path.with_name(f"{path.name}.png")
-    if not path.absolute().parent.is_dir():
-        raise SaveError("The output folder does not exist.", file=path.absolute().parent, remedy="create it first")
-    if path.exists() and not overwrite:
-        raise SaveError("The output exists already.", file=path, remedy="choose another name, or add --overwrite")
-    return path
 
 
 def _interrupted(state: Path | None) -> str:

@@ -82,11 +82,20 @@ def check_output(output: Path, format: str, inputs: list[Path], *, overwrite: bo
             output = output.with_name(f"{output.name}.safetensors")
     if output.exists() and any(path.exists() and path.samefile(output) for path in inputs):
         raise SaveError("The output is one of the inputs.", file=output, remedy="choose another name")
+    check_free(output, overwrite=overwrite)
+    return output
+
+
+def check_free(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists and may not be replaced, or whose folder is missing.
+
+    Raises:
+        SaveError: See above.
+    """
     if not output.absolute().parent.is_dir():
         raise SaveError("The output folder does not exist.", file=output.absolute().parent, remedy="create it first")
     if output.exists() and not overwrite:
         raise SaveError("The output exists already.", file=output, remedy="choose another name, or add --overwrite")
-    return output
 
 
 def size_of(path: Path) -> str:

@@ -50,7 +50,7 @@ class Bank(nn.Module):
         self.stacks = stacks(mixture, layers, places)
         self.scopes: dict[str, Scope] = scopes(model, self.stacks, mixture.gates.settings.granularity)
         self.gates = self._gates(mixture.gates)
-        self.mixing, self.experts, self.labels = mixture.mixing, len(mixture.experts), mixture.labels
+        self.mixing, self.experts = mixture.mixing, len(mixture.experts)
         self.left_out = tuple(_left_out(mixture))
         for path, stack in self.stacks.items():
             stack.to(dtype=_dtype(layers[path], dtype))

@@ -30,6 +30,19 @@ class Watcher(Protocol):
         ...
 
 
+class Collected:
+    """The values of the gates that open, by scope. A `Watcher`."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        pass
+
+    def seen(self, scope: str, value: Tensor) -> None:
+        self.values[scope] = value
+
+
 class Site:
     """One scope at work: its gate, and the gate's value in the call that is going on."""
 

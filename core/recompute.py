@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from .errors import MergeError
-from .gating import State
+from .gating import Collected, State
 
 
 class Recomputable(Protocol):
@@ -43,7 +43,7 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
                 module=block.path,
                 remedy="call backward() inside the `with attach(..)` block",
             )
-        state, seen = block.state, _Opened()
+        state, seen = block.state, Collected()
         everywhere = list(state.sites.values())
         outer = [site.value for site in everywhere], state.watch, state.measure, state.held
         state.watch, state.measure, state.held = None if watch is None else seen, measure, held
@@ -76,19 +76,6 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
         for name, value in zip(opened, found[leaves:], strict=True):
             watch.seen(name, value)
     return pytree.tree_unflatten(found[:leaves], shape)
-
-
-class _Opened:
-    """Notes the gates that open in a block. A `Watcher`."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def start(self, arguments: Mapping[str, Any]) -> None:
-        pass
-
-    def seen(self, scope: str, value: Tensor) -> None:
-        self.values[scope] = value
 
 
 @contextmanager

@@ -27,6 +27,12 @@ def named(prompts: Sequence[str], concepts: Sequence[Sequence[str]]) -> Tensor:
     return torch.tensor(found, dtype=torch.bool).reshape(len(prompts), len(concepts))
 
 
+def check_concepts(concepts: Sequence[Sequence[str]], experts: int) -> None:
+    """Raise MergeError unless there is one list of words per expert."""
+    if len(concepts) != experts:
+        raise MergeError("Every LoRA needs words that name it.", expected=f"{experts} lists", found=len(concepts))
+
+
 def routed_values(asked: Tensor, settings: GateSettings) -> Tensor:
     """The gates a router wants: ``(P, N)`` float32 from which concepts are asked for.
 

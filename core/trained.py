@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from .adapter import Adapter, check_finite
+from .digest import raw
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
 from .gates import Gate, GateSet, GateSettings
@@ -45,7 +46,7 @@ def _fingerprint(adapter: Adapter) -> str:
     for name, part in sorted(adapter.modules.items()):
         digest.update(f"{name} {part.scale!r}".encode())
         for factor in (part.A, part.B):
-            digest.update(factor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+            digest.update(raw(factor))
     return digest.hexdigest()
 
 

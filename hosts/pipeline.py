@@ -20,7 +20,8 @@ from ..core.gates import GateSet
 from ..core.keymap import rename
 from ..core.mixture import Mixture
 from ..core.record import Rows
-from ..core.router import named, routed_values
+from ..core.router import check_concepts, named, routed_values
+from ..core.scopes import uncompiled
 from ..core.trained import TrainedGates
 from .diffusers import key_map
 
@@ -39,8 +40,7 @@ def model_of(pipe: Any) -> nn.Module:
 
 def base_of(pipe: Any) -> str:
     """What gates remember of the model they were trained on: its class."""
-    model = model_of(pipe)
-    return type(getattr(model, "_orig_mod", model)).__name__
+    return type(uncompiled(model_of(pipe))).__name__
 
 
 def experts(pipe: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -124,10 +124,7 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
         MergeError: Another number of concepts than experts, a model that was compiled as a whole, or (while it works)
             conditioning that was encoded elsewhere.
     """
-    if len(concepts) != len(mixture.experts):
-        raise MergeError(
-            "Every LoRA needs words that name it.", expected=f"{len(mixture.experts)} lists", found=len(concepts)
-        )
+    check_concepts(concepts, len(mixture.experts))
     model = model_of(pipe)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise MergeError(

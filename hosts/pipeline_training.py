@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from ..core.attach import Attachment, attach
+from ..core.digest import digest, some_of
 from ..core.errors import FormatError, MergeError
 from ..core.merge import Progress
 from ..core.mixture import Mixture
 from ..core.record import Record
-from ..core.router import named
+from ..core.router import check_concepts, named
 from ..core.train import Devices, Images, Prompt, Training, TrainSettings, prompts_for, train
 from ..core.train.fit import Fit
 from ..core.trained import TrainedGates
@@ -110,10 +110,7 @@ def train_gates(
         FormatError: `folder` holds another training.
     """
     settings = settings or TrainSettings()
-    if len(concepts) != len(mixture.experts):
-        raise MergeError(
-            "Every LoRA needs words that name it.", expected=f"{len(mixture.experts)} lists", found=len(concepts)
-        )
+    check_concepts(concepts, len(mixture.experts))
     prompts = prompts_for(concepts, texts)
     captions = [Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in _named(images, concepts)]
     _check_images(captions, mixture, concepts)
@@ -135,7 +132,9 @@ def train_gates(
             concepts,
             settings,
             base=base_of(pipe),
-            identity=json.dumps([_digest(model), height, width, denoiser.family.guidance, paint_steps]),
+            identity=json.dumps(
+                [digest(some_of(list(model.parameters()))), height, width, denoiser.family.guidance, paint_steps]
+            ),
             images=own,
             clip=None if clip is None else PipelineClip(denoiser, *clip),
             folder=folder,
@@ -188,16 +187,6 @@ def _values(
         count = min(settings.batch, prompts - start)
         rows.append(torch.stack([one[scope].expand(count, -1) for scope in record.scopes], 1).float().cpu())
     return tuple(record.scopes), torch.cat(rows)
-
-
-def _digest(model: nn.Module) -> str:
-    """Tells models apart by a few numbers of a few weights."""
-    digest = hashlib.sha256()
-    weights = list(model.parameters())
-    for weight in weights[:: max(1, len(weights) // 16)]:
-        if weight.device.type != "meta":
-            digest.update(weight.detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

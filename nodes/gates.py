@@ -65,10 +65,7 @@ class LoadGates(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, gates_name: str | None = None, **others: Any) -> object:
         """Changes when the file changes."""
-        if gates_name is None:  # comes from another node: not known before that has run
-            return float("nan")
-        status = program.path_of(gates_name, program.GATES).stat()
-        return status.st_mtime_ns, status.st_size
+        return program.fingerprint(gates_name, program.GATES)
 
     @classmethod
     def execute(cls, gates_name: str) -> io.NodeOutput:

@@ -53,10 +53,7 @@ class LoadLoRA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others: Any) -> object:
         """Changes when the file changes, so that a merge of an overwritten LoRA runs again."""
-        if lora_name is None:  # comes from another node: not known before that has run
-            return float("nan")
-        status = program.lora_path(lora_name).stat()
-        return status.st_mtime_ns, status.st_size
+        return program.fingerprint(lora_name, program.LORAS)
 
     @classmethod
     def execute(

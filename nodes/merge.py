@@ -17,8 +17,8 @@ from ..core.methods import METHODS, MergeMethod
 from . import comfy, program
 from .lora import Lora, flatten
 from .reading import read_files
-from .settings import chosen, has_widgets, module_weights, settings
-from .sockets import CATEGORY, lora_output, loras_input, model_inputs, module_weights_input, widget
+from .settings import built, chosen, has_widgets, module_weights, settings
+from .sockets import CATEGORY, lora_output, loras_input, method_input, model_inputs, module_weights_input, widget
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,14 +132,10 @@ class MergeLoRAs(io.ComfyNode):
             search_aliases=["merge lora", "combine loras", "ties", "dare", "knots", "svd", "legomole", "lora merger"],
             inputs=[
                 loras_input(),
-                io.DynamicCombo.Input(
-                    "method",
-                    options=[
-                        io.DynamicCombo.Option(name, [widget(setting) for setting in settings(method)])
-                        for name, method in BASELINES.items()
-                    ],
-                    tooltip="concat: the exact sum, with the ranks added up. svd: the closest LoRA of a given rank to "
-                    "that sum. linear, ties, dare, knots: the known heuristics.",
+                method_input(
+                    BASELINES,
+                    "concat: the exact sum, with the ranks added up. svd: the closest LoRA of a given rank to that "
+                    "sum. linear, ties, dare, knots: the known heuristics.",
                 ),
                 *model_inputs(),
                 module_weights_input(),
@@ -156,6 +152,4 @@ class MergeLoRAs(io.ComfyNode):
         clip: Any = None,
         module_weights: str | None = None,
     ) -> io.NodeOutput:
-        name = method["method"]
-        built = recipe.build_method(name, chosen(BASELINES[name], method))
-        return _merge(loras, built, model, clip, module_weights)
+        return _merge(loras, built(BASELINES, method), model, clip, module_weights)

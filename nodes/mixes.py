@@ -134,20 +134,12 @@ def build(
                 remedy="apply it with a stock loader instead",
             )
     with torch.inference_mode(False), torch.no_grad():  # or no gradient could pass through the factors
-        whole = Mixture(
-            tuple(map(_owned, reading.adapters)), chosen, tuple(x.strength_model for x in loras), scale, mixing, places
-        )
+        whole = Mixture(tuple(reading.adapters), chosen, tuple(x.strength_model for x in loras), scale, mixing, places)
         mixture = whole.without(*off)
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     kept = [i for i in range(len(loras)) if i not in off]
     weights = tuple(loras[i].strength_clip for i in kept)
     return Mix(mixture, bank, _Record(_prompt_rows), weights, reading, base)
-
-
-def _owned(adapter: Adapter) -> Adapter:
-    """The adapter with tensors that were not made for inference only (ComfyUI runs its nodes so)."""
-    modules = {name: replace(part, A=part.A.clone(), B=part.B.clone()) for name, part in adapter.modules.items()}
-    return replace(adapter, modules=modules)
 
 
 def on_model(mix: Mix, model: Any) -> Any:

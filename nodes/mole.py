@@ -15,11 +15,12 @@ from ..core.errors import MergeError
 from ..core.freeze import freeze
 from ..core.gates import GateSettings
 from ..core.methods import METHODS
+from ..core.mixture import Mixing
 from ..core.trained import TrainedGates
 from . import mixes, program
 from .lora import Lora, flatten
-from .settings import chosen, has_widgets, settings
-from .sockets import CATEGORY, LEGOMOLE_GATES, lora_output, loras_input, widget
+from .settings import built, has_widgets
+from .sockets import CATEGORY, LEGOMOLE_GATES, lora_output, loras_input, method_input
 
 GRANULARITIES = ["network", "block", "layer", "matrix"]
 # Exact first: what a chain of loaders would do.
@@ -108,7 +109,7 @@ class MoLEMix(io.ComfyNode):
         model: Any,
         loras: dict[str, Any],
         scale: float,
-        mixing: str,
+        mixing: Mixing,
         granularity: str,
         clip_method: str,
         gates: TrainedGates | None = None,
@@ -116,26 +117,20 @@ class MoLEMix(io.ComfyNode):
         clip: Any = None,
     ) -> io.NodeOutput:
         values = flatten(loras, program.lora_path)
-        mix = _build(values, model, clip, gates, granularity, scale, mixing, switched_off or "")
+        mix = mixes.build(
+            values,
+            model,
+            clip,
+            gates=gates,
+            settings=GateSettings.model_validate({"granularity": granularity}),
+            scale=scale,
+            mixing=mixing,
+            off=switched(switched_off or "", [lora.label for lora in values]),
+        )
         patched = mixes.on_model(mix, model)
         text_encoders = mixes.on_clip(mix, model, clip, recipe.build_method(clip_method, {}))
         text = mix.text()
         return io.NodeOutput(patched, text_encoders, text, ui=program.show(text))
-
-
-def _build(
-    loras: Sequence[Lora],
-    model: Any,
-    clip: Any,
-    gates: TrainedGates | None,
-    granularity: str,
-    scale: float,
-    how: str,
-    switched_off: str,
-) -> mixes.Mix:
-    settings = GateSettings.model_validate({"granularity": granularity})
-    off = switched(switched_off, [lora.label for lora in loras])
-    return mixes.build(loras, model, clip, gates=gates, settings=settings, scale=scale, mixing=how, off=off)  # type: ignore[arg-type]
 
 
 def switched(text: str, labels: Sequence[str]) -> list[int]:
@@ -175,14 +170,10 @@ class FreezeToLoRA(io.ComfyNode):
                 io.Model.Input("model", tooltip="A model with a mix on it (of several, the last is frozen)."),
                 io.Conditioning.Input("positive", tooltip="The prompt to freeze the gates for."),
                 io.Latent.Input("latent_image", tooltip="An empty latent of the size you paint."),
-                io.DynamicCombo.Input(
-                    "method",
-                    options=[
-                        io.DynamicCombo.Option(name, [widget(setting) for setting in settings(method)])
-                        for name, method in _FREEZING.items()
-                    ],
-                    tooltip="How the LoRAs are merged at those gates. concat: exactly, with the ranks added up. The "
-                    "others keep a rank you choose.",
+                method_input(
+                    _FREEZING,
+                    "How the LoRAs are merged at those gates. concat: exactly, with the ranks added up. The others "
+                    "keep a rank you choose.",
                 ),
                 io.Int.Input("steps", default=8, min=1, max=1000, tooltip="Sampling steps to average the gates over."),
                 io.Int.Input(
@@ -206,13 +197,11 @@ class FreezeToLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         mix = mixes.mixes_of(model)[-1]
         mixes.run(model, positive, latent_image["samples"], steps, seed)
-        name = method["method"]
-        built = recipe.build_method(name, chosen(_FREEZING[name], method))
         result = freeze(
             mix.mixture,
             mix.bank,
             mix.record,
-            built,
+            built(_FREEZING, method),
             text_encoder_weights=mix.text_encoder_weights,
             progress=program.progress(),
         )

@@ -48,6 +48,14 @@ def path_of(name: str, kind: str) -> Path:
     return Path(path)
 
 
+def fingerprint(name: str | None, kind: str) -> object:
+    """Changes when the file changes; always for a name that comes from another node, not known before that has run."""
+    if name is None:
+        return float("nan")
+    status = path_of(name, kind).stat()
+    return status.st_mtime_ns, status.st_size
+
+
 def unfinished_folder() -> Path:
     """Where interrupted trainings wait to be taken up."""
     return Path(folder_paths.get_user_directory()) / "legomole" / "unfinished"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..core import recipe
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
 from ..core.merge import matching
@@ -100,6 +101,12 @@ def chosen(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dict[str, A
         if value != AUTO or setting.kind == "rank":
             values[setting.name] = value
     return values
+
+
+def built(methods: Mapping[str, type[MergeMethod]], widgets: Mapping[str, Any]) -> MergeMethod:
+    """The method that a choice among `methods` and its settings' widgets ask for."""
+    name = widgets["method"]
+    return recipe.build_method(name, chosen(methods[name], widgets))
 
 
 def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]:

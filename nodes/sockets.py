@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
-from .settings import Setting
+from ..core.methods import MergeMethod
+from .settings import Setting, settings
 
 LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `Lora`
 LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.trained.TrainedGates`
@@ -75,6 +77,18 @@ def widget(setting: Setting, advanced: bool = False) -> Any:
             "seed", default=0, min=0, max=2**31 - 1, control_after_generate=io.ControlAfterGenerate.fixed, **common
         )
     return io.Int.Input(setting.name, default=setting.default, min=0, max=100, **common)
+
+
+def method_input(methods: Mapping[str, type[MergeMethod]], tooltip: str) -> Any:
+    """A choice of merge methods, each with its settings; `settings.built` takes what it gives."""
+    return io.DynamicCombo.Input(
+        "method",
+        options=[
+            io.DynamicCombo.Option(name, [widget(setting) for setting in settings(method)])
+            for name, method in methods.items()
+        ],
+        tooltip=tooltip,
+    )
 
 
 def lora_output(tooltip: str) -> Any:

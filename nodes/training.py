@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..core.attach import attach
 from ..core.bank import Bank
+from ..core.digest import digest, some_of
 from ..core.errors import MergeError
 from ..core.train import Images, Prompt, Training, TrainSettings, train
 from ..core.trained import Expert
@@ -54,10 +54,9 @@ def train_gates(
         progress: See `core.train.train`. keep: Also.
     """
     identity = _identity(model, mix, latent, cfg, sampling_steps)
-    for caption in captions.values():
-        identity += hashlib.sha256(caption[0][0].detach().to("cpu", torch.float32).numpy().tobytes()).hexdigest()
+    identity += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
     key = json.dumps([identity, settings.model_dump(), [p.text for p in prompts], [list(c) for c in concepts]])
-    state = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    state = folder / digest([], key)[:16]
     # text first: on a small GPU the text encoders make room for the model
     encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
     if images:  # described in front: the last prompt is the empty one
@@ -89,14 +88,12 @@ def train_gates(
 
 def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> str:
     """What tells this training from others beside the settings: the model's weights (patches too), LoRAs, sizes."""
-    digest = hashlib.sha256()
     weights = model.model_state_dict()
-    for name in sorted(weights)[:: max(1, len(weights) // 16)]:  # some weights tell models apart
-        digest.update(weights[name].detach().flatten()[:64].to("cpu", torch.float32).numpy().tobytes())
-    digest.update(repr([(key, len(patches)) for key, patches in sorted(model.patches.items())]).encode())
+    patches = repr([(key, len(patches)) for key, patches in sorted(model.patches.items())])
+    told = digest(some_of([weights[name] for name in sorted(weights)]), patches)
     experts = [Expert.of(adapter).sha256 for adapter in mix.mixture.experts]
     chosen = mix.mixture.gates.settings.model_dump()
-    return json.dumps([digest.hexdigest(), experts, chosen, mix.mixture.strengths, list(latent.shape[1:]), cfg, steps])
+    return json.dumps([told, experts, chosen, mix.mixture.strengths, list(latent.shape[1:]), cfg, steps])
 
 
 @contextmanager

@@ -17,16 +17,15 @@ pytest.importorskip("peft")
 
 import diffusers
 import legomole
-from legomole.cli import app, gates
+from legomole.cli import gates
 from legomole.core.formats import save
 from legomole.core.router import named, route_gates
 from legomole.core.trained import TrainedGates
 from legomole.hosts.diffusers import to_kohya
 from PIL import Image
-from typer.testing import CliRunner, Result
 
 from .hosts import tiny_pipelines as tiny
-from .test_cli import squeezed
+from .test_cli import done, run, squeezed
 
 # the libraries' own affairs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
@@ -59,16 +58,6 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
-
-
-def done(*arguments: str) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..attach import Attachment
+from ..digest import digest
 from ..errors import MergeError
 from ..gates import GateSet
 from ..merge import Progress
 from ..mixture import Mixture
-from ..router import named, route_gates
+from ..router import check_concepts, named, route_gates
 from ..trained import Expert, TrainedGates
 from .calibrate import calibrate
 from .denoiser import Denoiser
@@ -86,9 +86,9 @@ def train(
     }
     described = json.dumps(
         [record, [e.sha256 for e in experts], mixture.gates.settings.model_dump(), mixture.mixing, base, identity]
-        + ([] if images is None else [_digest(images.latents), list(images.prompt)])
+        + ([] if images is None else [digest([images.latents]), list(images.prompt)])
     )
-    key = hashlib.sha256(described.encode()).hexdigest()
+    key = digest([], described)
 
     def trained(gates: GateSet, run: Fit) -> Training:
         outcome = {"losses": run.losses, "entropies": run.entropies, "stopped": run.stopped}
@@ -120,10 +120,6 @@ def train(
     return trained(attachment.bank.gates, run)
 
 
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()
-
-
 def _check(
     mixture: Mixture,
     concepts: Sequence[Sequence[str]],
@@ -131,10 +127,7 @@ def _check(
     images: Images | None,
     clip: Clip | None,
 ) -> None:
-    if len(concepts) != len(mixture.experts):
-        raise MergeError(
-            "Every LoRA needs words that name it.", expected=f"{len(mixture.experts)} lists", found=len(concepts)
-        )
+    check_concepts(concepts, len(mixture.experts))
     if len(mixture.experts) == 1 and mixture.gates.settings.activation == "softmax":
         raise MergeError(
             "A softmax over one LoRA is always 1: there is nothing to train.",

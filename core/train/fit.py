@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..attach import Attachment
 from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
 from ..gates import balance_loss, entropy
+from ..gating import Collected
 from ..merge import Progress
 from ..recompute import exact_gradients
 from .settings import TrainSettings
@@ -58,19 +59,6 @@ class Fit:
     losses: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     stopped: str = ""
-
-
-class _Seen:
-    """Collects the gates' values of one pass, for the balance loss and the entropy."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def start(self, arguments: Mapping[str, Any]) -> None:
-        pass
-
-    def seen(self, scope: str, value: Tensor) -> None:
-        self.values[scope] = value
 
 
 def fit(
@@ -165,7 +153,7 @@ def _step(
     parts = [part for part in torch.tensor(batch, dtype=torch.long).chunk(settings.accumulation) if len(part)]
     total, spread = torch.zeros(()), 0.0
     for part in parts:
-        seen = _Seen()
+        seen = Collected()
         share = len(part) * share_of_one
         with torch.enable_grad(), attachment.watch(seen), exact_gradients():
             loss = objective.loss(part.tolist())
