@@ -28,6 +28,12 @@ class Moment:
         self._sum = product if self._sum is None else self._sum.add_(product)
         self.n += X.shape[0]
 
+    def merge(self, other: Moment) -> None:
+        """Count in what another one has counted."""
+        if other._sum is not None:
+            self._sum = other._sum if self._sum is None else self._sum.add_(other._sum)
+            self.n += other.n
+
     @property
     def value(self) -> Tensor:
         """``(d_in, d_in)``.

@@ -60,47 +60,67 @@ class Calibrated:
             )
 
     def __call__(self, pool: Pool) -> Merged:
-        A = pool.c[:, :, None].to(pool.A) * pool.A
-        remarks: dict[str, str] = {}
-        for m, name in enumerate(pool.names):
-            moments = self.statistics.modules.get(name)
-            if moments is None:
-                remarks[name] = "have no statistics and got the plain SVD of the sum"
-            else:
-                A[m] = self._solve(name, moments, A[m].double(), pool).to(A)
-        merged = SVD(self.rank)(replace(pool, A=A, c=torch.ones_like(pool.c)))
-        return replace(merged, remarks=remarks)
+        responsive, unmeasured = respond(pool, self.statistics, self.lam, self.mu, self.joint_scale)
+        merged = SVD(self.rank)(responsive)
+        return replace(merged, remarks=dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum"))
 
-    def _solve(self, name: str, moments: Moments, A: Tensor, pool: Pool) -> Tensor:
-        """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
-        if moments.d_in != A.shape[1]:
-            raise MergeError(
-                "The statistics belong to another model.",
-                module=name,
-                expected=f"inputs of width {A.shape[1]}",
-                found=moments.d_in,
-                remedy="measure the statistics with the base model of these LoRAs",
-            )
-        # (C, its weight in the objective, scale of the wanted sum, the adapters in that sum)
-        terms = [(C, 1.0, 1.0, (i,)) for i, C in moments.own.items()]
-        terms += [(C, self.mu, self.joint_scale, group) for group, C in moments.joint.items()]
-        terms += [] if moments.base is None else [(moments.base, self.lam, 0.0, ())]
-        G, rows = A.new_zeros(A.shape[1], A.shape[1]), torch.zeros_like(A)
-        for C, weight, scale, group in terms:
-            C = weight * C.to(A)
-            G += C
-            wanted = torch.tensor([pool.adapters[i] in group for i in pool.owner.tolist()], device=A.device)
-            rows[wanted] += scale * A[wanted] @ C
-        tau = float(_RIDGE * G.diagonal().mean()) or 1.0
-        rows += tau * A
-        G.diagonal().add_(tau)
-        factor, fault = torch.linalg.cholesky_ex(G)
-        if int(fault) or not torch.isfinite(factor.sum()):
-            raise MergeError(
-                "The statistics are not second moments of a module's inputs.",
-                module=name,
-                expected="finite positive semidefinite matrices",
-                found="NaN, infinity or a negative eigenvalue",
-                remedy="measure the statistics again, in float32",
-            )
-        return torch.cholesky_solve(rows.mT, factor).mT
+
+def respond(
+    pool: Pool, statistics: Statistics, lam: float = 1.0, mu: float = 3.0, joint_scale: float = 1.2
+) -> tuple[Pool, list[str]]:
+    """Units that respond to what their LoRA is for: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
+
+    Args:
+        pool: The units as they are. statistics, lam, mu, joint_scale: See `Calibrated`.
+
+    Returns:
+        The pool with the new rows, weights and scales folded into them; and the names of modules without statistics,
+        whose units are as they were.
+
+    Raises:
+        MergeError: Statistics of other layers, or numbers that are no second moments.
+    """
+    A = pool.c[:, :, None].to(pool.A) * pool.A
+    unmeasured: list[str] = []
+    for m, name in enumerate(pool.names):
+        moments = statistics.modules.get(name)
+        if moments is None:
+            unmeasured.append(name)
+        else:
+            A[m] = _solve(name, moments, A[m].double(), pool, lam, mu, joint_scale).to(A)
+    return replace(pool, A=A, c=torch.ones_like(pool.c), weights=torch.ones_like(pool.weights)), unmeasured
+
+
+def _solve(name: str, moments: Moments, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float) -> Tensor:
+    """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
+    if moments.d_in != A.shape[1]:
+        raise MergeError(
+            "The statistics belong to another model.",
+            module=name,
+            expected=f"inputs of width {A.shape[1]}",
+            found=moments.d_in,
+            remedy="measure the statistics with the base model of these LoRAs",
+        )
+    # (C, its weight in the objective, scale of the wanted sum, the adapters in that sum)
+    terms = [(C, 1.0, 1.0, (i,)) for i, C in moments.own.items()]
+    terms += [(C, mu, joint_scale, group) for group, C in moments.joint.items()]
+    terms += [] if moments.base is None else [(moments.base, lam, 0.0, ())]
+    G, rows = A.new_zeros(A.shape[1], A.shape[1]), torch.zeros_like(A)
+    for C, weight, scale, group in terms:
+        C = weight * C.to(A)
+        G += C
+        wanted = torch.tensor([pool.adapters[i] in group for i in pool.owner.tolist()], device=A.device)
+        rows[wanted] += scale * A[wanted] @ C
+    tau = float(_RIDGE * G.diagonal().mean()) or 1.0
+    rows += tau * A
+    G.diagonal().add_(tau)
+    factor, fault = torch.linalg.cholesky_ex(G)
+    if int(fault) or not torch.isfinite(factor.sum()):
+        raise MergeError(
+            "The statistics are not second moments of a module's inputs.",
+            module=name,
+            expected="finite positive semidefinite matrices",
+            found="NaN, infinity or a negative eigenvalue",
+            remedy="measure the statistics again, in float32",
+        )
+    return torch.cholesky_solve(rows.mT, factor).mT

@@ -5,7 +5,7 @@ Source: arXiv:2409.16167. Where the paper leaves a choice open, `Lego`'s argumen
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import gram
 from ..pool import Merged, Mixing, Pool
 from ..rank import Rank
+from ..statistics import Statistics
+from .calibrated import respond
 
 Geometry = Literal["rank-one", "paper"]
 Norm = Literal["inf", "l2"]
@@ -39,6 +41,8 @@ class Lego:
             ``b_j a_j^T`` (largest entry, Frobenius) in the other.
         starts: k-means++ starts beside Ward's tree.
         seed: Of the k-means++ draws.
+        statistics: With these, the units are first made to respond to what their LoRA is for and to leave the rest of
+            the model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
     """
 
     rank: Rank
@@ -49,8 +53,16 @@ class Lego:
     norm: Norm = "inf"
     starts: int = 1
     seed: int = 0
+    statistics: Statistics | None = None
 
     def __call__(self, pool: Pool) -> Merged:
+        if self.statistics is None:
+            return self._merge(pool)
+        responsive, unmeasured = respond(pool, self.statistics)
+        remarks = dict.fromkeys(unmeasured, "have no statistics: their units were merged as they are")
+        return replace(self._merge(responsive), remarks=remarks)
+
+    def _merge(self, pool: Pool) -> Merged:
         published = self.geometry == "paper"
         k = self.rank.resolve(pool)
         gauge = folded(pool) if published else balanced(pool)

@@ -32,6 +32,19 @@ def test_batches_do_not_matter():
     assert torch.allclose(whole.value, X.mT @ X / 30, atol=1e-6)
 
 
+def test_what_two_have_counted_adds_up():
+    X = randn(30, 5)
+    whole, parts = Moment(), Moment()
+    whole.add(X)
+    for part in (*X.split(7), X[:0]):
+        one = Moment()
+        one.add(part)
+        parts.merge(one)
+    parts.merge(Moment())
+    assert parts.n == 30
+    assert torch.allclose(whole.value, parts.value, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_summed_in_float32_at_least_also_inside_autocast(dtype, kept):
     X = randn(64, 5).to(dtype)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from legomole.core.methods.calibrated import Calibrated
 from legomole.core.methods.concat import Concat
 from legomole.core.methods.lego import Lego, balanced, best_rank_one, folded, unit_norms
 from legomole.core.methods.svd import SVD
 from legomole.core.pool import Pool, relative_error
 from legomole.core.rank import Rank
+from legomole.core.statistics import Moments, Statistics
 from torch import Tensor
 
 from ..pools import best, close, make_pool, product, random_pool, total
@@ -355,3 +357,38 @@ def _gap(pool: Pool) -> float:
         r = int((S[0] / S[0, 0] > 1e-6).sum())
         gaps.append(float(((S[:, : r - 1] - S[:, 1:r]) / S[:, :1]).min()) if r > 1 else 1.0)
     return min(gaps)
+
+
+# ---- with statistics
+
+
+def measured(pool: Pool) -> Statistics:
+    d = pool.A.shape[2]
+    X = torch.randn(4, 3 * d, d, generator=torch.Generator().manual_seed(5))
+    own0, own1, joint, base = X.mT @ X / (3 * d)
+    return Statistics(dict.fromkeys(pool.names, Moments({0: own0, 1: own1}, {(0, 1): joint}, base)))
+
+
+def test_calibrated_units_add_up_to_the_calibrated_merge():
+    # as many clusters as units: every unit stays, so the sum is Calibrated's W before its truncation
+    pool = random_pool((3, 2), weights=[0.7, -1.5])
+    merged = Lego(Rank(5), statistics=measured(pool))(pool)
+    assert close(product(merged), product(Calibrated(Rank(5), measured(pool))(pool)), 1e-4)
+
+
+def test_calibrated_units_are_clustered_as_units_are():
+    # white inputs, nothing joint: every unit is only scaled, by 1 / (2 + lam) up to the ridge, so the clusters stay
+    pool = random_pool((4, 4), seed=3)
+    eye = torch.eye(pool.A.shape[2])
+    statistics = Statistics(dict.fromkeys(pool.names, Moments({0: eye, 1: eye}, base=eye)))
+    plain, calibrated = Lego(Rank(4))(pool), Lego(Rank(4), statistics=statistics)(pool)
+    assert torch.equal(plain.labels, calibrated.labels)
+    # tau = 1e-3 * 3: (1 + tau) / (3 + tau)
+    assert close(product(calibrated), 1.003 / 3.003 * product(plain), 1e-4)
+
+
+def test_a_module_that_was_not_measured_is_merged_as_it_is_and_named():
+    pool = random_pool((3, 2))
+    merged = Lego(Rank(3), statistics=Statistics({}))(pool)
+    assert close(product(merged), product(Lego(Rank(3))(pool)), 1e-5)
+    assert list(merged.remarks) == list(pool.names)

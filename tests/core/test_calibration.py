@@ -1,0 +1,120 @@
+"""Calibration: the moments of what the layers saw, kind by kind, against forward passes of models merged by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.calibration import CalibrationSettings, calibrate
+from legomole.core.errors import MergeError
+from legomole.core.mixture import Mixture
+from legomole.core.train import Prompt
+from torch import Tensor
+
+from .mole import FEATURES, Transformer, lora, merged, untouched
+
+PROMPTS = [Prompt("a", (0,)), Prompt("b", (1,)), Prompt("a b", (0, 1)), Prompt("c", ()), Prompt("", ())]
+
+
+class Flow:
+    """A flow model of tokens: pictures are what one step from noise gives."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.calls = model, []
+        self.texts = torch.randn(len(PROMPTS), 3, FEATURES, generator=torch.Generator().manual_seed(9))
+
+    def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
+        noise = torch.randn(len(prompts), 5, 4, generator=torch.Generator().manual_seed(seed))
+        return noise - self.model(noise, self.texts[list(prompts)])
+
+    def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        t = t[:, None, None]
+        return (1 - t) * latents + t * noise
+
+    def goal(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return noise - latents
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[int]) -> Tensor:
+        self.calls.append((noisy, tuple(prompts)))
+        return self.model(noisy, self.texts[list(prompts)])
+
+    def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return noisy - t[:, None, None] * prediction
+
+
+def run(settings: CalibrationSettings, prompts: Sequence[Prompt] = PROMPTS, **options):
+    model = Transformer()
+    loras = (lora(model, 1), lora(model, 2))
+    flow = Flow(model)
+    modules = {f"transformer.{name}": name for name in loras[0].modules}
+    with attach(model, Mixture(loras)) as attachment:
+        statistics = calibrate(attachment, flow, prompts, modules, settings, **options)
+    assert untouched(model)
+    return statistics, flow, loras
+
+
+def test_moments_are_those_of_models_merged_by_hand():
+    settings = CalibrationSettings(samples=6, noised=2, batch=4, compose=1.5)
+    statistics, flow, loras = run(settings)
+    gates = {(): (0, 0), (0,): (1, 0), (1,): (0, 1), (0, 1): (1.5, 1.5)}
+    for named, g in gates.items():
+        shown = [(x, rows) for x, rows in flow.calls if {PROMPTS[i].named for i in rows} == {named}]
+        assert sum(len(rows) for _, rows in shown) == 12  # 6 pictures, each noised twice
+        by_hand = merged(Transformer(), loras, g)
+        for path in ("blocks.1.ff.2", "final", "inp"):
+            seen = []
+            handle = by_hand.get_submodule(path).register_forward_pre_hook(lambda _, args, s=seen: s.append(args[0]))
+            for x, rows in shown:
+                by_hand(x, flow.texts[list(rows)])
+            handle.remove()
+            X = torch.cat([x.flatten(0, -2) for x in seen])
+            moments = statistics.modules[f"transformer.{path}"]
+            found = moments.own[named[0]] if len(named) == 1 else moments.joint[named] if named else moments.base
+            torch.testing.assert_close(found, X.mT @ X / len(X), rtol=1e-4, atol=1e-5)
+
+
+def test_the_seed_decides_everything():
+    settings = CalibrationSettings(samples=3, noised=1)
+    first, again = run(settings)[0], run(settings)[0]
+    other = run(CalibrationSettings(samples=3, noised=1, seed=1))[0]
+    for name in first.modules:
+        tensors = (list(found.modules[name].tensors()) for found in (first, again, other))
+        for C, same, different in zip(*tensors, strict=True):
+            assert torch.equal(C, same)
+            assert not torch.equal(C, different) or name == "transformer.ctx"  # which reads the prompt alone
+
+
+def test_every_prompt_of_a_kind_is_shown_before_one_comes_twice():
+    _, flow, _ = run(CalibrationSettings(samples=4, noised=1))
+    shown = [i for _, rows in flow.calls for i in rows]
+    assert shown.count(3) == shown.count(4) == 2  # both name nothing
+
+
+def test_it_can_be_cancelled_and_leaves_the_model():
+    def cancel(done: int, total: int, what: str) -> None:
+        assert (total, what) == (4, "measuring")
+        if done == 2:
+            raise KeyboardInterrupt
+
+    model = Transformer()
+    with pytest.raises(KeyboardInterrupt), attach(model, Mixture((lora(model, 1), lora(model, 2)))) as attachment:
+        calibrate(attachment, Flow(model), PROMPTS, {"x": "final"}, CalibrationSettings(samples=1), progress=cancel)
+    assert untouched(model)
+
+
+def test_a_lora_no_prompt_names_alone_is_refused():
+    with pytest.raises(MergeError, match="names LoRA number 2 alone"):
+        run(CalibrationSettings(samples=1), [Prompt("a", (0,)), Prompt("a b", (0, 1))])
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    model = Transformer()
+    broken = Flow(model)
+    broken.texts[0] = float("nan")
+    with (
+        attach(model, Mixture((lora(model, 1), lora(model, 2)))) as attachment,
+        pytest.raises(MergeError, match="not finite"),
+    ):
+        calibrate(attachment, broken, PROMPTS, {"x": "final"}, CalibrationSettings(samples=1))
