@@ -219,20 +219,20 @@ def train_gates(
     from ..core.gates import GateSet
     from ..core.mixture import Mixture
 
-    devices = _host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
+    devices = host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
     alone = devices is None or devices.rank == 0
     device = device if devices is None else str(devices.accelerator.device)
     number = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     adapters = [load(path) for path, _ in entries]
-    pipe = _host("pipeline_training").load_pipeline(pipeline, device=device, dtype=number)
+    pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=number)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*are of text encoders")  # told below, with the rest that is left out
-        adapters = _host("pipeline").experts(pipe, adapters)
+        adapters = host("pipeline").experts(pipe, adapters)
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
-    critic = None if clip is None else _host("pipeline_clip").load_clip(clip)
+    critic = None if clip is None else host("pipeline_clip").load_clip(clip)
     with progress_bar("training", quiet=json or not alone, telling=True) as progress:
         try:
-            done = _host("pipeline_training").train_gates(
+            done = host("pipeline_training").train_gates(
                 pipe, mixture, concepts, texts, training, images=pictures, clip=critic, size=pixels, guidance=guidance,
                 paint_steps=paint_steps, checkpointing=checkpointing, folder=state, devices=devices, progress=progress,
             )  # fmt: skip
@@ -259,7 +259,7 @@ def train_gates(
     out().print(f"\nTo use them:\n\n{code}", markup=False)
 
 
-def _host(name: str) -> Any:
+def host(name: str) -> Any:
     try:
         return importlib.import_module(f"..hosts.{name}", __package__)
     except ImportError as error:

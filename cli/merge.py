@@ -11,8 +11,10 @@ import typer
 from ..core.errors import MergeError
 from ..hosts.names import key_map, spelled_for
 from .arguments import add_module_weights, parse_input, parse_setting
+from .calibration import measure
 from .console import out, print_json, progress_bar
 from .options import (
+    CALIBRATION,
     DEFAULT_RANK,
     LEGO,
     METHOD,
@@ -41,6 +43,10 @@ As much rank as 99% of the sum needs, text encoder at half strength for the styl
 
 LEGO as published, keeping the first LoRA out of the cross attention:
 [cyan]legomole merge a.safetensors b.safetensors --geometry paper --module-weight '1:*attn2*=0' -o ab.safetensors[/cyan]
+
+The best of both on this very model, measured on its own pictures:
+[cyan]legomole merge style.safetensors subject.safetensors --calibrate sd15 --words 'ember style' --words heart \\
+  --rank 16 -o both.safetensors[/cyan]
 
 Repeat a merge from the file it made, or from a recipe:
 [cyan]legomole merge --config both.safetensors -o again.safetensors[/cyan]
@@ -114,8 +120,43 @@ def merge(
         typer.Option(
             metavar="FILE",
             rich_help_panel=METHOD,
-            help="calibrated: activation statistics measured with these LoRAs.",
+            help="calibrated, lego: activation statistics measured with these LoRAs. With --calibrate: where to keep "
+            "them; default beside the output.",
         ),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PIPELINE",
+            rich_help_panel=CALIBRATION,
+            help="Measure the statistics now: a diffusers folder of the LoRAs' base model, or its name in the local "
+            "cache. The method is calibrated then, unless you say lego.",
+        ),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WORDS",
+            rich_help_panel=CALIBRATION,
+            help="What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
+            "in their order.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=CALIBRATION,
+            help="Prompts to measure on, one a line; the more unlike, the better. Kinds that are missing are made up.",
+        ),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help="Of the pictures: 512, or 768x512."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="SCALE", rich_help_panel=CALIBRATION, help="Default the pipeline's. 1: none."),
     ] = None,
     seed: Seed = None,
     settings: Annotated[
@@ -155,7 +196,9 @@ def merge(
     from ..core.recipe import from_dict
     from ..core.run import read_recipe
 
-    base: dict[str, Any] = {"method": "lego"}
+    if calibrate is None and (words or prompts or size or guidance is not None):
+        raise typer.BadParameter("--words, --prompts, --size and --guidance belong to --calibrate PIPELINE.")
+    base: dict[str, Any] = {"method": "lego" if calibrate is None else "calibrated"}
     folder = Path()
     if config is not None:
         folder = config.parent
@@ -167,6 +210,11 @@ def merge(
         base["inputs"] = [parse_input(text) for text in inputs]
     if not base.get("inputs"):
         raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
+    if calibrate is not None:
+        statistics = statistics or output.with_name(
+            f"{output.name.removesuffix('.safetensors')}.statistics.safetensors"
+        )
+        method = method or "calibrated"
     other = method is not None and method != base["method"]
     if other:
         base = {**base, "method": method, "settings": {}}  # settings of another method would only be refused
@@ -180,13 +228,21 @@ def merge(
         "norm": norm,
         "density": density,
         "statistics": None if statistics is None else str(statistics.absolute()),
-        "seed": seed,
+        "seed": None if calibrate is not None and method == "calibrated" else seed,  # of the measuring alone
         **dict(parse_setting(text) for text in settings or ()),
     }
     base["settings"] = {**base.get("settings", {}), **_given(typed)}
     base |= _given({"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     add_module_weights(base, module_weight or ())
-    _carry_out(from_dict(base, config), folder, output, device=device, overwrite=overwrite, json=json)
+    recipe = from_dict(base, config)
+    if calibrate is not None and statistics is not None:
+        _check_target(recipe, folder, output, overwrite=overwrite)
+        measure(
+            calibrate, base["inputs"], folder, words or (), prompts, statistics, size=size, guidance=guidance,
+            seed=seed, convert_rank=recipe.convert_rank, device=device, overwrite=overwrite,
+            json=json,
+        )  # fmt: skip
+    _carry_out(recipe, folder, output, device=device, overwrite=overwrite, json=json)
 
 
 def compress(
@@ -233,8 +289,15 @@ def check_device(name: str) -> None:
         ) from error
 
 
+def _check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:
+    from ..core.formats import summarise
+
+    paths = [folder / entry.path for entry in recipe.inputs]
+    return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
+
+
 def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrite: bool, json: bool) -> None:
-    from ..core.formats import save, summarise
+    from ..core.formats import save
     from ..core.methods import METHODS
     from ..core.run import run
 
@@ -242,9 +305,7 @@ def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrit
     fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
     if "rank" in fields and "rank" not in recipe.settings:
         recipe = recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
-    paths = [folder / entry.path for entry in recipe.inputs]
-    first = summarise(paths[0])
-    target = check_output(output, recipe.format or first.format, paths, overwrite=overwrite)
+    target = _check_target(recipe, folder, output, overwrite=overwrite)
     with progress_bar("merging", quiet=json) as progress:
         result = run(recipe, folder=folder, key_map=key_map, spell=spelled_for, device=device, progress=progress)
     written = save(result.adapter, target)

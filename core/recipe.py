@@ -130,7 +130,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 def _checked(method: str, key: str, hint: Any, value: Any) -> Any:
     if hint is Rank:
         return Rank.parse(value)
-    if isinstance(value, Statistics) and hint is Statistics:
+    if isinstance(value, Statistics) and Statistics in (hint, *typing.get_args(hint)):
         return value
     try:
         return TypeAdapter(hint).validate_python(value)

@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
+from .trained import Expert
 
 _KIND = "legomole.statistics.1"
 
@@ -84,7 +85,7 @@ class Statistics:
 
     Args:
         modules: Module name, as the aligned adapters have it -> its moments.
-        adapters: sha256 of the adapters, in the order the positions refer to.
+        adapters: sha256 of the adapters' files (of their factors where there is no file), in the order of positions.
         metadata: What was measured, in words: model, prompts, steps, strengths.
     """
 
@@ -104,18 +105,18 @@ class Statistics:
         """
         place: dict[int, int] = {}
         for i, adapter in enumerate(adapters):
-            sha256 = adapter.source.sha256
+            sha256 = _hash(adapter)
             measured = [j for j, other in enumerate(self.adapters) if other == sha256 and j not in place]
-            if not sha256 or not measured:
+            if not measured:
                 raise MergeError(
                     "The statistics were not measured with this LoRA.",
                     file=adapter.source.path or None,
                     expected=f"a file with sha256 {', '.join(self.adapters) or '(none recorded)'}",
-                    found=sha256 or "a LoRA that is not a file",
+                    found=sha256,
                     remedy="measure the statistics again with the LoRAs you merge",
                 )
             place[measured[0]] = i
-        hashes = tuple(adapter.source.sha256 for adapter in adapters)
+        hashes = tuple(map(_hash, adapters))
         return Statistics({name: m.at(place) for name, m in self.modules.items()}, hashes, self.metadata)
 
     def save(self, path: str | Path) -> None:
@@ -159,3 +160,7 @@ class Statistics:
                 "The statistics could not be read.", file=path, found=error, remedy="measure them again"
             ) from error
         return cls({name: Moments(**table) for name, table in tables.items()}, adapters, metadata)
+
+
+def _hash(adapter: Adapter) -> str:
+    return adapter.source.sha256 or Expert.of(adapter).sha256

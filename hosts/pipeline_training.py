@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +116,10 @@ def train_gates(
     _check_images(captions, mixture, concepts)
     prompts = list(dict.fromkeys([*prompts, *captions]))
     model = model_of(pipe)
-    parts = [part for part in (*pipe.components.values(), *(clip or ())) if isinstance(part, nn.Module)]
-    with _frozen(parts), attach(model, mixture, checkpointing=checkpointing) as attachment:
+    with (
+        frozen([*pipe.components.values(), *(clip or ())]),
+        attach(model, mixture, checkpointing=checkpointing) as attachment,
+    ):
         denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=paint_steps)
         own = None
         if images:
@@ -190,8 +192,9 @@ def _values(
 
 
 @contextmanager
-def _frozen(modules: Sequence[nn.Module]) -> Generator[None]:
-    """No gradients for these modules, which do not train; afterwards they are as before, in number format too."""
+def frozen(parts: Iterable[Any]) -> Generator[None]:
+    """No gradients for the modules among these; afterwards they are as before, in number format too."""
+    modules = [part for part in parts if isinstance(part, nn.Module)]
     gradients = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]
     dtypes = [(module, next(module.parameters()).dtype) for module in modules]

@@ -12,7 +12,7 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import apply, gates, load, merge, mole, save, train_gates
+            from . import apply, calibrate, gates, load, merge, mole, save, train_gates
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
             raise
@@ -20,6 +20,7 @@ class LegoMoleExtension(ComfyExtension):
             load.LoadLoRA,
             merge.LegoMerge,
             merge.MergeLoRAs,
+            calibrate.Calibrate,
             apply.ApplyLoRA,
             save.SaveLoRA,
             mole.MoLEMix,

@@ -13,17 +13,27 @@ from ..core import formats, recipe
 from ..core.adapter import Adapter, Source
 from ..core.merge import merge
 from ..core.metadata import file_metadata
-from ..core.methods import METHODS, MergeMethod
+from ..core.methods import METHODS
+from ..core.statistics import Statistics
 from . import comfy, program
 from .lora import Lora, flatten
 from .reading import read_files
-from .settings import built, chosen, has_widgets, module_weights, settings
-from .sockets import CATEGORY, lora_output, loras_input, method_input, model_inputs, module_weights_input, widget
+from .settings import built, module_weights, settings
+from .sockets import (
+    CATEGORY,
+    lora_output,
+    loras_input,
+    method_input,
+    model_inputs,
+    module_weights_input,
+    statistics_input,
+    widget,
+)
 
 _LOG = logging.getLogger(__name__)
 
 LEGO = METHODS["lego"]
-BASELINES = {name: method for name, method in METHODS.items() if method is not LEGO and has_widgets(method)}
+OTHERS = {name: method for name, method in METHODS.items() if method is not LEGO}
 
 
 def _outputs() -> list[Any]:
@@ -33,14 +43,25 @@ def _outputs() -> list[Any]:
     ]
 
 
-def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any, rules: str | None) -> io.NodeOutput:
+def _merge(
+    loras: Mapping[str, Any],
+    method: str,
+    widgets: Mapping[str, Any],
+    statistics: Statistics | None,
+    model: Any,
+    clip: Any,
+    rules: str | None,
+) -> io.NodeOutput:
     """Read, merge, and say what happened: what both nodes do."""
     values = flatten(loras, program.lora_path)
+    built(METHODS, {**widgets, "method": method}, statistics)  # wrong settings are told before large files are read
     reading = read_files(values) if model is None else comfy.read(values, model, clip)
+    measured = None if statistics is None else statistics.of(reading.adapters)
+    chosen = built(METHODS, {**widgets, "method": method}, measured)
     per_module = module_weights(rules or "", reading.adapters)
     result = merge(
         reading.adapters,
-        method,
+        chosen,
         [value.strength_model for value in values],
         text_encoder_weights=[value.strength_clip for value in values],
         module_weights=per_module,
@@ -53,7 +74,7 @@ def _merge(loras: Mapping[str, Any], method: MergeMethod, model: Any, clip: Any,
     )
     made = recipe.Recipe(
         method=report.method,
-        settings=recipe.settings_of(method),
+        settings=recipe.settings_of(chosen),
         inputs=[
             recipe.Input(
                 path=adapter.source.path or value.label,
@@ -100,6 +121,7 @@ class LegoMerge(io.ComfyNode):
                 loras_input(),
                 *(widget(setting, advanced=setting.name not in shown) for setting in settings(LEGO)),
                 *model_inputs(),
+                statistics_input(),
                 module_weights_input(),
             ],
             outputs=_outputs(),
@@ -111,11 +133,11 @@ class LegoMerge(io.ComfyNode):
         loras: dict[str, Any],
         model: Any = None,
         clip: Any = None,
+        statistics: Statistics | None = None,
         module_weights: str | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
-        method = recipe.build_method("lego", chosen(LEGO, widgets))
-        return _merge(loras, method, model, clip, module_weights)
+        return _merge(loras, "lego", widgets, statistics, model, clip, module_weights)
 
 
 class MergeLoRAs(io.ComfyNode):
@@ -128,16 +150,18 @@ class MergeLoRAs(io.ComfyNode):
             display_name="Merge LoRAs",
             category=CATEGORY,
             description="Merge LoRAs by another method than LEGO: the exact sum (concat), its best low-rank "
-            "approximation (svd), and the known heuristics (linear, TIES, DARE, KnOTS).",
+            "approximation (svd), the known heuristics (linear, TIES, DARE, KnOTS), or calibrated on the model.",
             search_aliases=["merge lora", "combine loras", "ties", "dare", "knots", "svd", "legomole", "lora merger"],
             inputs=[
                 loras_input(),
                 method_input(
-                    BASELINES,
+                    OTHERS,
                     "concat: the exact sum, with the ranks added up. svd: the closest LoRA of a given rank to that "
-                    "sum. linear, ties, dare, knots: the known heuristics.",
+                    "sum. linear, ties, dare, knots: the known heuristics. calibrated: least squares on what Calibrate "
+                    "measured.",
                 ),
                 *model_inputs(),
+                statistics_input(),
                 module_weights_input(),
             ],
             outputs=_outputs(),
@@ -150,6 +174,7 @@ class MergeLoRAs(io.ComfyNode):
         method: dict[str, Any],
         model: Any = None,
         clip: Any = None,
+        statistics: Statistics | None = None,
         module_weights: str | None = None,
     ) -> io.NodeOutput:
-        return _merge(loras, built(BASELINES, method), model, clip, module_weights)
+        return _merge(loras, method["method"], method, statistics, model, clip, module_weights)

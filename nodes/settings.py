@@ -15,6 +15,7 @@ from ..core.errors import MergeError
 from ..core.merge import matching
 from ..core.methods import MergeMethod
 from ..core.rank import Rank
+from ..core.statistics import Statistics
 
 AUTO, ON, OFF = "auto", "on", "off"
 
@@ -39,6 +40,9 @@ _TOOLTIPS = {
     "starts": "Random starts of the clustering beside the deterministic one. More can find a slightly better one.",
     "seed": "Of the random draws. The same seed gives the same file.",
     "density": "Share of each LoRA's entries that is kept; 1 keeps all.",
+    "lam": "How much leaving the base model alone counts.",
+    "mu": "How much prompts that name several LoRAs count.",
+    "joint_scale": "How much louder than their sum LoRAs should be where a prompt names several.",
     "sign_election": "Which sign wins where LoRAs disagree: that of their sum (total) or the most frequent one.",
 }
 
@@ -49,13 +53,13 @@ class Setting:
 
     Args:
         name: Of the field, and of the widget.
-        kind: ``rank``, ``choice``, ``share`` (0 .. 1) or ``integer``.
+        kind: ``rank``, ``choice``, ``share`` (0 .. 1), ``number`` (0 or more) or ``integer``.
         default: What the widget starts with.
         choices: For ``choice``.
     """
 
     name: str
-    kind: Literal["rank", "choice", "share", "integer"]
+    kind: Literal["rank", "choice", "share", "number", "integer"]
     default: Any
     choices: tuple[str, ...] = ()
 
@@ -66,13 +70,18 @@ class Setting:
 
 def has_widgets(method: type[MergeMethod]) -> bool:
     """Whether widgets can say all a method needs (not so for one that needs measured statistics)."""
-    return {field.name for field in dataclasses.fields(method)} <= set(_TOOLTIPS)  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+    return "statistics" not in fields or fields["statistics"].default is None
 
 
 def settings(method: type[MergeMethod]) -> list[Setting]:
-    """The method's fields as widgets; an optional field gets the choice ``auto``."""
+    """The method's fields as widgets; an optional field gets the choice ``auto``. Statistics come from a socket."""
     hints = get_type_hints(method)
-    return [_setting(field, hints[field.name]) for field in dataclasses.fields(method)]  # type: ignore[arg-type]
+    return [
+        _setting(field, hints[field.name])
+        for field in dataclasses.fields(method)  # type: ignore[arg-type]
+        if field.name != "statistics"
+    ]
 
 
 def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
@@ -81,7 +90,8 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     if hint is Rank:
         return Setting(field.name, "rank", "1x")
     if hint is int or hint is float:
-        return Setting(field.name, "integer" if hint is int else "share", field.default)
+        kind = "integer" if hint is int else "share" if field.name == "density" else "number"
+        return Setting(field.name, kind, field.default)
     choices = (ON, OFF) if hint is bool else tuple(get_args(hint))
     return Setting(
         field.name,
@@ -103,10 +113,34 @@ def chosen(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dict[str, A
     return values
 
 
-def built(methods: Mapping[str, type[MergeMethod]], widgets: Mapping[str, Any]) -> MergeMethod:
-    """The method that a choice among `methods` and its settings' widgets ask for."""
+def built(
+    methods: Mapping[str, type[MergeMethod]], widgets: Mapping[str, Any], statistics: Statistics | None = None
+) -> MergeMethod:
+    """The method that a choice among `methods` and its settings' widgets ask for.
+
+    Args:
+        methods: To choose from. widgets: ``method``, and the settings of that one.
+        statistics: What is connected, for a method that takes them.
+
+    Raises:
+        MergeError: The method needs statistics and there are none, or it cannot use any.
+    """
     name = widgets["method"]
-    return recipe.build_method(name, chosen(methods[name], widgets))
+    values = chosen(methods[name], widgets)
+    takes = any(field.name == "statistics" for field in dataclasses.fields(methods[name]))  # type: ignore[arg-type]
+    if statistics is not None and not takes:
+        raise MergeError(
+            f"The method {name} takes no statistics.",
+            remedy="choose calibrated, use LEGO Merge, or disconnect statistics",
+        )
+    if statistics is None and not has_widgets(methods[name]):
+        raise MergeError(
+            f"The method {name} needs statistics.",
+            expected="the statistics output of Calibrate",
+            found="nothing connected",
+            remedy="add a Calibrate node with the same LoRAs and connect it",
+        )
+    return recipe.build_method(name, values if statistics is None else {**values, "statistics": statistics})
 
 
 def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]:

@@ -12,6 +12,7 @@ from .settings import Setting, settings
 
 LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `Lora`
 LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.trained.TrainedGates`
+LEGOMOLE_STATISTICS = io.Custom("LEGOMOLE_STATISTICS")  # `core.statistics.Statistics`
 LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train LoRA returns
 LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]
 
@@ -70,6 +71,8 @@ def widget(setting: Setting, advanced: bool = False) -> Any:
         return io.String.Input(setting.name, default=setting.default, **common)
     if setting.kind == "choice":
         return io.Combo.Input(setting.name, options=list(setting.choices), default=setting.default, **common)
+    if setting.kind == "number":
+        return io.Float.Input(setting.name, default=setting.default, min=0.0, max=100.0, step=0.05, **common)
     if setting.kind == "share":
         return io.Float.Input(setting.name, default=setting.default, min=0.0, max=1.0, step=0.01, **common)
     if setting.name == "seed":
@@ -88,6 +91,15 @@ def method_input(methods: Mapping[str, type[MergeMethod]], tooltip: str) -> Any:
             for name, method in methods.items()
         ],
         tooltip=tooltip,
+    )
+
+
+def statistics_input() -> Any:
+    return LEGOMOLE_STATISTICS.Input(
+        "statistics",
+        optional=True,
+        tooltip="From Calibrate, with the same LoRAs and the same model: then the merge acts like each LoRA where that "
+        "one is asked for, and leaves the model alone elsewhere.",
     )
 
 

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ..core.attach import attach
 from ..core.bank import Bank
+from ..core.calibration import CalibrationSettings
+from ..core.calibration import calibrate as calibrate_model
 from ..core.digest import digest, some_of
 from ..core.errors import MergeError
+from ..core.statistics import Statistics
 from ..core.train import Images, Prompt, Training, TrainSettings, train
 from ..core.trained import Expert
 from .denoiser import ComfyDenoiser, Conditioning
@@ -84,6 +87,32 @@ def train_gates(
     if state.is_dir() and not any(state.iterdir()):
         state.rmdir()
     return done
+
+
+def calibrate(
+    mix: Mix,
+    model: Any,
+    clip: Any,
+    latent: Tensor,
+    prompts: Sequence[Prompt],
+    settings: CalibrationSettings,
+    *,
+    cfg: float,
+    sampling_steps: int,
+    progress: Callable[[int, int, str], None],
+) -> Statistics:
+    """Measure what a calibrated merge of a mix's LoRAs needs; arguments as for `train_gates`."""
+    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+    with torch.inference_mode(False), _trainable(model) as patcher:
+        network = patcher.model.diffusion_model
+        bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
+        modules = {name: place.key for name, place in mix.mixture.places.items()}
+        with attach(network, bank) as attachment:
+            denoiser = ComfyDenoiser(patcher, attachment, encoded, latent, cfg, sampling_steps)
+            experts = [Expert.of(adapter).sha256 for adapter in mix.mixture.experts]
+            return calibrate_model(
+                attachment, denoiser, prompts, modules, settings, adapters=experts, progress=progress
+            )
 
 
 def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> str:

@@ -115,6 +115,22 @@ class Graph:
             "LegoMoLE_TrainGates", model=self.model, clip=self.clip, **_row(loras), **{**defaults, **settings}
         )
 
+    def calibrate(self, *loras: Link, **settings: Any) -> Link:
+        """Calibrate, small: its statistics (output 1 is the report)."""
+        defaults = {
+            "words": "ember style\nheart",
+            "prompts": "",
+            "pictures": 4,
+            "sampling_steps": 1,
+            "cfg": 1.0,
+            "batch_size": 4,
+            "seed": 0,
+            "latent_image": self.empty(),
+        }
+        return self.add(
+            "LegoMoLE_Calibrate", model=self.model, clip=self.clip, **_row(loras), **{**defaults, **settings}
+        )
+
     def empty(self, size: int = 64) -> Link:
         return self.add(self._latent, width=size, height=size, batch_size=1)
 

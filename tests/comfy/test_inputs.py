@@ -158,10 +158,10 @@ def test_every_baseline_runs(comfy: Server, files: dict[str, str], method: str) 
     assert rank == {"concat": 12, "linear": 8}.get(method, 4)
 
 
-def test_node_offers_every_method_that_widgets_can_set(comfy: Server) -> None:
+def test_node_offers_every_method_but_lego(comfy: Server) -> None:
     info = comfy.get("/object_info/LegoMoLE_MergeLoRAs")["LegoMoLE_MergeLoRAs"]
     options = info["input"]["required"]["method"][1]["options"]
-    assert [option["key"] for option in options] == list(BASELINES)
+    assert [option["key"] for option in options] == [*BASELINES, "calibrated"]
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
