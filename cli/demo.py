@@ -2,87 +2,81 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from ..hosts.names import key_map, spelled_for
-from .console import out, print_json
+from .console import out, print_json, progress_bar
 from .options import Json
-
-_RANK = 8
 
 
 def demo(
     folder: Annotated[Path, typer.Argument(help="Where to put the files; an earlier demo there is replaced.")] = Path(
         "legomole-demo"
     ),
+    comfyui: Annotated[
+        Path | None,
+        typer.Option(help="Put the small model and its LoRAs (265 MB) into this ComfyUI folder instead."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Make two small LoRAs, merge them with LEGO, and compare the methods. Downloads nothing, takes seconds."""
-    from ..core.demo import write_pair
-    from ..core.errors import SaveError
-    from ..core.formats import save
-    from ..core.merge import MergeResult
-    from ..core.recipe import Input, Recipe
-    from ..core.run import run
+    """Paint with two LoRAs, alone and combined in every way, side by side. Downloads nothing, takes a minute.
+
+    The model is a small one of our own, trained on drawn shapes, and comes with the package.
+    """
+    from ..core.errors import MergeError, SaveError
+
+    missing = [name for name in ("diffusers", "transformers", "PIL") if find_spec(name) is None]
+    if missing:
+        raise MergeError(
+            "The demo needs more packages.",
+            expected="diffusers, transformers and Pillow",
+            found=f"no {' and no '.join(missing)}",
+            remedy="pip install 'legomole[diffusers]'",
+        )
+    if comfyui is not None:
+        from ..nano.comfyui import place
+
+        console = out()
+        written = place(comfyui, say=(lambda _: None) if json else lambda text: console.print(text, markup=False))
+        if json:
+            print_json({"written": [str(path) for path in written]})
+        else:
+            console.print(_PLACED, markup=False)
+        return
+
+    from ..nano import demo as nano
 
     try:
-        style, subject = write_pair(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise SaveError("The demo's folder is a file.", file=folder, remedy="name another folder") from error
-
-    def merge(method: str, **settings: Any) -> MergeResult:
-        recipe = Recipe(
-            method=method, settings=settings, inputs=[Input(path=style.name), Input(path=subject.name, weight=0.8)]
-        )
-        return run(recipe, folder=folder, key_map=key_map, spell=spelled_for)
-
-    result = merge("lego", rank=_RANK)
-    paper = merge("lego", rank=_RANK, geometry="paper")
-    merged = save(result.adapter, folder / "merged.safetensors")
-    rows = [
-        ("concat", "the exact sum", merge("concat").report),
-        ("svd", "the nearest to the sum at this rank", merge("svd", rank=_RANK).report),
-        ("lego", "clusters the units, whatever their sign and rotation", result.report),
-        ("lego, paper", "as published: clusters the factors as they lie", paper.report),
-        ("linear", "adds the factors as they lie", merge("linear").report),
-    ]
+    with progress_bar("painting", quiet=json, telling=True) as tell:
+        found, files = nano.run(folder, tell)
     if json:
-        kept = {name: report.energy_kept for name, _, report in rows}
-        print_json({"inputs": [str(style), str(subject)], "output": str(merged), "energy_kept": kept})
+        scores = {name: dict(column.scores) for name, column in found.items()}
+        print_json({"output": [str(path) for path in files], "scores": scores})
         return
-    table = Table(title="The same pair, method by method", title_justify="left")
-    table.add_column("method")
-    table.add_column("rank", justify="right")
-    table.add_column("of the sum kept", justify="right")
-    table.add_column("what it does")
-    for name, words, report in rows:
-        table.add_row(name, str(report.ranks_out[1]), f"{report.energy_kept:.1%}", words)
+    table = Table(title="How many pictures show what was asked for", title_justify="left")
+    table.add_column("asked for")
+    for name in found:
+        table.add_column(name, justify="right")
+    for kind in nano.ROWS:
+        table.add_row(kind, *(f"{column.scores[kind]:.0%}" for column in found.values()))
     console = out()
-    console.print(_MADE.format(style=style, subject=subject), markup=False)
-    console.print(result.report.text(), markup=False)
-    console.print(_WROTE.format(merged=merged), markup=False)
     console.print(table)
-    console.print(_SEEN, markup=False)
+    console.print(f"\nWhat you see\n{nano.words(found)}\n", markup=False)
+    console.print(_WROTE.format(picture=files[0], merged=files[1]), markup=False)
 
 
-_MADE = """\
-Made two LoRAs shaped like SD 1.5's first blocks, as two different trainers would write them:
-  {style}    rank 8, kohya names
-  {subject}  rank 4, diffusers names
-
-Merged them with LEGO at rank 8, the subject at weight 0.8:
-"""
-_WROTE = """
-Wrote {merged}: it loads wherever LoRAs load, and says how it was made.
+_WROTE = """\
+Wrote {picture}: look at it.
+Wrote {merged}: LEGO's merge, a LoRA file like any other.
   legomole inspect {merged}
 """
-_SEEN = """
-What you see: the two LoRAs share directions, so rank 8 holds nearly all of their 8 + 4 units. Methods that look at
-the matrices (svd, lego) find that. Methods that look at the factors as they happen to lie (paper, linear) do not,
-because every trainer mixes its units in a way of its own. Being near to the sum is not yet a good picture: the sum
-is the yardstick here because it needs no model.
+_PLACED = """
+Start ComfyUI (again) and open the workflows of LegoMoLE under Templates: they run as they are.
 """

@@ -23,6 +23,7 @@ from legomole.core.formats import FORMATS, load, save
 from legomole.core.lowrank import LowRank
 from legomole.core.methods import METHODS
 from legomole.core.recipe import from_text
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -226,7 +227,24 @@ def test_convert_changes_the_format_and_the_numbers():
 
 def test_dialects_are_translated():
     """kohya's names to diffusers' and back; the deltas stay what they were, but for float rounding of the scale."""
-    done("demo", "d")
+    generator = torch.Generator().manual_seed(0)
+
+    def layers(prefix: str, rank: int, *, dots: bool, alpha: float | None) -> Adapter:
+        block = "down_blocks.0.attentions.0.transformer_blocks.0"
+        names = [
+            f"{block}.{layer}" for layer in ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ff.net.0.proj", "ff.net.2")
+        ]
+        draw = [torch.randn(shape, generator=generator).half() for _ in names for shape in ((rank, 16), (16, rank))]
+        return Adapter(
+            {
+                f"{prefix}{name if dots else name.replace('.', '_')}": LowRank(A, B, alpha)
+                for name, A, B in zip(names, draw[::2], draw[1::2], strict=True)
+            }
+        )
+
+    Path("d").mkdir()
+    save(layers("lora_unet_", 8, dots=False, alpha=4.0), "d/style", format="kohya")
+    save(layers("unet.", 4, dots=True, alpha=None), "d/subject", format="diffusers")
     done("convert", "d/style.safetensors", "--to", "diffusers", "-o", "there.safetensors")
     done("convert", "there.safetensors", "--to", "kohya", "-o", "back.safetensors")
     style, back = load("d/style.safetensors"), load("back.safetensors")
@@ -242,19 +260,29 @@ def test_dialects_are_translated():
     assert (both.metadata["ss_network_dim"], both.metadata["ss_network_alpha"]) == ("6", "6")
 
 
-def test_demo_runs_twice_and_says_what_one_sees():
-    done("demo", "there")
-    text = done("demo", "there")
-    assert "Merged them with LEGO" in text
+def test_demo_paints_every_way_and_says_what_one_sees(monkeypatch):
+    """Few pictures; what they show is for the benchmark. The files are there, and the merge is a LoRA."""
+    pytest.importorskip("diffusers")
+    from legomole.nano import demo
+
+    monkeypatch.setattr(demo, "ROWS", {kind: pairs[:1] for kind, pairs in demo.ROWS.items()})
+    monkeypatch.setattr(demo, "_EACH", 1)
+    text = squeezed(done("demo", "there"))
     assert "What you see" in text
-    merged = load("there/merged.safetensors")
-    assert {part.rank for part in merged.modules.values()} == {8}
-    done("merge", "--config", "there/merged.safetensors", "-o", "again.safetensors")
-    assert Path("again.safetensors").read_bytes() == Path("there/merged.safetensors").read_bytes()
-    kept = json.loads(done("demo", "there", "--json"))["energy_kept"]
-    # the exact sum, its nearest matrix of rank 8, then LEGO close to that; factors as they lie lose
-    assert kept["concat"] == pytest.approx(1.0)
-    assert kept["concat"] >= kept["svd"] > kept["lego"] > 0.95 > kept["lego, paper"] > kept["linear"]
+    assert {part.rank for part in load("there/lego.safetensors").modules.values()} == {4}
+    with Image.open("there/demo.png") as picture:
+        assert picture.width > 6 * 128
+        assert len(picture.getcolors(1 << 20)) > 1000
+    scores = json.loads(done("demo", "there", "--json"))["scores"]
+    assert list(scores) == ["no LoRA", "heart LoRA", "ember LoRA", "sum", "LEGO", "MoLE"]
+    assert all(set(row) == {"both", "subject", "style", "neither"} for row in scores.values())
+
+
+def test_demo_refuses_a_file_in_the_place_of_its_folder_and_what_is_no_comfyui():
+    Path("there").write_text("mine")
+    assert "The demo's folder is a file" in squeezed(run("demo", "there").stderr)
+    assert "not ComfyUI's folder" in squeezed(run("demo", "--comfyui", "there").stderr)
+    assert Path("there").read_text() == "mine"
 
 
 @pytest.mark.parametrize("layer", ["transformer_blocks.0.attn1.to_q", "double_blocks.0.processor.qkv_lora1"])

@@ -42,10 +42,31 @@ def language_model(tmp_path, monkeypatch) -> dict[str, list[torch.Tensor]]:
     return {kind: [torch.randint(*range_, (4, 8))] for kind, range_ in {**words, "other_prompts": (24, 64)}.items()}
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
+def test_calibrating_on_a_pipeline_goes_as_the_page_says(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from .hosts import tiny_pipelines as tiny
+
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny.build("SD 1.5")
+    pipe.save_pretrained("sd15")
+    for seed, name in ((1, "style"), (2, "heart")):
+        legomole.save(tiny.lora(pipe, seed), name, format="diffusers")
+    measure, again, _ = blocks("calibrated.md", "sh")
+    for command in (*measure.splitlines(), *again.splitlines()):
+        merge(command)
+    deltas = [
+        torch.cat([part.delta().flatten() for part in legomole.load(f"{name}.safetensors").modules.values()])
+        for name in ("both", "units", "calm")
+    ]
+    assert deltas[2].norm() < deltas[0].norm()  # more weight on leaving the model alone
+    assert not torch.allclose(deltas[0], deltas[1])
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
 def test_the_calibrated_merge_is_nearer_to_each_lora_on_its_own_inputs(language_model):
     """By the measured moments: ``|W - delta_i|_C_i`` summed over both LoRAs and all layers is below the plain SVD's."""
-    (code,), (command,) = blocks("calibrated.md", "python"), blocks("calibrated.md", "sh")
+    (code,), (*_, command) = blocks("calibrated.md", "python"), blocks("calibrated.md", "sh")
     found = dict(language_model)
     exec(code, found)
     merge(command)

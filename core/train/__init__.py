@@ -18,7 +18,7 @@ from ..merge import Progress
 from ..mixture import Mixture
 from ..router import check_concepts, named, route_gates
 from ..trained import Expert, TrainedGates
-from .calibrate import calibrate
+from .calibrate import calibrate, for_training
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples
 from .fit import Devices, Fit, fit, read_state
@@ -95,12 +95,17 @@ def train(
         return Training(TrainedGates(gates.copy().cpu(), experts, base, {**record, **outcome}), run)
 
     if settings.objective == "router":
-        return trained(_routed(attachment, denoiser, prompts, concepts, settings, progress), Fit())
+        gates = _routed(attachment, denoiser, prompts, concepts, settings, progress)
+        attachment.use(gates)
+        return trained(gates, Fit())
     if folder is not None:
         read_state(folder, key)  # another training's folder is refused before anything is painted
     examples = _examples(attachment, denoiser, prompts, settings, images, folder, key, devices, progress)
     rows = list(range(min(len(examples), _CALIBRATED_ON)))
     calibrate(attachment, _predicting(denoiser, examples, rows, settings.batch))
+    if settings.objective == "distil" and mixture.gates.settings.reads == "text":
+        # from even gates the few directions in which prompts differ are found late or never
+        attachment.use(for_training(_routed(attachment, denoiser, prompts, concepts, settings, progress)))
     if settings.objective == "clip":
         assert clip is not None
         objective = Guidance(denoiser, examples, prompts, concepts, clip)
@@ -209,6 +214,4 @@ def _routed(
         if progress is not None:
             progress(i + 1, len(prompts), "reading the prompts")
     asked = named([prompt.text for prompt in prompts], concepts)
-    gates = route_gates(torch.cat(seen), asked, attachment.bank.gates.settings, scopes)
-    attachment.use(gates)
-    return gates
+    return route_gates(torch.cat(seen), asked, attachment.bank.gates.settings, scopes)

@@ -63,9 +63,6 @@ def calibrate(attachment: Attachment, run: Callable[[], None]) -> GateSet:
     device = next(iter(bank.stacks.values())).D.device
     for scope, m in found.items():
         mean, spread = standardisation(m.sum / m.n, (m.square / m.n - (m.sum / m.n).square()).clamp_min(0))
-        # AdamW moves every weight by the learning rate, so a logit by that times the number of features: count them as
-        # _FEATURES, whatever their number
-        spread = spread * max(1.0, len(spread) / _FEATURES)
         gates[scope] = Gate(
             len(mean),
             bank.experts,
@@ -75,6 +72,21 @@ def calibrate(attachment: Attachment, run: Callable[[], None]) -> GateSet:
             owner=m.owner,
             layer=attachment.layers_read.get(scope, ""),
         )
-    made = GateSet(bank.experts, bank.gates.settings, gates).to(device)
+    made = for_training(GateSet(bank.experts, bank.gates.settings, gates)).to(device)
     attachment.use(made)
     return made
+
+
+def for_training(gates: GateSet) -> GateSet:
+    """The same gates in place, their features scaled so that one learning rate suits any number of them.
+
+    AdamW moves every weight by the learning rate, so a logit by that times the number of features: they are made to
+    count as 64, whatever their number.
+    """
+    with torch.no_grad():
+        for name in gates.names:
+            gate = gates[name]
+            scale = max(1.0, gate.features / _FEATURES)
+            gate.spread.mul_(scale)
+            gate.weight.mul_(scale)
+    return gates

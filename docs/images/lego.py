@@ -1,4 +1,4 @@
-"""Draws docs/images/lego.png from the demo's two LoRAs: `python docs/images/lego.py`."""
+"""Draws docs/images/lego.png from two LoRAs made on the spot: `python docs/images/lego.py`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from legomole.core import formats
-from legomole.core.demo import write_pair
 from legomole.core.methods.lego import Lego, balanced
 from legomole.core.pool import Pool
 from legomole.core.rank import Rank
+from pair import write_pair
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 COLOURS = ("#3b6fb6", "#e08a2e")

@@ -15,7 +15,7 @@ from legomole.core.mixture import Mixture
 from legomole.core.train import Images, Training, TrainSettings, prompts_for, train
 from legomole.core.trained import TrainedGates
 
-from ..mole import ToyDenoiser, Transformer, Values, lora
+from ..mole import FEATURES, ToyDenoiser, Transformer, Values, lora
 from ..pools import close
 
 WORDS = [["ember"], ["heart"]]
@@ -100,6 +100,24 @@ class TestObjectives:
         done = run(model, mixed, SETTINGS.model_copy(update={"steps": 10}))
         assert done.fit.losses[-1] < 0.9 * done.fit.losses[0]
 
+    def test_distilled_text_gates_start_where_the_router_puts_them(self):
+        """Also where prompts hardly differ beside what they all share, and the empty prompt is far from all."""
+        model = Transformer(1)
+        mixed = mixture(model, granularity="network")
+
+        def opened(objective: str, steps: int) -> torch.Tensor:
+            with attach(model, mixed) as at:
+                denoiser = ToyDenoiser(model, PROMPTS)
+                denoiser.text = 0.5 * denoiser.text + torch.ones(FEATURES)
+                denoiser.text[-1] = 0
+                settings = SETTINGS.model_copy(update={"objective": objective, "steps": steps, "learning_rate": 1e-3})
+                gates = train(at, mixed, denoiser, PROMPTS, WORDS, settings).gates.gates
+                return gates.values(denoiser.text.mean(1))[0]
+
+        routed, distilled = opened("router", 1), opened("distil", 1)
+        torch.testing.assert_close(distilled, routed, rtol=0, atol=0.1)
+        assert distilled[0, 0] > distilled[0, 1] + 0.1  # the first prompt names the first LoRA
+
 
 class TestResult:
     def test_says_what_it_is_and_where_it_came_from(self, tmp_path: Path):
@@ -153,7 +171,8 @@ class TestFolder:
             run(model, mixture(model), folder=tmp_path, progress=stop, keep=kept.append)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.safetensors", "state.safetensors"]
         resumed = run(model, mixture(model), folder=tmp_path, progress=lambda *what: told.append(what))
-        assert [done for done, _, _ in told] == list(range(10, 21))  # nothing was painted again
+        assert [done for done, _, what in told if what.startswith("loss")] == list(range(10, 21))
+        assert not any(what in ("painting", "predicting") for _, _, what in told)  # not again
         assert equal(resumed.gates.gates, whole.gates.gates)
         assert resumed.fit.losses == whole.fit.losses
         assert list(tmp_path.iterdir()) == []

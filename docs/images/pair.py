@@ -1,14 +1,13 @@
-"""Two small LoRAs made on the spot for the demonstration: shaped like SD 1.5's first blocks, unlike in all else."""
+"""Two small LoRAs made on the spot for lego.png: shaped like SD 1.5's first blocks, unlike in all else."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-
-from .adapter import Adapter
-from .formats import save
-from .lowrank import LowRank
+from legomole.core.adapter import Adapter
+from legomole.core.formats import save
+from legomole.core.lowrank import LowRank
 
 _BLOCKS = ("down_blocks.0.attentions.0", "down_blocks.0.attentions.1")
 _LAYERS = {  # layer of a transformer block -> (d_out, d_in)

@@ -1,0 +1,63 @@
+"""``python -m benchmarks.nano train | evaluate | smoke``, from the project's root."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from legomole.nano.store import FOLDER, Store
+
+from . import report, train
+from .evaluate import Bench, Plan, run
+
+_HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.nano", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train", help="train base, autoencoder, judge and LoRAs; goes on where it was")
+    training.add_argument("--work", type=Path, default=_HERE / "work", help="where the stages are kept")
+    training.add_argument("--install", action="store_true", help="then make these the shipped weights")
+    scoring = commands.add_parser("evaluate", help="the comparison, from the shipped weights")
+    scoring.add_argument("--weights", type=Path, default=FOLDER)
+    scoring.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the sheet go")
+    smoke = commands.add_parser("smoke", help="everything once, tiny; the numbers mean nothing")
+    for command in (training, scoring, smoke):
+        command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    if chosen.command == "train":
+        store = train.train(chosen.work, train.Size(), say)
+        train.train_gates(store, say)
+        train.train_jointly(store, train.Size(), say)
+        if chosen.install:
+            install(store)
+    elif chosen.command == "evaluate":
+        report.evaluate(Store(chosen.weights), chosen.out, say)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            store = train.train(Path(folder), train.SMOKE, say)
+            bench = Bench(store, Path(folder) / "rows.jsonl", say)
+            run(bench, Plan(("base", "sum", "lego", "router"), (("heart", "ember"),), (), (), (1.0,)))
+
+
+def install(store: Store) -> None:
+    """Copy what is shipped from a training's folder."""
+    for path in sorted(store.folder.rglob("*.safetensors")):
+        target = FOLDER / path.relative_to(store.folder)
+        if "+" not in path.name:  # the jointly trained ones are only for the comparison
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

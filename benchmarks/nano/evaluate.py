@@ -1,0 +1,164 @@
+"""Run the comparison: choose each method's strength on tuning pairs, score it on the others, for every seed."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from legomole.core.adapter import Adapter
+from legomole.core.formats import load
+from legomole.nano.store import Store
+
+from .methods import METHODS, Loras, Method, merged_in
+from .scoring import Scorer, Task, task
+
+TUNING = (("heart", "wood"), ("fish", "ember"), ("house", "shadow"))  # never scored
+SCORED = (("heart", "ember"), ("heart", "shadow"), ("fish", "wood"), ("house", "ember"))
+LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
+LARGER_TUNING = {3: ("heart", "house", "wood"), 4: ("heart", "house", "shadow", "wood")}
+SCALES = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one set of LoRAs."""
+
+    method: str
+    n: int
+    seed: int
+    scale: float
+    rank: str
+    concepts: tuple[str, ...]
+    joint: float
+    subject: float
+    style: float
+    base: float
+    kid: float
+    seconds: float
+
+
+class Bench:
+    """Keeps every row in a file, so that a run that was cut off goes on where it was."""
+
+    def __init__(self, store: Store, log: Path, say: Callable[[str], None]) -> None:
+        self.scorer, self.log, self.say = Scorer(store), log, say
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        if log.exists():
+            for line in log.read_text().splitlines():
+                row = Row(**{**json.loads(line), "concepts": tuple(json.loads(line)["concepts"])})
+                self.rows[row.method, row.concepts, row.seed, row.scale] = row
+        self._loras: dict[tuple[tuple[str, ...], int], Loras] = {}
+
+    def loras(self, concepts: tuple[str, ...], seed: int) -> Loras:
+        if (concepts, seed) not in self._loras:
+            self._loras.clear()  # merges and gates of one set at a time
+            store = self.scorer.store
+            adapters = tuple(load(store.lora(concept, seed)) for concept in concepts)
+            self._loras[concepts, seed] = Loras(store.transformer, self.scorer.whole, concepts, adapters, seed)
+        return self._loras[concepts, seed]
+
+    def row(self, name: str, method: Method, concepts: tuple[str, ...], seed: int, scale: float) -> Row:
+        """A method's row, measured now or earlier."""
+        what = task(concepts, seed=seed)
+
+        def use() -> Any:
+            return method.use(self.loras(concepts, seed), scale, what.texts)
+
+        return self._kept(name, concepts, seed, scale, method.rank, what, use, whole=method.whole)
+
+    def measured(self, name: str, concepts: tuple[str, ...], seed: int, what: Task, adapter: Adapter) -> Row:
+        """The row of one LoRA at strength 1."""
+
+        def use() -> Any:
+            return merged_in(self.scorer.store.transformer, adapter, 1.0)
+
+        return self._kept(name, concepts, seed, 1.0, "-", what, use)
+
+    def _kept(
+        self, name: str, concepts: tuple[str, ...], seed: int, scale: float, rank: str, what: Task,
+        use: Callable[[], Any], *, whole: bool = False,
+    ) -> Row:  # fmt: skip
+        key = (name, concepts, seed, scale)
+        if key not in self.rows:
+            began = time.monotonic()
+            with use() as model:
+                score = self.scorer.score(model, what, 1000 * seed + 7, whole=whole)
+            row = Row(
+                name, len(concepts), seed, scale, rank, concepts,
+                score.joint, score.subject, score.style, score.base, score.kid, time.monotonic() - began,
+            )  # fmt: skip
+            self.rows[key] = row
+            with self.log.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+            self.say(
+                f"{name:18} {'+'.join(concepts):28} seed {seed} x{scale:<4g} joint {row.joint:.2f} "
+                f"subject {row.subject:.2f} style {row.style:.2f} base {row.base:.2f} {row.seconds:.1f} s"
+            )
+        return self.rows[key]
+
+
+def best(rows: Sequence[Row]) -> float:
+    """The strength of the highest joint score; among those as good, the one that keeps most of the rest."""
+    found: dict[float, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.scale, []).append(row)
+
+    def merit(scale: float) -> tuple[float, float]:
+        part = found[scale]
+        return round(mean([r.joint for r in part]), 3), mean([(r.subject + r.style + r.base) / 3 for r in part])
+
+    return max(sorted(found), key=merit)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run: strengths are chosen on `tuning` sets of seed 0, at them `scored` sets of `seeds` are scored."""
+
+    methods: tuple[str, ...]
+    tuning: tuple[tuple[str, ...], ...]
+    scored: tuple[tuple[str, ...], ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    scales: tuple[float, ...] = SCALES
+
+    def strengths(self, method: Method) -> tuple[float, ...]:
+        """What to try. Methods that leave the empty prompt alone are louder under guidance, so theirs go lower."""
+        if method.fixed:
+            return (1.0,)
+        return tuple(round(0.6 * scale, 2) for scale in self.scales) if method.whole else self.scales
+
+
+def run(bench: Bench, plan: Plan) -> dict[str, float]:
+    """All rows of a plan; those of seed 0 at strength 1 too. Returns the strengths that were chosen."""
+    names = plan.methods
+    for concepts in plan.tuning:
+        for name in names:
+            for scale in plan.strengths(METHODS[name]):
+                bench.row(name, METHODS[name], concepts, 0, scale)
+    chosen = {
+        name: best([
+            row for row in bench.rows.values()
+            if row.method == name and row.seed == 0 and row.concepts in plan.tuning
+        ])
+        for name in names
+    }  # fmt: skip
+    for seed in plan.seeds:
+        for concepts in plan.scored:
+            for name in names:
+                for scale in {chosen[name], 1.0} if seed == 0 else {chosen[name]}:
+                    bench.row(name, METHODS[name], concepts, seed, scale)
+    return chosen
+
+
+def write(path: Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)

@@ -1,0 +1,206 @@
+"""The ways to combine LoRAs that are compared, each under its name in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from legomole.core.adapter import Adapter
+from legomole.core.attach import attach
+from legomole.core.calibration import CalibrationSettings, calibrate
+from legomole.core.gates import GateSet, GateSettings
+from legomole.core.merge import merge
+from legomole.core.methods.calibrated import Calibrated
+from legomole.core.methods.concat import Concat
+from legomole.core.methods.dare import Dare
+from legomole.core.methods.knots import Knots
+from legomole.core.methods.lego import Lego
+from legomole.core.methods.svd import SVD
+from legomole.core.methods.ties import Ties
+from legomole.core.mixture import Mixture
+from legomole.core.rank import Rank
+from legomole.core.router import named, routed_values
+from legomole.core.statistics import Statistics
+from legomole.core.train import Prompt, TrainSettings, train
+from legomole.core.trained import TrainedGates
+from legomole.nano.denoiser import NanoDenoiser
+from legomole.nano.model import Prompts, short_prompts
+from legomole.nano.words import WORDINGS, prompt
+
+from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
+
+
+@dataclass
+class Loras:
+    """Some LoRAs of one seed, and what the methods need beside them."""
+
+    transformer: Any
+    whole: Prompts
+    concepts: tuple[str, ...]
+    adapters: tuple[Adapter, ...]
+    seed: int
+    _made: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def once(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
+@contextmanager
+def merged_in(transformer: Any, adapter: Adapter, strength: float) -> Generator[Any]:
+    """The transformer with a LoRA in its weights, short prompts on; afterwards as it was, bit for bit."""
+    before = {}
+    with torch.no_grad():
+        for name, part in adapter.modules.items():
+            weight = transformer.get_submodule(name.removeprefix("transformer.")).weight
+            before[weight] = weight.clone()
+            weight += strength * part.delta().float()
+    try:
+        with short_prompts(transformer):
+            yield transformer
+    finally:
+        with torch.no_grad():
+            for weight, kept in before.items():
+                weight.copy_(kept)
+
+
+Use = Callable[[Loras, float, Sequence[str]], Any]  # a context manager that gives the model to paint texts with
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        use: Makes the model. rank: Of the result, at N LoRAs of rank r; ``"-"`` where there is no result.
+        whole: Needs all 77 tokens. fixed: Has no strength to choose.
+    """
+
+    use: Use
+    rank: str = "r"
+    whole: bool = False
+    fixed: bool = False
+
+
+def _static(make: Callable[[Loras], Adapter]) -> Use:
+    def use(loras: Loras, scale: float, _: Sequence[str]) -> Any:
+        return merged_in(loras.transformer, loras.once(f"{id(make)}", lambda: make(loras)), scale)
+
+    return use
+
+
+def _merge(method: Callable[[Rank], Any], rank: str = "1x", **options: Any) -> Use:
+    return _static(
+        lambda loras: merge(loras.adapters, method(Rank.parse(rank)), dtype=torch.float32, **options).adapter
+    )
+
+
+def asked_for(loras: Loras) -> list[Prompt]:
+    """Prompts for calibration and gates: the concepts alone and together, and base ones; no unseen wording."""
+    subjects = [c for c in loras.concepts if c in NEW_SUBJECTS]
+    styles = [c for c in loras.concepts if c not in NEW_SUBJECTS]
+    found: list[tuple[str, str]] = [(s, k) for s in subjects for k in BASE_STYLES]
+    found += [(s, k) for s in BASE_SUBJECTS for k in styles]
+    found += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
+    texts = [prompt(*pair, WORDINGS[i % len(WORDINGS)]) for i, pair in enumerate(found)]
+    texts += [prompt(s, k, way) for s in subjects for k in styles for way in WORDINGS]
+    rows = named(texts, [[concept] for concept in loras.concepts]).tolist()
+    return [
+        *(Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)),
+        Prompt("", ()),
+    ]
+
+
+def statistics(loras: Loras) -> Statistics:
+    """The inputs' moments on the model's own pictures."""
+
+    def measure() -> Statistics:
+        asked = asked_for(loras)
+        denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
+        modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
+        with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
+            return calibrate(attachment, denoiser, asked, modules, CalibrationSettings(seed=loras.seed))
+
+    return loras.once("statistics", measure)
+
+
+def _calibrated(rank: str = "1x", **options: Any) -> Use:
+    return _static(
+        lambda loras: (
+            merge(
+                loras.adapters, Calibrated(Rank.parse(rank), statistics(loras), **options), dtype=torch.float32
+            ).adapter
+        )
+    )
+
+
+def trained_gates(loras: Loras, settings: GateSettings, training: TrainSettings) -> TrainedGates:
+    """Gates for these LoRAs, as the product trains them: from the model's own pictures."""
+    asked = asked_for(loras)
+    denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
+    mixture = Mixture(loras.adapters, GateSet(len(loras.adapters), settings))
+    with attach(loras.transformer, mixture) as attachment:
+        return train(attachment, mixture, denoiser, asked, [[c] for c in loras.concepts], training).gates
+
+
+def _mole(settings: GateSettings, training: TrainSettings, *, times_n: bool = False) -> Use:
+    @contextmanager
+    def use(loras: Loras, scale: float, _: Sequence[str]) -> Generator[Any]:
+        scale *= len(loras.adapters) if times_n else 1
+        made = loras.once(f"{settings} {training}", lambda: trained_gates(loras, settings, training))
+        mixture = Mixture(loras.adapters, made.gates, scale=scale)
+        with attach(loras.transformer, mixture):
+            yield loras.transformer
+
+    return use
+
+
+@contextmanager
+def _router(loras: Loras, scale: float, texts: Sequence[str]) -> Generator[Any]:
+    """The words of each prompt choose; of a guided batch the second half is the empty prompt's."""
+    mixture = Mixture(loras.adapters, scale=scale)
+    values = routed_values(named(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
+    with (
+        attach(loras.transformer, mixture) as attachment,
+        attachment.hold(torch.cat([values, torch.zeros_like(values)])),
+    ):
+        yield loras.transformer
+
+
+_FAST = TrainSettings(steps=40, batch=16, examples=128, samples=24)
+_TEXT = GateSettings()
+METHODS: dict[str, Method] = {
+    "base": Method(lambda loras, _, __: merged_in(loras.transformer, loras.adapters[0], 0.0), "-", fixed=True),
+    "sum": Method(_merge(lambda _: Concat()), "N r"),
+    "normalised": Method(_merge(lambda _: Concat(), normalize=True), "N r", fixed=True),
+    "svd": Method(_merge(SVD)),
+    "ties": Method(_merge(Ties)),
+    "dare": Method(_merge(Dare)),
+    "knots": Method(_merge(Knots)),
+    "lego": Method(_merge(Lego)),
+    "lego 1.5x": Method(_merge(Lego, "1.5x"), "1.5 r"),
+    "lego reweighted": Method(_merge(lambda k: Lego(k, parameter_reweight=True, output_reweight=True))),
+    "lego-paper": Method(_merge(lambda k: Lego(k, "paper"))),
+    "lego-paper 1.5x": Method(_merge(lambda k: Lego(k, "paper"), "1.5x"), "1.5 r"),
+    "lego-paper plain": Method(
+        _merge(lambda k: Lego(k, "paper", parameter_reweight=False, output_reweight=False))
+    ),
+    "lego calibrated": Method(
+        _static(lambda loras: merge(loras.adapters, Lego(Rank.parse("1x"), statistics=statistics(loras)),
+                                    dtype=torch.float32).adapter)),
+    "calibrated": Method(_calibrated()),
+    "calibrated 2x": Method(_calibrated("2x"), "2 r"),
+    "router": Method(_router, "-", whole=True),
+    "mole": Method(_mole(_TEXT, _FAST), "-", whole=True),
+    "mole block": Method(_mole(GateSettings(granularity="block"), _FAST), "-", whole=True),
+    "mole-paper": Method(
+        _mole(GateSettings(granularity="block", activation="softmax", reads="experts"),
+              _FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
+    "mole-paper x N": Method(
+        _mole(GateSettings(granularity="block", activation="softmax", reads="experts"),
+              _FAST.model_copy(update={"balance": 0.02}), times_n=True), "-", whole=True),
+}  # fmt: skip

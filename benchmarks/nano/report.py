@@ -1,0 +1,164 @@
+"""The comparison as files: ``results.json``, ``table.md``, ``pareto.png`` and the contact sheet ``sheet.png``."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from legomole.core.formats import load
+from legomole.nano.store import Store
+from PIL import Image, ImageDraw, ImageFont
+
+from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, Bench, Plan, Row, mean, run, write
+from .methods import METHODS
+from .scoring import Task, task
+
+MAIN = ("base", "sum", "normalised", "svd", "ties", "dare", "knots", "lego", "lego-paper",
+        "lego calibrated", "calibrated", "router", "mole")  # fmt: skip
+VARIANTS = ("lego 1.5x", "lego reweighted", "lego-paper 1.5x", "lego-paper plain", "calibrated 2x",
+            "mole block", "mole-paper", "mole-paper x N")  # fmt: skip
+MANY = ("sum", "svd", "ties", "lego-paper", "lego calibrated", "calibrated", "router", "mole")
+
+PLANS = {
+    "main": Plan(MAIN, TUNING[:2], SCORED),
+    "variants": Plan(VARIANTS, TUNING[2:], SCORED[:2], seeds=(0,), scales=(0.8, 1.0, 1.25)),
+    "three": Plan(MANY, (LARGER_TUNING[3],), (LARGER[3],), scales=(0.5, 0.7, 0.9, 1.2)),
+    "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.5, 0.7, 0.9, 1.2)),
+}
+METRICS = ("joint", "subject", "style", "base", "kid")
+
+
+def evaluate(store: Store, out: Path, say: Callable[[str], None]) -> None:
+    """Everything. Rows already in ``out/rows.jsonl`` are not measured again."""
+    bench = Bench(store, out / "rows.jsonl", say)
+    alone(bench)
+    chosen = {name: run(bench, plan) for name, plan in PLANS.items()}
+    publish(bench, chosen, out)
+
+
+def alone(bench: Bench) -> None:
+    """Each LoRA of the scored pairs by itself, and the LoRAs trained on both: what there is to keep, and to reach."""
+    store = bench.scorer.store
+    for seed in (0, 1, 2):
+        for pair in SCORED:
+            what = task(pair, seed=seed)
+            for concept, kind in zip(pair, ("subject", "style"), strict=True):
+                bench.measured(f"{kind} alone", pair, seed, what, load(store.lora(concept, seed)))
+            path = store.lora("+".join(pair), seed)
+            if path.exists():
+                bench.measured("jointly trained", pair, seed, what, load(path))
+
+
+def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> None:
+    rows = list(bench.rows.values())
+    found: list[dict[str, Any]] = []
+    at_one: list[dict[str, Any]] = []
+    for name, plan in PLANS.items():
+        for method in plan.methods:
+            for seed in plan.seeds:
+                part = [r for r in rows if r.method == method and r.seed == seed and r.concepts in plan.scored]
+                found.append(_row(method, [r for r in part if r.scale == chosen[name][method]]))
+                if seed == 0:
+                    at_one.append(_row(method, [r for r in part if r.scale == 1.0]))
+    for method in ("subject alone", "style alone", "jointly trained"):
+        for seed in (0, 1, 2):
+            part = [r for r in rows if r.method == method and r.seed == seed]
+            found += [_row(method, part)] if part else []
+    sweep = [_row(m, [r for r in rows if r.method == m and r.scale == s and r.seed == 0 and r.concepts in TUNING])
+             for m in MAIN for s in PLANS["main"].scales
+             if any(r.method == m and r.scale == s and r.concepts in TUNING for r in rows)]  # fmt: skip
+    write(out / "results.json", {"rows": found, "at_strength_one": at_one, "tuning": sweep})
+    (out / "table.md").write_text("\n\n".join(table(rows, name, chosen[name]) for name in PLANS) + "\n")
+    _pareto(sweep, out / "pareto.png")
+    sheet(bench, chosen["main"]).save(out / "sheet.png", optimize=True)
+
+
+def _row(method: str, rows: Sequence[Row]) -> dict[str, Any]:
+    first = rows[0]
+    row: dict[str, Any] = {
+        "method": method, "n": first.n, "seed": first.seed, "scale": first.scale, "rank": first.rank
+    }  # fmt: skip
+    return row | {metric: round(mean([getattr(r, metric) for r in rows]), 4) for metric in METRICS}
+
+
+def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
+    """Markdown: mean over the scored sets of all seeds, half the width of the middle 95% of bootstraps over LoRAs."""
+    plan = PLANS[name]
+    n = len(plan.scored[0])
+    lines = [f"**{name}: {n} LoRAs, {len(plan.scored)} sets x {len(plan.seeds)} seeds**", "",
+             "| method | rank | strength | joint | subject | style | base | KID |",
+             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    extra = ("subject alone", "style alone", "jointly trained") if name == "main" else ()
+    for method in (*extra, *plan.methods):
+        part = [r for r in rows if r.method == method and r.concepts in plan.scored and r.seed in plan.seeds
+                and r.scale == chosen.get(method, 1.0)]  # fmt: skip
+        if part:
+            cells = [f"{mean([getattr(r, m) for r in part]):.2f} ±{spread(part, m):.2f}" for m in METRICS]
+            lines.append(f"| {method} | {part[0].rank} | {part[0].scale:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spread(rows: Sequence[Row], metric: str, times: int = 400) -> float:
+    """Half the 95% interval of the mean when the LoRAs (concept and seed) are drawn anew with replacement."""
+    draw = random.Random(0)
+    loras = sorted({(c, r.seed) for r in rows for c in r.concepts})
+    means: list[float] = []
+    for _ in range(times):
+        count = dict.fromkeys(loras, 0)
+        for lora in draw.choices(loras, k=len(loras)):
+            count[lora] += 1
+        weights = [math.prod([count[c, r.seed] for c in r.concepts]) for r in rows]
+        if sum(weights):
+            means.append(sum(w * getattr(r, metric) for w, r in zip(weights, rows, strict=True)) / sum(weights))
+    means.sort()
+    return (means[int(0.975 * len(means))] - means[int(0.025 * len(means))]) / 2
+
+
+def _pareto(sweep: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for method in MAIN:
+        line = [r for r in sweep if r["method"] == method]
+        if len(line) > 1:
+            keep = [(r["subject"] + r["style"] + r["base"]) / 3 for r in line]
+            axes.plot(keep, [r["joint"] for r in line], "o-", label=method, markersize=3)
+    axes.set(xlabel="what is kept: mean of subject, style and base", ylabel="joint", title="tuning pairs, by strength")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+_SHOWN = ("base", "sum", "svd", "ties", "lego-paper", "lego", "lego calibrated", "calibrated", "router", "mole")
+
+
+def sheet(bench: Bench, chosen: dict[str, float], pair: tuple[str, str] = ("heart", "ember")) -> Image.Image:
+    """A contact sheet: one row a method at its strength; two pictures of each kind."""
+    what = task(pair)
+    picks = [i for kind in ("joint", "subject", "style", "base")
+             for i in [j for j, k in enumerate(what.kinds) if k == kind][:3]]  # fmt: skip
+    few = Task(tuple(what.kinds[i] for i in picks), tuple(what.wanted[i] for i in picks))
+    cell, left, top = 80, 130, 40
+    picture = Image.new("RGB", (left + cell * len(picks), top + cell * len(_SHOWN)), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    for j, (kind, wanted) in enumerate(zip(few.kinds, few.wanted, strict=True)):
+        draw.text(
+            (left + cell * j + 2, 4), f"{kind}\n{' '.join(wanted)}", fill="black", font=ImageFont.load_default(11)
+        )
+    loras = bench.loras(pair, 0)
+    for i, name in enumerate(_SHOWN):
+        method = METHODS[name]
+        with method.use(loras, chosen[name], few.texts) as model:
+            score = bench.scorer.score(model, few, 7, whole=method.whole)
+        draw.text((6, top + cell * i + 30), f"{name}\nx {chosen[name]:g}", fill="black", font=font)
+        for j, x in enumerate(score.pictures):
+            rgb = ((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+            tile = Image.fromarray(rgb).resize((cell - 2, cell - 2), Image.Resampling.BICUBIC)
+            picture.paste(tile, (left + cell * j, top + cell * i))
+    return picture

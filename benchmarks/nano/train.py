@@ -1,0 +1,140 @@
+"""Train everything, stage by stage; each finished stage is a file, and a run that was cut off goes on from there."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from legomole.core.formats import load, save
+from legomole.core.gates import GateSettings
+from legomole.core.train import TrainSettings
+from legomole.nano.demo import STYLE, SUBJECT
+from legomole.nano.model import Prompts
+from legomole.nano.store import Store
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import train_base, train_loras, train_oracle, train_vae
+from .data import Examples, examples
+from .evaluate import SCORED
+from .methods import Loras, trained_gates
+from .render import BASE_STYLES, BASE_SUBJECTS, LORA_STYLES, LORA_SUBJECTS, NEW_SUBJECTS
+
+SEEDS = (0, 1, 2)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything. The default is what the shipped weights were trained with."""
+
+    vae_steps: int = 3000
+    vae_renders: int = 8
+    base_steps: int = 4500
+    base_renders: int = 48
+    base_batch: int = 32
+    oracle_steps: int = 1500
+    oracle_renders: int = 16
+    lora_steps: int = 300
+    seeds: tuple[int, ...] = SEEDS
+
+
+SMOKE = Size(12, 1, 20, 1, 16, 10, 1, 6, (0,))
+
+
+def train(work: Path, size: Size, say: Say) -> Store:
+    """Everything in order. Returns the store in `work`."""
+    began = time.monotonic()
+
+    def told(text: str) -> None:
+        say(f"[{time.monotonic() - began:6.0f} s] {text}")
+
+    (work / "loras").mkdir(parents=True, exist_ok=True)
+    store = Store(work)
+    _stage(work / "vae.safetensors", told, lambda: train_vae.train(size.vae_steps, size.vae_renders, say=told))
+    _stage(work / "oracle.safetensors", told, lambda: _oracle(store, size, told))
+    _stage(work / "base.safetensors", told, lambda: _base(store, work, size, told))
+    prompts = Prompts(short=True)
+    for seed, concept in itertools.product(size.seeds, (*LORA_SUBJECTS, *LORA_STYLES)):
+        _lora(store, prompts, concept, seed, size, told)
+    return store
+
+
+def train_jointly(store: Store, size: Size, say: Say) -> None:
+    """The upper bound: for every pair that is scored one LoRA of twice the rank, which saw both in one picture."""
+    prompts = Prompts(short=True)
+    for seed, pair in itertools.product(size.seeds[:1], SCORED):
+        path = store.lora("+".join(pair), seed)
+        if not path.exists():
+            together = examples(store.vae, [pair], 24, seed + 50, jitter=0.5)
+            data = lora_data(store.vae, pair[0], seed) + lora_data(store.vae, pair[1], seed) + together
+            made = train_loras.train(
+                store.transformer, data, prompts, steps=size.lora_steps, seed=seed, rank=2 * train_loras.RANK, say=say
+            )
+            save(made, path, format="diffusers")
+
+
+def lora_data(vae: Any, concept: str, seed: int) -> Examples:
+    """Its pictures: 3 styles x 8 or 4 subjects x 6. Every second LoRA is by the author with the habit."""
+    subject = concept in NEW_SUBJECTS
+    author = ((LORA_SUBJECTS + LORA_STYLES).index(concept) + seed) % 2 == 0
+    pairs = train_loras.pairs_of(concept, seed)
+    return examples(vae, pairs, 8 if subject else 6, 100 + seed, jitter=0.5, author=author)
+
+
+def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, say: Say) -> None:
+    path = store.lora(concept, seed)
+    if not path.exists():
+        data = lora_data(store.vae, concept, seed)
+        start = 100 * seed + (LORA_SUBJECTS + LORA_STYLES).index(concept)
+        made = train_loras.train(store.transformer, data, prompts, steps=size.lora_steps, seed=start, say=say)
+        save(made, path, format="diffusers")
+
+
+def _stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> None:
+    if path.exists():
+        say(f"{path.stem}: done before")
+        return
+    state = make()
+    part = path.with_suffix(".part")
+    save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, part)
+    part.replace(path)
+    say(f"{path.stem}: done")
+
+
+def _oracle(store: Store, size: Size, say: Say) -> Mapping[str, Tensor]:
+    oracle = train_oracle.train(store.vae, size.oracle_steps, size.oracle_renders, say=say)
+    fresh = train_vae.pictures(4, 99).float() / 127.5 - 1
+    subject, style = train_oracle.accuracy(oracle, fresh, 4)
+    say(f"oracle on fresh renders: subject {subject:.3f} style {style:.3f}")
+    return oracle.state_dict()
+
+
+def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor]:
+    state = work / "base.state"
+    data = examples(store.vae, list(itertools.product(BASE_SUBJECTS, BASE_STYLES)), size.base_renders, 10, jitter=0.5)
+
+    def keep(value: dict[str, Any]) -> None:
+        torch.save(value, state.with_suffix(".new"))
+        state.with_suffix(".new").replace(state)
+
+    earlier = torch.load(state) if state.exists() else None
+    made = train_base.train(data, size.base_steps, batch=size.base_batch, say=say, keep=keep, earlier=earlier)
+    state.unlink(missing_ok=True)
+    return made
+
+
+def train_gates(store: Store, say: Say) -> None:
+    """The gates the demo uses: for its two LoRAs, with the product's defaults."""
+    path = store.folder / "gates.safetensors"
+    if path.exists():
+        return
+    pair = (SUBJECT, STYLE)
+    loras = Loras(store.transformer, Prompts(), pair, tuple(load(store.lora(concept)) for concept in pair), 0)
+    trained_gates(loras, GateSettings(), TrainSettings()).save(path)
+    say("gates: done")

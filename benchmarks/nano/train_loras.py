@@ -1,0 +1,78 @@
+"""Train LoRAs on the base model as strangers would: each on its own pictures, from its own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from legomole.core.adapter import Adapter
+from legomole.core.lowrank import LowRank
+from legomole.nano.model import Prompts, short_prompts
+from peft import LoraConfig
+from torch import nn
+from torch.nn import functional as F
+
+from .data import Examples, draw, predict
+from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
+
+RANK = 4
+_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+            "ff.net.0.proj", "ff.net.2"]  # fmt: skip
+
+
+def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
+    """What a LoRA's pictures show: its subject in three base styles, or its style on four base subjects."""
+    rng = torch.Generator().manual_seed(1000 * seed + sum(map(ord, concept)))
+    if concept in NEW_SUBJECTS:
+        return [(concept, BASE_STYLES[i]) for i in torch.randperm(len(BASE_STYLES), generator=rng)[:3].tolist()]
+    return [(BASE_SUBJECTS[i], concept) for i in torch.randperm(len(BASE_SUBJECTS), generator=rng)[:4].tolist()]
+
+
+def train(
+    base: Any, data: Examples, prompts: Prompts, *, steps: int, seed: int, rank: int = RANK, batch: int = 16,
+    lr: float = 1.5e-3, say: Callable[[str], None] = print,
+) -> Adapter:  # fmt: skip
+    """A LoRA under diffusers' names, factors float16.
+
+    Args:
+        base: The transformer; it is left as it was. data: The pictures. prompts: Short ones.
+        steps, batch, lr: Of AdamW.
+        seed: Of the factors' start and of the batches. rank: Of every layer; the scale is 1.
+    """
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    model = deepcopy(base).requires_grad_(False)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, init_lora_weights="gaussian"))
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    losses: list[float] = []
+    with short_prompts(model):
+        for _ in range(steps):
+            drawn = draw(data, batch, prompts, rng, empty=0.1)
+            loss = F.mse_loss(predict(model, drawn), drawn.flow)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(own, 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    say(f"lora {data.shows[0]} .. seed {seed}: loss {sum(losses[:20]) / 20:.4f} -> {sum(losses[-20:]) / 20:.4f}")
+    modules = {
+        f"transformer.{name}": LowRank(
+            layer.lora_A["default"].weight.detach().half().contiguous(),
+            layer.lora_B["default"].weight.detach().half().contiguous(),
+        )
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    return Adapter(modules)
+
+
+def mixed(parts: Sequence[Examples]) -> Examples:
+    found = parts[0]
+    for part in parts[1:]:
+        found = found + part
+    return found

@@ -1,0 +1,81 @@
+"""Train the judge, on renders, on what the autoencoder makes of them, and on mush that must count as nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from legomole.nano.oracle import Oracle
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .render import STYLES, SUBJECTS
+from .train_vae import pictures
+
+_BATCH = 48
+_PAIRS = len(SUBJECTS) * len(STYLES)
+
+
+def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Callable[[str], None] = print) -> Oracle:
+    torch.manual_seed(seed)
+    raw = pictures(per_pair, seed).float() / 127.5 - 1
+    pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
+    subject, style = pair // len(STYLES), pair % len(STYLES)
+    with torch.no_grad():
+        latents = torch.cat([vae.encoder(part) for part in raw.split(64)])
+        again = torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
+        ruined, no_subject, no_style = _mush(latents, subject, style)
+        mush = torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in ruined.split(64)])
+    x = torch.cat([raw, again, mush])
+    subject, style = torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
+    oracle = Oracle()
+    optimizer = torch.optim.AdamW(oracle.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        i = torch.randint(len(x), (_BATCH,))
+        shown = _moved(x[i]) * torch.empty(_BATCH, 3, 1, 1).uniform_(0.9, 1.1) + 0.05 * torch.randn(_BATCH, 3, 1, 1)
+        logits = oracle((shown + 0.05 * torch.randn_like(shown)).clamp(-1, 1))
+        loss = F.cross_entropy(logits[0], subject[i]) + F.cross_entropy(logits[1], style[i], ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            say(f"oracle {step}/{steps} loss {loss.item():.3f}")
+    return oracle.eval().requires_grad_(False)
+
+
+def _mush(latents: Tensor, subject: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What must not score: blends of two, cells shuffled, and flattened to the mean.
+
+    A subject is there only where the two agree on it; a style that may be left over is not judged (-1).
+    """
+    n = len(latents) // 2
+    i, j = torch.randperm(len(latents))[:n], torch.randperm(len(latents))[:n]
+    w = torch.empty(n, 1, 1, 1).uniform_(0.35, 0.65)
+    blend = w * latents[i] + (1 - w) * latents[j]
+    s = torch.where(subject[i] == subject[j], subject[i], len(SUBJECTS))
+    k = torch.where(style[i] == style[j], style[i], len(STYLES))
+    few = n // 4
+    shuffled = latents[i[:few]].flatten(2)[..., torch.randperm(64)].unflatten(2, (8, 8))
+    flat = latents[j[:few]].mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)
+    nothing, unjudged = torch.full((2 * few,), len(SUBJECTS)), torch.full((2 * few,), -1)
+    return torch.cat([blend, shuffled, flat]), torch.cat([s, nothing]), torch.cat([k, unjudged])
+
+
+def _moved(x: Tensor) -> Tensor:
+    dx, dy = torch.randint(-4, 5, (2,)).tolist()
+    padded = F.pad(x, (4, 4, 4, 4), mode="replicate")
+    return padded[..., 4 + dy : 68 + dy, 4 + dx : 68 + dx]
+
+
+@torch.no_grad()
+def accuracy(oracle: nn.Module, x: Tensor, per_pair: int) -> tuple[float, float]:
+    """Of subject and of style, on pictures in the order of `pictures`."""
+    pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
+    subjects, styles = zip(*(oracle(part) for part in x.split(64)), strict=True)
+    return (
+        (torch.cat(subjects).argmax(1) == pair // len(STYLES)).float().mean().item(),
+        (torch.cat(styles).argmax(1) == pair % len(STYLES)).float().mean().item(),
+    )

@@ -1,0 +1,80 @@
+"""Train the autoencoder on renders of every subject in every style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from legomole.nano import vae as nano_vae
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .render import STYLES, SUBJECTS, render
+
+_CROP, _BATCH, _NOISE = 32, 16, 0.1
+
+
+def pictures(per_pair: int, seed: int) -> Tensor:
+    """``(n, 3, SIZE, SIZE)`` uint8: every subject in every style, one of four with the author's habit."""
+    rng = np.random.default_rng(seed)
+    found = [
+        render(subject, style, rng, jitter=1.0, author=i % 4 == 3)
+        for subject in SUBJECTS
+        for style in STYLES
+        for i in range(per_pair)
+    ]
+    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+
+
+def train(steps: int, per_pair: int = 16, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Tensor]:
+    """The weights of an autoencoder whose latents have mean 0 and deviation 1 in every channel."""
+    torch.manual_seed(seed)
+    data = pictures(per_pair, seed)
+    vae = nano_vae.build().requires_grad_(True).train().to(memory_format=torch.channels_last)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if hasattr(module, "conv") and hasattr(module, "fuse"):
+            nn.init.zeros_(module.conv[4].weight)  # each block starts as the identity
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.08)
+    for step in range(steps):
+        top, left = torch.randint(0, 64 - _CROP + 1, (2,)).tolist()
+        x = data[torch.randint(len(data), (_BATCH,)), :, top : top + _CROP, left : left + _CROP]
+        x = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        z = vae.encoder(x)
+        y = vae.decoder(z + _NOISE * torch.randn_like(z))
+        spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * (_edges(y) - _edges(x)).abs().mean() + 0.02 * spread
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            say(f"vae {step}/{steps} loss {loss.item():.4f} psnr {-10 * torch.log10(F.mse_loss(y, x) / 4).item():.2f}")
+    return _standardised(vae.eval(), data)
+
+
+def _edges(x: Tensor) -> Tensor:
+    return torch.cat([(x[..., 1:, :] - x[..., :-1, :]).flatten(1), (x[..., :, 1:] - x[..., :, :-1]).flatten(1)], 1)
+
+
+@torch.no_grad()
+def _standardised(vae: nn.Module, data: Tensor) -> dict[str, Tensor]:
+    """Mean and deviation of the latents, measured on a sample, moved into the encoder's last layer and the decoder's
+    first. The decoder's clamp stands between them; latents stay well inside it."""
+    sample = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[:512]]
+    z = vae.encoder(sample.float() / 127.5 - 1)
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    last, first = vae.encoder.layers[14], vae.decoder.layers[0]
+    # only the scale: a mean moved through a zero-padded convolution would change the border
+    last.weight.div_(std[:, None, None, None])
+    last.bias.div_(std)
+    first.weight.mul_(std[None, :, None, None])
+    print("latent mean", mean.round(decimals=2).tolist(), "std", std.round(decimals=2).tolist())
+    return {name: tensor.half().contiguous() for name, tensor in vae.state_dict().items()}

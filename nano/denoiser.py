@@ -1,0 +1,46 @@
+"""The small model as `core.train` and `core.calibration` see a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .model import Prompts
+from .sampling import sample
+
+
+class NanoDenoiser:
+    """A `core.train.Denoiser`.
+
+    Args:
+        transformer: With or without a mixture on it. texts: The prompts, by number.
+        prompts: Encodes them; whole, because gates read the mean over all 77 tokens.
+    """
+
+    def __init__(self, transformer: Any, texts: Sequence[str], prompts: Prompts) -> None:
+        self.transformer, self.texts, self.prompts = transformer, list(texts), prompts
+
+    def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
+        return sample(self.transformer, self.prompts, [self.texts[i] for i in prompts], seed, guidance=1.0)
+
+    def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        t = t.view(-1, 1, 1, 1)
+        return (1 - t) * latents + t * noise
+
+    def goal(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return noise - latents
+
+    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[int]) -> Tensor:
+        hidden, pooled = self.prompts([self.texts[i] for i in prompts])
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=1000 * t,
+            encoder_hidden_states=hidden,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+    def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        return noisy - t.view(-1, 1, 1, 1) * prediction
