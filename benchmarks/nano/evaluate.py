@@ -18,7 +18,7 @@ from .methods import METHODS, Loras, Method, merged_in
 from .scoring import Scorer, Task, task
 
 TUNING = (("heart", "wood"), ("fish", "ember"), ("house", "shadow"))  # never scored
-SCORED = (("heart", "ember"), ("heart", "shadow"), ("fish", "wood"), ("house", "ember"))
+SCORED = (("heart", "ember"), ("fish", "wood"), ("house", "ember"), ("heart", "shadow"))
 LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
 LARGER_TUNING = {3: ("heart", "house", "wood"), 4: ("heart", "house", "shadow", "wood")}
 SCALES = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)
@@ -150,8 +150,8 @@ def run(bench: Bench, plan: Plan) -> dict[str, float]:
         ])
         for name in names
     }  # fmt: skip
-    for seed in plan.seeds:
-        for concepts in plan.scored:
+    for concepts in plan.scored:
+        for seed in plan.seeds:
             for name in names:
                 for scale in {chosen[name], 1.0} if seed == 0 else {chosen[name]}:
                     bench.row(name, METHODS[name], concepts, seed, scale)

@@ -171,7 +171,7 @@ def _router(loras: Loras, scale: float, texts: Sequence[str]) -> Generator[Any]:
         yield loras.transformer
 
 
-_FAST = TrainSettings(steps=40, batch=16, examples=128, samples=24)
+FAST = TrainSettings(steps=40, batch=16, examples=128, samples=24)
 _TEXT = GateSettings()
 METHODS: dict[str, Method] = {
     "base": Method(lambda loras, _, __: merged_in(loras.transformer, loras.adapters[0], 0.0), "-", fixed=True),
@@ -195,12 +195,12 @@ METHODS: dict[str, Method] = {
     "calibrated": Method(_calibrated()),
     "calibrated 2x": Method(_calibrated("2x"), "2 r"),
     "router": Method(_router, "-", whole=True),
-    "mole": Method(_mole(_TEXT, _FAST), "-", whole=True),
-    "mole block": Method(_mole(GateSettings(granularity="block"), _FAST), "-", whole=True),
+    "mole": Method(_mole(_TEXT, FAST), "-", whole=True),
+    "mole block": Method(_mole(GateSettings(granularity="block"), FAST), "-", whole=True),
     "mole-paper": Method(
         _mole(GateSettings(granularity="block", activation="softmax", reads="experts"),
-              _FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
+              FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
     "mole-paper x N": Method(
         _mole(GateSettings(granularity="block", activation="softmax", reads="experts"),
-              _FAST.model_copy(update={"balance": 0.02}), times_n=True), "-", whole=True),
+              FAST.model_copy(update={"balance": 0.02}), times_n=True), "-", whole=True),
 }  # fmt: skip

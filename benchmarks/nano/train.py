@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from legomole.core.formats import load, save
 from legomole.core.gates import GateSettings
-from legomole.core.train import TrainSettings
 from legomole.nano.demo import STYLE, SUBJECT
 from legomole.nano.model import Prompts
 from legomole.nano.store import Store
@@ -22,7 +21,7 @@ from torch import Tensor
 from . import train_base, train_loras, train_oracle, train_vae
 from .data import Examples, examples
 from .evaluate import SCORED
-from .methods import Loras, trained_gates
+from .methods import FAST, Loras, trained_gates
 from .render import BASE_STYLES, BASE_SUBJECTS, LORA_STYLES, LORA_SUBJECTS, NEW_SUBJECTS
 
 SEEDS = (0, 1, 2)
@@ -130,11 +129,11 @@ def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor
 
 
 def train_gates(store: Store, say: Say) -> None:
-    """The gates the demo uses: for its two LoRAs, with the product's defaults."""
+    """The gates the demo uses: for its two LoRAs."""
     path = store.folder / "gates.safetensors"
     if path.exists():
         return
     pair = (SUBJECT, STYLE)
     loras = Loras(store.transformer, Prompts(), pair, tuple(load(store.lora(concept)) for concept in pair), 0)
-    trained_gates(loras, GateSettings(), TrainSettings()).save(path)
+    trained_gates(loras, GateSettings(), FAST).save(path)
     say("gates: done")
