@@ -19,7 +19,7 @@ def demo(
     ),
     comfyui: Annotated[
         Path | None,
-        typer.Option(help="Put the small model and its LoRAs (265 MB) into this ComfyUI folder instead."),
+        typer.Option(help="Put the small model and its LoRAs (261 MB) into this ComfyUI folder instead."),
     ] = None,
     json: Json = False,
 ) -> None:

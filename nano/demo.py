@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUBJECT, STYLE = "heart", "ember"
+STRENGTHS = (1.3, 0.8)  # together: at 1 and 1 the style drowns the subject
 _EACH = 8  # pictures of each row that are judged; the first is shown
 _SUBJECTS = ("star", "moon", "cross", "ring", "arrow", "flower", "tree", "mushroom")
 _STYLES = ("blueprint", "flat", "neon", "stripes", "pastel", "night", "dots", "checker")
@@ -57,16 +58,17 @@ def columns(folder: Path, store: Store | None = None, tell: Tell = lambda *_: No
     """
     store = store or Store()
     subject, style = (load(store.lora(concept)) for concept in (SUBJECT, STYLE))
-    lego = merge([subject, style], Lego(Rank.parse("1x"))).adapter
+    lego = merge([subject, style], Lego(Rank.parse("1x")), STRENGTHS).adapter
     save(lego, folder / "lego.safetensors", format="diffusers")
     gates = TrainedGates.load(store.folder / "gates.safetensors").of([subject, style])
     ways = {
         "no LoRA": None,
         f"{SUBJECT} LoRA": Mixture((subject,)),
         f"{STYLE} LoRA": Mixture((style,)),
-        "sum": Mixture((subject, style)),
+        "sum": Mixture((subject, style), strengths=STRENGTHS),
         "LEGO": Mixture((lego,)),
-        "MoLE": Mixture((subject, style), gates),
+        # the empty prompt gets no LoRA, so guidance makes them louder: less strength, as in the benchmark
+        "MoLE": Mixture((subject, style), gates, STRENGTHS, scale=0.6),
     }
     prompts, found = Prompts(), dict[str, Column]()
     for name, mixture in ways.items():

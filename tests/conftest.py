@@ -38,6 +38,16 @@ def files(comfy: server.Server) -> dict[str, str]:
     return loras.write_all(comfy.loras)
 
 
+@pytest.fixture(scope="session")
+def nano(comfy: server.Server) -> Path:
+    """The server's base directory with the small trained model placed there, as ``legomole demo --comfyui`` does."""
+    pytest.importorskip("diffusers")
+    from legomole.nano.comfyui import place
+
+    place(comfy.base)
+    return comfy.base
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """A run without ComfyUI or its page must not look like a full one."""
     skipped = [

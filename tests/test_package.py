@@ -48,6 +48,7 @@ def tracked(pattern: str) -> set[str]:
 def test_the_wheel_holds_every_module_and_what_the_page_needs(built):
     packed = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()}
     wanted = tracked("*.py") | tracked("*/**/*.py") | tracked("web/**/*") | tracked("workflows/*")
+    wanted |= tracked("nano/weights/**/*.safetensors")
     assert wanted - packed == set()
     assert "web/docs" in {str(Path(p).parent.as_posix()) for p in packed}
     assert any(p.startswith("workflows/") and p.endswith(".json") for p in packed)
@@ -55,7 +56,18 @@ def test_the_wheel_holds_every_module_and_what_the_page_needs(built):
 
 def test_the_wheel_holds_nothing_else(built):
     tops = {p.relative_to(built).parts[0] for p in built.rglob("*") if p.is_file()}
-    assert tops <= {"__init__.py", "__main__.py", "cli", "core", "hosts", "nodes", "web", "workflows", "locales"}
+    assert tops <= {
+        "__init__.py",
+        "__main__.py",
+        "cli",
+        "core",
+        "hosts",
+        "nano",
+        "nodes",
+        "web",
+        "workflows",
+        "locales",
+    }
 
 
 def test_the_installed_version_is_the_packages():

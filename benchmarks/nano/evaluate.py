@@ -18,7 +18,7 @@ from .methods import METHODS, Loras, Method, merged_in
 from .scoring import Scorer, Task, task
 
 TUNING = (("heart", "wood"), ("fish", "ember"), ("house", "shadow"))  # never scored
-SCORED = (("heart", "ember"), ("fish", "wood"), ("house", "ember"), ("heart", "shadow"))
+SCORED = (("heart", "ember"), ("fish", "wood"))
 LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
 LARGER_TUNING = {3: ("heart", "house", "wood"), 4: ("heart", "house", "shadow", "wood")}
 SCALES = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)

@@ -23,8 +23,8 @@ VARIANTS = ("lego 1.5x", "lego reweighted", "lego-paper 1.5x", "lego-paper plain
 MANY = ("sum", "svd", "ties", "lego-paper", "lego calibrated", "calibrated", "router", "mole")
 
 PLANS = {
-    "main": Plan(MAIN, TUNING[:2], SCORED),
-    "variants": Plan(VARIANTS, TUNING[2:], SCORED[:2], seeds=(0,), scales=(0.8, 1.0, 1.25)),
+    "main": Plan(MAIN, TUNING, SCORED),
+    "variants": Plan(VARIANTS, TUNING[2:], (SCORED[0], ("heart", "shadow")), seeds=(0,), scales=(0.8, 1.0, 1.25)),
     "three": Plan(MANY, (LARGER_TUNING[3],), (LARGER[3],), scales=(0.5, 0.7, 0.9, 1.2)),
     "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.5, 0.7, 0.9, 1.2)),
 }
@@ -56,22 +56,24 @@ def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> Non
     rows = list(bench.rows.values())
     found: list[dict[str, Any]] = []
     at_one: list[dict[str, Any]] = []
-    for name, plan in PLANS.items():
+    for name, strengths in chosen.items():
+        plan = PLANS[name]
         for method in plan.methods:
             for seed in plan.seeds:
                 part = [r for r in rows if r.method == method and r.seed == seed and r.concepts in plan.scored]
-                found.append(_row(method, [r for r in part if r.scale == chosen[name][method]]))
+                found.append(_row(method, [r for r in part if r.scale == strengths[method]]))
                 if seed == 0:
                     at_one.append(_row(method, [r for r in part if r.scale == 1.0]))
     for method in ("subject alone", "style alone", "jointly trained"):
         for seed in (0, 1, 2):
             part = [r for r in rows if r.method == method and r.seed == seed]
             found += [_row(method, part)] if part else []
-    sweep = [_row(m, [r for r in rows if r.method == m and r.scale == s and r.seed == 0 and r.concepts in TUNING])
-             for m in MAIN for s in PLANS["main"].scales
-             if any(r.method == m and r.scale == s and r.concepts in TUNING for r in rows)]  # fmt: skip
+    tuned = [r for r in rows if r.seed == 0 and r.concepts in TUNING]
+    sweep = [_row(m, [r for r in tuned if r.method == m and r.scale == s])
+             for m in MAIN for s in sorted({r.scale for r in tuned if r.method == m})]  # fmt: skip
     write(out / "results.json", {"rows": found, "at_strength_one": at_one, "tuning": sweep})
-    (out / "table.md").write_text("\n\n".join(table(rows, name, chosen[name]) for name in PLANS) + "\n")
+    tables = [table(rows, name, strengths) for name, strengths in chosen.items()]
+    (out / "table.md").write_text("\n\n".join(tables) + "\n")
     _pareto(sweep, out / "pareto.png")
     sheet(bench, chosen["main"]).save(out / "sheet.png", optimize=True)
 

@@ -1,0 +1,123 @@
+"""The small trained model in a real ComfyUI: the stock loaders read it, and it paints there what it paints here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("diffusers")
+
+from legomole.core.attach import attach
+from legomole.core.formats import load
+from legomole.core.merge import merge
+from legomole.core.methods.lego import Lego
+from legomole.core.mixture import Mixture
+from legomole.core.rank import Rank
+from legomole.nano import sampling
+from legomole.nano.comfyui import SCALE, SHIFT, folded
+from legomole.nano.model import Prompts
+from legomole.nano.oracle import judge
+from legomole.nano.store import Store
+
+from .nano import COUNT, EMBER, HEART, SEED, TEXT, NanoGraph
+from .server import Server
+
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("nano")]
+
+
+@pytest.fixture(scope="module")
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def expected(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """What `sampling.sample` paints of the noise that ComfyUI draws."""
+
+    def noise(count: int, seed: int) -> Tensor:
+        return folded(torch.randn(count, 16, 16, 16, generator=torch.Generator().manual_seed(seed)))
+
+    monkeypatch.setattr(sampling, "noise", noise)
+    prompts = Prompts()
+
+    def run(text: str = TEXT, experts: Sequence[object] = ()) -> Tensor:
+        if not experts:
+            return sampling.sample(store.transformer, prompts, [text] * COUNT, SEED)
+        with attach(store.transformer, Mixture(tuple(experts))):  # type: ignore[arg-type]
+            return sampling.sample(store.transformer, prompts, [text] * COUNT, SEED)
+
+    return run
+
+
+def alike(store: Store, found: tuple, latents: Tensor) -> None:
+    """Latents, and the first picture to half a step of its 255."""
+    picture, latent = found
+    torch.testing.assert_close(2 * SCALE * (latent - SHIFT), latents, rtol=0, atol=2e-4)
+    rgb = ((store.pictures(latents[:1])[0] + 1) * 127.5).permute(1, 2, 0)
+    torch.testing.assert_close(torch.from_numpy(picture).float(), rgb, rtol=0, atol=1.01)
+
+
+def test_it_paints_in_comfyui_what_it_paints_here(store, paint, expected):
+    text = "the mushroom, drawn in blueprint style"
+    graph = NanoGraph()
+    latents = expected(text)
+    alike(store, paint(graph, graph.painted(text)), latents)
+    assert judge(store.oracle, store.pictures(latents), [("mushroom", "blueprint")] * COUNT).both.sum() >= 3
+
+
+def test_with_stock_lora_loaders_too(store, paint, expected):
+    """And the two LoRAs bring what the base does not know: hearts, and embers."""
+    graph = NanoGraph()
+    model, _ = graph.stock(HEART, EMBER)
+    latents = expected(experts=[load(store.lora("heart")), load(store.lora("ember"))])
+    alike(store, paint(graph, graph.painted(model=model)), latents)
+    with_loras, without = (
+        judge(store.oracle, store.pictures(x), [("heart", "ember")] * COUNT).both.sum() for x in (latents, expected())
+    )
+    assert with_loras >= 2
+    assert without == 0
+
+
+def test_lego_merges_there_what_it_merges_here(store, paint, expected):
+    graph = NanoGraph()
+    merged = graph.lego(graph.load(HEART), graph.load(EMBER))
+    ours = merge([load(store.lora("heart")), load(store.lora("ember"))], Lego(Rank.parse("1x"))).adapter
+    alike(store, paint(graph, graph.painted(model=graph.apply(merged)[0])), expected(experts=[ours]))
+
+
+def test_mole_mixes_there_what_it_mixes_here(store, paint, expected):
+    graph = NanoGraph()
+    mix = graph.mix(graph.load(HEART), graph.load(EMBER))
+    alike(
+        store,
+        paint(graph, graph.painted(model=mix)),
+        expected(experts=[load(store.lora("heart")), load(store.lora("ember"))]),
+    )
+
+
+def test_an_empty_latent_of_another_model_will_do(comfy, paint):
+    graph, other = NanoGraph(), NanoGraph()
+    first = paint(graph, graph.painted())[1]
+    empty = other.add("EmptyLatentImage", width=128, height=128, batch_size=COUNT)
+    assert torch.equal(first, paint(other, other.painted(empty=empty))[1])
+
+
+def test_comfyui_finds_nothing_missing_in_the_files(comfy: Server, nano: Path, paint):
+    graph = NanoGraph()
+    node = graph.painted(model=graph.stock(HEART, EMBER)[0])
+    for part in graph.nodes.values():  # under other names they are read anew
+        for name, folder in (("unet_name", "diffusion_models"), ("clip_name", "text_encoders"), ("lora_name", "loras")):
+            if name in part["inputs"]:
+                file = nano / "models" / folder / part["inputs"][name]
+                part["inputs"][name] = f"again_{file.name}"
+                file.with_name(f"again_{file.name}").symlink_to(file)
+    start = len(comfy.log.read_text())
+    paint(graph, node)
+    log = comfy.log.read_text()[start:]
+    assert "model weight dtype" in log
+    assert "lora key not loaded" not in log
+    assert "missing" not in log

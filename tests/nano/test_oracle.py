@@ -1,0 +1,36 @@
+"""The judge's shapes and verdicts."""
+
+from __future__ import annotations
+
+import torch
+from legomole.nano.oracle import Oracle, judge
+from legomole.nano.words import STYLES, SUBJECTS
+
+
+def test_classes_are_the_words_and_none_of_them(seeded):
+    oracle = Oracle().eval()
+    subject, style = oracle(torch.rand(2, 3, 64, 64))
+    assert subject.shape == (2, len(SUBJECTS) + 1)
+    assert style.shape == (2, len(STYLES) + 1)
+    assert oracle.features(torch.rand(2, 3, 64, 64)).shape == (2, 512)
+
+
+def test_pictures_are_judged_one_by_one(seeded):
+    oracle = Oracle().eval()
+    pictures = torch.rand(4, 3, 64, 64)
+    with torch.no_grad():
+        for head, row in ((oracle.subject, SUBJECTS.index("heart")), (oracle.style, len(STYLES))):
+            head.weight.zero_()
+            head.bias.zero_()
+            head.bias[row] = 1.0  # sees a heart everywhere, and a style nowhere ..
+        features = oracle.features(pictures)
+        middle = features.mean(0)
+        toward = (features - middle)[1]
+        oracle.style.weight[STYLES.index("ember")] = 2 * toward / (toward @ toward)  # .. but ember in the second
+        oracle.style.bias[STYLES.index("ember")] = -2 * (middle @ toward) / (toward @ toward)
+    verdict = judge(oracle, pictures, [("heart", "ember"), ("heart", "ember"), ("fish", "ember"), ("star", "neon")])
+    assert verdict.subject.tolist() == [True, True, False, False]
+    assert verdict.style.tolist() == [False, True, False, False]
+    assert verdict.both.tolist() == [False, True, False, False]
+    torch.testing.assert_close(verdict.features, features)
+    assert not verdict.features.requires_grad
