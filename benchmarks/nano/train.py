@@ -43,7 +43,7 @@ class Size:
     seeds: tuple[int, ...] = SEEDS
 
 
-SMOKE = Size(12, 1, 20, 1, 16, 10, 1, 6, (0,))
+SMOKE = Size(12, 1, 30, 1, 16, 10, 1, 6, (0,))
 
 
 def train(work: Path, size: Size, say: Say) -> Store:

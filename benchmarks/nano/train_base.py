@@ -41,7 +41,12 @@ def train(
     mean = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=0.05, anneal_strategy="cos", final_div_factor=100
+        optimizer,
+        lr,
+        total_steps=steps,
+        pct_start=min(0.5, max(0.05, 2 / steps)),
+        anneal_strategy="cos",
+        final_div_factor=100,
     )
     first = 0
     if earlier is not None:

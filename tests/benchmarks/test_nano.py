@@ -79,6 +79,11 @@ def _copied(value):
     return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
+def test_a_very_short_training_warms_up_too():
+    weights = train_base.train(examples(2), 20, batch=1, say=lambda _: None)
+    assert all(bool(w.isfinite().all()) for w in weights.values())
+
+
 def test_a_lora_learns_and_leaves_the_base_alone():
     base = model.build()
     before = {name: w.clone() for name, w in base.state_dict().items()}
