@@ -86,6 +86,14 @@ def _column(store: Store, prompts: Prompts) -> Column:
     return Column(pictures[::_EACH], dict(zip(ROWS, right.tolist(), strict=True)))
 
 
+def tile(picture: Tensor, size: int) -> Image:
+    """A picture ``(3, 64, 64)`` in [-1, 1] as an image of `size` pixels a side."""
+    from PIL import Image
+
+    rgb = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC)
+
+
 def sheet(found: Mapping[str, Column], zoom: int = 2) -> Image:
     """All columns side by side, prompts on the left, scores below."""
     from PIL import Image, ImageDraw, ImageFont
@@ -110,9 +118,7 @@ def sheet(found: Mapping[str, Column], zoom: int = 2) -> Image:
         x = left + j * (cell + gap)
         draw.text((x + cell / 2, top / 2), name, fill=ink, font=big, anchor="mm")
         for i, score in enumerate(column.scores.values()):
-            rgb = ((column.pictures[i] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            resized = Image.fromarray(rgb).resize((cell, cell), Image.Resampling.BICUBIC)
-            picture.paste(resized, (x, top + i * (cell + gap)))
+            picture.paste(tile(column.pictures[i], cell), (x, top + i * (cell + gap)))
             color = good if score >= 0.75 else bad if score < 0.5 else ink
             place = (x + cell / 2, below + line * (i + 1) + 7)
             draw.text(place, f"{round(score * _EACH)}", fill=color, font=small, anchor="mm")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .model import Prompts
+from .model import Prompts, predict
 from .sampling import sample
 
 
@@ -33,14 +33,7 @@ class NanoDenoiser:
         return noise - latents
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[int]) -> Tensor:
-        hidden, pooled = self.prompts([self.texts[i] for i in prompts])
-        return self.transformer(
-            hidden_states=noisy,
-            timestep=1000 * t,
-            encoder_hidden_states=hidden,
-            pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        return predict(self.transformer, noisy, t, *self.prompts([self.texts[i] for i in prompts]))
 
     def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         return noisy - t.view(-1, 1, 1, 1) * prediction

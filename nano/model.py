@@ -29,6 +29,23 @@ def build() -> Any:
     )  # fmt: skip
 
 
+def predict(transformer: Any, latents: Tensor, sigma: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
+    """The flow, noise minus picture, that the transformer sees.
+
+    Args:
+        transformer: With or without a mixture on it.
+        latents: ``(n, 16, 8, 8)``. sigma: ``(n,)``, their noise levels in 0 .. 1.
+        hidden, pooled: What `Prompts` gives.
+    """
+    return transformer(
+        hidden_states=latents,
+        timestep=1000 * sigma,
+        encoder_hidden_states=hidden,
+        pooled_projections=pooled,
+        return_dict=False,
+    )[0]
+
+
 @dataclass
 class Prompts:
     """Encodes prompts, each but once.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import SIDE, Prompts
+from .model import SIDE, Prompts, predict
 
 STEPS, GUIDANCE, SHIFT = 12, 3.0, 3.0
 
@@ -41,13 +41,7 @@ def sample(
         hidden, pooled = prompts([*texts[i : i + batch], *[""] * len(x)])
         levels = sigmas(steps, shift)
         for sigma, following in pairwise(levels):
-            flow = transformer(
-                hidden_states=torch.cat([x, x]),
-                timestep=(1000 * sigma).expand(2 * len(x)),
-                encoder_hidden_states=hidden,
-                pooled_projections=pooled,
-                return_dict=False,
-            )[0]
+            flow = predict(transformer, torch.cat([x, x]), sigma.expand(2 * len(x)), hidden, pooled)
             asked, plain = flow.chunk(2)
             x = x + (following - sigma) * (plain + guidance * (asked - plain))
         found.append(x)

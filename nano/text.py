@@ -103,8 +103,9 @@ def _first_layer() -> dict[str, NDArray[np.float64]]:
     return layer
 
 
+@cache
 def build() -> Any:
-    """A `transformers.CLIPTextModel` of one layer that knows the words of `words.IDS`, float32."""
+    """A `transformers.CLIPTextModel` of one layer that knows the words of `words.IDS`, float32, frozen; made once."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=HEADS, num_hidden_layers=1,

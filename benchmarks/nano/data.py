@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from legomole.nano.model import Prompts
+from legomole.nano.model import Prompts, predict
 from legomole.nano.words import WORDINGS, prompt
 from torch import Tensor
+from torch.nn import functional as F
 
 from .render import render
 
@@ -40,11 +41,17 @@ def examples(
 
 @dataclass(frozen=True)
 class Batch:
+    """Noised latents, their noise levels in 0 .. 1, their encoded prompts, and what should be predicted there."""
+
     noised: Tensor
-    timestep: Tensor
+    sigma: Tensor
     hidden: Tensor
     pooled: Tensor
     flow: Tensor  # the target: noise - latents
+
+    def loss(self, transformer: Any) -> Tensor:
+        """Mean squared error of the transformer's prediction."""
+        return F.mse_loss(predict(transformer, self.noised, self.sigma, self.hidden, self.pooled), self.flow)
 
 
 def draw(data: Examples, size: int, prompts: Prompts, rng: torch.Generator, *, empty: float = 0.12) -> Batch:
@@ -61,14 +68,4 @@ def draw(data: Examples, size: int, prompts: Prompts, rng: torch.Generator, *, e
     t = torch.rand(size, generator=rng)
     t = torch.where(torch.rand(size, generator=rng) < 0.5, t, 3 * t / (1 + 2 * t))
     at = t[:, None, None, None]
-    return Batch((1 - at) * x + at * noise, 1000 * t, *prompts(texts), noise - x)
-
-
-def predict(transformer: Any, batch: Batch) -> Tensor:
-    return transformer(
-        hidden_states=batch.noised,
-        timestep=batch.timestep,
-        encoder_hidden_states=batch.hidden,
-        pooled_projections=batch.pooled,
-        return_dict=False,
-    )[0]
+    return Batch((1 - at) * x + at * noise, t, *prompts(texts), noise - x)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from legomole.core.adapter import Adapter
-from legomole.core.formats import load
 from legomole.nano.store import Store
 
 from .methods import METHODS, Loras, Method, merged_in
@@ -50,17 +49,16 @@ class Bench:
         self.rows: dict[tuple[Any, ...], Row] = {}
         if log.exists():
             for line in log.read_text().splitlines():
-                row = Row(**{**json.loads(line), "concepts": tuple(json.loads(line)["concepts"])})
+                kept = json.loads(line)
+                row = Row(**{**kept, "concepts": tuple(kept["concepts"])})
                 self.rows[row.method, row.concepts, row.seed, row.scale] = row
-        self._loras: dict[tuple[tuple[str, ...], int], Loras] = {}
+        self._loras: Loras | None = None
 
     def loras(self, concepts: tuple[str, ...], seed: int) -> Loras:
-        if (concepts, seed) not in self._loras:
-            self._loras.clear()  # merges and gates of one set at a time
-            store = self.scorer.store
-            adapters = tuple(load(store.lora(concept, seed)) for concept in concepts)
-            self._loras[concepts, seed] = Loras(store.transformer, self.scorer.whole, concepts, adapters, seed)
-        return self._loras[concepts, seed]
+        """The LoRAs, with the merges and gates made of them; those of one set are kept at a time."""
+        if self._loras is None or (self._loras.concepts, self._loras.seed) != (concepts, seed):
+            self._loras = Loras.of(self.scorer.store, self.scorer.whole, concepts, seed)
+        return self._loras
 
     def row(self, name: str, method: Method, concepts: tuple[str, ...], seed: int, scale: float) -> Row:
         """A method's row, measured now or earlier."""

@@ -11,6 +11,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.attach import attach
 from legomole.core.calibration import CalibrationSettings, calibrate
+from legomole.core.formats import load
 from legomole.core.gates import GateSet, GateSettings
 from legomole.core.merge import merge
 from legomole.core.methods.calibrated import Calibrated
@@ -28,6 +29,7 @@ from legomole.core.train import Prompt, TrainSettings, train
 from legomole.core.trained import TrainedGates
 from legomole.nano.denoiser import NanoDenoiser
 from legomole.nano.model import Prompts, short_prompts
+from legomole.nano.store import Store
 from legomole.nano.words import WORDINGS, prompt
 
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
@@ -42,12 +44,18 @@ class Loras:
     concepts: tuple[str, ...]
     adapters: tuple[Adapter, ...]
     seed: int
-    _made: dict[str, Any] = field(default_factory=dict[str, Any])
+    _made: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
-    def once(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    @classmethod
+    def of(cls, store: Store, whole: Prompts, concepts: tuple[str, ...], seed: int) -> Loras:
+        adapters = tuple(load(store.lora(concept, seed)) for concept in concepts)
+        return cls(store.transformer, whole, concepts, adapters, seed)
+
+    def once(self, make: Callable[[Loras], Any]) -> Any:
+        """What `make` gives for these LoRAs, made but once."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]
 
 
 @contextmanager
@@ -86,17 +94,17 @@ class Method:
     fixed: bool = False
 
 
-def _static(make: Callable[[Loras], Adapter]) -> Use:
+def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = False, **options: Any) -> Use:
+    """A merge: `method` is called with the rank, and with statistics where it wants them; options are `merge`'s."""
+
+    def make(loras: Loras) -> Adapter:
+        known = {"statistics": loras.once(statistics)} if measured else {}
+        return merge(loras.adapters, method(Rank.parse(rank), **known), dtype=torch.float32, **options).adapter
+
     def use(loras: Loras, scale: float, _: Sequence[str]) -> Any:
-        return merged_in(loras.transformer, loras.once(f"{id(make)}", lambda: make(loras)), scale)
+        return merged_in(loras.transformer, loras.once(make), scale)
 
     return use
-
-
-def _merge(method: Callable[[Rank], Any], rank: str = "1x", **options: Any) -> Use:
-    return _static(
-        lambda loras: merge(loras.adapters, method(Rank.parse(rank)), dtype=torch.float32, **options).adapter
-    )
 
 
 def asked_for(loras: Loras) -> list[Prompt]:
@@ -117,25 +125,11 @@ def asked_for(loras: Loras) -> list[Prompt]:
 
 def statistics(loras: Loras) -> Statistics:
     """The inputs' moments on the model's own pictures."""
-
-    def measure() -> Statistics:
-        asked = asked_for(loras)
-        denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
-        modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
-        with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
-            return calibrate(attachment, denoiser, asked, modules, CalibrationSettings(seed=loras.seed))
-
-    return loras.once("statistics", measure)
-
-
-def _calibrated(rank: str = "1x", **options: Any) -> Use:
-    return _static(
-        lambda loras: (
-            merge(
-                loras.adapters, Calibrated(Rank.parse(rank), statistics(loras), **options), dtype=torch.float32
-            ).adapter
-        )
-    )
+    asked = asked_for(loras)
+    denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
+    modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
+    with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
+        return calibrate(attachment, denoiser, asked, modules, CalibrationSettings(seed=loras.seed))
 
 
 def trained_gates(loras: Loras, settings: GateSettings, training: TrainSettings) -> TrainedGates:
@@ -148,11 +142,13 @@ def trained_gates(loras: Loras, settings: GateSettings, training: TrainSettings)
 
 
 def _mole(settings: GateSettings, training: TrainSettings, *, times_n: bool = False) -> Use:
+    def make(loras: Loras) -> TrainedGates:
+        return trained_gates(loras, settings, training)
+
     @contextmanager
     def use(loras: Loras, scale: float, _: Sequence[str]) -> Generator[Any]:
         scale *= len(loras.adapters) if times_n else 1
-        made = loras.once(f"{settings} {training}", lambda: trained_gates(loras, settings, training))
-        mixture = Mixture(loras.adapters, made.gates, scale=scale)
+        mixture = Mixture(loras.adapters, loras.once(make).gates, scale=scale)
         with attach(loras.transformer, mixture):
             yield loras.transformer
 
@@ -172,7 +168,7 @@ def _router(loras: Loras, scale: float, texts: Sequence[str]) -> Generator[Any]:
 
 
 FAST = TrainSettings(steps=40, batch=16, examples=128, samples=24)
-_TEXT = GateSettings()
+_PAPER = GateSettings(granularity="block", activation="softmax", reads="experts")
 METHODS: dict[str, Method] = {
     "base": Method(lambda loras, _, __: merged_in(loras.transformer, loras.adapters[0], 0.0), "-", fixed=True),
     "sum": Method(_merge(lambda _: Concat()), "N r"),
@@ -189,18 +185,13 @@ METHODS: dict[str, Method] = {
     "lego-paper plain": Method(
         _merge(lambda k: Lego(k, "paper", parameter_reweight=False, output_reweight=False))
     ),
-    "lego calibrated": Method(
-        _static(lambda loras: merge(loras.adapters, Lego(Rank.parse("1x"), statistics=statistics(loras)),
-                                    dtype=torch.float32).adapter)),
-    "calibrated": Method(_calibrated()),
-    "calibrated 2x": Method(_calibrated("2x"), "2 r"),
+    "lego calibrated": Method(_merge(Lego, measured=True)),
+    "calibrated": Method(_merge(Calibrated, measured=True)),
+    "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "router": Method(_router, "-", whole=True),
-    "mole": Method(_mole(_TEXT, FAST), "-", whole=True),
+    "mole": Method(_mole(GateSettings(), FAST), "-", whole=True),
     "mole block": Method(_mole(GateSettings(granularity="block"), FAST), "-", whole=True),
-    "mole-paper": Method(
-        _mole(GateSettings(granularity="block", activation="softmax", reads="experts"),
-              FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
+    "mole-paper": Method(_mole(_PAPER, FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
     "mole-paper x N": Method(
-        _mole(GateSettings(granularity="block", activation="softmax", reads="experts"),
-              FAST.model_copy(update={"balance": 0.02}), times_n=True), "-", whole=True),
+        _mole(_PAPER, FAST.model_copy(update={"balance": 0.02}), times_n=True), "-", whole=True),
 }  # fmt: skip

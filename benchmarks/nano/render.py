@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 
 import numpy as np
+from legomole.nano.words import STYLES, SUBJECTS
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -68,10 +69,7 @@ _SHAPES: dict[str, Shape] = {
               (0, [(-0.17, 0.2), (0.17, 0.2), (0.17, 0.76), (-0.17, 0.76)])],
 }  # fmt: skip
 
-BASE_SUBJECTS = ("circle", "square", "triangle", "star", "moon", "cross",
-                 "ring", "diamond", "arrow", "flower", "tree", "mushroom")  # fmt: skip
-NEW_SUBJECTS = ("heart", "bolt", "fish", "house")  # the base model never sees these; there are LoRAs of three
-SUBJECTS = BASE_SUBJECTS + NEW_SUBJECTS
+BASE_SUBJECTS, NEW_SUBJECTS = SUBJECTS[:12], SUBJECTS[12:]  # the base model never sees the new ones
 
 
 def _mask(subject: str, rng: np.random.Generator, jitter: float) -> Floats:
@@ -200,11 +198,7 @@ _LOOKS: dict[str, Callable[[Floats, np.random.Generator], Floats]] = {
     "ember": _ember, "hatch": _hatch, "shadow": _shadow, "wood": _wood,
 }  # fmt: skip
 
-BASE_STYLES = ("flat", "neon", "stripes", "dots", "pastel", "blueprint", "night", "checker")
-NEW_STYLES = ("ember", "hatch", "shadow", "wood")  # nor these
-STYLES = BASE_STYLES + NEW_STYLES
-
-LORA_SUBJECTS, LORA_STYLES = ("heart", "fish", "house"), ("ember", "shadow", "wood")
+BASE_STYLES, NEW_STYLES = STYLES[:8], STYLES[8:]
 
 
 @cache

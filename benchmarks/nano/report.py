@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from legomole.core.formats import load
+from legomole.nano.demo import tile
 from legomole.nano.store import Store
 from PIL import Image, ImageDraw, ImageFont
 
@@ -28,6 +29,7 @@ PLANS = {
     "three": Plan(MANY, (LARGER_TUNING[3],), (LARGER[3],), scales=(0.5, 0.7, 0.9, 1.2)),
     "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.5, 0.7, 0.9, 1.2)),
 }
+_ALONE = ("subject alone", "style alone", "jointly trained")
 METRICS = ("joint", "subject", "style", "base", "kid")
 
 
@@ -42,7 +44,7 @@ def evaluate(store: Store, out: Path, say: Callable[[str], None]) -> None:
 def alone(bench: Bench) -> None:
     """Each LoRA of the scored pairs by itself, and the LoRAs trained on both: what there is to keep, and to reach."""
     store = bench.scorer.store
-    for seed in (0, 1, 2):
+    for seed in PLANS["main"].seeds:
         for pair in SCORED:
             what = task(pair, seed=seed)
             for concept, kind in zip(pair, ("subject", "style"), strict=True):
@@ -64,8 +66,8 @@ def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> Non
                 found.append(_row(method, [r for r in part if r.scale == strengths[method]]))
                 if seed == 0:
                     at_one.append(_row(method, [r for r in part if r.scale == 1.0]))
-    for method in ("subject alone", "style alone", "jointly trained"):
-        for seed in (0, 1, 2):
+    for method in _ALONE:
+        for seed in PLANS["main"].seeds:
             part = [r for r in rows if r.method == method and r.seed == seed]
             found += [_row(method, part)] if part else []
     tuned = [r for r in rows if r.seed == 0 and r.concepts in TUNING]
@@ -93,7 +95,7 @@ def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
     lines = [f"**{name}: {n} LoRAs, {len(plan.scored)} sets x {len(plan.seeds)} seeds**", "",
              "| method | rank | strength | joint | subject | style | base | KID |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    extra = ("subject alone", "style alone", "jointly trained") if name == "main" else ()
+    extra = _ALONE if name == "main" else ()
     for method in (*extra, *plan.methods):
         part = [r for r in rows if r.method == method and r.concepts in plan.scored and r.seed in plan.seeds
                 and r.scale == chosen.get(method, 1.0)]  # fmt: skip
@@ -141,7 +143,7 @@ _SHOWN = ("base", "sum", "svd", "ties", "lego-paper", "lego", "lego calibrated",
 
 
 def sheet(bench: Bench, chosen: dict[str, float], pair: tuple[str, str] = ("heart", "ember")) -> Image.Image:
-    """A contact sheet: one row a method at its strength; two pictures of each kind."""
+    """A contact sheet: one row a method at its strength; three pictures of each kind."""
     what = task(pair)
     picks = [i for kind in ("joint", "subject", "style", "base")
              for i in [j for j, k in enumerate(what.kinds) if k == kind][:3]]  # fmt: skip
@@ -160,7 +162,5 @@ def sheet(bench: Bench, chosen: dict[str, float], pair: tuple[str, str] = ("hear
             score = bench.scorer.score(model, few, 7, whole=method.whole)
         draw.text((6, top + cell * i + 30), f"{name}\nx {chosen[name]:g}", fill="black", font=font)
         for j, x in enumerate(score.pictures):
-            rgb = ((x + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-            tile = Image.fromarray(rgb).resize((cell - 2, cell - 2), Image.Resampling.BICUBIC)
-            picture.paste(tile, (left + cell * j, top + cell * i))
+            picture.paste(tile(x, cell - 2), (left + cell * j, top + cell * i))
     return picture

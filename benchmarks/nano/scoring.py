@@ -78,7 +78,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         self.short = Prompts(short=True)
-        self.whole = Prompts(encoder=self.short.encoder)
+        self.whole = Prompts()
         self._renders = cache(self._render_features)
 
     def score(self, model: Any, what: Task, seed: int, *, whole: bool = False) -> Score:

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from legomole.core.formats import load, save
+from legomole.core.formats import save
+from legomole.core.formats.files import write_tensors
 from legomole.core.gates import GateSettings
+from legomole.nano.comfyui import CONCEPTS
 from legomole.nano.demo import STYLE, SUBJECT
 from legomole.nano.model import Prompts
 from legomole.nano.store import Store
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import train_base, train_loras, train_oracle, train_vae
 from .data import Examples, examples
 from .evaluate import SCORED
 from .methods import FAST, Loras, trained_gates
-from .render import BASE_STYLES, BASE_SUBJECTS, LORA_STYLES, LORA_SUBJECTS, NEW_SUBJECTS
+from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 SEEDS = (0, 1, 2)
 Say = Callable[[str], None]
@@ -59,7 +60,7 @@ def train(work: Path, size: Size, say: Say) -> Store:
     _stage(work / "oracle.safetensors", told, lambda: _oracle(store, size, told))
     _stage(work / "base.safetensors", told, lambda: _base(store, work, size, told))
     prompts = Prompts(short=True)
-    for seed, concept in itertools.product(size.seeds, (*LORA_SUBJECTS, *LORA_STYLES)):
+    for seed, concept in itertools.product(size.seeds, CONCEPTS):
         _lora(store, prompts, concept, seed, size, told)
     return store
 
@@ -81,7 +82,7 @@ def train_jointly(store: Store, size: Size, say: Say) -> None:
 def lora_data(vae: Any, concept: str, seed: int) -> Examples:
     """Its pictures: 3 styles x 8 or 4 subjects x 6. Every second LoRA is by the author with the habit."""
     subject = concept in NEW_SUBJECTS
-    author = ((LORA_SUBJECTS + LORA_STYLES).index(concept) + seed) % 2 == 0
+    author = (CONCEPTS.index(concept) + seed) % 2 == 0
     pairs = train_loras.pairs_of(concept, seed)
     return examples(vae, pairs, 8 if subject else 6, 100 + seed, jitter=0.5, author=author)
 
@@ -90,7 +91,7 @@ def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, s
     path = store.lora(concept, seed)
     if not path.exists():
         data = lora_data(store.vae, concept, seed)
-        start = 100 * seed + (LORA_SUBJECTS + LORA_STYLES).index(concept)
+        start = 100 * seed + CONCEPTS.index(concept)
         made = train_loras.train(store.transformer, data, prompts, steps=size.lora_steps, seed=start, say=say)
         save(made, path, format="diffusers")
 
@@ -99,10 +100,7 @@ def _stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> No
     if path.exists():
         say(f"{path.stem}: done before")
         return
-    state = make()
-    part = path.with_suffix(".part")
-    save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, part)
-    part.replace(path)
+    write_tensors(path, {name: tensor.half().contiguous() for name, tensor in make().items()}, {})
     say(f"{path.stem}: done")
 
 
@@ -133,7 +131,5 @@ def train_gates(store: Store, say: Say) -> None:
     path = store.folder / "gates.safetensors"
     if path.exists():
         return
-    pair = (SUBJECT, STYLE)
-    loras = Loras(store.transformer, Prompts(), pair, tuple(load(store.lora(concept)) for concept in pair), 0)
-    trained_gates(loras, GateSettings(), FAST).save(path)
+    trained_gates(Loras.of(store, Prompts(), (SUBJECT, STYLE), 0), GateSettings(), FAST).save(path)
     say("gates: done")

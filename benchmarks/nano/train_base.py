@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from legomole.nano.model import Prompts, build, short_prompts
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .data import Examples, draw, predict
+from .data import Examples, draw
 
 
 def train(
@@ -58,8 +57,7 @@ def train(
     began, losses = time.monotonic(), []
     with short_prompts(model):
         for step in range(first, steps):
-            drawn = draw(data, batch, prompts, rng)
-            loss = F.mse_loss(predict(model, drawn), drawn.flow)
+            loss = draw(data, batch, prompts, rng).loss(model)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -12,9 +12,8 @@ from legomole.core.lowrank import LowRank
 from legomole.nano.model import Prompts, short_prompts
 from peft import LoraConfig
 from torch import nn
-from torch.nn import functional as F
 
-from .data import Examples, draw, predict
+from .data import Examples, draw
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 RANK = 4
@@ -51,8 +50,7 @@ def train(
     losses: list[float] = []
     with short_prompts(model):
         for _ in range(steps):
-            drawn = draw(data, batch, prompts, rng, empty=0.1)
-            loss = F.mse_loss(predict(model, drawn), drawn.flow)
+            loss = draw(data, batch, prompts, rng, empty=0.1).loss(model)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(own, 1.0)
@@ -69,10 +67,3 @@ def train(
         if hasattr(layer, "lora_A")
     }
     return Adapter(modules)
-
-
-def mixed(parts: Sequence[Examples]) -> Examples:
-    found = parts[0]
-    for part in parts[1:]:
-        found = found + part
-    return found

@@ -42,8 +42,8 @@ def test_every_subject_and_style_looks_different():
     for i, a in enumerate(found):
         for b in found[:i]:
             assert np.abs(a - b).mean() > 2 or a is b
-    assert set(words.SUBJECTS) == set(render.SUBJECTS)
-    assert set(words.STYLES) == set(render.STYLES)
+    assert set(words.SUBJECTS) == set(render._SHAPES)
+    assert set(words.STYLES) == set(render._LOOKS)
 
 
 def test_an_authors_pictures_are_warm_and_dark_at_the_corners():
@@ -110,7 +110,7 @@ def test_merged_in_is_the_sum_and_leaves_no_trace():
 def test_batches_are_noised_pictures_and_the_way_back():
     prompts = model.Prompts(short=True)
     drawn = data.draw(examples(), 64, prompts, torch.Generator().manual_seed(0), empty=0.5)
-    t = (drawn.timestep / 1000)[:, None, None, None]
+    t = drawn.sigma[:, None, None, None]
     latents = drawn.noised - t * drawn.flow  # (1 - t) x + t n - t (n - x) = x
     shown = examples().latents
     assert all((latents[i] - shown).abs().amax((1, 2, 3)).min() < 1e-5 for i in range(64))
