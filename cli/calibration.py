@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from .console import progress_bar
-from .gates_input import parse_size, read_lines
+from .gates_input import parse_size, parse_words, read_lines
+from .machine import host
 from .options import check_free
 
 
@@ -40,11 +39,8 @@ def measure(
     """
     from ..core.calibration import CalibrationSettings
     from ..core.formats import load
-    from .gates import host
 
-    if len(words) != len(inputs):
-        raise typer.BadParameter(f"{len(inputs)} LoRAs and {len(words)} times --words: give one for every LoRA.")
-    concepts = [[word.strip() for word in text.split(",") if word.strip()] for text in words]
+    concepts = parse_words(words, len(inputs))
     pixels = None if size is None else parse_size(size)
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)

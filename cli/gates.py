@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +12,10 @@ import typer
 from ..core.errors import MergeError
 from .arguments import parse_setting
 from .console import out, print_json, progress_bar
-from .gates_input import parse_expert, parse_size, read_lines, read_pictures
+from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures
 from .gates_output import draw, facts, python, tell
-from .merge import check_device
-from .options import OUTPUT, Device, DtypeName, Json, Overwrite, check_free, check_output, size_of
+from .machine import check_device, host
+from .options import OUTPUT, WORDS_HELP, Device, DtypeName, Json, Overwrite, check_free, check_output, size_of
 
 if TYPE_CHECKING:
     from ..core.gates import GateSettings
@@ -55,8 +54,7 @@ def train_gates(
         list[str],
         typer.Option(
             metavar="WORDS",
-            help="What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
-            "in their order.",
+            help=WORDS_HELP,
         ),
     ],
     output: Annotated[
@@ -193,9 +191,7 @@ def train_gates(
     [bold]accelerate launch -m legomole train-gates ..[/bold] shares the work among several devices.
     """
     entries = [parse_expert(text) for text in loras]
-    concepts = [[word.strip() for word in text.split(",") if word.strip()] for text in words]
-    if len(concepts) != len(entries):
-        raise typer.BadParameter(f"{len(entries)} LoRAs and {len(concepts)} times --words: give one for every LoRA.")
+    concepts = parse_words(words, len(entries))
     given = {"steps": steps, "batch": batch, "learning_rate": lr, "balance": balance, "seed": seed}
     typed = {"objective": objective, **{k: v for k, v in given.items() if v is not None}}
     training, chosen = _settings(
@@ -257,17 +253,6 @@ def train_gates(
     tell(done, mixture.labels)
     out().print(f"wrote {output} ({size_of(output)})" + (f" and {plot}" if plot else ""), markup=False)
     out().print(f"\nTo use them:\n\n{code}", markup=False)
-
-
-def host(name: str) -> Any:
-    try:
-        return importlib.import_module(f"..hosts.{name}", __package__)
-    except ImportError as error:
-        raise MergeError(
-            "Gates are trained on a diffusers pipeline, and what that needs is not installed.",
-            found=str(error),
-            remedy="pip install 'legomole[diffusers]'",
-        ) from error
 
 
 def _settings(training: Mapping[str, Any], gates: Mapping[str, Any]) -> tuple[TrainSettings, GateSettings]:

@@ -1,4 +1,4 @@
-"""What `train-gates` is given, as values."""
+"""What `train-gates` and `merge --calibrate` are given, as values."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ def parse_expert(text: str) -> tuple[str, float]:
     if "text_encoder_weight" in entry:
         raise typer.BadParameter(f"{text!r}: text encoders are not mixed, so a LoRA has one strength here.")
     return entry["path"], entry.get("weight", 1.0)
+
+
+def parse_words(texts: Sequence[str], loras: int) -> list[list[str]]:
+    """The words of every ``--words``, one for each LoRA, with commas between."""
+    if len(texts) != loras:
+        raise typer.BadParameter(f"{loras} LoRAs and {len(texts)} times --words: give one for every LoRA.")
+    return [[word.strip() for word in text.split(",") if word.strip()] for text in texts]
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -8,17 +8,18 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..core.errors import MergeError
 from ..hosts.names import key_map, spelled_for
 from .arguments import add_module_weights, parse_input, parse_setting
 from .calibration import measure
 from .console import out, print_json, progress_bar
+from .machine import check_device
 from .options import (
     CALIBRATION,
     DEFAULT_RANK,
     LEGO,
     METHOD,
     WEIGHTS,
+    WORDS_HELP,
     ConvertRank,
     Device,
     Dtype,
@@ -138,8 +139,7 @@ def merge(
         typer.Option(
             metavar="WORDS",
             rich_help_panel=CALIBRATION,
-            help="What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
-            "in their order.",
+            help=WORDS_HELP,
         ),
     ] = None,
     prompts: Annotated[
@@ -276,17 +276,6 @@ def compress(
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
-        raise MergeError(
-            "This device cannot be used.", expected="cpu, or a device of this machine", found=f"{name}: {error}"
-        ) from error
 
 
 def _check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:

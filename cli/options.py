@@ -17,6 +17,10 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 DEFAULT_RANK = "1x"  # the inputs' mean rank, the choice of the LEGO paper
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
+WORDS_HELP = (
+    "What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
+    "in their order."
+)
 CALIBRATION = "Calibration: measure on the model's own pictures first"
 
 Output = Annotated[

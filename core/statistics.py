@@ -14,7 +14,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
-from .trained import Expert
+from .trained import identity
 
 _KIND = "legomole.statistics.1"
 
@@ -105,7 +105,7 @@ class Statistics:
         """
         place: dict[int, int] = {}
         for i, adapter in enumerate(adapters):
-            sha256 = _hash(adapter)
+            sha256 = identity(adapter)
             measured = [j for j, other in enumerate(self.adapters) if other == sha256 and j not in place]
             if not measured:
                 raise MergeError(
@@ -116,7 +116,7 @@ class Statistics:
                     remedy="measure the statistics again with the LoRAs you merge",
                 )
             place[measured[0]] = i
-        hashes = tuple(map(_hash, adapters))
+        hashes = tuple(map(identity, adapters))
         return Statistics({name: m.at(place) for name, m in self.modules.items()}, hashes, self.metadata)
 
     def save(self, path: str | Path) -> None:
@@ -160,7 +160,3 @@ class Statistics:
                 "The statistics could not be read.", file=path, found=error, remedy="measure them again"
             ) from error
         return cls({name: Moments(**table) for name, table in tables.items()}, adapters, metadata)
-
-
-def _hash(adapter: Adapter) -> str:
-    return adapter.source.sha256 or Expert.of(adapter).sha256

@@ -38,10 +38,13 @@ class Expert(BaseModel):
 
     @classmethod
     def of(cls, adapter: Adapter) -> Expert:
-        return cls(label=adapter.label, sha256=adapter.source.sha256 or _fingerprint(adapter))
+        return cls(label=adapter.label, sha256=identity(adapter))
 
 
-def _fingerprint(adapter: Adapter) -> str:
+def identity(adapter: Adapter) -> str:
+    """sha256 of the adapter's file, or of its factors where it never was a file."""
+    if adapter.source.sha256:
+        return adapter.source.sha256
     digest = hashlib.sha256()
     for name, part in sorted(adapter.modules.items()):
         digest.update(f"{name} {part.scale!r}".encode())

@@ -15,7 +15,7 @@ from ..core.mixture import Mixture
 from ..core.router import check_concepts
 from ..core.statistics import Statistics
 from ..core.train import prompts_for
-from ..core.trained import Expert
+from ..core.trained import identity
 from .diffusers import key_map
 from .pipeline import experts, model_of
 from .pipeline_denoiser import PipelineDenoiser
@@ -60,7 +60,7 @@ def calibrate_pipeline(
     paths = _paths(align(adapters, key_map=key_map), adapters, {path for path, _ in model.named_modules() if path})
     with frozen(pipe.components.values()), attach(model, mixture) as attachment:
         denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=paint_steps)
-        hashes = [Expert.of(adapter).sha256 for adapter in adapters]
+        hashes = list(map(identity, adapters))
         return calibrate(attachment, denoiser, prompts, paths, settings, adapters=hashes, progress=progress)
 
 

@@ -12,7 +12,7 @@ from ..core.methods import METHODS
 from ..core.train import prompts_for
 from . import mixes, program, training
 from .lora import flatten
-from .sockets import CATEGORY, LEGOMOLE_STATISTICS, loras_input
+from .sockets import CATEGORY, LEGOMOLE_STATISTICS, loras_input, painting_inputs, seed_input, words_input
 from .train_gates import concepts_of
 
 
@@ -32,13 +32,7 @@ class Calibrate(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model, without the LoRAs."),
                 io.Clip.Input("clip", tooltip="Its text encoders."),
                 loras_input(),
-                io.String.Input(
-                    "words",
-                    default="",
-                    multiline=True,
-                    tooltip="One line per LoRA, in their order: the words that name it in a prompt, separated by "
-                    "commas. An empty line takes the trigger words from the file.",
-                ),
+                words_input(),
                 io.Latent.Input("latent_image", tooltip="An empty latent of the size to measure at, e.g. 512 x 512."),
                 io.String.Input(
                     "prompts",
@@ -55,27 +49,9 @@ class Calibrate(io.ComfyNode):
                     max=10000,
                     tooltip="How many pictures the model paints with each LoRA alone, with each group, and with none.",
                 ),
-                io.Int.Input(
-                    "sampling_steps", default=12, min=1, max=1000, advanced=True, tooltip="Of painting those pictures."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance of those pictures, as you sample this model: 1 for Flux and for distilled "
-                    "models.",
-                ),
+                *painting_inputs(),
                 io.Int.Input("batch_size", default=8, min=1, max=1024, advanced=True, tooltip="Pictures at a time."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of everything drawn. The same seed gives the same statistics.",
-                ),
+                seed_input("Of everything drawn. The same seed gives the same statistics."),
             ],
             outputs=[
                 LEGOMOLE_STATISTICS.Output(

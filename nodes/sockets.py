@@ -40,6 +40,46 @@ def loras_input() -> Any:
     )
 
 
+def words_input() -> Any:
+    """What prompts call each LoRA; `train_gates.concepts_of` reads it."""
+    return io.String.Input(
+        "words",
+        default="",
+        multiline=True,
+        tooltip="One line per LoRA, in their order: the words that name it in a prompt, separated by "
+        "commas. An empty line takes the trigger words from the file.",
+    )
+
+
+def painting_inputs() -> list[Any]:
+    """How the pictures are painted that a node learns from."""
+    return [
+        io.Int.Input(
+            "sampling_steps", default=12, min=1, max=1000, advanced=True, tooltip="Of painting those pictures."
+        ),
+        io.Float.Input(
+            "cfg",
+            default=4.0,
+            min=1.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Guidance of those pictures, as you sample this model: 1 for Flux and for distilled models.",
+        ),
+    ]
+
+
+def seed_input(tooltip: str, **options: Any) -> Any:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**31 - 1,
+        control_after_generate=io.ControlAfterGenerate.fixed,
+        tooltip=tooltip,
+        **options,
+    )
+
+
 def model_inputs() -> list[Any]:
     """MODEL and CLIP, through which any LoRA that ComfyUI can load becomes mergeable."""
     return [
@@ -76,9 +116,7 @@ def widget(setting: Setting, advanced: bool = False) -> Any:
     if setting.kind == "share":
         return io.Float.Input(setting.name, default=setting.default, min=0.0, max=1.0, step=0.01, **common)
     if setting.name == "seed":
-        return io.Int.Input(
-            "seed", default=0, min=0, max=2**31 - 1, control_after_generate=io.ControlAfterGenerate.fixed, **common
-        )
+        return seed_input(setting.tooltip, advanced=advanced)
     return io.Int.Input(setting.name, default=setting.default, min=0, max=100, **common)
 
 

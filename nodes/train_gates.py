@@ -16,7 +16,7 @@ from ..core.train import Training, TrainSettings, prompts_for
 from . import comfy, mixes, program, training
 from .lora import Lora, flatten
 from .mole import GRANULARITIES
-from .sockets import CATEGORY, LEGOMOLE_GATES, loras_input
+from .sockets import CATEGORY, LEGOMOLE_GATES, loras_input, painting_inputs, seed_input, words_input
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,13 +49,7 @@ class TrainGates(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model, without the LoRAs."),
                 io.Clip.Input("clip", tooltip="Its text encoders."),
                 loras_input(),
-                io.String.Input(
-                    "words",
-                    default="",
-                    multiline=True,
-                    tooltip="One line per LoRA, in their order: the words that name it in a prompt, separated by "
-                    "commas. An empty line takes the trigger words from the file.",
-                ),
+                words_input(),
                 io.Latent.Input("latent_image", tooltip="An empty latent of the size to train at, e.g. 512 x 512."),
                 io.String.Input(
                     "prompts",
@@ -126,18 +120,7 @@ class TrainGates(io.ComfyNode):
                     advanced=True,
                     tooltip="How many noised versions of them the gates learn from.",
                 ),
-                io.Int.Input(
-                    "sampling_steps", default=12, min=1, max=1000, advanced=True, tooltip="Of painting those pictures."
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=4.0,
-                    min=1.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance of those pictures, as you sample this model: 1 for Flux and for distilled "
-                    "models.",
-                ),
+                *painting_inputs(),
                 io.Float.Input(
                     "compose",
                     default=1.2,
@@ -153,14 +136,7 @@ class TrainGates(io.ComfyNode):
                     advanced=True,
                     tooltip="Compute blocks again in the backward pass instead of keeping all they computed.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**31 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of everything drawn. The same seed gives the same gates.",
-                ),
+                seed_input("Of everything drawn. The same seed gives the same gates."),
                 io.Autogrow.Input(
                     "latents",
                     template=latents,

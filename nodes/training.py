@@ -20,7 +20,7 @@ from ..core.digest import digest, some_of
 from ..core.errors import MergeError
 from ..core.statistics import Statistics
 from ..core.train import Images, Prompt, Training, TrainSettings, train
-from ..core.trained import Expert
+from ..core.trained import identity
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
 
@@ -56,34 +56,29 @@ def train_gates(
         folder: Where unfinished trainings are kept.
         progress: See `core.train.train`. keep: Also.
     """
-    identity = _identity(model, mix, latent, cfg, sampling_steps)
-    identity += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
-    key = json.dumps([identity, settings.model_dump(), [p.text for p in prompts], [list(c) for c in concepts]])
+    told = _identity(model, mix, latent, cfg, sampling_steps)
+    told += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
+    key = json.dumps([told, settings.model_dump(), [p.text for p in prompts], [list(c) for c in concepts]])
     state = folder / digest([], key)[:16]
-    # text first: on a small GPU the text encoders make room for the model
-    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+    encoded = _encoded(clip, prompts)
     if images:  # described in front: the last prompt is the empty one
         prompts = [*(Prompt(f"caption {i + 1}", (i,)) for i in captions), *prompts]
         encoded = [*captions.values(), *encoded]
-    with torch.inference_mode(False), _trainable(model) as patcher:
-        network = patcher.model.diffusion_model
-        bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
-        with attach(network, bank, checkpointing=checkpointing) as attachment:
-            denoiser = ComfyDenoiser(patcher, attachment, encoded, latent, cfg, sampling_steps)
-            done = train(
-                attachment,
-                mix.mixture,
-                denoiser,
-                prompts,
-                concepts,
-                settings,
-                base=mix.base,
-                identity=identity,
-                images=_images(images, captions, prompts, denoiser),
-                folder=state,
-                progress=progress,
-                keep=keep,
-            )
+    with _mixed(mix, model, encoded, latent, cfg, sampling_steps, checkpointing=checkpointing) as denoiser:
+        done = train(
+            denoiser.attachment,
+            mix.mixture,
+            denoiser,
+            prompts,
+            concepts,
+            settings,
+            base=mix.base,
+            identity=told,
+            images=_images(images, captions, prompts, denoiser),
+            folder=state,
+            progress=progress,
+            keep=keep,
+        )
     if state.is_dir() and not any(state.iterdir()):
         state.rmdir()
     return done
@@ -102,17 +97,30 @@ def calibrate(
     progress: Callable[[int, int, str], None],
 ) -> Statistics:
     """Measure what a calibrated merge of a mix's LoRAs needs; arguments as for `train_gates`."""
-    encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+    modules = {name: place.key for name, place in mix.mixture.places.items()}
+    experts = list(map(identity, mix.mixture.experts))
+    with _mixed(mix, model, _encoded(clip, prompts), latent, cfg, sampling_steps) as denoiser:
+        return calibrate_model(
+            denoiser.attachment, denoiser, prompts, modules, settings, adapters=experts, progress=progress
+        )
+
+
+def _encoded(clip: Any, prompts: Sequence[Prompt]) -> list[Conditioning]:
+    """Before the model is loaded: on a small GPU the text encoders make room for it."""
+    return [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+
+
+@contextmanager
+def _mixed(
+    mix: Mix, model: Any, prompts: Sequence[Conditioning], latent: Tensor, cfg: float, steps: int, *,
+    checkpointing: bool = False,
+) -> Generator[ComfyDenoiser]:  # fmt: skip
+    """A copy of the model with the mix on it, loaded, as the engine sees a model; arguments as for `train_gates`."""
     with torch.inference_mode(False), _trainable(model) as patcher:
         network = patcher.model.diffusion_model
         bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
-        modules = {name: place.key for name, place in mix.mixture.places.items()}
-        with attach(network, bank) as attachment:
-            denoiser = ComfyDenoiser(patcher, attachment, encoded, latent, cfg, sampling_steps)
-            experts = [Expert.of(adapter).sha256 for adapter in mix.mixture.experts]
-            return calibrate_model(
-                attachment, denoiser, prompts, modules, settings, adapters=experts, progress=progress
-            )
+        with attach(network, bank, checkpointing=checkpointing) as attachment:
+            yield ComfyDenoiser(patcher, attachment, prompts, latent, cfg, steps)
 
 
 def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> str:
@@ -120,7 +128,7 @@ def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> s
     weights = model.model_state_dict()
     patches = repr([(key, len(patches)) for key, patches in sorted(model.patches.items())])
     told = digest(some_of([weights[name] for name in sorted(weights)]), patches)
-    experts = [Expert.of(adapter).sha256 for adapter in mix.mixture.experts]
+    experts = list(map(identity, mix.mixture.experts))
     chosen = mix.mixture.gates.settings.model_dump()
     return json.dumps([told, experts, chosen, mix.mixture.strengths, list(latent.shape[1:]), cfg, steps])
 

@@ -1,0 +1,30 @@
+"""What commands need of this machine: a device, a host library."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..core.errors import MergeError
+
+
+def check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+        raise MergeError(
+            "This device cannot be used.", expected="cpu, or a device of this machine", found=f"{name}: {error}"
+        ) from error
+
+
+def host(name: str) -> Any:
+    try:
+        return importlib.import_module(f"..hosts.{name}", __package__)
+    except ImportError as error:
+        raise MergeError(
+            "Gates are trained on a diffusers pipeline, and what that needs is not installed.",
+            found=str(error),
+            remedy="pip install 'legomole[diffusers]'",
+        ) from error
