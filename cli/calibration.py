@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .console import progress_bar
+from ..core.errors import MergeError
+from .console import out, progress_bar
 from .gates_input import parse_size, parse_words, read_lines
-from .machine import host
-from .options import check_free
+from .machine import computing, host
+from .options import check_free, size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..core.recipe import Recipe
 
 
 def measure(
     pipeline: str,
-    inputs: Sequence[Mapping[str, Any]],
+    recipe: Recipe,
     folder: Path,
     words: Sequence[str],
     prompts: Path | None,
@@ -22,8 +27,8 @@ def measure(
     *,
     size: str | None,
     guidance: float | None,
+    paint_steps: int,
     seed: int | None,
-    convert_rank: int | None,
     device: str,
     overwrite: bool,
     json: bool,
@@ -32,23 +37,39 @@ def measure(
 
     Args:
         pipeline: Folder or name of the diffusers pipeline.
-        inputs: The recipe's inputs. folder: Where their paths start.
+        recipe: The merge: its LoRAs, with the weights it gives them. folder: Where their paths start.
         words: Per LoRA, its words with commas between. prompts: File with one prompt a line.
-        target: File to write. size, guidance: As typed. seed: Of everything drawn.
-        convert_rank, device, overwrite, json: As for the merge.
+        target: File to write. size, guidance, paint_steps, seed: As typed.
+        device, overwrite, json: As for the merge.
+
+    Raises:
+        MergeError: The device is too small, and see `calibrate_pipeline`.
     """
+    import torch
+
     from ..core.calibration import CalibrationSettings
     from ..core.formats import load
 
-    concepts = parse_words(words, len(inputs))
+    concepts = parse_words(words, len(recipe.inputs))
     pixels = None if size is None else parse_size(size)
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
-    adapters = [load(folder / entry["path"], convert_rank=convert_rank) for entry in inputs]
-    pipe = host("pipeline_training").load_pipeline(pipeline, device=device)
+    adapters = [load(folder / entry.path, convert_rank=recipe.convert_rank) for entry in recipe.inputs]
+    whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
+    pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
     with progress_bar("measuring", quiet=json, telling=True) as progress:
-        statistics = host("pipeline_calibration").calibrate_pipeline(
-            pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
-            strengths=[entry.get("weight", 1.0) for entry in inputs], size=pixels, guidance=guidance, progress=progress,
-        )  # fmt: skip
+        try:
+            statistics = host("pipeline_calibration").calibrate_pipeline(
+                pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
+                strengths=[entry.weight / (whole or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
+                paint_steps=paint_steps, progress=progress,
+            )  # fmt: skip
+        except torch.cuda.OutOfMemoryError as error:
+            raise MergeError(
+                "The device has too little memory.",
+                found=str(error).partition("\n")[0] or None,
+                remedy="try a smaller --size, or --device cpu",
+            ) from error
     statistics.save(target)
+    if not json:
+        out().print(f"measured {len(statistics.modules)} layers: {target} ({size_of(target)})", markup=False)

@@ -14,8 +14,21 @@ from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures
 from .gates_output import draw, facts, python, tell
-from .machine import check_device, host
-from .options import OUTPUT, WORDS_HELP, Device, DtypeName, Json, Overwrite, check_free, check_output, size_of
+from .machine import check_device, computing, host
+from .options import (
+    GUIDANCE_HELP,
+    OUTPUT,
+    PAINT_STEPS_HELP,
+    SIZE_HELP,
+    WORDS_HELP,
+    Device,
+    DtypeName,
+    Json,
+    Overwrite,
+    check_free,
+    check_output,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from ..core.gates import GateSettings
@@ -50,13 +63,7 @@ def train_gates(
         list[str],
         typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Strength 1 if not given."),
     ],
-    words: Annotated[
-        list[str],
-        typer.Option(
-            metavar="WORDS",
-            help=WORDS_HELP,
-        ),
-    ],
+    words: Annotated[list[str], typer.Option(metavar="WORDS", help=WORDS_HELP)],
     output: Annotated[
         Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
     ],
@@ -155,20 +162,11 @@ def train_gates(
             "as in the paper).",
         ),
     ] = "text",
-    size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WxH",
-            rich_help_panel=PICTURES,
-            help="Pixels: 512, or 768x512. Default the pipeline's; smaller is faster.",
-        ),
-    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=PICTURES, help=SIZE_HELP)] = None,
     guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", rich_help_panel=PICTURES, help="Default the pipeline's. 1: none.")
+        float | None, typer.Option(metavar="SCALE", rich_help_panel=PICTURES, help=GUIDANCE_HELP)
     ] = None,
-    paint_steps: Annotated[
-        int, typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help="Steps per picture.")
-    ] = 12,
+    paint_steps: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help=PAINT_STEPS_HELP)] = 12,
     device: Device = "cpu",
     dtype: Annotated[
         DtypeName | None,
@@ -218,7 +216,7 @@ def train_gates(
     devices = host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
     alone = devices is None or devices.rank == 0
     device = device if devices is None else str(devices.accelerator.device)
-    number = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    number = getattr(torch, dtype or computing(device))
     adapters = [load(path) for path, _ in entries]
     pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=number)
     with warnings.catch_warnings():

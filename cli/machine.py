@@ -1,11 +1,14 @@
-"""What commands need of this machine: a device, a host library."""
+"""What commands need of this machine: a device, its number format, a host library."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
+
+if TYPE_CHECKING:
+    from .options import DtypeName
 
 
 def check_device(name: str) -> None:
@@ -19,12 +22,17 @@ def check_device(name: str) -> None:
         ) from error
 
 
+def computing(device: str) -> DtypeName:
+    """The number format that a pipeline computes in on a device, where nothing else is asked for."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 def host(name: str) -> Any:
     try:
         return importlib.import_module(f"..hosts.{name}", __package__)
     except ImportError as error:
         raise MergeError(
-            "Gates are trained on a diffusers pipeline, and what that needs is not installed.",
+            "This works on a diffusers pipeline, and what that needs is not installed.",
             found=str(error),
             remedy="pip install 'legomole[diffusers]'",
         ) from error

@@ -16,8 +16,11 @@ from .machine import check_device
 from .options import (
     CALIBRATION,
     DEFAULT_RANK,
+    GUIDANCE_HELP,
     LEGO,
     METHOD,
+    PAINT_STEPS_HELP,
+    SIZE_HELP,
     WEIGHTS,
     WORDS_HELP,
     ConvertRank,
@@ -135,12 +138,7 @@ def merge(
         ),
     ] = None,
     words: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="WORDS",
-            rich_help_panel=CALIBRATION,
-            help=WORDS_HELP,
-        ),
+        list[str] | None, typer.Option(metavar="WORDS", rich_help_panel=CALIBRATION, help=WORDS_HELP)
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -150,13 +148,14 @@ def merge(
             help="Prompts to measure on, one a line; the more unlike, the better. Kinds that are missing are made up.",
         ),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help="Of the pictures: 512, or 768x512."),
-    ] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help=SIZE_HELP)] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(metavar="SCALE", rich_help_panel=CALIBRATION, help="Default the pipeline's. 1: none."),
+        typer.Option(metavar="SCALE", rich_help_panel=CALIBRATION, help=GUIDANCE_HELP),
+    ] = None,
+    paint_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, rich_help_panel=CALIBRATION, help=f"{PAINT_STEPS_HELP} Default 12."),
     ] = None,
     seed: Seed = None,
     settings: Annotated[
@@ -193,11 +192,14 @@ def merge(
     Ranks, file formats and number formats may differ; a layer that only some of them have is merged from those.
     The result says in its metadata how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
-    from ..core.recipe import from_dict
+    from ..core.recipe import build_method, from_dict
     from ..core.run import read_recipe
+    from ..core.statistics import Statistics
 
-    if calibrate is None and (words or prompts or size or guidance is not None):
-        raise typer.BadParameter("--words, --prompts, --size and --guidance belong to --calibrate PIPELINE.")
+    if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
+        raise typer.BadParameter(
+            "--words, --prompts, --size, --guidance and --paint-steps belong to --calibrate PIPELINE."
+        )
     base: dict[str, Any] = {"method": "lego" if calibrate is None else "calibrated"}
     folder = Path()
     if config is not None:
@@ -237,10 +239,12 @@ def merge(
     recipe = from_dict(base, config)
     if calibrate is not None and statistics is not None:
         _check_target(recipe, folder, output, overwrite=overwrite)
+        check_device(device)
+        # wrong settings are told before minutes of measuring
+        build_method(recipe.method, {**_ranked(recipe).settings, "statistics": Statistics({})})
         measure(
-            calibrate, base["inputs"], folder, words or (), prompts, statistics, size=size, guidance=guidance,
-            seed=seed, convert_rank=recipe.convert_rank, device=device, overwrite=overwrite,
-            json=json,
+            calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
+            paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
     _carry_out(recipe, folder, output, device=device, overwrite=overwrite, json=json)
 
@@ -285,15 +289,22 @@ def _check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
+def _ranked(recipe: Any) -> Any:
+    """The recipe with the default rank, where its method has one and it says none."""
+    from ..core.methods import METHODS
+
+    fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
+    if "rank" not in fields or "rank" in recipe.settings:
+        return recipe
+    return recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
+
+
 def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrite: bool, json: bool) -> None:
     from ..core.formats import save
-    from ..core.methods import METHODS
     from ..core.run import run
 
     check_device(device)
-    fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
-    if "rank" in fields and "rank" not in recipe.settings:
-        recipe = recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
+    recipe = _ranked(recipe)
     target = _check_target(recipe, folder, output, overwrite=overwrite)
     with progress_bar("merging", quiet=json) as progress:
         result = run(recipe, folder=folder, key_map=key_map, spell=spelled_for, device=device, progress=progress)

@@ -23,6 +23,10 @@ WORDS_HELP = (
 )
 CALIBRATION = "Calibration: measure on the model's own pictures first"
 
+SIZE_HELP = "Pixels: 512, or 768x512. Default the pipeline's; smaller is faster."
+GUIDANCE_HELP = "Default the pipeline's. 1: none."
+PAINT_STEPS_HELP = "Steps per picture."
+
 Output = Annotated[
     Path,
     typer.Option(

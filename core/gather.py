@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +72,83 @@ def gather(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Moment]]:
         for name, module in modules.items():
             if getattr(module, "groups", 1) != 1:
                 raise MergeError("Grouped convolutions cannot be measured.", module=name)
-            handles.append(module.register_forward_pre_hook(_hook(moments[name])))
+            handles.append(module.register_forward_pre_hook(_hook(moments[name]), with_kwargs=True))
         yield moments
     finally:
         for handle in handles:
             handle.remove()
 
 
+@dataclass
+class Seen:
+    """What a module's input was in a pass of the model.
+
+    Args:
+        d_in: Its width. tensors: Numbers of the tensors it was called with; the same for modules that read the same.
+    """
+
+    d_in: int
+    tensors: tuple[int, ...] = ()
+
+
+@contextmanager
+def observe(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Seen]]:
+    """See, in a pass of the model inside the ``with`` block, which modules read the very same input.
+
+    Yields:
+        Name -> `Seen`, for modules that were called. The tensors are not kept alive.
+    """
+    seen: dict[str, Seen] = {}
+    handles: list[Any] = []
+    numbers = _Numbers()
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(_noting(name, seen, numbers), with_kwargs=True))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class _Numbers:
+    """Numbers tensors as they come. The same tensor has its number as long as it lives and is not written to."""
+
+    known: dict[int, tuple[Any, Tensor, int]] = field(default_factory=dict)  # id -> reference, some of it, number
+    count: int = 0
+
+    def of(self, x: Tensor) -> int:
+        some = x.flatten()[:: max(1, x.numel() // 256)].clone()  # tensors for inference do not count their versions
+        found = self.known.get(id(x))
+        if found is not None and found[0]() is x and torch.equal(found[1], some):
+            return found[2]
+        self.count += 1
+        self.known[id(x)] = (ref(x), some, self.count)
+        return self.count
+
+
+def _noting(name: str, seen: dict[str, Seen], numbers: _Numbers) -> Any:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _input(args, kwargs)
+        if isinstance(module, nn.modules.conv._ConvNd):  # another kernel sees other patches of the same tensor
+            numbers.count += 1
+            width, number = x.shape[-1 - len(module.kernel_size)] * math.prod(module.kernel_size), numbers.count
+        else:
+            width, number = x.shape[-1], numbers.of(x)
+        found = seen.setdefault(name, Seen(width))
+        found.tensors += (number,)
+
+    return note
+
+
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _hook(moment: Moment) -> Any:
-    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
-        moment.add(_patches(module, args[0]) if isinstance(module, nn.modules.conv._ConvNd) else args[0])
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _input(args, kwargs)
+        moment.add(_patches(module, x) if isinstance(module, nn.modules.conv._ConvNd) else x)
 
     return count
 

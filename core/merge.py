@@ -118,7 +118,11 @@ def merge(
         modules=tuple(reports[name] for name in sorted(reports)),
         passed_on=tuple(passed_on),
         dropped=tuple(dropped),
-        notes=(*_weight_notes(adapters, weights, te_weights, per_module, used), *_notes(reports, remarks)),
+        notes=(
+            *_weight_notes(adapters, weights, te_weights, per_module, used),
+            *_strength_notes(method, weights),
+            *_notes(reports, remarks),
+        ),
     )
     return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
 
@@ -335,6 +339,15 @@ def _weight_notes(
             yield f"{len(silenced)} modules of {adapter.label} have weight 0 and were left out: {name_some(silenced)}"
         if counts and te_weight != weight and any(map(is_text_encoder, adapter.modules)):
             yield f"{adapter.label} has weight {te_weight:g} in the text encoders"
+
+
+def _strength_notes(method: MergeMethod, weights: Sequence[float]) -> Iterator[str]:
+    measured = getattr(getattr(method, "statistics", None), "strengths", ())
+    if measured and any(not math.isclose(a, b, rel_tol=0.01) for a, b in zip(measured, weights, strict=False)):
+        yield (
+            f"the statistics were measured at strengths {', '.join(f'{s:g}' for s in measured)}, the weights are "
+            f"{', '.join(f'{w:g}' for w in weights)}: measure again if that is far apart"
+        )
 
 
 def _notes(reports: Mapping[str, ModuleReport], remarks: Mapping[str, str]) -> Iterator[str]:

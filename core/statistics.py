@@ -86,11 +86,13 @@ class Statistics:
     Args:
         modules: Module name, as the aligned adapters have it -> its moments.
         adapters: sha256 of the adapters' files (of their factors where there is no file), in the order of positions.
-        metadata: What was measured, in words: model, prompts, steps, strengths.
+        strengths: Of the adapters while they were measured, in the same order.
+        metadata: What was measured, in words: model, prompts, steps.
     """
 
     modules: Mapping[str, Moments]
     adapters: tuple[str, ...] = ()
+    strengths: tuple[float, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,21 +119,32 @@ class Statistics:
                 )
             place[measured[0]] = i
         hashes = tuple(map(identity, adapters))
-        return Statistics({name: m.at(place) for name, m in self.modules.items()}, hashes, self.metadata)
+        strengths = tuple(self.strengths[j] for j in place) if self.strengths else ()  # by the new positions
+        return Statistics({name: m.at(place) for name, m in self.modules.items()}, hashes, strengths, self.metadata)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically. Tensors are named ``<module>/own/0``, ``/joint/0,1``, ``/base``.
+
+        Modules that share all their moments are written once; the header says which are the same as which.
 
         Raises:
             SaveError: See `write_tensors`; nothing is left behind.
         """
         tensors: dict[str, Tensor] = {}
+        written: dict[object, str] = {}
+        same: dict[str, str] = {}
         for name, moments in self.modules.items():
-            tensors |= {f"{name}/own/{i}": C for i, C in moments.own.items()}
-            tensors |= {f"{name}/joint/{','.join(map(str, group))}": C for group, C in moments.joint.items()}
-            tensors |= {} if moments.base is None else {f"{name}/base": moments.base}
+            own = {f"own/{i}": C for i, C in moments.own.items()}
+            own |= {f"joint/{','.join(map(str, group))}": C for group, C in moments.joint.items()}
+            own |= {} if moments.base is None else {"base": moments.base}
+            first = written.setdefault(tuple((kind, id(C)) for kind, C in own.items()), name)
+            if first != name:
+                same[name] = first
+            else:
+                tensors |= {f"{name}/{kind}": C for kind, C in own.items()}
         header = {"kind": _KIND, "adapters": json.dumps(self.adapters), "measured": json.dumps(dict(self.metadata))}
-        write_tensors(Path(path), tensors, header)
+        header |= {"strengths": json.dumps(self.strengths)} if self.strengths else {}
+        write_tensors(Path(path), tensors, header | ({"same": json.dumps(same)} if same else {}))
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -155,8 +168,18 @@ class Statistics:
                     positions = tuple(map(int, group[0].split(",")))
                     table[kind][positions if kind == "joint" else positions[0]] = C
             adapters, metadata = tuple(json.loads(header["adapters"])), json.loads(header["measured"])
-        except (KeyError, IndexError, ValueError) as error:
+            strengths = tuple(map(float, json.loads(header.get("strengths", "[]"))))
+            if strengths and len(strengths) != len(adapters):
+                raise ValueError(f"{len(adapters)} adapters, {len(strengths)} strengths")
+            tables |= {name: tables[first] for name, first in json.loads(header.get("same", "{}")).items()}
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
             raise FormatError(
                 "The statistics could not be read.", file=path, found=error, remedy="measure them again"
             ) from error
-        return cls({name: Moments(**table) for name, table in tables.items()}, adapters, metadata)
+        return cls({name: Moments(**table) for name, table in tables.items()}, adapters, strengths, metadata)
+
+    @property
+    def size(self) -> int:
+        """In bytes; what modules share counts once."""
+        kept = {id(C): C for moments in self.modules.values() for C in moments.tensors()}
+        return sum(C.numel() * C.element_size() for C in kept.values())

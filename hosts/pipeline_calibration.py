@@ -37,7 +37,8 @@ def calibrate_pipeline(
 ) -> Statistics:
     """What the layers of a pipeline's model see, by which LoRAs a prompt names; the pipeline is left as it was.
 
-    Layers of text encoders are not measured: a calibrated merge gives them the plain SVD of the sum.
+    Layers of text encoders are not measured, nor are they at work: a calibrated merge gives them the plain SVD of the
+    sum.
 
     Args:
         pipe: See `PipelineDenoiser` for those that are supported.
@@ -61,7 +62,10 @@ def calibrate_pipeline(
     with frozen(pipe.components.values()), attach(model, mixture) as attachment:
         denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=paint_steps)
         hashes = list(map(identity, adapters))
-        return calibrate(attachment, denoiser, prompts, paths, settings, adapters=hashes, progress=progress)
+        return calibrate(
+            attachment, denoiser, prompts, paths, settings,
+            adapters=hashes, strengths=mixture.strengths, progress=progress,
+        )  # fmt: skip
 
 
 def _paths(aligned: Sequence[Adapter], adapters: Sequence[Adapter], layers: set[str]) -> dict[str, str]:

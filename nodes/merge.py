@@ -11,6 +11,7 @@ from comfy_api.latest import io
 
 from ..core import formats, recipe
 from ..core.adapter import Adapter, Source
+from ..core.errors import MergeError
 from ..core.merge import merge
 from ..core.metadata import file_metadata
 from ..core.methods import METHODS
@@ -53,6 +54,13 @@ def _merge(
     rules: str | None,
 ) -> io.NodeOutput:
     """Read, merge, and say what happened: what both nodes do."""
+    if statistics is not None and model is None:
+        raise MergeError(
+            "Statistics call layers by the names that the connected model gives them, and no model is connected.",
+            expected="the model that Calibrate measured",
+            found="nothing connected to model",
+            remedy="connect the same model (and clip) here",
+        )
     values = flatten(loras, program.lora_path)
     built(METHODS, {**widgets, "method": method}, statistics)  # wrong settings are told before large files are read
     reading = read_files(values) if model is None else comfy.read(values, model, clip)

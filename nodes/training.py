@@ -1,4 +1,4 @@
-"""Gate training inside ComfyUI: a model that gradients can pass through, its memory, its state on disk."""
+"""Gate training and calibration inside ComfyUI: the model loaded for it, its memory, its state on disk."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.sample
 import torch
 from torch import Tensor
 
 from ..core.attach import attach
 from ..core.bank import Bank
-from ..core.calibration import CalibrationSettings
+from ..core.calibration import AT_ONCE, CalibrationSettings
 from ..core.calibration import calibrate as calibrate_model
 from ..core.digest import digest, some_of
 from ..core.errors import MergeError
@@ -64,7 +65,11 @@ def train_gates(
     if images:  # described in front: the last prompt is the empty one
         prompts = [*(Prompt(f"caption {i + 1}", (i,)) for i in captions), *prompts]
         encoded = [*captions.values(), *encoded]
-    with _mixed(mix, model, encoded, latent, cfg, sampling_steps, checkpointing=checkpointing) as denoiser:
+    with (
+        torch.inference_mode(False),
+        _trainable(model) as patcher,
+        _mixed(mix, patcher, encoded, latent, cfg, sampling_steps, checkpointing=checkpointing) as denoiser,
+    ):
         done = train(
             denoiser.attachment,
             mix.mixture,
@@ -98,11 +103,15 @@ def calibrate(
 ) -> Statistics:
     """Measure what a calibrated merge of a mix's LoRAs needs; arguments as for `train_gates`."""
     modules = {name: place.key for name, place in mix.mixture.places.items()}
-    experts = list(map(identity, mix.mixture.experts))
-    with _mixed(mix, model, _encoded(clip, prompts), latent, cfg, sampling_steps) as denoiser:
+    encoded = _encoded(clip, prompts)
+    with (
+        _loaded(model, latent, settings.batch) as patcher,
+        _mixed(mix, patcher, encoded, latent, cfg, sampling_steps) as denoiser,
+    ):
         return calibrate_model(
-            denoiser.attachment, denoiser, prompts, modules, settings, adapters=experts, progress=progress
-        )
+            denoiser.attachment, denoiser, prompts, modules, settings,
+            adapters=list(map(identity, mix.mixture.experts)), strengths=mix.mixture.strengths, progress=progress,
+        )  # fmt: skip
 
 
 def _encoded(clip: Any, prompts: Sequence[Prompt]) -> list[Conditioning]:
@@ -112,15 +121,14 @@ def _encoded(clip: Any, prompts: Sequence[Prompt]) -> list[Conditioning]:
 
 @contextmanager
 def _mixed(
-    mix: Mix, model: Any, prompts: Sequence[Conditioning], latent: Tensor, cfg: float, steps: int, *,
+    mix: Mix, patcher: Any, prompts: Sequence[Conditioning], latent: Tensor, cfg: float, steps: int, *,
     checkpointing: bool = False,
 ) -> Generator[ComfyDenoiser]:  # fmt: skip
-    """A copy of the model with the mix on it, loaded, as the engine sees a model; arguments as for `train_gates`."""
-    with torch.inference_mode(False), _trainable(model) as patcher:
-        network = patcher.model.diffusion_model
-        bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
-        with attach(network, bank, checkpointing=checkpointing) as attachment:
-            yield ComfyDenoiser(patcher, attachment, prompts, latent, cfg, steps)
+    """A loaded model with the mix on it, as the engine sees a model; arguments as for `train_gates`."""
+    network = patcher.model.diffusion_model
+    bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
+    with attach(network, bank, checkpointing=checkpointing) as attachment:
+        yield ComfyDenoiser(patcher, attachment, prompts, latent, cfg, steps)
 
 
 def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> str:
@@ -131,6 +139,19 @@ def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> s
     experts = list(map(identity, mix.mixture.experts))
     chosen = mix.mixture.gates.settings.model_dump()
     return json.dumps([told, experts, chosen, mix.mixture.strengths, list(latent.shape[1:]), cfg, steps])
+
+
+@contextmanager
+def _loaded(model: Any, latent: Tensor, batch: int) -> Generator[Any]:
+    """The model itself, loaded as for sampling such a batch, with room for what is measured."""
+    patcher = model.clone()
+    shape = (batch, *comfy.sample.fix_empty_latent_channels(patcher, latent).shape[1:])
+    models = [patcher, *patcher.get_nested_additional_models()]
+    comfy.model_management.load_models_gpu(models, memory_required=patcher.memory_required(shape) + AT_ONCE)
+    try:
+        yield patcher
+    finally:
+        patcher.cleanup()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from legomole.core.formats import load, save
 from legomole.core.statistics import Statistics
 
@@ -18,7 +19,18 @@ from .test_cli import done, run, squeezed
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
 WORDS = ("--words", "ember style, burning", "--words", "heart")
-MERGE = ("merge", "style.safetensors:0.8", "heart.safetensors", "--calibrate", "pipe", *WORDS, "--size", "16")
+MERGE = (
+    "merge",
+    "style.safetensors:0.8",
+    "heart.safetensors",
+    "--calibrate",
+    "pipe",
+    *WORDS,
+    "--size",
+    "16",
+    "--paint-steps",
+    "1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +87,6 @@ def test_nothing_is_measured_for_an_output_that_may_not_be_written():
         (("merge", "style.safetensors", "--words", "x", "-o", "o"), "belong to --calibrate"),
         (("merge", "style.safetensors", "heart.safetensors", "--calibrate", "pipe", "--words", "x", "-o", "o"),
          "2 LoRAs and 1 times --words"),
-        ((*MERGE, "--method", "svd", "-o", "o"), "statistics"),
     ],
 )  # fmt: skip
 def test_wrong_usage_is_told(arguments, words):
@@ -83,3 +94,37 @@ def test_wrong_usage_is_told(arguments, words):
     assert result.exit_code in (2, 3)
     assert words in squeezed(result.stderr)
     assert not Path("o.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--method", "svd"), "has no such setting"),
+        (("--rank", "many"), "not a rank"),
+        (("--set", "lam=-1"), "is negative"),
+        (("--density", "0.5"), "has no such setting"),
+        (("--device", "warp"), "cannot be used"),
+    ],
+)
+def test_what_the_merge_would_refuse_is_refused_before_measuring(arguments, words):
+    result = run(*MERGE, *arguments, "-o", "o")
+    assert result.exit_code == 3
+    assert words in squeezed(result.stderr)
+    assert not Path("o.statistics.safetensors").exists()
+
+
+def test_it_measures_with_the_weights_of_the_merge():
+    text = squeezed(done(*MERGE, "--normalize", "-o", "mean.safetensors"))
+    found = Statistics.load("mean.statistics.safetensors")
+    assert f"measured {len(found.modules)} layers: mean.statistics.safetensors" in text
+    assert found.strengths == pytest.approx([0.8 / 1.8, 1 / 1.8])
+
+
+def test_a_full_device_is_told(monkeypatch):
+    def full(*_, **__):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nDetails")
+
+    monkeypatch.setattr("legomole.hosts.pipeline_calibration.calibrate_pipeline", full)
+    text = squeezed(run(*MERGE, "-o", "o").stderr)
+    assert "too little memory" in text
+    assert "a smaller --size" in text

@@ -119,7 +119,7 @@ class Graph:
         """Calibrate, small: its statistics (output 1 is the report)."""
         defaults = {
             "words": "ember style\nheart",
-            "prompts": "",
+            "prompts": "ember style\nheart\nheart in ember style\na dog",
             "pictures": 4,
             "sampling_steps": 1,
             "cfg": 1.0,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import pytest
 import torch
+from legomole.core import calibration
 from legomole.core.attach import attach
 from legomole.core.calibration import CalibrationSettings, calibrate
 from legomole.core.errors import MergeError
@@ -52,6 +54,7 @@ def run(settings: CalibrationSettings, prompts: Sequence[Prompt] = PROMPTS, **op
     with attach(model, Mixture(loras)) as attachment:
         statistics = calibrate(attachment, flow, prompts, modules, settings, **options)
     assert untouched(model)
+    del flow.calls[0]  # the look at who reads what
     return statistics, flow, loras
 
 
@@ -92,9 +95,16 @@ def test_every_prompt_of_a_kind_is_shown_before_one_comes_twice():
     assert shown.count(3) == shown.count(4) == 2  # both name nothing
 
 
-def test_it_can_be_cancelled_and_leaves_the_model():
+def test_it_tells_of_every_batch_and_can_be_cancelled():
+    told: list[tuple[int, int, str]] = []
+    run(CalibrationSettings(samples=5, noised=2, batch=4), progress=lambda *args: told.append(args))
+    # per kind: 4 and 1 painted, then each of them shown twice
+    one = [(4, "painting"), (1, "painting"), (4, "measuring"), (4, "measuring"), (1, "measuring"), (1, "measuring")]
+    assert [what for *_, what in told] == 4 * [what for _, what in one]
+    assert [done for done, *_ in told] == torch.tensor(4 * [n for n, _ in one]).cumsum(0).tolist()
+    assert {total for _, total, _ in told} == {told[-1][0]} == {60}
+
     def cancel(done: int, total: int, what: str) -> None:
-        assert (total, what) == (4, "measuring")
         if done == 2:
             raise KeyboardInterrupt
 
@@ -102,6 +112,54 @@ def test_it_can_be_cancelled_and_leaves_the_model():
     with pytest.raises(KeyboardInterrupt), attach(model, Mixture((lora(model, 1), lora(model, 2)))) as attachment:
         calibrate(attachment, Flow(model), PROMPTS, {"x": "final"}, CalibrationSettings(samples=1), progress=cancel)
     assert untouched(model)
+
+
+def test_layers_that_read_one_tensor_share_their_moments():
+    statistics, *_ = run(CalibrationSettings(samples=2, noised=1))
+    q, k, v = (statistics.modules[f"transformer.blocks.0.attn.to_{x}"] for x in "qkv")
+    assert q is k is v
+    others = [moments for name, moments in statistics.modules.items() if not name.endswith(("to_k", "to_v"))]
+    assert len({id(moments) for moments in others}) == len(others)
+
+
+def test_measuring_some_layers_at_a_time_gives_the_same(monkeypatch):
+    settings = CalibrationSettings(samples=3, noised=2, batch=2)
+    whole, flow, _ = run(settings)
+    monkeypatch.setattr(calibration, "AT_ONCE", 4 * 2 * 8 * 8)  # two layers of width 8
+    parts, again, _ = run(settings)
+    assert len(again.calls) > 4 * len(flow.calls)
+    assert list(parts.modules) == list(whole.modules)
+    for name, moments in whole.modules.items():
+        for C, same in zip(moments.tensors(), parts.modules[name].tensors(), strict=True):
+            assert torch.equal(C, same)
+
+
+def test_layers_that_are_too_wide_or_not_used_are_left_out():
+    narrow = CalibrationSettings(samples=1, noised=1, widest=8)  # the second layers of the feed-forwards have 16
+    statistics, _, loras = run(narrow)
+    assert set(loras[0].modules) - {name.removeprefix("transformer.") for name in statistics.modules} == {
+        "blocks.0.ff.2",
+        "blocks.1.ff.2",
+    }
+    model = Transformer()
+    loras = (lora(model, 1), lora(model, 2))
+    model.spare = torch.nn.Linear(4, 4)
+    with attach(model, Mixture(loras)) as attachment:
+        found = calibrate(attachment, Flow(model), PROMPTS, {"s": "spare", "f": "final"}, narrow)
+        assert list(found.modules) == ["f"]
+        with pytest.raises(MergeError, match=r"None of the layers[\s\S]*1 that it does not use, 0 with wider"):
+            calibrate(attachment, Flow(model), PROMPTS, {"s": "spare"}, narrow)
+
+
+def test_what_was_measured_is_told():
+    settings = CalibrationSettings(samples=1, noised=1)
+    said = run(settings, adapters=["aa", "bb"], strengths=[0.8, 1.0])[0]
+    assert (said.adapters, said.strengths) == (("aa", "bb"), (0.8, 1.0))
+    told = {name: json.loads(text) for name, text in said.metadata.items()}
+    assert told == {
+        "settings": settings.model_dump(),
+        "prompts": ["a", "b", "a b", "c", ""],
+    }
 
 
 def test_a_lora_no_prompt_names_alone_is_refused():

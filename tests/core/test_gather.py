@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.gather import Moment, _patches, gather
+from legomole.core.gather import Moment, _patches, gather, observe
 from torch import nn
 
 
@@ -115,3 +115,39 @@ def test_a_convolution_is_a_matrix_on_its_patches(conv, shape):
 def test_grouped_convolutions_are_refused():
     with pytest.raises(MergeError, match=r"Grouped[\s\S]*conv"), gather({"conv": nn.Conv2d(4, 4, 3, groups=2)}):
         pass
+
+
+def test_inputs_given_by_name_are_seen():
+    layer = nn.Linear(2, 2)
+    with gather({"layer": layer}) as moments, observe({"layer": layer}) as inputs:
+        layer(input=torch.tensor([[1.0, 2.0]]))
+    assert torch.equal(moments["layer"].value, torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
+    assert inputs["layer"].d_in == 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_who_reads_the_same_is_told_by_the_tensor_not_by_its_numbers(mode):
+    q, k, v, conv, unused = nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 3), nn.Conv1d(4, 2, 3), nn.Linear(4, 4)
+    layers = {"q": q, "k": k, "v": v, "conv": conv, "again": conv, "unused": unused}
+    x = randn(2, 5, 4)
+    with mode(), observe(layers) as inputs:
+        q(x), k(x)
+        v(x.clone())  # equal, but another tensor: it may differ in the next pass
+        conv(x.mT)
+    assert inputs["q"].tensors == inputs["k"].tensors
+    assert len({inputs[name].tensors for name in ("q", "v", "conv", "again")}) == 4
+    assert {name: seen.d_in for name, seen in inputs.items()} == {"q": 4, "k": 4, "v": 4, "conv": 12, "again": 12}
+    assert not any(layer._forward_pre_hooks for layer in layers.values())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_that_was_written_to_is_another_one(mode):
+    first, second, third = (nn.Linear(3, 3) for _ in range(3))
+    with mode(), observe({"first": first, "second": second, "third": third}) as inputs:
+        x = randn(2, 3)
+        first(x)
+        x.mul_(2)
+        second(x)
+        second(x)  # called twice, unlike the others
+        third(x)
+    assert len({seen.tensors for seen in inputs.values()}) == 3

@@ -27,6 +27,7 @@ def example() -> Statistics:
             "blocks/with/slashes": Moments(base=eye(6.0, 2)),
         },
         ("aa", "bb", "cc"),
+        (0.5, 1.0, 2.0),
         {"model": "tiny", "prompts": "a cat\na dog"},
     )
 
@@ -35,7 +36,7 @@ def test_a_file_keeps_everything(tmp_path):
     path = tmp_path / "statistics.safetensors"
     example().save(path)
     loaded = Statistics.load(path)
-    assert loaded.adapters == ("aa", "bb", "cc")
+    assert (loaded.adapters, loaded.strengths) == (("aa", "bb", "cc"), (0.5, 1.0, 2.0))
     assert dict(loaded.metadata) == {"model": "tiny", "prompts": "a cat\na dog"}
     assert set(loaded.modules) == set(example().modules)
     for name, moments in example().modules.items():
@@ -50,7 +51,9 @@ def test_a_file_keeps_everything(tmp_path):
 
 
 def test_positions_follow_the_adapters():
-    turned = example().of([adapter("cc"), adapter("aa"), adapter("bb")]).modules["blocks.0.q"]
+    found = example().of([adapter("cc"), adapter("aa"), adapter("bb")])
+    assert (found.adapters, found.strengths) == (("cc", "aa", "bb"), (2.0, 0.5, 1.0))
+    turned = found.modules["blocks.0.q"]
     assert {i: float(C[0, 0]) for i, C in turned.own.items()} == {1: 9.0, 2: 2.0}
     assert {group: float(C[0, 0]) for group, C in turned.joint.items()} == {(1, 2): 3.0, (0, 1, 2): 4.0}
 
@@ -92,6 +95,34 @@ def test_shapes_are_checked(parts):
 def test_joint_positions_are_checked(group):
     with pytest.raises(MergeError, match="Joint statistics"):
         Moments(joint={group: eye(1.0)})
+
+
+def test_moments_that_modules_share_are_written_once(tmp_path):
+    shared, C = Moments({0: eye(1.0)}, {(0, 1): eye(2.0)}, eye(3.0)), eye(4.0)
+    # the same matrix in other roles is not the same moments
+    statistics = Statistics({"a": shared, "b": shared, "c": Moments({0: C}), "d": Moments(base=C)})
+    assert statistics.size == sum(t.numel() * 4 for t in (*shared.tensors(), C))
+    path = tmp_path / "shared.safetensors"
+    statistics.save(path)
+    assert not any(key.startswith("b/") for key in safetensors.torch.load_file(path))
+    read = Statistics.load(path)
+    assert set(read.modules) == {"a", "b", "c", "d"}
+    for name, moments in statistics.modules.items():
+        assert list(read.modules[name].own) == list(moments.own)
+        assert list(read.modules[name].joint) == list(moments.joint)
+        for ours, theirs in zip(moments.tensors(), read.modules[name].tensors(), strict=True):
+            assert torch.equal(ours, theirs)
+    read.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("same", ['{"b": "missing"}', "[]", "[1]", "no json"])
+def test_a_file_that_says_nonsense_about_what_is_shared_is_refused(tmp_path, same):
+    path = tmp_path / "strange.safetensors"
+    header = {"kind": "legomole.statistics.1", "adapters": "[]", "measured": "{}", "same": same}
+    safetensors.torch.save_file({"m/own/0": eye(1.0)}, path, header)
+    with pytest.raises(FormatError, match="could not be read"):
+        Statistics.load(path)
 
 
 def test_other_files_are_refused(tmp_path):

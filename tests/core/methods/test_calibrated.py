@@ -166,3 +166,12 @@ def test_matrices_that_are_no_moments_are_refused(C):
 def test_negative_weights_are_refused(setting):
     with pytest.raises(MergeError, match="negative"):
         Calibrated(Rank(2), Statistics({}), **setting)
+
+
+def test_weights_unlike_the_measured_strengths_are_noted():
+    g = torch.Generator().manual_seed(0)
+    loras = [Adapter({"a": LowRank(torch.randn(2, 4, generator=g), torch.randn(3, 2, generator=g))}) for _ in range(2)]
+    method = Calibrated(Rank(2), Statistics({"a": Moments({0: torch.eye(4), 1: torch.eye(4)})}, strengths=(0.8, 1.0)))
+    assert merge(loras, method, [0.8, 1.0]).report.notes == ()
+    (note,) = merge(loras, method, [0.3, 1.0]).report.notes
+    assert "measured at strengths 0.8, 1, the weights are 0.3, 1" in note
