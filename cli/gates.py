@@ -243,8 +243,7 @@ def train_gates(
     done.gates.save(output)
     if plot is not None:
         draw(done, mixture.labels, plot)
-    component = "unet" if getattr(pipe, "transformer", None) is None else "transformer"
-    code = python(pipeline, component, entries, output, concepts)
+    code = python(pipeline, entries, output, concepts)
     if json:
         print_json({**facts(done, mixture.labels), "output": str(output), "python": code})
         return

@@ -112,9 +112,7 @@ def show(path: str, gates: TrainedGates) -> None:
     out().print()
 
 
-def python(
-    pipeline: str, component: str, loras: Sequence[tuple[str, float]], output: Path, concepts: Sequence[Sequence[str]]
-) -> str:
+def python(pipeline: str, loras: Sequence[tuple[str, float]], output: Path, concepts: Sequence[Sequence[str]]) -> str:
     """The lines that use the gates."""
     loads = ", ".join(f"legomole.load({path!r})" for path, _ in loras)
     strengths = ", ".join(f"{strength:g}" for _, strength in loras)
@@ -122,13 +120,13 @@ def python(
     lines = [
         "import legomole",
         "from diffusers import DiffusionPipeline",
-        "from legomole.hosts.pipeline import experts, load_gates",
+        "from legomole.hosts.pipeline import experts, load_gates, mixed",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
         f"loras = experts(pipe, [{loads}])",
         f"gates = load_gates(pipe, {str(output)!r}, loras)",
         f"mixture = legomole.Mixture(loras, gates, strengths=[{strengths}])",
-        f"with legomole.attach(pipe.{component}, mixture):",
+        "with mixed(pipe, mixture):",
         f"    image = pipe({prompt!r}).images[0]",
     ]
     return "\n".join(lines)

@@ -18,11 +18,14 @@ from .errors import MergeError
 from .forwards import Forward, Layer, Reader, Root
 from .gates import GateSet
 from .gating import Measure, State, Watcher
+from .guidance import Following, Rows
 from .mixture import Mixture
 from .scopes import NETWORK, uncompiled
 
 
-def attach(model: nn.Module, mixture: Mixture | Bank, *, checkpointing: bool = False) -> Attachment:
+def attach(
+    model: nn.Module, mixture: Mixture | Bank, *, checkpointing: bool = False, prompt_rows: Rows | None = None
+) -> Attachment:
     """Put a mixture on a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
 
     Linear layers and convolutions are mixed, quantised and offloaded ones too: only their inputs and outputs are used.
@@ -31,6 +34,8 @@ def attach(model: nn.Module, mixture: Mixture | Bank, *, checkpointing: bool = F
         model: A U-Net, a transformer, a language model: whatever holds the layers the experts change.
         mixture: The experts and gates; a `Bank` where one was built for this model already.
         checkpointing: Recompute blocks in the backward pass instead of keeping what they computed (for training).
+        prompt_rows: Tells which samples of a batch are the prompt's, for models that are called with a negative prompt
+            too: its samples take the gates of the prompt's, see `core.guidance`. Without it each goes by its own.
 
     Raises:
         MergeError: The experts or gates are for another model.
@@ -40,19 +45,23 @@ def attach(model: nn.Module, mixture: Mixture | Bank, *, checkpointing: bool = F
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             mixture.to(parameter.device)
-    return Attachment(model, mixture, checkpointing=checkpointing)
+    following = None if prompt_rows is None else Following(prompt_rows)
+    return Attachment(model, mixture, checkpointing=checkpointing, following=following)
 
 
 class Attachment:
     """A mixture at work on a model.
 
     Args:
-        model: The module tree. bank: Built for it. checkpointing: See `attach`.
+        model: The module tree. bank: Built for it. checkpointing: See `attach`. following: Of negative prompts.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, bank: Bank, *, checkpointing: bool = False, following: Following | None = None
+    ) -> None:
         self.model, self.bank = uncompiled(model), bank
         self._state = state = State(bank)
+        state.following = following
         outside = NETWORK in state.sites and state.reads in ("hidden", "experts", "flat")
         if checkpointing and outside and bank.gates.settings.granularity == "network":
             raise MergeError(

@@ -100,7 +100,8 @@ class Root(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active:
             text = self.arguments.find(args, kwargs)
-            self.state.start(text if isinstance(text, Tensor) else None, kwargs)
+            batch = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), 0)
+            self.state.start(text if isinstance(text, Tensor) else None, kwargs, batch)
         output = self.inner(*args, **kwargs)
         if self.active:
             self.state.end()

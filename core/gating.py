@@ -11,6 +11,7 @@ from torch import Tensor
 from .bank import Bank
 from .errors import MergeError
 from .gates import Gate, GateSet, wide
+from .guidance import Following
 from .stack import Stack
 
 TEXT = ("encoder_hidden_states", "context")  # what models call their text conditioning (B, tokens, features)
@@ -60,6 +61,7 @@ class State:
         self.sites = {scope.name: Site(scope.name, None) for scope in bank.scopes.values()}
         self.use(bank.gates)
         self.held: Tensor | None = None
+        self.following: Following | None = None
         self.watch: Watcher | None = None
         self.measure: Measure | None = None
         self.spreads: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -70,6 +72,8 @@ class State:
             site.gate = gates.get(name)
 
     def set(self, site: Site, value: Tensor) -> Tensor:
+        if self.following is not None:
+            value = self.following(site.name, value)
         site.value = value
         if self.watch is not None and not torch.compiler.is_compiling():
             self.watch.seen(site.name, value)
@@ -139,9 +143,11 @@ class State:
             self.spreads[key] = g, stack.spread(g, z)  # with `g`, whose id nothing else may get meanwhile
         return self.spreads[key][1]
 
-    def start(self, text: Tensor | None, arguments: Mapping[str, Any]) -> None:
-        """A pass of the whole model begins."""
+    def start(self, text: Tensor | None, arguments: Mapping[str, Any], batch: int) -> None:
+        """A pass of the whole model begins, of so many samples."""
         self.end()
+        if self.following is not None:
+            self.following.start(arguments, batch)
         if self.watch is not None and not torch.compiler.is_compiling():
             self.watch.start(arguments)
         if self.reads != "text" or self.held is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from .errors import MergeError
 from .gates import entropy
-
-# Which samples of a batch count, told from the arguments of the model's forward and the batch's size.
-Rows = Callable[[Mapping[str, Any], int], Sequence[int]]
+from .guidance import Rows
 
 
 @dataclass(eq=False)

@@ -17,9 +17,9 @@ from ..core.adapter import Adapter, is_text_encoder
 from ..core.attach import Attachment, attach
 from ..core.errors import MergeError, name_some
 from ..core.gates import GateSet
+from ..core.guidance import Rows
 from ..core.keymap import rename
 from ..core.mixture import Mixture
-from ..core.record import Rows
 from ..core.router import check_concepts, named, routed_values
 from ..core.scopes import uncompiled
 from ..core.trained import TrainedGates
@@ -98,7 +98,7 @@ def load_gates(pipe: Any, path: str | Path, adapters: Sequence[Adapter]) -> Gate
 
 
 def prompt_rows(pipe: Any) -> Rows:
-    """For `core.record.Record`: only the rows of a batch that belong to the prompt, not to the negative one."""
+    """The rows of a batch that belong to the prompt, not to the negative one: for `attach`, and for `Record`."""
 
     def rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
         return range(batch // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0, batch)
@@ -106,11 +106,26 @@ def prompt_rows(pipe: Any) -> Rows:
     return rows
 
 
+def mixed(pipe: Any, mixture: Mixture) -> Attachment:
+    """A mixture on a pipeline's model. Use it in a ``with`` block, or call `Attachment.detach` at the end::
+
+        with mixed(pipe, mixture):
+            pipe("a heart in ember style")
+
+    Negative prompts take the gates of the prompt, see `core.guidance`; not where the pipeline runs them in a pass of
+    their own (``true_cfg_scale``), there they go by their own words.
+
+    Raises:
+        MergeError: See `attach`.
+    """
+    return attach(model_of(pipe), mixture, prompt_rows=prompt_rows(pipe))
+
+
 @contextmanager
 def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Generator[Attachment]:
     """The prompt router at work: each prompt gets the LoRAs whose words it has. Needs no training.
 
-    Every row of a batch follows the text it was encoded from, so that an empty negative prompt gets no LoRA::
+    Every row of a batch goes by the text it was encoded from, and the negative prompt's follow the prompt's::
 
         with routed(pipe, mixture, [["ember style"], ["heart"]]):
             pipe("a heart in ember style")
@@ -134,7 +149,7 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
     router = _Router(pipe, mixture, concepts)
     pipe.encode_prompt, before = router.encode, pipe.__dict__.get("encode_prompt")
     try:
-        with attach(model, mixture) as attachment, router.holding(model, attachment):
+        with mixed(pipe, mixture) as attachment, router.holding(model, attachment):
             yield attachment
     finally:
         if before is None:

@@ -19,7 +19,7 @@ from ..core.rank import Rank
 from ..core.trained import TrainedGates
 from .model import Prompts
 from .oracle import judge
-from .sampling import sample
+from .sampling import first_half, sample
 from .store import Store
 from .words import prompt
 
@@ -67,13 +67,12 @@ def columns(folder: Path, store: Store | None = None, tell: Tell = lambda *_: No
         f"{STYLE} LoRA": Mixture((style,)),
         "sum": Mixture((subject, style), strengths=STRENGTHS),
         "LEGO": Mixture((lego,)),
-        # the empty prompt gets no LoRA, so guidance makes them louder: less strength, as in the benchmark
-        "MoLE": Mixture((subject, style), gates, STRENGTHS, scale=0.6),
+        "MoLE": Mixture((subject, style), gates, STRENGTHS),
     }
     prompts, found = Prompts(), dict[str, Column]()
     for name, mixture in ways.items():
         tell(len(found), len(ways), name)
-        with nullcontext() if mixture is None else attach(store.transformer, mixture):
+        with nullcontext() if mixture is None else attach(store.transformer, mixture, prompt_rows=first_half):
             found[name] = _column(store, prompts)
     tell(len(found), len(ways), "")
     return found

@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import comfy.sample as comfy_sample
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP, PatcherInjection
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 from torch import Tensor
 
 from ..core.adapter import Adapter, is_text_encoder
@@ -20,6 +21,7 @@ from ..core.attach import Attachment
 from ..core.bank import Bank
 from ..core.errors import MergeError, name_some
 from ..core.gates import GateSet, GateSettings
+from ..core.guidance import Following, PromptFirst
 from ..core.keymap import Place
 from ..core.merge import merge
 from ..core.methods import MergeMethod
@@ -41,7 +43,7 @@ class Mix:
 
     Args:
         mixture: The experts that are switched on, with their gates.
-        bank: What runs. record: Of the last sampling run.
+        bank: What runs. record: Of the last sampling run. following: Lets the negative prompt follow.
         text_encoder_weights: Strengths of the experts in the text encoders.
         reading: How the LoRAs were read; knows how to name a merged one.
         base: The kind of model.
@@ -50,6 +52,7 @@ class Mix:
     mixture: Mixture
     bank: Bank
     record: Record
+    following: Following
     text_encoder_weights: tuple[float, ...]
     reading: Reading
     base: str
@@ -139,7 +142,8 @@ def build(
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     kept = [i for i in range(len(loras)) if i not in off]
     weights = tuple(loras[i].strength_clip for i in kept)
-    return Mix(mixture, bank, _Record(_prompt_rows), weights, reading, base)
+    following = Following(_prompt_rows, apart=True)
+    return Mix(mixture, bank, _Record(_prompt_rows), following, weights, reading, base)
 
 
 def on_model(mix: Mix, model: Any) -> Any:
@@ -154,8 +158,26 @@ def on_model(mix: Mix, model: Any) -> Any:
     patched.set_additional_models(key, [bank])
     patched.set_injections(key, [_injection(mix)])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: mix.record.passes.clear())
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_guided, mix.following))
     patched.set_attachments(_KEY, (*(model.get_attachment(_KEY) or ()), mix))
     return patched
+
+
+def _guided(following: Following, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
+    """ComfyUI's own guidance asks for two predictions, the prompt's first; other guidance goes by its own words."""
+    following.on = len(conds) == 2
+    if not following.on:
+        return calculate(model, conds, *rest)
+    if conds[0] is not None:
+        following.forget()
+    following.wait = None not in conds
+    try:
+        return calculate(model, conds, *rest)
+    except PromptFirst:  # ComfyUI's order where memory is too short for both at once
+        following.wait = False
+        prompt = calculate(model, [conds[0], None], *rest)
+        negative = calculate(model, [None, conds[1]], *rest)
+        return [prompt[0], negative[1]]
 
 
 def _injection(mix: Mix) -> PatcherInjection:
@@ -166,7 +188,8 @@ def _injection(mix: Mix) -> PatcherInjection:
         if patcher in at_work:
             return
         stack = ExitStack()
-        attachment = stack.enter_context(Attachment(patcher.model.diffusion_model, mix.bank))
+        network = patcher.model.diffusion_model
+        attachment = stack.enter_context(Attachment(network, mix.bank, following=mix.following))
         stack.enter_context(attachment.watch(mix.record))
         at_work[patcher] = stack
 
@@ -224,12 +247,16 @@ class _Record(Record):
     """Keeps only what tells samples apart: the other arguments lead back to the model, and would keep it alive."""
 
     def start(self, arguments: Mapping[str, Any]) -> None:
-        told = arguments.get("transformer_options") or {}
-        super().start({"parts": list(told.get("cond_or_uncond") or [0])})
+        super().start({"transformer_options": {"cond_or_uncond": _parts(arguments)}})
+
+
+def _parts(arguments: Mapping[str, Any]) -> list[int]:
+    """Of a batch: 0 for the prompt, 1 for the negative one."""
+    return list((arguments.get("transformer_options") or {}).get("cond_or_uncond") or [0])
 
 
 def _prompt_rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
     """The samples of the positive prompt: ComfyUI puts it and the negative one into one batch, in this order."""
-    parts: list[int] = arguments["parts"]
+    parts = _parts(arguments)
     size = batch // len(parts) or 1
     return [row for i, part in enumerate(parts) if part == 0 for row in range(i * size, min((i + 1) * size, batch))]

@@ -21,11 +21,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.nano", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train base, autoencoder, judge and LoRAs; goes on where it was")
-    training.add_argument("--work", type=Path, default=_HERE / "work", help="where the stages are kept")
     training.add_argument("--install", action="store_true", help="then make these the shipped weights")
     scoring = commands.add_parser("evaluate", help="the comparison, from the shipped weights")
     scoring.add_argument("--weights", type=Path, default=FOLDER)
     scoring.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the sheet go")
+    for command in (training, scoring):
+        command.add_argument("--work", type=Path, default=_HERE / "work", help="where the stages of the training are")
     smoke = commands.add_parser("smoke", help="everything once, tiny; the numbers mean nothing")
     for command in (training, scoring, smoke):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -38,12 +39,12 @@ def main() -> None:
         if chosen.install:
             install(store)
     elif chosen.command == "evaluate":
-        report.evaluate(Store(chosen.weights), chosen.out, say)
+        report.evaluate(Store(chosen.weights), Store(chosen.work), chosen.out, say)
     else:
         with tempfile.TemporaryDirectory() as folder:
             store = train.train(Path(folder), train.SMOKE, say)
             bench = Bench(store, Path(folder) / "rows.jsonl", say)
-            run(bench, Plan(("base", "sum", "lego", "router"), (("heart", "ember"),), (), (), (1.0,)))
+            run(bench, Plan(("base", "sum", "lego", "router"), ((("heart", "ember"), 0),), (), (), (1.0,)))
 
 
 def install(store: Store) -> None:

@@ -16,11 +16,18 @@ from legomole.nano.store import Store
 from .methods import METHODS, Loras, Method, merged_in
 from .scoring import Scorer, Task, task
 
-TUNING = (("heart", "wood"), ("fish", "ember"), ("house", "shadow"))  # never scored
-SCORED = (("heart", "ember"), ("fish", "wood"))
+Set = tuple[tuple[str, ...], int]  # concepts and the seed of their LoRAs
+
+# Pairs that are never scored, of the seeds at which their plain sum shows both at some strength: where nothing can be
+# seen at any, nothing can be chosen.
+TUNING: tuple[Set, ...] = (
+    (("heart", "wood"), 0), (("heart", "wood"), 1), (("heart", "wood"), 2),
+    (("fish", "ember"), 1), (("fish", "ember"), 2), (("house", "shadow"), 2),
+)  # fmt: skip
+SCORED = (("heart", "ember"), ("fish", "wood"), ("heart", "shadow"), ("house", "wood"))
 LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
-LARGER_TUNING = {3: ("heart", "house", "wood"), 4: ("heart", "house", "shadow", "wood")}
-SCALES = (0.6, 0.8, 1.0, 1.25, 1.6, 2.0)
+LARGER_TUNING: dict[int, Set] = {3: (("heart", "house", "wood"), 0), 4: (("heart", "house", "shadow", "wood"), 0)}
+SCALES = (0.8, 1.0, 1.15, 1.3, 1.6)
 
 
 @dataclass(frozen=True)
@@ -119,35 +126,28 @@ def mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: strengths are chosen on `tuning` sets of seed 0, at them `scored` sets of `seeds` are scored."""
+    """What to run: strengths are chosen on `tuning` sets, at them `scored` sets of `seeds` are scored."""
 
     methods: tuple[str, ...]
-    tuning: tuple[tuple[str, ...], ...]
+    tuning: tuple[Set, ...]
     scored: tuple[tuple[str, ...], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     scales: tuple[float, ...] = SCALES
 
     def strengths(self, method: Method) -> tuple[float, ...]:
-        """What to try. Methods that leave the empty prompt alone are louder under guidance, so theirs go lower."""
-        if method.fixed:
-            return (1.0,)
-        return tuple(round(0.6 * scale, 2) for scale in self.scales) if method.whole else self.scales
+        """What to try."""
+        return (1.0,) if method.fixed else self.scales
 
 
 def run(bench: Bench, plan: Plan) -> dict[str, float]:
     """All rows of a plan; those of seed 0 at strength 1 too. Returns the strengths that were chosen."""
     names = plan.methods
-    for concepts in plan.tuning:
+    tried: dict[str, list[Row]] = {name: [] for name in names}
+    for concepts, seed in plan.tuning:
         for name in names:
             for scale in plan.strengths(METHODS[name]):
-                bench.row(name, METHODS[name], concepts, 0, scale)
-    chosen = {
-        name: best([
-            row for row in bench.rows.values()
-            if row.method == name and row.seed == 0 and row.concepts in plan.tuning
-        ])
-        for name in names
-    }  # fmt: skip
+                tried[name].append(bench.row(name, METHODS[name], concepts, seed, scale))
+    chosen = {name: best(rows) for name, rows in tried.items()}
     for concepts in plan.scored:
         for seed in plan.seeds:
             for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from legomole.core.attach import attach
 from legomole.core.calibration import CalibrationSettings, calibrate
 from legomole.core.formats import load
 from legomole.core.gates import GateSet, GateSettings
+from legomole.core.guidance import Rows
 from legomole.core.merge import merge
 from legomole.core.methods.calibrated import Calibrated
 from legomole.core.methods.concat import Concat
@@ -21,7 +23,7 @@ from legomole.core.methods.knots import Knots
 from legomole.core.methods.lego import Lego
 from legomole.core.methods.svd import SVD
 from legomole.core.methods.ties import Ties
-from legomole.core.mixture import Mixture
+from legomole.core.mixture import Mixing, Mixture
 from legomole.core.rank import Rank
 from legomole.core.router import named, routed_values
 from legomole.core.statistics import Statistics
@@ -29,6 +31,7 @@ from legomole.core.train import Prompt, TrainSettings, train
 from legomole.core.trained import TrainedGates
 from legomole.nano.denoiser import NanoDenoiser
 from legomole.nano.model import Prompts, short_prompts
+from legomole.nano.sampling import first_half
 from legomole.nano.store import Store
 from legomole.nano.words import WORDINGS, prompt
 
@@ -107,6 +110,9 @@ def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = Fal
     return use
 
 
+_WAYS = 3  # in which every pair is asked for: gates need prompts more than pictures, and prompts cost next to nothing
+
+
 def asked_for(loras: Loras) -> list[Prompt]:
     """Prompts for calibration and gates: the concepts alone and together, and base ones; no unseen wording."""
     subjects = [c for c in loras.concepts if c in NEW_SUBJECTS]
@@ -114,7 +120,8 @@ def asked_for(loras: Loras) -> list[Prompt]:
     found: list[tuple[str, str]] = [(s, k) for s in subjects for k in BASE_STYLES]
     found += [(s, k) for s in BASE_SUBJECTS for k in styles]
     found += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
-    texts = [prompt(*pair, WORDINGS[i % len(WORDINGS)]) for i, pair in enumerate(found)]
+    ways = len(WORDINGS)
+    texts = [prompt(*pair, WORDINGS[(i + k) % ways]) for k in range(_WAYS) for i, pair in enumerate(found)]
     texts += [prompt(s, k, way) for s in subjects for k in styles for way in WORDINGS]
     rows = named(texts, [[concept] for concept in loras.concepts]).tolist()
     return [
@@ -141,33 +148,46 @@ def trained_gates(loras: Loras, settings: GateSettings, training: TrainSettings)
         return train(attachment, mixture, denoiser, asked, [[c] for c in loras.concepts], training).gates
 
 
-def _mole(settings: GateSettings, training: TrainSettings, *, times_n: bool = False) -> Use:
-    def make(loras: Loras) -> TrainedGates:
-        return trained_gates(loras, settings, training)
+@cache
+def _training(settings: GateSettings, training: TrainSettings) -> Callable[[Loras], TrainedGates]:
+    """One function for the same gates, so that `Loras.once` trains them once."""
+    return lambda loras: trained_gates(loras, settings, training)
 
+
+def _mole(
+    settings: GateSettings, training: TrainSettings, *, times_n: bool = False, mixing: Mixing = "delta",
+    rows: Rows | None = first_half,
+) -> Use:  # fmt: skip
     @contextmanager
     def use(loras: Loras, scale: float, _: Sequence[str]) -> Generator[Any]:
         scale *= len(loras.adapters) if times_n else 1
-        mixture = Mixture(loras.adapters, loras.once(make).gates, scale=scale)
-        with attach(loras.transformer, mixture):
+        gates = loras.once(_training(settings, training)).gates
+        mixture = Mixture(loras.adapters, gates, scale=scale, mixing=mixing)
+        with attach(loras.transformer, mixture, prompt_rows=rows):
             yield loras.transformer
 
     return use
 
 
-@contextmanager
-def _router(loras: Loras, scale: float, texts: Sequence[str]) -> Generator[Any]:
-    """The words of each prompt choose; of a guided batch the second half is the empty prompt's."""
-    mixture = Mixture(loras.adapters, scale=scale)
-    values = routed_values(named(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
-    with (
-        attach(loras.transformer, mixture) as attachment,
-        attachment.hold(torch.cat([values, torch.zeros_like(values)])),
-    ):
-        yield loras.transformer
+def _router(rows: Rows | None) -> Use:
+    """The words of each prompt choose."""
+
+    @contextmanager
+    def use(loras: Loras, scale: float, texts: Sequence[str]) -> Generator[Any]:
+        mixture = Mixture(loras.adapters, scale=scale)
+        values = routed_values(named(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
+        with (
+            attach(loras.transformer, mixture, prompt_rows=rows) as attachment,
+            attachment.hold(torch.cat([values, torch.zeros_like(values)])),  # the empty prompts' come last
+        ):
+            yield loras.transformer
+
+    return use
 
 
 FAST = TrainSettings(steps=40, batch=16, examples=128, samples=24)
+LONG = FAST.model_copy(update={"steps": 200})
+_BLOCK = GateSettings(granularity="block")
 _PAPER = GateSettings(granularity="block", activation="softmax", reads="experts")
 METHODS: dict[str, Method] = {
     "base": Method(lambda loras, _, __: merged_in(loras.transformer, loras.adapters[0], 0.0), "-", fixed=True),
@@ -178,7 +198,11 @@ METHODS: dict[str, Method] = {
     "dare": Method(_merge(Dare)),
     "knots": Method(_merge(Knots)),
     "lego": Method(_merge(Lego)),
+    "lego 0.5x": Method(_merge(Lego, "0.5x"), "0.5 r"),
     "lego 1.5x": Method(_merge(Lego, "1.5x"), "1.5 r"),
+    "lego 80%": Method(_merge(Lego, "80%"), "by energy"),
+    "lego mean": Method(_merge(lambda k: Lego(k, centroid="mean"))),
+    "lego mean 2x": Method(_merge(lambda k: Lego(k, centroid="mean"), "2x"), "2 r"),
     "lego reweighted": Method(_merge(lambda k: Lego(k, parameter_reweight=True, output_reweight=True))),
     "lego-paper": Method(_merge(lambda k: Lego(k, "paper"))),
     "lego-paper 1.5x": Method(_merge(lambda k: Lego(k, "paper"), "1.5x"), "1.5 r"),
@@ -188,9 +212,16 @@ METHODS: dict[str, Method] = {
     "lego calibrated": Method(_merge(Lego, measured=True)),
     "calibrated": Method(_merge(Calibrated, measured=True)),
     "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
-    "router": Method(_router, "-", whole=True),
+    "calibrated lam 0.1": Method(_merge(lambda k, **m: Calibrated(k, lam=0.1, **m), measured=True)),
+    "calibrated lam 1": Method(_merge(lambda k, **m: Calibrated(k, lam=1.0, **m), measured=True)),
+    "lego calibrated 2x": Method(_merge(Lego, "2x", measured=True), "2 r"),
+    "router": Method(_router(first_half), "-", whole=True),
+    "router apart": Method(_router(None), "-", whole=True),
     "mole": Method(_mole(GateSettings(), FAST), "-", whole=True),
-    "mole block": Method(_mole(GateSettings(granularity="block"), FAST), "-", whole=True),
+    "mole apart": Method(_mole(GateSettings(), FAST, rows=None), "-", whole=True),
+    "mole long": Method(_mole(GateSettings(), LONG), "-", whole=True),
+    "mole block": Method(_mole(_BLOCK, FAST), "-", whole=True),
+    "mole output": Method(_mole(_BLOCK, FAST, mixing="output"), "-", whole=True),
     "mole-paper": Method(_mole(_PAPER, FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
     "mole-paper x N": Method(
         _mole(_PAPER, FAST.model_copy(update={"balance": 0.02}), times_n=True), "-", whole=True),

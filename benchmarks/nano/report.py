@@ -18,30 +18,36 @@ from .methods import METHODS
 from .scoring import Task, task
 
 MAIN = ("base", "sum", "normalised", "svd", "ties", "dare", "knots", "lego", "lego-paper",
-        "lego calibrated", "calibrated", "router", "mole")  # fmt: skip
-VARIANTS = ("lego 1.5x", "lego reweighted", "lego-paper 1.5x", "lego-paper plain", "calibrated 2x",
-            "mole block", "mole-paper", "mole-paper x N")  # fmt: skip
-MANY = ("sum", "svd", "ties", "lego-paper", "lego calibrated", "calibrated", "router", "mole")
+        "lego calibrated", "calibrated", "calibrated 2x", "router", "mole")  # fmt: skip
+VARIANTS = ("lego 0.5x", "lego 1.5x", "lego 80%", "lego mean", "lego mean 2x", "lego reweighted", "lego-paper 1.5x",
+            "lego-paper plain", "calibrated lam 0.1", "calibrated lam 1", "lego calibrated 2x", "router apart",
+            "mole apart", "mole long", "mole block", "mole output", "mole-paper", "mole-paper x N")  # fmt: skip
+MANY = ("sum", "svd", "ties", "lego-paper", "lego calibrated", "calibrated", "calibrated 2x", "router", "mole")
 
 PLANS = {
     "main": Plan(MAIN, TUNING, SCORED),
-    "variants": Plan(VARIANTS, TUNING[2:], (SCORED[0], ("heart", "shadow")), seeds=(0,), scales=(0.8, 1.0, 1.25)),
-    "three": Plan(MANY, (LARGER_TUNING[3],), (LARGER[3],), scales=(0.5, 0.7, 0.9, 1.2)),
-    "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.5, 0.7, 0.9, 1.2)),
+    "variants": Plan(VARIANTS, TUNING[:1], SCORED[:2], seeds=(0,), scales=(0.8, 1.0, 1.3)),
+    "three": Plan(MANY, (LARGER_TUNING[3],), (LARGER[3],), scales=(0.7, 1.0, 1.3)),
+    "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.7, 1.0, 1.3)),
 }
 _ALONE = ("subject alone", "style alone", "jointly trained")
 METRICS = ("joint", "subject", "style", "base", "kid")
 
 
-def evaluate(store: Store, out: Path, say: Callable[[str], None]) -> None:
-    """Everything. Rows already in ``out/rows.jsonl`` are not measured again."""
+def evaluate(store: Store, joint: Store, out: Path, say: Callable[[str], None]) -> None:
+    """Everything. Rows already in ``out/rows.jsonl`` are not measured again.
+
+    Args:
+        store: What is compared. joint: Where the LoRAs trained on both concepts are, if they were trained.
+        out: Where the results go.
+    """
     bench = Bench(store, out / "rows.jsonl", say)
-    alone(bench)
+    alone(bench, joint)
     chosen = {name: run(bench, plan) for name, plan in PLANS.items()}
     publish(bench, chosen, out)
 
 
-def alone(bench: Bench) -> None:
+def alone(bench: Bench, joint: Store) -> None:
     """Each LoRA of the scored pairs by itself, and the LoRAs trained on both: what there is to keep, and to reach."""
     store = bench.scorer.store
     for seed in PLANS["main"].seeds:
@@ -49,7 +55,7 @@ def alone(bench: Bench) -> None:
             what = task(pair, seed=seed)
             for concept, kind in zip(pair, ("subject", "style"), strict=True):
                 bench.measured(f"{kind} alone", pair, seed, what, load(store.lora(concept, seed)))
-            path = store.lora("+".join(pair), seed)
+            path = joint.lora("+".join(pair), seed)
             if path.exists():
                 bench.measured("jointly trained", pair, seed, what, load(path))
 
@@ -70,7 +76,7 @@ def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> Non
         for seed in PLANS["main"].seeds:
             part = [r for r in rows if r.method == method and r.seed == seed]
             found += [_row(method, part)] if part else []
-    tuned = [r for r in rows if r.seed == 0 and r.concepts in TUNING]
+    tuned = [r for r in rows if (r.concepts, r.seed) in TUNING]
     sweep = [_row(m, [r for r in tuned if r.method == m and r.scale == s])
              for m in MAIN for s in sorted({r.scale for r in tuned if r.method == m})]  # fmt: skip
     write(out / "results.json", {"rows": found, "at_strength_one": at_one, "tuning": sweep})

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import train_base, train_loras, train_oracle, train_vae
 from .data import Examples, examples
 from .evaluate import SCORED
-from .methods import FAST, Loras, trained_gates
+from .methods import LONG, Loras, trained_gates
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 SEEDS = (0, 1, 2)
@@ -131,5 +131,5 @@ def train_gates(store: Store, say: Say) -> None:
     path = store.folder / "gates.safetensors"
     if path.exists():
         return
-    trained_gates(Loras.of(store, Prompts(), (SUBJECT, STYLE), 0), GateSettings(), FAST).save(path)
+    trained_gates(Loras.of(store, Prompts(), (SUBJECT, STYLE), 0), GateSettings(), LONG).save(path)
     say("gates: done")

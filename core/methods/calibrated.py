@@ -47,7 +47,7 @@ class Calibrated:
 
     rank: Rank
     statistics: Statistics
-    lam: float = 1.0
+    lam: float = 0.3
     mu: float = 3.0
     joint_scale: float = 1.2
 
@@ -66,7 +66,7 @@ class Calibrated:
 
 
 def respond(
-    pool: Pool, statistics: Statistics, lam: float = 1.0, mu: float = 3.0, joint_scale: float = 1.2
+    pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 3.0, joint_scale: float = 1.2
 ) -> tuple[Pool, list[str]]:
     """Units that respond to what their LoRA is for: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
 

@@ -11,8 +11,10 @@ import json
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 COMFY, BASE = (Path(argument) for argument in sys.argv[1:3])
 sys.argv = [sys.argv[0], "--cpu"]
@@ -24,12 +26,14 @@ comfy.options.enable_args_parsing()
 import comfy.hooks  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from legomole.core.attach import attach  # noqa: E402
 from legomole.core.bank import Bank  # noqa: E402
 from legomole.core.gates import Gate, GateSet, GateSettings  # noqa: E402
+from legomole.core.guidance import Following  # noqa: E402
 from legomole.core.recompute import exact_gradients  # noqa: E402
 from legomole.core.trained import Expert, TrainedGates  # noqa: E402
 from legomole.nodes import mixes  # noqa: E402
@@ -228,6 +232,54 @@ def recorded() -> Any:
     }
 
 
+def guided(base: str) -> Callable[[], Any]:
+    """The negative prompt has the prompt's gates: in one batch, in two passes, not where others ask for three."""
+
+    def case() -> Any:
+        model = load(base)
+        pair = [lora(name) for name in PAIRS[base][:2]]
+        gates = random_gates(model, pair, granularity="block")
+        plain, mix = paint(model, base), mixed(model, *pair, gates=gates)
+        painted = paint(mix, base)
+        found = mixes.mixes_of(mix)[0].record.mean()
+        fixed = mixed(model, *pair, gates=replace(gates, gates=constant(gates.gates, found)))
+        with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):  # so the two never share a batch
+            apart = paint(mix, base)
+        with patch.object(Following, "__call__", lambda _, scope, value: value):
+            own = paint(mix, base)
+        three = mixed(model, *pair, gates=gates)
+        three.set_model_sampler_calc_cond_batch_function(perpendicular)
+        asked = paint(three, base)
+        with patch.object(Following, "__call__", lambda _, scope, value: value):
+            asked_own = paint(three, base)
+        return {
+            "one batch": away(painted, paint(fixed, base), plain),
+            "two passes": away(apart, painted, plain),
+            "it matters": away(own, painted, plain),
+            "three predictions": float((asked - asked_own).abs().max()),
+        }
+
+    return case
+
+
+def perpendicular(asked: Any) -> Any:
+    """Guidance that asks for three predictions, as PerpNeg does."""
+    conds = asked["conds"]
+    return comfy.samplers.calc_cond_batch(
+        asked["model"], [*conds, conds[1]], asked["input"], asked["sigma"], asked["model_options"]
+    )[:2]
+
+
+def constant(gates: GateSet, values: dict[str, Tensor]) -> GateSet:
+    """Gates that say the same whatever they read."""
+    made: dict[str, Gate] = {}
+    for scope in gates.names:
+        made[scope] = gate = Gate(gates[scope].features, gates.experts, gates.settings)
+        torch.nn.init.zeros_(gate.weight)
+        gate.bias.copy_(torch.logit(values[scope] / gates.settings.ceiling))
+    return GateSet(gates.experts, gates.settings, made)
+
+
 def lengths() -> Any:
     """Prompts of two lengths in one batch, each with gates of its own: as each alone."""
     base = "flux"
@@ -300,6 +352,8 @@ with torch.inference_mode():
         "among others": among_others,
         "compiled": compiled,
         "recorded": recorded,
+        "guided flux": guided("flux"),
+        "guided sd15": guided("sd15"),
         "lengths": lengths,
         "gradients flux": gradients("flux"),
         "gradients sd3": gradients("sd3"),

@@ -90,6 +90,16 @@ def test_the_record_is_of_the_prompt_not_of_the_negative_one(measured: dict[str,
     assert measured["recorded"]["scopes"] == ["", "double_blocks.0", "single_blocks.0"]
 
 
+@pytest.mark.parametrize("base", ["flux", "sd15"])
+def test_the_negative_prompt_takes_the_gates_of_the_prompt(measured: dict[str, Any], base: str) -> None:
+    """As gates that say the same whatever the prompt is; whether or not both fit into one batch."""
+    found = measured[f"guided {base}"]
+    assert found["one batch"] < ROUNDING
+    assert found["two passes"] < ROUNDING
+    assert found["it matters"] > 0.02
+    assert found["three predictions"] == 0
+
+
 def test_prompts_of_other_lengths_keep_their_own_gates(measured: dict[str, Any]) -> None:
     assert measured["lengths"]["difference"] < 1e-5
     assert measured["lengths"]["clean"] < 1e-5

@@ -127,7 +127,7 @@ def text_gates(features: int, **settings: Any) -> GateSet:
 
 
 def test_each_row_of_a_guided_batch_has_its_own_gates() -> None:
-    """Negative prompts come first in the batch; the gates are those of each row's own conditioning."""
+    """Negative prompts come first in the batch; without `prompt_rows` each row goes by its own conditioning."""
     pipe = tiny.build("SD 1.5")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
     whole, positive = Record(), Record(rows=prompt_rows(pipe))
@@ -143,7 +143,11 @@ def test_each_row_of_a_guided_batch_has_its_own_gates() -> None:
         assert all(torch.equal(one[""], whole.passes[0][""][2:]) for one in positive.passes)
         with attachment.hold(expected.detach()):
             like(found, paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"]))
+        with attachment.hold(expected.detach()[2:].repeat(2, 1)):
+            following = paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"])
     assert float((expected[2] - expected[3]).detach().abs().max()) > 0.05
+    with attach(pipe.unet, mixture, prompt_rows=prompt_rows(pipe)):
+        like(paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"]), following)
 
 
 # ---- the router
@@ -165,10 +169,10 @@ def test_the_router_opens_what_each_prompt_names(name: str) -> None:
     pipe = tiny.build(name)
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)])
     rows = recorded(pipe, mixture, ["a Heart", "ember hearts", "hearts"], num_images_per_prompt=2)
-    passes = [*[OFF] * 6, HEART, HEART, EMBER, EMBER, OFF, OFF]
+    passes = [HEART, HEART, EMBER, EMBER, OFF, OFF] * 2  # of the negative prompts, which follow, and of the prompts
     assert rows == [passes] * 2
     assert recorded(pipe, mixture, "burning heart", guidance_scale=1.0) == [[BOTH]] * 2
-    assert recorded(pipe, mixture, "x", negative_prompt="heart") == [[HEART, OFF]] * 2
+    assert recorded(pipe, mixture, "x", negative_prompt="heart") == [[OFF, OFF]] * 2
     assert "encode_prompt" not in pipe.__dict__
     assert not model_of(pipe)._forward_pre_hooks
 
@@ -184,14 +188,14 @@ def test_the_router_paints_what_held_gates_paint() -> None:
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
     with routed(pipe, mixture, [["ember"], ["heart"]]):
         found = paint(pipe, "a heart")
-    with attach(pipe.unet, mixture) as attachment, attachment.hold([OFF, HEART]):
+    with attach(pipe.unet, mixture) as attachment, attachment.hold(HEART):
         like(found, paint(pipe, "a heart"))
 
 
 def test_the_router_gives_shares_where_gates_do() -> None:
     pipe = tiny.build("SD 1.5")
     null = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], GateSet(2, GateSettings(activation="softmax-null")))
-    assert recorded(pipe, null, "burning heart") == [[OFF, [0.5, 0.5]]] * 2
+    assert recorded(pipe, null, "burning heart") == [[[0.5, 0.5], [0.5, 0.5]]] * 2
 
 
 def test_the_router_says_what_it_cannot_do() -> None:

@@ -383,8 +383,8 @@ def test_calibrated_units_are_clustered_as_units_are():
     statistics = Statistics(dict.fromkeys(pool.names, Moments({0: eye, 1: eye}, base=eye)))
     plain, calibrated = Lego(Rank(4))(pool), Lego(Rank(4), statistics=statistics)(pool)
     assert torch.equal(plain.labels, calibrated.labels)
-    # tau = 1e-3 * 3: (1 + tau) / (3 + tau)
-    assert close(product(calibrated), 1.003 / 3.003 * product(plain), 1e-4)
+    # lam = 0.3, tau = 1e-3 * 2.3: (1 + tau) / (2.3 + tau)
+    assert close(product(calibrated), 1.0023 / 2.3023 * product(plain), 1e-4)
 
 
 def test_a_module_that_was_not_measured_is_merged_as_it_is_and_named():

@@ -1,0 +1,121 @@
+"""Negative prompts take the gates of the prompt they guide: in one batch, in two passes, with parts of a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.gates import GateSettings
+from legomole.core.guidance import Following, PromptFirst
+from torch import Tensor
+
+from .mole import Transformer, Values, call, inputs, lora, trained
+from .pools import close
+
+
+def following(*own: int) -> Following:
+    """Of batches in which these samples are the prompt's."""
+    return Following(lambda _, batch: [row for row in own if row < batch])
+
+
+def rows(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+class TestByHand:
+    @pytest.mark.parametrize(
+        ("own", "values", "expected"),
+        [
+            ((0,), (1, 9), (1, 1)),
+            ((1,), (9, 1), (1, 1)),
+            ((2, 3), (8, 9, 1, 2), (1, 2, 1, 2)),  # two pictures, negative first
+            ((0, 1), (1, 2, 8, 9), (1, 2, 1, 2)),
+            ((0, 1, 2, 3), (1, 2, 3, 5, 8, 9), (1, 2, 3, 5, 2, 3.5)),  # a prompt of two parts: the mean of them
+            ((0,), (1, 8, 9), (1, 1, 1)),  # a negative prompt of two parts
+            ((0, 1), (1, 2), (1, 2)),
+        ],
+    )
+    def test_in_one_batch(self, own, values, expected):
+        follow = following(*own)
+        for _ in range(2):  # the next step is no other
+            follow.start({}, len(values))
+            assert torch.equal(follow("scope", rows(*values)), rows(*expected))
+
+    def test_in_two_passes(self):
+        prompt = [True]
+        follow = Following(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
+
+        def one(of_prompt: bool, *values: float) -> list[float]:
+            prompt[0] = of_prompt
+            follow.start({}, len(values))
+            return follow("scope", rows(*values))[:, 0].tolist()
+
+        assert one(False, 9) == [9]  # nothing to follow yet
+        assert one(True, 1, 2) == [1, 2]
+        assert one(False, 8, 9) == [1, 2]
+        assert one(False, 8, 9) == [1, 2]
+        follow.forget()
+        assert one(True, 3, 4) == [3, 4]  # a prompt of two parts
+        assert one(True, 5, 8) == [5, 8]
+        assert one(False, 8, 9) == [4, 6]
+        follow.forget()
+        assert one(False, 8, 9) == [8, 9]
+
+    def test_a_negative_prompt_that_comes_first_is_put_off(self):
+        prompt = [False]
+        follow = Following(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
+        follow.wait = True
+        with pytest.raises(PromptFirst):
+            follow.start({}, 1)
+        prompt[0] = True
+        follow.start({}, 1)
+        prompt[0] = False
+        follow.start({}, 1)  # even if no gate of the prompt told anything
+        follow.forget()
+        with pytest.raises(PromptFirst):
+            follow.start({}, 1)
+
+    def test_scopes_are_apart_and_values_for_all_samples_stay(self):
+        follow = following(0)
+        follow.start({}, 2)
+        assert torch.equal(follow("a", rows(1, 9)), rows(1, 1))
+        assert torch.equal(follow("b", rows(2, 9)), rows(2, 2))
+        assert torch.equal(follow("c", rows(5)), rows(5))
+
+    def test_switched_off_each_sample_has_its_own(self):
+        follow = following(0)
+        follow.on = False
+        follow.start({}, 2)
+        assert torch.equal(follow("a", rows(1, 9)), rows(1, 9))
+
+
+@pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
+@pytest.mark.parametrize("mixing", ["delta", "output"])
+def test_both_halves_of_a_guided_batch_are_painted_with_the_gates_of_the_prompt(reads, mixing):
+    model = Transformer(1)
+    settings = GateSettings(reads=reads, granularity="block")
+    pair = (lora(model, 1), lora(model, 2))
+    x, text = inputs(model)  # two samples
+    mixture = trained(model, pair, settings, mixing)
+    with torch.no_grad():
+        own, both = Values(), Values()
+        with attach(model, mixture) as attachment, attachment.watch(own):
+            apart = call(model, x, text)
+        arguments: list[Any] = []
+
+        def second(given: Any, batch: int) -> range:
+            arguments.append(given)
+            return range(batch // 2, batch)
+
+        with attach(model, mixture, prompt_rows=second) as attachment, attachment.watch(both):
+            together = call(model, x, text)
+    assert len(arguments) == 1
+    assert close(together[1:], apart[1:])
+    assert not close(together[:1], apart[:1], 1e-3)
+    for scope, value in both.values.items():
+        assert torch.equal(value[0], value[1])
+        first = next(iter(own.values))
+        if scope == first:  # later ones read what the first half, painted otherwise, does not change
+            assert torch.equal(value[1], own.values[scope][1])
