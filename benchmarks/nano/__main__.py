@@ -22,6 +22,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train base, autoencoder, judge and LoRAs; goes on where it was")
     training.add_argument("--install", action="store_true", help="then make these the shipped weights")
+    training.add_argument("--device", default="cpu", help="cpu, or cuda")
+    training.add_argument("--longer", type=float, default=1.0, metavar="TIMES", help="the steps and the pictures")
     scoring = commands.add_parser("evaluate", help="the comparison, from the shipped weights")
     scoring.add_argument("--weights", type=Path, default=FOLDER)
     scoring.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the sheet go")
@@ -33,9 +35,10 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.command == "train":
-        store = train.train(chosen.work, train.Size(), say)
+        size = train.Size(device=chosen.device).longer(chosen.longer)
+        store = train.train(chosen.work, size, say)
         train.train_gates(store, say)
-        train.train_jointly(store, train.Size(), say)
+        train.train_jointly(store, size, say)
         if chosen.install:
             install(store)
     elif chosen.command == "evaluate":

@@ -49,6 +49,9 @@ class Batch:
     pooled: Tensor
     flow: Tensor  # the target: noise - latents
 
+    def to(self, device: str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
     def loss(self, transformer: Any) -> Tensor:
         """Mean squared error of the transformer's prediction."""
         return F.mse_loss(predict(transformer, self.noised, self.sigma, self.hidden, self.pooled), self.flow)

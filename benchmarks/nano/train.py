@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class Size:
     oracle_renders: int = 16
     lora_steps: int = 300
     seeds: tuple[int, ...] = SEEDS
+    device: str = "cpu"
+
+    def longer(self, times: float) -> Size:
+        """With so many times the steps and the pictures."""
+        scaled = [f.name for f in fields(self) if f.name.endswith(("steps", "renders"))]
+        return replace(self, **{name: max(1, round(times * getattr(self, name))) for name in scaled})
 
 
 SMOKE = Size(12, 1, 30, 1, 16, 10, 1, 6, (0,))
@@ -56,7 +62,7 @@ def train(work: Path, size: Size, say: Say) -> Store:
 
     (work / "loras").mkdir(parents=True, exist_ok=True)
     store = Store(work)
-    _stage(work / "vae.safetensors", told, lambda: train_vae.train(size.vae_steps, size.vae_renders, say=told))
+    _stage(work / "vae.safetensors", told, lambda: _vae(size, told))
     _stage(work / "oracle.safetensors", told, lambda: _oracle(store, size, told))
     _stage(work / "base.safetensors", told, lambda: _base(store, work, size, told))
     prompts = Prompts(short=True)
@@ -74,8 +80,9 @@ def train_jointly(store: Store, size: Size, say: Say) -> None:
             together = examples(store.vae, [pair], 24, seed + 50, jitter=0.5)
             data = lora_data(store.vae, pair[0], seed) + lora_data(store.vae, pair[1], seed) + together
             made = train_loras.train(
-                store.transformer, data, prompts, steps=size.lora_steps, seed=seed, rank=2 * train_loras.RANK, say=say
-            )
+                store.transformer, data, prompts, steps=size.lora_steps, seed=seed, rank=2 * train_loras.RANK,
+                say=say, device=size.device,
+            )  # fmt: skip
             save(made, path, format="diffusers")
 
 
@@ -92,7 +99,9 @@ def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, s
     if not path.exists():
         data = lora_data(store.vae, concept, seed)
         start = 100 * seed + CONCEPTS.index(concept)
-        made = train_loras.train(store.transformer, data, prompts, steps=size.lora_steps, seed=start, say=say)
+        made = train_loras.train(
+            store.transformer, data, prompts, steps=size.lora_steps, seed=start, say=say, device=size.device
+        )
         save(made, path, format="diffusers")
 
 
@@ -104,8 +113,12 @@ def _stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> No
     say(f"{path.stem}: done")
 
 
+def _vae(size: Size, say: Say) -> Mapping[str, Tensor]:
+    return train_vae.train(size.vae_steps, size.vae_renders, say=say, device=size.device)
+
+
 def _oracle(store: Store, size: Size, say: Say) -> Mapping[str, Tensor]:
-    oracle = train_oracle.train(store.vae, size.oracle_steps, size.oracle_renders, say=say)
+    oracle = train_oracle.train(store.vae, size.oracle_steps, size.oracle_renders, say=say, device=size.device)
     fresh = train_vae.pictures(4, 99).float() / 127.5 - 1
     subject, style = train_oracle.accuracy(oracle, fresh, 4)
     say(f"oracle on fresh renders: subject {subject:.3f} style {style:.3f}")
@@ -120,8 +133,10 @@ def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor
         torch.save(value, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
 
-    earlier = torch.load(state) if state.exists() else None
-    made = train_base.train(data, size.base_steps, batch=size.base_batch, say=say, keep=keep, earlier=earlier)
+    earlier = torch.load(state, map_location="cpu") if state.exists() else None
+    made = train_base.train(
+        data, size.base_steps, batch=size.base_batch, say=say, keep=keep, earlier=earlier, device=size.device
+    )
     state.unlink(missing_ok=True)
     return made
 

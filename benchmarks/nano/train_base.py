@@ -16,7 +16,7 @@ from .data import Examples, draw
 def train(
     data: Examples, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
     say: Callable[[str], None] = print, keep: Callable[[dict[str, Any]], None] = lambda _: None,
-    earlier: dict[str, Any] | None = None, every: int = 250,
+    earlier: dict[str, Any] | None = None, every: int = 250, device: str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
     """The exponential mean of the weights, float32.
 
@@ -25,6 +25,7 @@ def train(
         seed: Of the start and of the batches.
         say: Told of the progress.
         keep: Given the state after `every` steps. earlier: A state kept before, to go on from.
+        device: Where to compute; the batches are the same everywhere.
     """
     torch.manual_seed(seed)
     model, prompts, rng = build().train(), Prompts(short=True), torch.Generator().manual_seed(seed)
@@ -37,6 +38,7 @@ def train(
     nn.init.zeros_(model.norm_out.linear.bias)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
+    model.to(device)
     mean = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -53,11 +55,11 @@ def train(
         optimizer.load_state_dict(earlier["optimizer"])
         schedule.load_state_dict(earlier["schedule"])
         rng.set_state(earlier["rng"])
-        mean, first = earlier["mean"], earlier["step"]
+        mean, first = {name: tensor.to(device) for name, tensor in earlier["mean"].items()}, earlier["step"]
     began, losses = time.monotonic(), []
     with short_prompts(model):
         for step in range(first, steps):
-            loss = draw(data, batch, prompts, rng).loss(model)
+            loss = draw(data, batch, prompts, rng).to(device).loss(model)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -73,4 +75,4 @@ def train(
             if step % every == every - 1:
                 keep({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.get_state(),
                       "schedule": schedule.state_dict(), "mean": mean, "step": step + 1})  # fmt: skip
-    return {**model.state_dict(), **mean}
+    return {name: tensor.cpu() for name, tensor in {**model.state_dict(), **mean}.items()}

@@ -31,7 +31,7 @@ def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
 
 def train(
     base: Any, data: Examples, prompts: Prompts, *, steps: int, seed: int, rank: int = RANK, batch: int = 16,
-    lr: float = 1.5e-3, say: Callable[[str], None] = print,
+    lr: float = 1.5e-3, say: Callable[[str], None] = print, device: str = "cpu",
 ) -> Adapter:  # fmt: skip
     """A LoRA under diffusers' names, factors float16.
 
@@ -39,18 +39,20 @@ def train(
         base: The transformer; it is left as it was. data: The pictures. prompts: Short ones.
         steps, batch, lr: Of AdamW.
         seed: Of the factors' start and of the batches. rank: Of every layer; the scale is 1.
+        device: Where to compute; start and batches are the same everywhere.
     """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     model = deepcopy(base).requires_grad_(False)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, init_lora_weights="gaussian"))
+    model.to(device)
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
     with short_prompts(model):
         for _ in range(steps):
-            loss = draw(data, batch, prompts, rng, empty=0.1).loss(model)
+            loss = draw(data, batch, prompts, rng, empty=0.1).to(device).loss(model)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(own, 1.0)
@@ -60,8 +62,8 @@ def train(
     say(f"lora {data.shows[0]} .. seed {seed}: loss {sum(losses[:20]) / 20:.4f} -> {sum(losses[-20:]) / 20:.4f}")
     modules = {
         f"transformer.{name}": LowRank(
-            layer.lora_A["default"].weight.detach().half().contiguous(),
-            layer.lora_B["default"].weight.detach().half().contiguous(),
+            layer.lora_A["default"].weight.detach().cpu().half().contiguous(),
+            layer.lora_B["default"].weight.detach().cpu().half().contiguous(),
         )
         for name, layer in model.named_modules()
         if hasattr(layer, "lora_A")

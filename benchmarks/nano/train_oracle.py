@@ -17,7 +17,9 @@ _BATCH = 48
 _PAIRS = len(SUBJECTS) * len(STYLES)
 
 
-def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Callable[[str], None] = print) -> Oracle:
+def train(
+    vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Callable[[str], None] = print, device: str = "cpu"
+) -> Oracle:
     torch.manual_seed(seed)
     raw = pictures(per_pair, seed).float() / 127.5 - 1
     pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
@@ -29,21 +31,22 @@ def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Callable
         mush = torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in ruined.split(64)])
     x = torch.cat([raw, again, mush])
     subject, style = torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
-    oracle = Oracle()
+    oracle = Oracle().to(device)
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
         i = torch.randint(len(x), (_BATCH,))
         shown = _moved(x[i]) * torch.empty(_BATCH, 3, 1, 1).uniform_(0.9, 1.1) + 0.05 * torch.randn(_BATCH, 3, 1, 1)
-        logits = oracle((shown + 0.05 * torch.randn_like(shown)).clamp(-1, 1))
-        loss = F.cross_entropy(logits[0], subject[i]) + F.cross_entropy(logits[1], style[i], ignore_index=-1)
+        logits = oracle((shown + 0.05 * torch.randn_like(shown)).clamp(-1, 1).to(device))
+        loss = F.cross_entropy(logits[0], subject[i].to(device))
+        loss = loss + F.cross_entropy(logits[1], style[i].to(device), ignore_index=-1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             say(f"oracle {step}/{steps} loss {loss.item():.3f}")
-    return oracle.eval().requires_grad_(False)
+    return oracle.cpu().eval().requires_grad_(False)
 
 
 def _mush(latents: Tensor, subject: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,9 @@ def pictures(per_pair: int, seed: int) -> Tensor:
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
-def train(steps: int, per_pair: int = 16, seed: int = 0, say: Callable[[str], None] = print) -> dict[str, Tensor]:
+def train(
+    steps: int, per_pair: int = 16, seed: int = 0, say: Callable[[str], None] = print, device: str = "cpu"
+) -> dict[str, Tensor]:
     """The weights of an autoencoder whose latents have deviation 1 in every channel, float16."""
     torch.manual_seed(seed)
     data = pictures(per_pair, seed)
@@ -40,12 +42,13 @@ def train(steps: int, per_pair: int = 16, seed: int = 0, say: Callable[[str], No
     for module in vae.modules():
         if hasattr(module, "conv") and hasattr(module, "fuse"):
             nn.init.zeros_(module.conv[4].weight)  # each block starts as the identity
+    vae.to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.08)
     for step in range(steps):
         top, left = torch.randint(0, 64 - _CROP + 1, (2,)).tolist()
         x = data[torch.randint(len(data), (_BATCH,)), :, top : top + _CROP, left : left + _CROP]
-        x = (x.float() / 127.5 - 1).to(memory_format=torch.channels_last)
+        x = (x.float() / 127.5 - 1).to(device, memory_format=torch.channels_last)
         z = vae.encoder(x)
         y = vae.decoder(z + _NOISE * torch.randn_like(z))
         spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
@@ -57,7 +60,7 @@ def train(steps: int, per_pair: int = 16, seed: int = 0, say: Callable[[str], No
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             say(f"vae {step}/{steps} loss {loss.item():.4f} psnr {-10 * torch.log10(F.mse_loss(y, x) / 4).item():.2f}")
-    return _standardised(vae.eval(), data)
+    return _standardised(vae.eval().cpu(), data)
 
 
 def _edges(x: Tensor) -> Tensor:
