@@ -110,9 +110,6 @@ def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = Fal
     return use
 
 
-_WAYS = 3  # in which every pair is asked for: gates need prompts more than pictures, and prompts cost next to nothing
-
-
 def asked_for(loras: Loras) -> list[Prompt]:
     """Prompts for calibration and gates: the concepts alone and together, and base ones; no unseen wording."""
     subjects = [c for c in loras.concepts if c in NEW_SUBJECTS]
@@ -120,8 +117,7 @@ def asked_for(loras: Loras) -> list[Prompt]:
     found: list[tuple[str, str]] = [(s, k) for s in subjects for k in BASE_STYLES]
     found += [(s, k) for s in BASE_SUBJECTS for k in styles]
     found += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
-    ways = len(WORDINGS)
-    texts = [prompt(*pair, WORDINGS[(i + k) % ways]) for k in range(_WAYS) for i, pair in enumerate(found)]
+    texts = [prompt(*pair, way) for way in WORDINGS for pair in found]
     texts += [prompt(s, k, way) for s in subjects for k in styles for way in WORDINGS]
     rows = named(texts, [[concept] for concept in loras.concepts]).tolist()
     return [
@@ -202,7 +198,6 @@ METHODS: dict[str, Method] = {
     "lego 1.5x": Method(_merge(Lego, "1.5x"), "1.5 r"),
     "lego 80%": Method(_merge(Lego, "80%"), "by energy"),
     "lego mean": Method(_merge(lambda k: Lego(k, centroid="mean"))),
-    "lego mean 2x": Method(_merge(lambda k: Lego(k, centroid="mean"), "2x"), "2 r"),
     "lego reweighted": Method(_merge(lambda k: Lego(k, parameter_reweight=True, output_reweight=True))),
     "lego-paper": Method(_merge(lambda k: Lego(k, "paper"))),
     "lego-paper 1.5x": Method(_merge(lambda k: Lego(k, "paper"), "1.5x"), "1.5 r"),
@@ -219,7 +214,6 @@ METHODS: dict[str, Method] = {
     "router apart": Method(_router(None), "-", whole=True),
     "mole": Method(_mole(GateSettings(), FAST), "-", whole=True),
     "mole apart": Method(_mole(GateSettings(), FAST, rows=None), "-", whole=True),
-    "mole long": Method(_mole(GateSettings(), LONG), "-", whole=True),
     "mole block": Method(_mole(_BLOCK, FAST), "-", whole=True),
     "mole output": Method(_mole(_BLOCK, FAST, mixing="output"), "-", whole=True),
     "mole-paper": Method(_mole(_PAPER, FAST.model_copy(update={"balance": 0.5})), "-", whole=True),
