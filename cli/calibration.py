@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import MergeError
 from .console import out, progress_bar
 from .gates_input import parse_size, parse_words, read_lines
-from .machine import computing, host
+from .machine import computing, enough_memory, host
 from .options import check_free, size_of
 
 if TYPE_CHECKING:
@@ -57,19 +56,15 @@ def measure(
     adapters = [load(folder / entry.path, convert_rank=recipe.convert_rank) for entry in recipe.inputs]
     whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
     pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
-    with progress_bar("measuring", quiet=json, telling=True) as progress:
-        try:
-            statistics = host("pipeline_calibration").calibrate_pipeline(
-                pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
-                strengths=[entry.weight / (whole or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
-                paint_steps=paint_steps, progress=progress,
-            )  # fmt: skip
-        except torch.cuda.OutOfMemoryError as error:
-            raise MergeError(
-                "The device has too little memory.",
-                found=str(error).partition("\n")[0] or None,
-                remedy="try a smaller --size, or --device cpu",
-            ) from error
+    with (
+        progress_bar("measuring", quiet=json, telling=True) as progress,
+        enough_memory("try a smaller --size, or --device cpu"),
+    ):
+        statistics = host("pipeline_calibration").calibrate_pipeline(
+            pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
+            strengths=[entry.weight / (whole or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
+            paint_steps=paint_steps, progress=progress,
+        )  # fmt: skip
     statistics.save(target)
     if not json:
         out().print(f"measured {len(statistics.modules)} layers: {target} ({size_of(target)})", markup=False)

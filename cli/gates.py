@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..core.errors import MergeError
 from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures
 from .gates_output import draw, facts, python, tell
-from .machine import check_device, computing, host
+from .machine import check_device, computing, enough_memory, host
 from .options import (
     GUIDANCE_HELP,
     OUTPUT,
@@ -224,7 +223,10 @@ def train_gates(
         adapters = host("pipeline").experts(pipe, adapters)
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
     critic = None if clip is None else host("pipeline_clip").load_clip(clip)
-    with progress_bar("training", quiet=json or not alone, telling=True) as progress:
+    with (
+        progress_bar("training", quiet=json or not alone, telling=True) as progress,
+        enough_memory("try --checkpointing, a smaller --batch or --size, or --set accumulation=4"),
+    ):
         try:
             done = host("pipeline_training").train_gates(
                 pipe, mixture, concepts, texts, training, images=pictures, clip=critic, size=pixels, guidance=guidance,
@@ -232,12 +234,6 @@ def train_gates(
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_interrupted(state)) from None
-        except torch.cuda.OutOfMemoryError as error:
-            raise MergeError(
-                "The device has too little memory.",
-                found=str(error).partition("\n")[0] or None,
-                remedy="try --checkpointing, a smaller --batch or --size, or --set accumulation=4",
-            ) from error
     if not alone:
         return
     done.gates.save(output)

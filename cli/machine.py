@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
@@ -25,6 +27,19 @@ def check_device(name: str) -> None:
 def computing(device: str) -> DtypeName:
     """The number format that a pipeline computes in on a device, where nothing else is asked for."""
     return "float32" if device == "cpu" else "bfloat16"
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Generator[None]:
+    """Tell what to do where a device is too small for what goes on inside the block."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise MergeError(
+            "The device has too little memory.", found=str(error).partition("\n")[0] or None, remedy=remedy
+        ) from error
 
 
 def host(name: str) -> Any:

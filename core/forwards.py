@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,6 +59,11 @@ def _at_work(forward: Any) -> Any:
     return forward
 
 
+def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 class Layer(Forward):
     """Adds the gated experts to a layer's output."""
 
@@ -70,7 +75,7 @@ class Layer(Forward):
         y = self.inner(*args, **kwargs)
         if not self.active:
             return y
-        x = (args[0] if args else next(iter(kwargs.values()))).to(y.device)
+        x = first_given(args, kwargs).to(y.device)
         z = self.stack.down(self.module, x)
         g = self.site.value
         if g is None:
@@ -87,8 +92,7 @@ class Reader(Forward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active and self.site.value is None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            self.state.hidden(self.site, self.path, x, image=self.image)
+            self.state.hidden(self.site, self.path, first_given(args, kwargs), image=self.image)
         return self.inner(*args, **kwargs)
 
 
@@ -100,8 +104,10 @@ class Root(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active:
             text = self.arguments.find(args, kwargs)
-            batch = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), 0)
-            self.state.start(text if isinstance(text, Tensor) else None, kwargs, batch)
+            if self.state.following is not None:
+                batch = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), 0)
+                self.state.following.start(kwargs, batch)
+            self.state.start(text if isinstance(text, Tensor) else None, kwargs)
         output = self.inner(*args, **kwargs)
         if self.active:
             self.state.end()

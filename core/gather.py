@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MergeError
+from .forwards import first_given
 
 
 class Moment:
@@ -66,14 +67,22 @@ def gather(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Moment]]:
     Raises:
         MergeError: A grouped convolution: its factors see only part of the channels.
     """
+    for name, module in modules.items():
+        if getattr(module, "groups", 1) != 1:
+            raise MergeError("Grouped convolutions cannot be measured.", module=name)
     moments = {name: Moment() for name in modules}
-    handles = []
-    try:
-        for name, module in modules.items():
-            if getattr(module, "groups", 1) != 1:
-                raise MergeError("Grouped convolutions cannot be measured.", module=name)
-            handles.append(module.register_forward_pre_hook(_hook(moments[name]), with_kwargs=True))
+    with _hooked([(module, _hook(moments[name])) for name, module in modules.items()]):
         yield moments
+
+
+@contextmanager
+def _hooked(hooks: Iterable[tuple[nn.Module, Any]]) -> Generator[None]:
+    """Call a hook of its own before each module's forward, inside the block."""
+    handles: list[Any] = []
+    try:
+        for module, hook in hooks:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -99,15 +108,9 @@ def observe(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Seen]]:
         Name -> `Seen`, for modules that were called. The tensors are not kept alive.
     """
     seen: dict[str, Seen] = {}
-    handles: list[Any] = []
     numbers = _Numbers()
-    try:
-        for name, module in modules.items():
-            handles.append(module.register_forward_pre_hook(_noting(name, seen, numbers), with_kwargs=True))
+    with _hooked([(module, _noting(name, seen, numbers)) for name, module in modules.items()]):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -129,7 +132,7 @@ class _Numbers:
 
 def _noting(name: str, seen: dict[str, Seen], numbers: _Numbers) -> Any:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _input(args, kwargs)
+        x = first_given(args, kwargs)
         if isinstance(module, nn.modules.conv._ConvNd):  # another kernel sees other patches of the same tensor
             numbers.count += 1
             width, number = x.shape[-1 - len(module.kernel_size)] * math.prod(module.kernel_size), numbers.count
@@ -141,13 +144,9 @@ def _noting(name: str, seen: dict[str, Seen], numbers: _Numbers) -> Any:
     return note
 
 
-def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def _hook(moment: Moment) -> Any:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _input(args, kwargs)
+        x = first_given(args, kwargs)
         moment.add(_patches(module, x) if isinstance(module, nn.modules.conv._ConvNd) else x)
 
     return count

@@ -143,11 +143,9 @@ class State:
             self.spreads[key] = g, stack.spread(g, z)  # with `g`, whose id nothing else may get meanwhile
         return self.spreads[key][1]
 
-    def start(self, text: Tensor | None, arguments: Mapping[str, Any], batch: int) -> None:
-        """A pass of the whole model begins, of so many samples."""
+    def start(self, text: Tensor | None, arguments: Mapping[str, Any]) -> None:
+        """A pass of the whole model begins."""
         self.end()
-        if self.following is not None:
-            self.following.start(arguments, batch)
         if self.watch is not None and not torch.compiler.is_compiling():
             self.watch.start(arguments)
         if self.reads != "text" or self.held is not None:
