@@ -21,13 +21,12 @@ Set = tuple[tuple[str, ...], int]  # concepts and the seed of their LoRAs
 # Never scored. fish + ember of seed 0, like the third pair, house + shadow, shows both at hardly any strength of the
 # plain sum: where nothing can be seen, nothing can be chosen.
 TUNING: tuple[Set, ...] = (
-    (("heart", "wood"), 0), (("heart", "wood"), 1), (("heart", "wood"), 2),
-    (("fish", "ember"), 1), (("fish", "ember"), 2),
+    (("heart", "wood"), 0), (("heart", "wood"), 1), (("heart", "wood"), 2), (("fish", "ember"), 2),
 )  # fmt: skip
 SCORED = (("heart", "ember"), ("fish", "wood"), ("heart", "shadow"), ("house", "wood"))
 LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
 LARGER_TUNING: dict[int, Set] = {3: (("heart", "house", "wood"), 0), 4: (("heart", "house", "shadow", "wood"), 0)}
-SCALES = (0.8, 1.0, 1.15, 1.3, 1.6)
+SCALES = (1.0, 1.15, 1.3, 1.6)
 
 
 @dataclass(frozen=True)
