@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from .errors import FormatError
 from .lowrank import LowRank
+
+CONFIG_KEY = "adapter_config"  # where the metadata of an adapter from a PEFT folder holds its configuration
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,15 @@ _TEXT_ENCODER_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "clip_l.",
 
 
 def base_model(metadata: Mapping[str, str]) -> str | None:
-    """What a file says it was trained on, in its own words; ``None`` where it does not say."""
-    return metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version") or None
+    """What a file or folder says it was trained on, in its own words; ``None`` where it does not say."""
+    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    if said or CONFIG_KEY not in metadata:
+        return said or None
+    try:
+        said = json.loads(metadata[CONFIG_KEY])["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(said) if said else None
 
 
 def is_text_encoder(module: str) -> bool:

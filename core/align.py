@@ -8,9 +8,11 @@ from itertools import combinations
 
 from .adapter import Adapter, base_model, is_text_encoder
 from .errors import LegoMoleError, MergeError, name_some
+from .formats.peft_config import check_together
 from .keymap import KeyMap, rename, unmapped
 from .spelling import respelled
 
+_BLOCK = re.compile(r"\.\d+\.")
 Resolver = Callable[[Sequence[Adapter]], KeyMap]
 
 
@@ -22,7 +24,7 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
     (a fused ``qkv`` here, a ``to_q`` there), names that differ in prefix and punctuation only are spelled alike. If
     that is not enough, the host's key map is asked, and followed if more of the layers meet under it. An adapter of the
     text encoder alone and one of the diffusion model alone may be merged as long as they come in one dialect: they are
-    disjoint parts of one model.
+    disjoint parts of one model. So may PEFT folders that name the same base model and have blocks of it in common.
 
     Args:
         adapters: As loaded.
@@ -32,7 +34,7 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
         The adapters, in order, renamed exactly where that was necessary.
 
     Raises:
-        MergeError: Adapters without a common layer, or for different base models.
+        MergeError: Adapters without a common layer, or for different base models or vocabularies.
     """
     adapters = list(adapters)
     result = adapters
@@ -46,11 +48,12 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
         try:
             known = key_map(adapters)
         except LegoMoleError:
-            if not met:
+            if not met and not _one_base(adapters):
                 raise
         renamed = [rename(adapter, known) for adapter in adapters]
+        changed = any(new.layers != old.layers for new, old in zip(renamed, adapters, strict=True))
         # the same layers under other names are no gain: the files' own names are kept then
-        if _shared(renamed) > _shared(result) * (1 + 1e-9) or not met:
+        if changed and (_shared(renamed) > _shared(result) * (1 + 1e-9) or not met):
             result = renamed
     strangers = _strangers(result)
     if strangers is not None and not _parts_of_one_model(strangers, adapters, known):
@@ -67,6 +70,7 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
             "so that the names can be translated",
         )
     _check_shapes(result)
+    check_together(result)
     return result
 
 
@@ -101,11 +105,21 @@ def _flat(adapter: Adapter) -> bool:
 
 
 def _parts_of_one_model(strangers: tuple[Adapter, Adapter], originals: Sequence[Adapter], known: KeyMap) -> bool:
-    """Whether the key map knows all layers of both, and as layers of the same network: merely disjoint then."""
-    if not known or unmapped(originals, known):
-        return False
+    """Whether both are known to have layers of the same network: merely disjoint ones then.
+
+    The key map knows all layers; or it knows none, and the adapters say it themselves.
+    """
+    if not known:
+        return _one_base(strangers)
     roots = [{name.split(".", 1)[0] for name in _components(adapter)[0]} for adapter in strangers]
-    return roots[0] == roots[1]
+    return not unmapped(originals, known) and roots[0] == roots[1]
+
+
+def _one_base(adapters: Sequence[Adapter]) -> bool:
+    """Whether all are PEFT folders that name the same base model and call its blocks alike, if they have any."""
+    bases = {base_model(adapter.metadata) if adapter.source.format == "peft" else None for adapter in adapters}
+    blocks = [{_BLOCK.split(name)[0] for name in adapter.modules if _BLOCK.search(name)} for adapter in adapters]
+    return len(bases) == 1 and None not in bases and all(a & b or not a or not b for a, b in combinations(blocks, 2))
 
 
 def _differ_in_kind(adapters: Sequence[Adapter]) -> bool:

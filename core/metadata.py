@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .adapter import Adapter
-from .formats.peft import CONFIG_KEY
-from .recipe import Recipe
+from .adapter import CONFIG_KEY, Adapter
+from .formats.peft_config import combined, configs
+from .recipe import HUB, Recipe
 from .report import MergeReport
 
 KEY = "legomole"  # the metadata entry that holds recipe and report
@@ -24,6 +24,7 @@ _AGREED = (
     "modelspec.prediction_type",
     "modelspec.resolution",
 )
+_AGREED_BY_PEFT = ("base_model_name_or_path", "revision", "task_type")
 _MAX_TAGS = 20  # of each data set in ss_tag_frequency; enough to find a trigger word, small in the header
 
 
@@ -31,9 +32,9 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     """Metadata of a merged file: how it was made, and what other tools look for. The same merge, the same text.
 
     ``legomole`` holds the recipe and a compact report as JSON. Of each input (and of the statistics) only the file's
-    name is kept, because folders are private, and the input's hash. ``ss_base_model_version``,
-    ``modelspec.architecture`` and their like are kept when the inputs agree; trigger phrases are joined; of each
-    training set's tags the most frequent are kept. Of PEFT configurations what all say alike is kept.
+    name is kept, because folders are private, unlike names on the Hugging Face Hub; and the input's hash.
+    ``ss_base_model_version``, ``modelspec.architecture`` and their like are kept when the inputs agree; trigger phrases
+    are joined; of each training set's tags the most frequent are kept. Of PEFT configurations see `combined`.
 
     Args:
         recipe: What was asked for. report: What came out.
@@ -61,20 +62,14 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     tags = _tags(inputs)
     if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags, ensure_ascii=False)
-    config = _common_config(inputs)
+    config = combined(inputs)
     if config:
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return metadata
 
 
-def _common_config(inputs: Sequence[Adapter]) -> dict[str, Any]:
-    """What the configurations of PEFT inputs say alike, e.g. their base model; empty unless all are PEFT's."""
-    configs = [json.loads(adapter.metadata.get(CONFIG_KEY, "{}")) for adapter in inputs]
-    return {key: value for key, value in configs[0].items() if all(c.get(key) == value for c in configs)}
-
-
 def _name(path: str) -> str:
-    return path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    return path if path.startswith(HUB) else path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def _phrase(adapter: Adapter) -> bool:
@@ -103,10 +98,11 @@ def disagreements(inputs: Sequence[Adapter]) -> list[str]:
         and CONFIG_KEY not in adapter.metadata
         and all(part.alpha is None for part in adapter.modules.values())
     ]
-    for key in _AGREED:
-        said = {adapter.label: adapter.metadata[key] for adapter in inputs if adapter.metadata.get(key)}
-        if len(set(said.values())) > 1:
-            notes.append(f"{key} differs: {', '.join(f'{value} ({label})' for label, value in said.items())}")
+    said = {key: [(a.label, a.metadata[key]) for a in inputs if a.metadata.get(key)] for key in _AGREED}
+    said |= {key: [(label, str(c[key])) for label, c in configs(inputs) if c.get(key)] for key in _AGREED_BY_PEFT}
+    for key, pairs in said.items():
+        if len({value for _, value in pairs}) > 1:
+            notes.append(f"{key} differs: {', '.join(f'{value} ({label})' for label, value in pairs)}")
     return notes
 
 

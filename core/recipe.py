@@ -25,6 +25,9 @@ else:
     import tomli as tomllib
 
 
+HUB = "hf://"  # how the path of an input in the local Hugging Face cache begins
+
+
 class RecipeError(LegoMoleError, ValueError):
     """A recipe that cannot be read, or whose inputs are not the ones it was written for."""
 
@@ -33,7 +36,8 @@ class Input(BaseModel):
     """One LoRA of a recipe.
 
     Args:
-        path: File or folder; relative to the recipe's folder.
+        path: File or folder, relative to the recipe's folder; or ``hf://OWNER/NAME[@REVISION]``, an adapter in the
+            local Hugging Face cache.
         sha256: Hash of the weight file, ``""`` accepts any.
         weight: Merge weight; negative subtracts.
         text_encoder_weight: Weight of its text encoder modules, default the same.

@@ -18,7 +18,7 @@ from .formats.files import sha256
 from .keymap import KeyMap
 from .merge import MergeResult, Progress, matching, merge
 from .metadata import KEY, disagreements, file_metadata
-from .recipe import Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
+from .recipe import HUB, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
 from .statistics import Statistics
 
 
@@ -66,6 +66,7 @@ def run(
     folder: Path = Path(),
     key_map: Callable[[Sequence[Adapter]], KeyMap] | None = None,
     spell: Callable[[Adapter, str], Adapter] | None = None,
+    cached: Callable[[str], Path] | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> MergeResult:
@@ -80,6 +81,7 @@ def run(
         spell: The same host's: an adapter under the names that a format needs. With it the result is ready to be
             saved in the format the recipe asks for, and Stable Diffusion LoRAs keep kohya names if the first has
             them; without it names stay as `align` left them.
+        cached: A host's: the folder of an adapter's name in the local Hugging Face cache.
         device: Where to compute. progress: See `merge`.
 
     Raises:
@@ -89,7 +91,7 @@ def run(
     settings = dict(recipe.settings)
     if "statistics" not in settings:  # wrong settings are told before large files are read
         build_method(recipe.method, settings)
-    adapters = [_load(entry, folder, recipe.convert_rank) for entry in recipe.inputs]
+    adapters = [_load(entry, folder, cached, recipe.convert_rank) for entry in recipe.inputs]
     if "statistics" in settings:
         statistics = folder / str(settings["statistics"])
         settings["statistics"] = Statistics.load(statistics).of(adapters)
@@ -162,10 +164,28 @@ def _format(first: str, merged: Adapter, translated: bool) -> str:
     return own if all(FORMATS[own].fits(name) for name in names) else "comfy"
 
 
-def _load(entry: Input, folder: Path, convert_rank: int | None) -> Adapter:
-    path = folder / entry.path
+def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path:
+    """Where an input of a recipe lies.
+
+    Args:
+        path: As the recipe has it. folder: Where the recipe's relative paths start. cached: See `run`.
+
+    Raises:
+        RecipeError: A name of the Hugging Face Hub, and no host to look it up. FormatError: The host's.
+    """
+    if not path.startswith(HUB):
+        return folder / path
+    if cached is None:
+        raise RecipeError("Adapters of the Hugging Face cache are merged on the command line only.", file=path)
+    return cached(path.removeprefix(HUB))
+
+
+def _load(entry: Input, folder: Path, cached: Callable[[str], Path] | None, convert_rank: int | None) -> Adapter:
+    path = place(entry.path, folder, cached)
     adapter = load(path, convert_rank=convert_rank)
     _check_hash(path, entry.sha256, adapter.source.sha256)
+    if entry.path.startswith(HUB):  # the folder in the cache is called after a commit
+        adapter = dataclasses.replace(adapter, source=dataclasses.replace(adapter.source, path=entry.path))
     return adapter
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Source
+from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, SaveError
-from . import files, peft
+from . import files, peft_folder
 from .base import Format
 from .comfy import Comfy
 from .diffusers import Diffusers
 from .kohya import Kohya
 from .peft import Peft
+from .peft_folder import Folder, folder_of, read_folder
 from .suffixes import classify
 from .writing import cast_adapter, folded
 
@@ -36,7 +37,7 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
     The tensors keep their dtype and are views of the memory-mapped file.
 
     Args:
-        path: File or folder. ``adapter_model.safetensors`` beside its ``adapter_config.json`` means the folder.
+        path: File or folder. The weights of a PEFT folder, or a part of them, mean the folder.
         convert_rank: Turn LoHa, LoKr and full deltas into low-rank updates of this rank (exactly factorised, then the
             best approximation of that rank). ``None`` refuses them.
 
@@ -44,26 +45,25 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
         FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
     """
     path = Path(path)
-    weights, config = _parts(path)
-    tensors, metadata = files.read_tensors(weights)
-    source = Source(str(path), files.sha256(weights), "" if config is None else _PEFT.name)
-    if config is not None:
-        metadata[peft.CONFIG_KEY] = config
+    folder = _folder(path)
+    weights = (path,) if folder is None else folder.weights
+    tensors, metadata = files.read_tensors(*weights)
+    source = Source(str(path), files.sha256(*weights), "" if folder is None else _PEFT.name)
+    if folder is not None:
+        folder.demand_all(tensors)
+        metadata[CONFIG_KEY] = folder.config
     adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
     adapter.check_finite()
     return adapter
 
 
-def _parts(path: Path) -> tuple[Path, str | None]:
-    """The weight file, and the configuration of a PEFT folder, also where its weight file was named."""
+def _folder(path: Path) -> Folder | None:
+    """The PEFT folder that is meant, ``None`` for any other file."""
     try:
-        if path.is_dir():
-            return peft.read_folder(path)
-        if path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).is_file():
-            return peft.read_folder(path.parent)
+        found = folder_of(path)
+        return None if found is None else read_folder(found)
     except OSError as error:  # e.g. a name that is too long for the system
         raise FormatError("The path cannot be used.", file=path, found=error.strerror or str(error)) from error
-    return path, None
 
 
 def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype: torch.dtype | None = None) -> Path:
@@ -84,7 +84,7 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
             Nothing is left behind and an old file stays whole.
     """
     path = Path(path)
-    configured = _PEFT.name if peft.CONFIG_KEY in adapter.metadata else ""
+    configured = _PEFT.name if CONFIG_KEY in adapter.metadata else ""
     format = format or adapter.source.format or configured or detect([*adapter.modules, *adapter.diffs])
     chosen = _format(format)
     if dtype is not None:
@@ -107,7 +107,7 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
     config = json.dumps(_PEFT.config(adapter), indent=2, sort_keys=True) + "\n"
     files.write_folder(
         path,
-        {peft.WEIGHTS: files.tensor_writer(state, metadata), peft.CONFIG: files.text_writer(config)},
+        {peft_folder.WEIGHTS: files.tensor_writer(state, metadata), peft_folder.CONFIG: files.text_writer(config)},
     )
     return path
 
@@ -190,20 +190,20 @@ def summarise(path: str | Path) -> Summary:
         FormatError: A file that is not a sound safetensors file.
     """
     path = Path(path)
-    weights, config = _parts(path)
-    header = files.read_header(weights)
+    folder = _folder(path)
+    header = files.read_header(*((path,) if folder is None else folder.weights))
     roles, others = classify(header.shapes)
     ranks = Counter(
         header.shapes[keys["down"]][0] for keys in roles.values() if header.shapes.get(keys.get("down", ""))
     )
     return Summary(
         path=str(path),
-        format=_PEFT.name if config is not None else detect(list(header.shapes)),
+        format=_PEFT.name if folder is not None else detect(list(header.shapes)),
         modules=len(roles),
         roles=dict(sorted(Counter(role for keys in roles.values() for role in keys).items())),
         ranks=dict(sorted(ranks.items())),
         dtypes=dict(sorted(Counter(header.dtypes.values()).items())),
         others=tuple(sorted(others)),
         names=tuple(sorted(roles)),
-        metadata={**header.metadata, **({} if config is None else {peft.CONFIG_KEY: config})},
+        metadata={**header.metadata, **({} if folder is None else {CONFIG_KEY: folder.config})},
     )

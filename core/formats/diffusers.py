@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapter import Adapter, Source
 from ..errors import FormatError
 from . import reading, writing
-from .peft import PeftScale
+from .peft_config import PeftScale
 
 _CONFIG = "lora_adapter_metadata"
 _NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\d+)?)\..+")

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import FormatError, SaveError
+from ..errors import FormatError, SaveError, name_some
 
 Writer = Callable[[BinaryIO, Path], None]  # (open file, the name it will have, for errors)
 
@@ -49,29 +49,53 @@ class Header:
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
+def read_header(*paths: Path) -> Header:
     """Names, shapes and dtypes of the tensors, and the metadata; reads no tensor.
 
+    Args:
+        paths: A file, or all parts of one whose tensors are spread over several.
+
     Raises:
-        FormatError: See `open_tensors`.
+        FormatError: See `read_tensors`.
     """
-    with _opened(path) as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        return Header(
-            {key: tuple(part.get_shape()) for key, part in slices.items()},
-            {key: part.get_dtype() for key, part in slices.items()},
-            dict(file.metadata() or {}),
-        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        with _opened(path) as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            _demand_new(slices, shapes, path)
+            shapes |= {key: tuple(part.get_shape()) for key, part in slices.items()}
+            dtypes |= {key: part.get_dtype() for key, part in slices.items()}
+            metadata |= file.metadata() or {}
+    return Header(shapes, dtypes, metadata)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(*paths: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors, memory-mapped (the system reads what is used), and the metadata.
 
+    Args:
+        paths: A file, or all parts of one whose tensors are spread over several.
+
     Raises:
-        FormatError: A file that does not exist, is empty, is cut off, is a pickle, or is not a safetensors file.
+        FormatError: A file that does not exist, is empty, is cut off, is a pickle, or is not a safetensors file; a
+            tensor that two parts hold.
     """
-    with _opened(path) as file:
-        return {key: file.get_tensor(key) for key in sorted(file.keys())}, dict(file.metadata() or {})
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        with _opened(path) as file:
+            keys = sorted(file.keys())
+            _demand_new(keys, tensors, path)
+            tensors |= {key: file.get_tensor(key) for key in keys}
+            metadata |= file.metadata() or {}
+    return tensors, metadata
+
+
+def _demand_new(keys: Iterable[str], known: Mapping[str, object], path: Path) -> None:
+    twice = [key for key in keys if key in known]
+    if twice:
+        raise FormatError("Two parts of the weights hold the same tensors.", file=path, found=name_some(twice, 3))
 
 
 @contextmanager
@@ -144,12 +168,13 @@ def _pickle(path: Path) -> FormatError:
     )
 
 
-def sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+def sha256(*paths: Path) -> str:
+    """The hash of a file's bytes; of several, of all their bytes in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -169,7 +194,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
     """Write the named files of a folder; a folder that does not exist yet appears whole or not at all.
 
-    In a folder that exists, all files are written beside it before the first is replaced, in the order given.
+    In a folder that exists, all files are written beside it before the first is replaced. The last one is taken away
+    first and comes last: a folder that has it is of one piece, whenever the work is interrupted.
     """
     with _beside(path) as temporary:
         temporary.mkdir()
@@ -178,10 +204,23 @@ def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
                 write(file, path / name)
                 _sync(file)
         if path.is_dir():
-            for name in writers:
-                (temporary / name).replace(path / name)
+            _replace_files(temporary, path, list(writers))
         else:
             temporary.replace(path)
+
+
+def _replace_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    last, kept = target / names[-1], source / "replaced"
+    if last.exists():
+        last.replace(kept)
+    try:
+        (source / names[0]).replace(target / names[0])
+    except OSError:  # e.g. on Windows, when somebody has it open: all is as it was
+        if kept.exists():
+            kept.replace(last)
+        raise
+    for name in names[1:]:
+        (source / name).replace(target / name)
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:

@@ -3,96 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter, Source
-from ..errors import FormatError, SaveError, name_some
+from ..adapter import CONFIG_KEY, Adapter, Source
+from ..errors import SaveError, name_some
 from . import reading, writing
+from .peft_config import PREFIX, PeftScale, as_lora, parse
+from .suffixes import role_of
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-CONFIG_KEY = "adapter_config"  # the configuration's place in an adapter's metadata
-_PREFIX = "base_model.model."
-_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-
-@dataclass(frozen=True)
-class PeftScale:
-    """How a PEFT configuration scales a module: ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA."""
-
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    source: Source
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any], source: Source) -> PeftScale:
-        if config.get("use_dora"):
-            raise FormatError(
-                "This is a DoRA: it rescales the base model's weights, which are not in the file.",
-                file=source.path or None,
-                found="use_dora is true",
-                remedy="convert it in ComfyUI with the model connected, where the base weights are known",
-            )
-        start = str(config.get("init_lora_weights")).lower()
-        if start.startswith(_CHANGED_BASE):
-            raise FormatError(
-                "This LoRA belongs to a changed base model: its training began by taking a part out of the weights.",
-                file=source.path or None,
-                expected="init_lora_weights true, gaussian or another that leaves the base model alone",
-                found=f"init_lora_weights {start}",
-                remedy="save it with PEFT's path_initial_model_for_weight_conversion, which makes a plain LoRA of it",
-            )
-        try:
-            return PeftScale(
-                int(config.get("r", 8)),
-                float(config.get("lora_alpha", 8)),
-                bool(config.get("use_rslora")),
-                {str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()},
-                {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
-                source,
-            )
-        except (TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                "The adapter configuration is not sound.", file=source.path or None, found=str(error)
-            ) from error
-
-    def __call__(self, module: str, rank: int) -> float | None:
-        """The alpha for which ``alpha / rank`` is PEFT's scale; ``None`` where that scale is 1."""
-        module = module.removesuffix(".lora_embedding")
-        configured = _match(self.rank_pattern, module, self.r)
-        if configured != rank:
-            raise FormatError(
-                "The rank in the configuration is not that of the factors.",
-                expected=f"r = {configured} ({CONFIG})",
-                found=f"r = {rank}",
-                remedy="weights and configuration do not belong together, or the adapter targets bare parameters "
-                "(mixture of experts), which is not supported",
-            )
-        alpha = _match(self.alpha_pattern, module, self.lora_alpha)
-        alpha = alpha * math.sqrt(rank) if self.use_rslora else alpha
-        return None if alpha == rank else float(alpha)
-
-
-def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """A pattern is a regular expression for the end of the name, from a dot on; the first that matches counts."""
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise FormatError("A pattern in the configuration is not a regular expression.", found=key) from error
-    return default
+# said of how an adapter was initialised or run; PEFT warns of them where they are set for nothing
+_OF_TRAINING = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config", "runtime_config")
+_PARAMETER = re.compile(r"(.+)\.(weight|bias)")
+# how a running PEFT model calls the parameters of layers it has wrapped
+_WRAPPED = re.compile(r"(.+)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)")
 
 
 class Peft:
@@ -101,7 +30,7 @@ class Peft:
     name = "peft"
 
     def matches(self, keys: Collection[str]) -> bool:
-        return any(key.startswith(_PREFIX) for key in keys)
+        return any(key.startswith(PREFIX) for key in keys)
 
     def fits(self, module: str) -> bool:
         return not module.startswith(("lora_unet_", "lora_te", "lycoris_", "diffusion_model.", "text_encoders."))
@@ -113,17 +42,19 @@ class Peft:
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:
         """A lone file without a configuration has scale 1, as image programs read it."""
-        config = _parse(metadata[CONFIG_KEY], source) if CONFIG_KEY in metadata else None
-        named = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-        adapter = reading.assemble(
-            named,
-            metadata,
-            source,
-            convert_rank=convert_rank,
-            alpha_of=None if config is None else PeftScale.from_config(config, source),
-        )
-        originals = {key.removeprefix(_PREFIX): key for key in tensors}
-        extras = {originals[key]: tensor for key, tensor in adapter.extras.items()}
+        named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        alpha_of = None
+        if CONFIG_KEY in metadata:
+            config = parse(metadata[CONFIG_KEY], source)
+            scale = PeftScale.from_config(config, source)
+            if config["peft_type"].upper() == "LORA":
+                alpha_of = scale
+            else:
+                named = _scaled(named, scale)
+                metadata = {**metadata, CONFIG_KEY: json.dumps(as_lora(config), sort_keys=True)}
+        adapter = reading.assemble(named, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
+        originals = {key.removeprefix(PREFIX): key for key in tensors}
+        extras = {_plain(originals[key], originals.values()): tensor for key, tensor in adapter.extras.items()}
         return Adapter(adapter.modules, adapter.diffs, extras, metadata, source)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -132,9 +63,9 @@ class Peft:
         for name, part in adapter.modules.items():
             down, up = writing.factors(part)
             if name.endswith(".lora_embedding"):
-                state[f"{_PREFIX}{name}_A"], state[f"{_PREFIX}{name}_B"] = down, up
+                state[f"{PREFIX}{name}_A"], state[f"{PREFIX}{name}_B"] = down, up
             else:
-                state[f"{_PREFIX}{name}.lora_A.weight"], state[f"{_PREFIX}{name}.lora_B.weight"] = down, up
+                state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = down, up
         biases = writing.low_rank_bias(adapter, self.name)
         embeddings = [name for name in biases if name.endswith(".lora_embedding")]
         if embeddings:
@@ -145,21 +76,47 @@ class Peft:
             )
         for name, bias in biases.items():
             part = adapter.modules[name]
-            state[f"{_PREFIX}{name}.lora_B.bias"] = bias if part.scale == 1.0 else _unscaled(bias, part.scale)
-        return writing.with_extras(state, adapter), {"format": "pt", **writing.strings(adapter.metadata, CONFIG_KEY)}
+            state[f"{PREFIX}{name}.lora_B.bias"] = bias if part.scale == 1.0 else _unscaled(bias, part.scale)
+        carried = replace(adapter, extras=self._placed(adapter))
+        return writing.with_extras(state, carried), {"format": "pt", **writing.strings(adapter.metadata, CONFIG_KEY)}
+
+    def _placed(self, adapter: Adapter) -> dict[str, Tensor]:
+        """What is carried along, under the keys that PEFT looks for it: layers with a LoRA are wrapped.
+
+        Raises:
+            SaveError: A layer that is saved whole has a LoRA too: PEFT would leave that out without a word.
+        """
+        layers = {name.removesuffix(".lora_embedding") for name in adapter.modules}
+        saved = _saved(_given(adapter), adapter)
+        inside = [layer for layer in layers if any(_lies_in(module, f"{layer}.weight") for module in saved)]
+        if inside:
+            raise SaveError(
+                "One LoRA replaces a layer as a whole, another adds a LoRA to it: PEFT has no place for both.",
+                module=name_some(sorted(inside), 3),
+                found=f"modules_to_save {name_some(saved, 3)}",
+                remedy=f"leave the latter out there: --module-weight '*{min(inside)}*=0'",
+            )
+        extras: dict[str, Tensor] = {}
+        for key, tensor in adapter.extras.items():
+            match = _PARAMETER.fullmatch(key.removeprefix(PREFIX))
+            wrapped = match is not None and match[1] in layers
+            extras[f"{PREFIX}{match[1]}.base_layer.{match[2]}" if match and wrapped else key] = tensor
+        return extras
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """The ``adapter_config.json`` of the adapter: what the inputs' said, but our own ranks, alphas and targets."""
-        given = adapter.metadata.get(CONFIG_KEY)
-        kept = {} if given is None else _parse(given, adapter.source)
+        kept = _given(adapter)
+        if not any(".token_adapter." in key for key in adapter.extras):
+            kept.pop("trainable_token_indices", None)
         layers = {name.removesuffix(".lora_embedding"): part for name, part in adapter.modules.items()}
         r = _commonest(part.rank for part in layers.values())
         alphas = {name: _alpha(part) for name, part in layers.items()}
         lora_alpha = _commonest(alphas.values())
         return {
-            "bias": "none",
             "fan_in_fan_out": False,
-            **kept,
+            **{key: value for key, value in kept.items() if key not in _OF_TRAINING},
+            "bias": kept.get("bias", "none") if any(key.endswith(".bias") for key in adapter.extras) else "none",
+            "modules_to_save": _saved(kept, adapter) or None,
             "peft_type": "LORA",
             "r": r,
             "lora_alpha": lora_alpha,
@@ -178,6 +135,39 @@ class Peft:
         }
 
 
+def _given(adapter: Adapter) -> dict[str, Any]:
+    given = adapter.metadata.get(CONFIG_KEY)
+    return {} if given is None else parse(given, adapter.source)
+
+
+def _plain(key: str, all_keys: Collection[str]) -> str:
+    """The key of a carried tensor as a model without PEFT calls it, unless the file has that one too."""
+    match = _WRAPPED.fullmatch(key)
+    plain = key if match is None else f"{match[1]}.{match[2]}"
+    return key if plain in all_keys else plain
+
+
+def _saved(config: Mapping[str, Any], adapter: Adapter) -> list[str]:
+    """The entries of ``modules_to_save`` that mean modules the adapter does carry."""
+    carried = [key.removeprefix(PREFIX) for key in adapter.extras]
+    return [name for name in config.get("modules_to_save") or () if any(_lies_in(name, key) for key in carried)]
+
+
+def _lies_in(module: str, key: str) -> bool:
+    """Whether the parameter `key` lies in what an entry of ``modules_to_save`` means."""
+    return re.match(rf"(.*\.)?{re.escape(module)}\.", key) is not None
+
+
+def _scaled(tensors: Mapping[str, Tensor], scale: PeftScale) -> dict[str, Tensor]:
+    """The factors of a LoHa or LoKr with the scale in one of them: PEFT's is alpha / r whatever is decomposed."""
+    result: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, role = role_of(key) or ("", "")
+        first = role in ("hada_w1_a", "lokr_w1", "lokr_w1_a")
+        result[key] = scale.alpha(module) / scale.rank(module) * tensor.float() if first else tensor
+    return result
+
+
 def _unscaled(bias: Tensor, scale: float) -> Tensor:
     # a scale of 0 silences the bias of B too, so none can be stored
     return bias if scale == 0.0 else (bias.float() / scale).to(bias.dtype)
@@ -192,51 +182,3 @@ def _commonest(values: Any) -> Any:
     """The value most layers have; the smallest of several such."""
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value))
-
-
-def _parse(text: str, source: Source) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise FormatError(f"{CONFIG} is not JSON.", file=source.path or None, found=str(error)) from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{CONFIG} is not a JSON object.", file=source.path or None, found=type(config).__name__)
-    kind = cast("dict[str, Any]", config).get("peft_type")
-    if str(kind).upper() != "LORA":
-        raise FormatError(
-            "This PEFT adapter is not a LoRA.", file=source.path or None, expected="peft_type LORA", found=kind
-        )
-    return cast("dict[str, Any]", config)
-
-
-def read_folder(folder: Path) -> tuple[Path, str]:
-    """The weight file of a PEFT folder and the text of its configuration.
-
-    Raises:
-        FormatError: Either is missing, or the weights are only there as a pickle.
-    """
-    weights, config = folder / WEIGHTS, folder / CONFIG
-    if not config.is_file() and not weights.is_file():
-        raise FormatError(
-            "The folder holds no PEFT adapter.", file=folder, expected=f"{WEIGHTS} and {CONFIG}", found="neither"
-        )
-    if not config.is_file():
-        raise FormatError(
-            f"The folder has no {CONFIG}, so the scale is unknown.",
-            file=folder,
-            remedy=f"fetch {CONFIG} from where the adapter came from",
-        )
-    if not weights.is_file():
-        pickle = folder / "adapter_model.bin"
-        raise FormatError(
-            f"The folder has no {WEIGHTS}.",
-            file=folder,
-            found="adapter_model.bin, a pickle, which can run any program when it is opened; it was not"
-            if pickle.exists()
-            else "only the configuration: the download or save was interrupted",
-            remedy="get the safetensors version of the weights",
-        )
-    try:
-        return weights, config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"{CONFIG} cannot be read.", file=config, found=str(error)) from error
