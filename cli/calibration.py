@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..hosts.hub import cached
 from .console import out, progress_bar
 from .gates_input import parse_size, parse_words, read_lines
 from .machine import computing, enough_memory, host
@@ -48,12 +49,13 @@ def measure(
 
     from ..core.calibration import CalibrationSettings
     from ..core.formats import load
+    from ..core.run import place
 
     concepts = parse_words(words, len(recipe.inputs))
     pixels = None if size is None else parse_size(size)
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
-    adapters = [load(folder / entry.path, convert_rank=recipe.convert_rank) for entry in recipe.inputs]
+    adapters = [load(place(entry.path, folder, cached), convert_rank=recipe.convert_rank) for entry in recipe.inputs]
     whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
     pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
     with (

@@ -14,6 +14,7 @@ from rich.table import Table
 from ..hosts.names import key_map, spelled_for
 from .console import out, print_json
 from .gates_output import gates_facts, show
+from .machine import located
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def inspect(
     """
     from ..core.formats import summarise
 
+    paths = [located(path) for path in paths]
     summaries = [summarise(path) for path in paths]
     loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
     if recipe:
@@ -187,6 +189,7 @@ def convert(
 
     from ..core.formats import load, save
 
+    input = located(input)
     adapter = load(input, convert_rank=convert_rank)
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)

@@ -1,13 +1,16 @@
-"""What commands need of this machine: a device, its number format, a host library."""
+"""What commands need of this machine: a device, its number format, a host library, an adapter in its cache."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
+from ..hosts.hub import cached
 
 if TYPE_CHECKING:
     from .options import DtypeName
@@ -51,3 +54,29 @@ def host(name: str) -> Any:
             found=str(error),
             remedy="pip install 'legomole[diffusers]'",
         ) from error
+
+
+_HUB_NAME = re.compile(r"(hf:/{1,2})?([\w.-]+/[\w.-]+(?:@[\w./-]+)?)")
+
+
+def named(text: str) -> str:
+    """An input as a recipe names it: ``OWNER/NAME[@REVISION]`` as one of the Hugging Face cache, a path as it is.
+
+    What is a file or folder here, or would lie in a folder that is, is taken for a path.
+    """
+    from ..core.recipe import HUB
+
+    match = _HUB_NAME.fullmatch(text)
+    local = Path(text).exists() or Path(text).parent.is_dir() or text.endswith(".safetensors")
+    return text if match is None or (local and match[1] is None) else HUB + match[2]
+
+
+def located(path: Path) -> Path:
+    """Where an input lies that was typed as a path, or as a name in the Hugging Face cache.
+
+    Raises:
+        FormatError: There is no such name.
+    """
+    from ..core.run import place
+
+    return place(named(str(path)), Path(), cached)

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..hosts.hub import cached
 from ..hosts.names import key_map, spelled_for
 from .arguments import add_module_weights, parse_input, parse_setting
 from .calibration import measure
 from .console import out, print_json, progress_bar
-from .machine import check_device
+from .machine import check_device, named
 from .options import (
     CALIBRATION,
     DEFAULT_RANK,
@@ -69,7 +70,8 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="LORA[:WEIGHT[:TEXT_ENCODER_WEIGHT]]",
-            help="LoRA files or PEFT folders. Weight 1 if not given; negative subtracts.",
+            help="LoRA files, PEFT folders, or names of adapters in the local Hugging Face cache (OWNER/NAME, "
+            "OWNER/NAME@REVISION). Weight 1 if not given; negative subtracts.",
         ),
     ] = None,
     config: Annotated[
@@ -209,7 +211,8 @@ def merge(
             base["settings"]["statistics"] = str((folder / base["settings"]["statistics"]).absolute())
     if inputs:
         folder = Path()
-        base["inputs"] = [parse_input(text) for text in inputs]
+        entries = [parse_input(text) for text in inputs]
+        base["inputs"] = [{**entry, "path": named(entry["path"])} for entry in entries]
     if not base.get("inputs"):
         raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
     if calibrate is not None:
@@ -274,7 +277,7 @@ def compress(
 
     data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     settings = _given({"rank": rank or "95%", "seed": seed})
-    recipe = from_dict({**data, "inputs": [{"path": input}], "settings": settings})
+    recipe = from_dict({**data, "inputs": [{"path": named(input)}], "settings": settings})
     _carry_out(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
 
 
@@ -284,8 +287,9 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:
     from ..core.formats import summarise
+    from ..core.run import place
 
-    paths = [folder / entry.path for entry in recipe.inputs]
+    paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
@@ -307,7 +311,9 @@ def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrit
     recipe = _ranked(recipe)
     target = _check_target(recipe, folder, output, overwrite=overwrite)
     with progress_bar("merging", quiet=json) as progress:
-        result = run(recipe, folder=folder, key_map=key_map, spell=spelled_for, device=device, progress=progress)
+        result = run(
+            recipe, folder=folder, key_map=key_map, spell=spelled_for, cached=cached, device=device, progress=progress
+        )
     written = save(result.adapter, target)
     if json:
         print_json({"output": str(written), "report": result.report.to_dict()})

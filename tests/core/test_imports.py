@@ -12,7 +12,17 @@ import pytest
 
 ROOT = Path(legomole.__file__).parent
 ENGINE = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "core").rglob("*.py"))
-HOSTS = ("comfy", "comfy_api", "folder_paths", "nodes", "diffusers", "transformers", "peft", "accelerate")
+HOSTS = (
+    "comfy",
+    "comfy_api",
+    "folder_paths",
+    "nodes",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "huggingface_hub",
+)
 HEAVY = ("torch", "numpy", "safetensors", "pydantic", "typer", "rich", "yaml")
 LAZY = ("sklearn", "matplotlib", "scipy")  # only where used, never on import
 

@@ -1,0 +1,44 @@
+"""huggingface_hub: adapters in the local cache of what was downloaded from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.errors import FormatError
+
+# an adapter's own files; other files of a repository need not be there
+_FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]
+
+
+def cached(name: str) -> Path:
+    """The folder of an adapter in the local cache. Nothing is downloaded.
+
+    Args:
+        name: ``owner/name`` or ``owner/name@revision``, a branch, tag or commit.
+
+    Raises:
+        FormatError: It is not there, or huggingface_hub is not installed.
+    """
+    repository, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(
+            snapshot_download(repository, revision=revision or None, local_files_only=True, allow_patterns=_FILES)
+        )
+    except ImportError as error:
+        raise FormatError(
+            "This looks like a name on the Hugging Face Hub, and huggingface_hub is not installed.",
+            file=name,
+            found=str(error),
+            remedy="pip install 'legomole[peft]', or name the file or folder",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            "There is no such file or folder, and no adapter of this name in the local Hugging Face cache.",
+            file=name,
+            expected="a path, or OWNER/NAME or OWNER/NAME@REVISION of an adapter that was downloaded",
+            found=str(error).partition(". ")[0],
+            remedy=f"check the path, or download it first: hf download {repository}"
+            + (f" --revision {revision}" if revision else ""),
+        ) from error
