@@ -9,39 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import nn  # noqa: E402
+
+from .language import gpt2, llama, logits  # noqa: E402
 
 # the libraries' own affairs: deprecations, and PEFT's notices about embeddings and one-dimensional biases it wrote
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*embedding layers", "ignore:.*invalid shape"
 )
-
-TOKENS = torch.tensor([[1, 5, 3, 2]])
-
-
-def llama(bias: bool = False) -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=12, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=32, attention_bias=bias,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def gpt2() -> Any:
-    torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)).eval()
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
 
 
 def apply(model: nn.Module, adapter: Adapter, transpose: bool = False) -> None:
@@ -107,9 +88,9 @@ def test_pefts_folder_in_ours(rslora: bool, tmp_path: Path) -> None:
 
 def test_a_bias_of_B(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=2, lora_alpha=5, lora_bias=True, target_modules=["q_proj"], init_lora_weights=False)
-    theirs = peft.get_peft_model(llama(bias=True), config).eval()
+    theirs = peft.get_peft_model(llama(attention_bias=True), config).eval()
     theirs.save_pretrained(str(tmp_path / "x"))
     ours = load(tmp_path / "x")
     assert len(ours.diffs) == 12
-    again = peft.PeftModel.from_pretrained(llama(bias=True), str(save(ours, tmp_path / "y")))
+    again = peft.PeftModel.from_pretrained(llama(attention_bias=True), str(save(ours, tmp_path / "y")))
     torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-4, atol=1e-5)
