@@ -97,7 +97,7 @@ class Block(Forward):
         j = next(j for j, value in enumerate(base) if isinstance(value, Tensor) and value.is_floating_point())
         deltas = [wide(self._positions(flat[j] - base[j])) for flat in own]
         E = torch.cat(deltas, -1)  # (B, T, N d)
-        E = E / E.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+        E = E / E.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()  # bounded where the root has a gradient
         owner = torch.arange(len(own), device=E.device).repeat_interleave(deltas[0].shape[-1])
         if self.state.reads == "flat":
             return E.flatten(1), owner.repeat(E.shape[1])

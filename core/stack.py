@@ -158,8 +158,9 @@ class Stack(nn.Module):
             U = wide(U)
             K = (U.mT @ U).to(z) * same.to(z.device)  # the experts' own Gram matrices
             square = square + ((z[..., a:b] @ K) * z[..., a:b]).sum(-1)
-        rho = (square / (experts * self.d_out)).clamp_min(0).sqrt()
-        return z / rho.clamp_min(1e-6)[..., None]
+        # bounded before the root, which has no gradient at 0: where experts add nothing, or less than rounding tells
+        rho = (square / (experts * self.d_out)).clamp_min(1e-12).sqrt()
+        return z / rho[..., None]
 
     def by_expert(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`z` ``(.., R)`` with the units sorted by expert, and the owners ``(R,)`` in that order."""

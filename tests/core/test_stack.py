@@ -242,6 +242,15 @@ class TestNormalised:
         assert owner.tolist() == [0, 1, 1, 1]
         assert z.tolist() == [[20.0, 10.0, 11.0, 12.0]]
 
+    def test_nothing_added_has_a_gradient_all_the_same(self):
+        """Of zero: a position where the experts add nothing must not spoil the others' gradients."""
+        stack = Stack([Part(0, update(2, 5, 4), 0, 5)], 5)
+        z = torch.zeros(1, 2, 2)
+        z[0, 1] = torch.tensor([1.0, 2.0])
+        z.requires_grad_()
+        stack.normalised(z, 1).square().sum().backward()
+        assert torch.isfinite(z.grad).all()
+
 
 class TestFitBatch:
     def test_by_hand(self):
