@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .bank import Bank
 from .errors import MergeError, name_some
+from .formats.peft_config import CONFIG_KEY, combined
 from .merge import MergeResult, Progress, merge
 from .methods import MergeMethod
 from .mixture import Mixture
@@ -60,7 +62,10 @@ def freeze(
         progress=progress,
     )
     notes = (*result.report.notes, *_said(mixture, bank, mean, spread))
-    return MergeResult(result.adapter, replace(result.report, notes=notes))
+    config = combined(mixture.experts)  # what PEFT must know of the base model, such as transposed layers
+    kept = {CONFIG_KEY: json.dumps(config, sort_keys=True)} if config else {}
+    adapter = replace(result.adapter, metadata={**result.adapter.metadata, **kept})
+    return MergeResult(adapter, replace(result.report, notes=notes))
 
 
 def _said(mixture: Mixture, bank: Bank, mean: Mapping[str, Tensor], spread: Mapping[str, Tensor]) -> list[str]:
