@@ -6,8 +6,9 @@ model's root notes the text conditioning, blocks open and close the gates inside
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,22 @@ from .bank import Bank
 from .blocks import Block
 from .errors import MergeError
 from .forwards import Forward, Layer, Reader, Root
-from .gates import GateSet
+from .gates import INPUT, GateSet
 from .gating import Measure, State, Watcher
 from .guidance import Following, Rows
 from .mixture import Mixture
+from .reading import Texts
+from .recompute import repeatable
 from .scopes import NETWORK, uncompiled
 
 
 def attach(
-    model: nn.Module, mixture: Mixture | Bank, *, checkpointing: bool = False, prompt_rows: Rows | None = None
+    model: nn.Module,
+    mixture: Mixture | Bank,
+    *,
+    checkpointing: bool = False,
+    prompt_rows: Rows | None = None,
+    texts: Texts | None = None,
 ) -> Attachment:
     """Put a mixture on a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
 
@@ -36,6 +44,7 @@ def attach(
         checkpointing: Recompute blocks in the backward pass instead of keeping what they computed (for training).
         prompt_rows: Tells which samples of a batch are the prompt's, for models that are called with a negative prompt
             too: its samples take the gates of the prompt's, see `core.guidance`. Without it each goes by its own.
+        texts: Tells a language model's padding and prompts, see `core.reading`. Without it gates read all positions.
 
     Raises:
         MergeError: The experts or gates are for another model.
@@ -46,23 +55,30 @@ def attach(
         if parameter is not None and parameter.device.type != "meta":
             mixture.to(parameter.device)
     following = None if prompt_rows is None else Following(prompt_rows)
-    return Attachment(model, mixture, checkpointing=checkpointing, following=following)
+    return Attachment(model, mixture, checkpointing=checkpointing, following=following, texts=texts)
 
 
 class Attachment:
     """A mixture at work on a model.
 
     Args:
-        model: The module tree. bank: Built for it. checkpointing: See `attach`. following: Of negative prompts.
+        model: The module tree. bank: Built for it. checkpointing, texts: See `attach`. following: Of negative prompts.
     """
 
     def __init__(
-        self, model: nn.Module, bank: Bank, *, checkpointing: bool = False, following: Following | None = None
+        self,
+        model: nn.Module,
+        bank: Bank,
+        *,
+        checkpointing: bool = False,
+        following: Following | None = None,
+        texts: Texts | None = None,
     ) -> None:
         self.model, self.bank = uncompiled(model), bank
         self._state = state = State(bank)
-        state.following = following
-        outside = NETWORK in state.sites and state.reads in ("hidden", "experts", "flat")
+        state.following, state.texts = following, texts
+        self._at_detach: list[Callable[[], None]] = []
+        outside = NETWORK in state.sites and state.reads != "text"
         if checkpointing and outside and bank.gates.settings.granularity == "network":
             raise MergeError(
                 "One gate for the whole network that reads its first layer cannot be trained with checkpointing.",
@@ -72,7 +88,7 @@ class Attachment:
         readers = {
             site.gate.layer: site
             for site in state.sites.values()
-            if state.reads == "hidden" and site.gate is not None and site.gate.layer not in ("", *bank.stacks)
+            if state.reads in INPUT and site.gate is not None and site.gate.layer not in ("", *bank.stacks)
         }
         modules = {path: self.model.get_submodule(path) for path in (*blocks, *readers, *bank.stacks)}
         self._forwards: list[Forward] = [Root(self.model, state)]
@@ -95,12 +111,12 @@ class Attachment:
 
     @contextmanager
     def hold(self, values: Tensor | Sequence[float]) -> Generator[None]:
-        """Hold all gates at given values: ``(N,)``, or ``(B, N)`` for a batch of samples."""
+        """Hold all gates at given values: ``(N,)``, ``(B, N)`` for a batch, or ``(B, T, N)`` for each position."""
         device = next(self.bank.buffers()).device  # copied there now: copies in the pass would make a GPU wait
         held = torch.as_tensor(values, dtype=torch.float32, device=device)
         if held.shape[-1:] != (self.bank.experts,):
             raise MergeError("Every LoRA needs a value.", expected=self.bank.experts, found=tuple(held.shape))
-        before, self._state.held = self._state.held, held if held.ndim == 2 else held[None]
+        before, self._state.held = self._state.held, held if held.ndim > 1 else held[None]
         try:
             yield
         finally:
@@ -120,6 +136,26 @@ class Attachment:
             yield
         finally:
             self._state.held = before
+
+    @contextmanager
+    def prompt(self, positions: Tensor) -> Generator[None]:
+        """Inside the block, a text's gates read these positions alone: ``(B, T)`` bool, of what follows later none.
+
+        Padding that the model is told of is left out all the same. Gates per token read each position anyway.
+        """
+        before, self._state.prompt = self._state.prompt, positions
+        try:
+            yield
+        finally:
+            self._state.prompt = before
+
+    def repeatable(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of a pass that the model itself runs again in the backward pass, see `core.recompute.repeatable`."""
+        return repeatable(self._state, part, lambda: bool(self._forwards))
+
+    def at_detach(self, undo: Callable[[], None]) -> None:
+        """Have this called when the mixture is taken off."""
+        self._at_detach.append(undo)
 
     @contextmanager
     def watch(self, watcher: Watcher) -> Generator[None]:
@@ -143,7 +179,9 @@ class Attachment:
         """Take the mixture off. The model is what it was, bit for bit; calling this again does nothing."""
         for forward in reversed(self._forwards):
             forward.remove()
-        self._forwards = []
+        for undo in reversed(self._at_detach):
+            undo()
+        self._forwards, self._at_detach = [], []
 
     def __enter__(self) -> Attachment:
         return self

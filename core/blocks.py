@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from .errors import MergeError
 from .forwards import Arguments, Forward
-from .gates import wide
-from .gating import Site, State, pooled
+from .gates import INPUT, wide
+from .gating import Site, State
 from .recompute import copied, recomputed
 from .stack import fit_batch
 
@@ -52,7 +52,7 @@ class Block(Forward):
                 site.value = None
         if self.output:
             return self._output_mixed(args, kwargs)
-        if self.own is not None and state.reads == "hidden":
+        if self.own is not None and state.reads in INPUT:
             x = self.arguments.stream(args, kwargs)
             state.hidden(self.own, "", x, image=self._image(x))
         return self.inner(*args, **kwargs)
@@ -78,13 +78,13 @@ class Block(Forward):
         if gate is None:
             gate = state.fixed(site, x)
         if gate is None:
-            if state.reads == "hidden":
-                gate = state.read(site, pooled(x, channels_first=self._image(x)))
+            if state.reads in INPUT:
+                gate = state.read_input(site, x, image=self._image(x))
             else:
                 gate = state.read(site, *self._outputs_read(base, own))
         state.set(site, gate)
         mixed = [
-            value + sum(_scaled(fit_batch(gate, value.shape[0])[:, i], own[i][j] - value) for i in range(n))
+            value + sum(_scaled(fit_batch(gate, value.shape[0])[..., i], own[i][j] - value) for i in range(n))
             if isinstance(value, Tensor) and value.is_floating_point()
             else value
             for j, value in enumerate(base)
@@ -101,7 +101,7 @@ class Block(Forward):
         owner = torch.arange(len(own), device=E.device).repeat_interleave(deltas[0].shape[-1])
         if self.state.reads == "flat":
             return E.flatten(1), owner.repeat(E.shape[1])
-        return E.mean(1), owner
+        return self.state.reading.mean(E), owner
 
     def _positions(self, x: Tensor) -> Tensor:
         """``(B, T, d)`` of a sequence or an image."""
@@ -109,4 +109,12 @@ class Block(Forward):
 
 
 def _scaled(g: Tensor, x: Tensor) -> Tensor:
-    return g.to(x).view(-1, *(1 for _ in range(x.ndim - 1))) * x
+    """Gates ``(B,)``, ``(1,)`` or ``(B, T)`` of each position, times what a block adds."""
+    if g.ndim > 1 and g.shape != x.shape[:2]:
+        raise MergeError(
+            "A gate per token was opened for other positions than its block gives out.",
+            expected=f"{tuple(g.shape)} positions",
+            found=tuple(x.shape),
+            remedy="use delta mixing, or call the model without attention weights (output_attentions)",
+        )
+    return g.to(x).view(*g.shape, *(1 for _ in range(x.ndim - g.ndim))) * x

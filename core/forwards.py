@@ -108,9 +108,10 @@ class Root(Forward):
                 batch = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), 0)
                 self.state.following.start(kwargs, batch)
             self.state.start(text if isinstance(text, Tensor) else None, kwargs)
+            self.state.begin(args, kwargs)
         output = self.inner(*args, **kwargs)
         if self.active:
-            self.state.end()
+            self.state.finish(output)
         return output
 
 

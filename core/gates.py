@@ -21,7 +21,8 @@ from .errors import MergeError
 
 Granularity = Literal["network", "block", "layer", "matrix"]
 Activation = Literal["sigmoid", "softmax", "softmax-null"]
-Reads = Literal["text", "hidden", "experts", "flat"]
+Reads = Literal["text", "hidden", "experts", "flat", "token"]
+INPUT: tuple[Reads, ...] = ("hidden", "token")  # those that read what goes into a block or layer
 
 
 class GateSettings(BaseModel):
@@ -35,7 +36,8 @@ class GateSettings(BaseModel):
         reads: ``text``: the model's text conditioning, mean over tokens. ``hidden``: the block's (or layer's) input,
             mean over positions. ``experts``: the experts' own normalised outputs, mean over positions (the paper's
             input, made independent of image size). ``flat``: the same of every position apart (as published); works
-            only at the number of positions it was trained with.
+            only at the number of positions it was trained with. ``token``: the block's (or layer's) input at each
+            position, which gets gates of its own; for sequences.
         ceiling: The largest value of a sigmoid gate. It starts at 1, the plain sum.
     """
 
@@ -52,7 +54,7 @@ class GateSettings(BaseModel):
 
 
 class Gate(nn.Module):
-    """One gate: features ``(B, F)`` to weights ``(B, N)``, float32. A new one gives `GateSettings.even`.
+    """One gate: features ``(.., F)`` to weights ``(.., N)``, float32. A new one gives `GateSettings.even`.
 
     Args:
         features: Number of features `F`. experts: Number of experts `N`.
@@ -60,8 +62,8 @@ class Gate(nn.Module):
         mean: ``(F,)``. spread: ``(F,)``, positive. Of the features in the calibration pass; default 0 and 1.
         owner: ``(F,)`` long: the expert a feature belongs to, ascending (at every position anew); ``None`` where they
             belong to none.
-        layer: Path of the layer whose input it reads (``hidden``), the first of its scope that an expert changed;
-            ``""`` where it reads a block's input or something else.
+        layer: Path of the layer whose input it reads (``hidden``, ``token``), the first of its scope that an expert
+            changed; ``""`` where it reads a block's input or something else.
     """
 
     mean: Tensor
@@ -95,8 +97,8 @@ class Gate(nn.Module):
         return self.weight.shape[1]
 
     def logits(self, f: Tensor) -> Tensor:
-        """``W (f - m) / s + b``: ``(B, N)``, or ``(B, N + 1)`` with the null expert last."""
-        return torch.addmm(self.bias, (f.to(self.mean) - self.mean) / self.spread, self.weight.mT)
+        """``W (f - m) / s + b``: ``(.., N)``, or ``(.., N + 1)`` with the null expert last."""
+        return nn.functional.linear((f.to(self.mean) - self.mean) / self.spread, self.weight, self.bias)
 
     def forward(self, f: Tensor) -> Tensor:
         return activate(self.logits(f), self.log_temperature, self.settings, self.experts)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .bank import Bank
 from .errors import MergeError
-from .gates import Gate, GateSet, wide
+from .gates import INPUT, Gate, GateSet, wide
 from .guidance import Following
+from .reading import Reading, Texts
 from .stack import Stack
 
 TEXT = ("encoder_hidden_states", "context")  # what models call their text conditioning (B, tokens, features)
@@ -27,7 +29,10 @@ class Watcher(Protocol):
         ...
 
     def seen(self, scope: str, value: Tensor) -> None:
-        """A gate opened to `value`, ``(B, N)`` or ``(1, N)`` float32; with its graph while gradients are taken."""
+        """A gate opened to `value`, ``(B, N)`` or ``(1, N)`` float32; with its graph while gradients are taken.
+
+        Of gates per token it is the mean over each text's own positions.
+        """
         ...
 
 
@@ -53,6 +58,14 @@ class Site:
         self.value: Tensor | None = None
 
 
+class Moment(NamedTuple):
+    """Where a pass stands: the gates that are open, by scope, those held by hand, and what gates read."""
+
+    values: Mapping[str, Tensor | None]
+    held: Tensor | None
+    reading: Reading
+
+
 class State:
     """What the replaced forward methods share."""
 
@@ -62,6 +75,9 @@ class State:
         self.use(bank.gates)
         self.held: Tensor | None = None
         self.following: Following | None = None
+        self.texts: Texts | None = None
+        self.prompt: Tensor | None = None
+        self.reading = Reading()
         self.watch: Watcher | None = None
         self.measure: Measure | None = None
         self.spreads: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -76,20 +92,23 @@ class State:
             value = self.following(site.name, value)
         site.value = value
         if self.watch is not None and not torch.compiler.is_compiling():
-            self.watch.seen(site.name, value)
+            self.watch.seen(site.name, self.reading.mean(value) if value.ndim > 2 else value)
         return value
 
     def fixed(self, site: Site, like: Tensor) -> Tensor | None:
-        """The value of a gate that reads nothing: one held by hand, or the even one of an untrained gate."""
+        """The value of a gate that reads nothing: held by hand, kept from the prompt, or the even one if untrained."""
         if self.held is not None:
             return self.held.to(like.device)
+        if self.reading.kept is not None and site.name in self.reading.kept:
+            return self.reading.kept[site.name].to(like.device)
         if site.gate is None and self.measure is None:
             return self.bank.gates.even(like)
         return None
 
     def read(self, site: Site, features: Tensor, owner: Tensor | None = None) -> Tensor:
+        """The value of a gate for features ``(B, F)``, or ``(B, T, F)`` of each position."""
         if self.measure is not None:
-            self.measure(site.name, features, owner)
+            self.measure(site.name, self.reading.rows(features) if features.ndim > 2 else features, owner)
         if site.gate is None:
             return self.bank.gates.even(features)
         if features.shape[-1] != site.gate.features:
@@ -109,11 +128,25 @@ class State:
         """Open a gate that reads `x`, what a block or the layer at `path` gets; `image`: with channels first."""
         site.layer = path
         value = self.fixed(site, x)
-        return self.set(site, self.read(site, pooled(x, channels_first=image)) if value is None else value)
+        return self.set(site, self.read_input(site, x, image=image) if value is None else value)
+
+    def read_input(self, site: Site, x: Tensor, *, image: bool) -> Tensor:
+        """The value of a gate that reads `x`: its mean over positions, or every position (``token``)."""
+        if self.reads == "token":
+            if image:
+                raise MergeError(
+                    "Gates per token read sequences, and this layer sees an image.",
+                    module=site.layer or site.name,
+                    remedy="choose gates that read hidden",
+                )
+            return self.read(site, self.reading.positions(wide(x)))
+        if image:
+            return self.read(site, wide(x).flatten(2).mean(2) if x.ndim > 2 else wide(x))
+        return self.read(site, self.reading.mean(wide(x)))
 
     def open(self, site: Site, path: str, stack: Stack, x: Tensor, z: Tensor) -> Tensor:
         """The first adapted layer of a scope runs: find the gate's value for the rest of the call."""
-        if self.reads == "hidden":
+        if self.reads in INPUT:
             return self.hidden(site, path, x, image=bool(stack.kernel))
         value = self.fixed(site, x)
         if value is None and self.reads == "text":
@@ -125,7 +158,7 @@ class State:
             if self.reads == "flat":
                 value = self.read(site, f.flatten(1), owner.repeat(f.shape[1]))
             else:
-                value = self.read(site, f.mean(1), owner)
+                value = self.read(site, self.reading.mean(f if z.ndim > 2 else f[:, 0]), owner)
         return self.set(site, value)
 
     def end(self) -> None:
@@ -133,15 +166,52 @@ class State:
         for site in self.sites.values():
             site.value = None
         self.spreads.clear()
+        self.reading = Reading()
 
     def spread(self, g: Tensor, stack: Stack, z: Tensor) -> Tensor:
         """`Stack.spread`, once a pass for all layers that ask for the same: small layers wait for every operation."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return stack.spread(g, z)  # kept, it would keep its graph
-        key = (id(g), stack.layout, z.shape[0], z.ndim, z.dtype, z.device)
+        key = (id(g), stack.layout, z.shape[: g.ndim - 1], z.ndim, z.dtype, z.device)
         if key not in self.spreads:
             self.spreads[key] = g, stack.spread(g, z)  # with `g`, whose id nothing else may get meanwhile
         return self.spreads[key][1]
+
+    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """Ask what the gates read in this pass, where they read."""
+        if self.texts is not None and self.asks:
+            self.reading = self.texts.begin(arguments, named)
+        if self.prompt is not None and self.reading.kept is None and self.reads != "token":
+            self.reading = self.reading.only(self.prompt)
+
+    def finish(self, output: Any) -> None:
+        """A pass of the whole model ended."""
+        if self.texts is not None and self.asks:
+            self.texts.end(output, {name: site.value for name, site in self.sites.items() if site.value is not None})
+        self.end()
+
+    @property
+    def asks(self) -> bool:
+        """Whether any gate reads something."""
+        return self.held is None and (self.measure is not None or self.bank.gates.trained)
+
+    def moment(self) -> Moment:
+        return Moment({name: site.value for name, site in self.sites.items()}, self.held, self.reading)
+
+    @contextmanager
+    def again(self, moment: Moment, watch: Watcher | None = None, measure: Measure | None = None) -> Generator[None]:
+        """Inside the block a part of an earlier pass runs once more, from where it stood; then all is as before."""
+        outer = self.moment(), self.watch, self.measure
+        self._go_to(moment, watch, measure)
+        try:
+            yield
+        finally:
+            self._go_to(*outer)
+
+    def _go_to(self, moment: Moment, watch: Watcher | None, measure: Measure | None) -> None:
+        for name, value in moment.values.items():
+            self.sites[name].value = value
+        self.held, self.reading, self.watch, self.measure = moment.held, moment.reading, watch, measure
 
     def start(self, text: Tensor | None, arguments: Mapping[str, Any]) -> None:
         """A pass of the whole model begins."""
@@ -177,11 +247,3 @@ def _without_text() -> MergeError:
         expected=f"an argument {' or '.join(TEXT)}",
         remedy="train gates that read hidden or experts",
     )
-
-
-def pooled(x: Tensor, *, channels_first: bool) -> Tensor:
-    """Mean over all positions: ``(B, channels)``, at least float32."""
-    x = wide(x)
-    if channels_first:
-        return x.flatten(2).mean(2) if x.ndim > 2 else x
-    return x.flatten(1, -2).mean(1) if x.ndim > 2 else x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -31,38 +31,28 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
     flat, tree = pytree.tree_flatten((args, kwargs))
     at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
     sites = [site for site in block.state.sites.values() if site.value is not None]
-    watch, measure, held = block.state.watch, block.state.measure, block.state.held
+    watch, measure = block.state.watch, block.state.measure
+    before = block.state.moment()._replace(values={})  # their tensors go through the library, below
     opened: dict[str, Tensor] = {}  # the gates that open inside: with a graph only as outputs, too
     shape: Any = None
 
     def run(anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         nonlocal opened, shape
         if not block.active:
-            raise MergeError(
-                "The mixture was taken off before the backward pass, which runs blocks again.",
-                module=block.path,
-                remedy="call backward() inside the `with attach(..)` block",
-            )
+            raise _taken_off(block.path)
         state, seen = block.state, Collected()
-        everywhere = list(state.sites.values())
-        outer = [site.value for site in everywhere], state.watch, state.measure, state.held
-        state.watch, state.measure, state.held = None if watch is None else seen, measure, held
-        for site, value in zip(sites, tensors, strict=False):
-            site.value = value
         values = list(flat)
         for i, value in zip(at, tensors[len(sites) :], strict=True):
             values[i] = value.clone()
         inner_args, inner_kwargs = pytree.tree_unflatten(values, tree)
-        try:
+        with state.again(before, None if watch is None else seen, measure):  # no other block may see this graph
+            for site, value in zip(sites, tensors, strict=False):
+                site.value = value
             with exact_gradients():
                 leaves, shape = pytree.tree_flatten(block.run(*inner_args, **inner_kwargs))
             opened = seen.values
             # only tensors get gradients, not what holds them; copies, because views must not be written into later
             return tuple(copied([anchor, *leaves, *opened.values()]))
-        finally:
-            for site, value in zip(everywhere, outer[0], strict=True):  # no other block may see this graph
-                site.value = value
-            _, state.watch, state.measure, state.held = outer
 
     inside = [site.value for site in sites] + [flat[i] for i in at]
     for i in at:
@@ -76,6 +66,38 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
         for name, value in zip(opened, found[leaves:], strict=True):
             watch.seen(name, value)
     return pytree.tree_unflatten(found[:leaves], shape)
+
+
+def repeatable(state: State, part: Callable[..., Any], at_work: Callable[[], bool]) -> Callable[..., Any]:
+    """A part of a pass that runs now and, by a model's own checkpointing, once more in the backward pass.
+
+    By then the pass is over, its gates are closed and others may have followed: the second time everything is put back
+    to where it stood now, and nobody is told of the gates again.
+
+    Args:
+        state: Of the mixture. part: What runs. at_work: Whether the mixture still is on the model.
+    """
+    moment, watch, again = state.moment(), state.watch, False
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal again
+        if not again:
+            again = True
+            return part(*args, **kwargs)
+        if not at_work():
+            raise _taken_off(None)
+        with state.again(moment, None if watch is None else Collected()):  # the same operations again
+            return part(*args, **kwargs)
+
+    return run
+
+
+def _taken_off(path: str | None) -> MergeError:
+    return MergeError(
+        "The mixture was taken off before the backward pass, which runs blocks again.",
+        module=path,
+        remedy="call backward() inside the `with attach(..)` block",
+    )
 
 
 @contextmanager

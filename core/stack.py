@@ -106,13 +106,32 @@ class Stack(nn.Module):
         return nn.functional.linear(x, D)
 
     def spread(self, g: Tensor, z: Tensor) -> Tensor:
-        """Gates ``(B, N)``, or ``(1, N)`` for all samples, as one factor per unit; broadcasts with `z`."""
+        """Gates ``(B, N)``, or ``(1, N)`` for all samples, as one factor per unit; broadcasts with `z`.
+
+        Gates of each position, ``(B, T, N)``, weigh the same positions of `z`, also where the layer sees them in a row.
+
+        Raises:
+            MergeError: Gates of each position, and other positions here.
+        """
+        if g.ndim > 2:
+            return self._positions(g, z).to(z).index_select(-1, self.owner.to(z.device))
         g = fit_batch(g, z.shape[0]).to(z).index_select(1, self.owner.to(z.device))
         rest = (1,) * (z.ndim - 2)
         return g.view(*g.shape, *rest) if self.kernel else g.view(g.shape[0], *rest, g.shape[1])
 
+    def _positions(self, g: Tensor, z: Tensor) -> Tensor:
+        if self.kernel or g.shape[:-1].numel() != z.shape[:-1].numel():
+            raise MergeError(
+                "A gate per token was opened for other positions than a layer in its scope sees.",
+                expected=f"{tuple(g.shape[:-1])} positions",
+                found="an image" if self.kernel else tuple(z.shape[:-1]),
+                remedy="choose granularity matrix, whose gates each read the layer they weigh, or gates that read "
+                "something else",
+            )
+        return g.reshape(*z.shape[:-1], g.shape[-1])
+
     def gated(self, z: Tensor, g: Tensor) -> Tensor:
-        """`z` with every expert's slice times its gate: `g` is ``(B, N)``, or ``(1, N)`` for all samples."""
+        """`z` with every expert's slice times its gate, see `spread`."""
         return z * self.spread(g, z)
 
     def add(self, y: Tensor, z: Tensor) -> Tensor:
@@ -173,8 +192,11 @@ class Stack(nn.Module):
 def fit_batch(g: Tensor, batch: int) -> Tensor:
     """Gates ``(B, N)`` for a layer that sees `batch` rows: frames or windows of a sample follow each other.
 
-    A layer that sees one row for all samples gets their mean: it cannot serve each its own.
+    A layer that sees one row for all samples gets their mean: it cannot serve each its own. Gates of each position,
+    ``(B, T, N)``, stay as they are.
     """
+    if g.ndim > 2:
+        return g
     if g.shape[0] in (1, batch):
         return g
     if batch % g.shape[0] == 0:
