@@ -15,11 +15,11 @@ from ..core.mixture import Mixture
 from ..core.router import check_concepts
 from ..core.statistics import Statistics
 from ..core.train import prompts_for
+from ..core.train.frozen import frozen
 from ..core.trained import identity
 from .diffusers import key_map
 from .pipeline import experts, model_of
 from .pipeline_denoiser import PipelineDenoiser
-from .pipeline_training import frozen
 
 
 def calibrate_pipeline(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from ..core.attach import Attachment, attach
@@ -25,6 +24,7 @@ from ..core.record import Record
 from ..core.router import check_concepts, named
 from ..core.train import Devices, Images, Prompt, Training, TrainSettings, prompts_for, train
 from ..core.train.fit import Fit
+from ..core.train.frozen import frozen
 from ..core.trained import TrainedGates
 from .pipeline import base_of, model_of
 from .pipeline_clip import PipelineClip
@@ -189,24 +189,3 @@ def _values(
         count = min(settings.batch, prompts - start)
         rows.append(torch.stack([one[scope].expand(count, -1) for scope in record.scopes], 1).float().cpu())
     return tuple(record.scopes), torch.cat(rows)
-
-
-@contextmanager
-def frozen(parts: Iterable[Any]) -> Generator[None]:
-    """No gradients for the modules among these; afterwards they are as before, in number format too."""
-    modules = [part for part in parts if isinstance(part, nn.Module)]
-    gradients = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(part, part.training) for module in modules for part in module.modules()]
-    dtypes = [(module, next(module.parameters()).dtype) for module in modules]
-    for module in modules:
-        module.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter, before in gradients:
-            parameter.requires_grad_(before)
-        for part, before in modes:
-            part.training = before
-        for module, before in dtypes:
-            if next(module.parameters()).dtype != before:  # a VAE that had to compute in float32
-                module.to(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,26 +17,23 @@ from ..gates import GateSet
 from ..merge import Progress
 from ..mixture import Mixture
 from ..router import check_concepts, named, route_gates
-from ..trained import Expert, TrainedGates
+from ..trained import Expert
 from .calibrate import calibrate, for_training
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples
-from .fit import Devices, Fit, fit, read_state
+from .fit import Devices, Fit, read_state
+from .learn import Training, check_trainable, learn
 from .objectives import Clip, Guidance, Regression
 from .prompts import Prompt, prompts_for
-from .settings import TrainSettings
+from .settings import FitSettings, TrainSettings
+from .texts import Text, train_on_texts
 
-__all__ = ["Clip", "Denoiser", "Devices", "Images", "Prompt", "TrainSettings", "Training", "prompts_for", "train"]
+__all__ = [
+    "Clip", "Denoiser", "Devices", "FitSettings", "Images", "Prompt", "Text", "TrainSettings", "Training",
+    "prompts_for", "train", "train_on_texts",
+]  # fmt: skip
 
 _CALIBRATED_ON = 64  # examples
-
-
-@dataclass(frozen=True, eq=False)
-class Training:
-    """Trained gates, and how it went."""
-
-    gates: TrainedGates
-    fit: Fit
 
 
 def train(
@@ -90,10 +87,7 @@ def train(
     )
     key = digest([], described)
 
-    def trained(gates: GateSet, run: Fit) -> Training:
-        outcome = {"losses": run.losses, "entropies": run.entropies, "stopped": run.stopped}
-        return Training(TrainedGates(gates.copy().cpu(), experts, base, {**record, **outcome}), run)
-
+    trained = partial(Training.of, experts=experts, base=base, record=record)
     if settings.objective == "router":
         gates = _routed(attachment, denoiser, prompts, concepts, settings, progress)
         attachment.use(gates)
@@ -111,18 +105,10 @@ def train(
         objective = Guidance(denoiser, examples, prompts, concepts, clip)
     else:
         objective = Regression(denoiser, examples)
-    run = Fit()
-    try:
-        fit(attachment, objective, settings, key=key, folder=folder, devices=devices, progress=progress, run=run)
-    except BaseException:
-        if keep is not None and run.losses:
-            run.stopped = f"interrupted after {len(run.losses)} of {settings.steps} steps"
-            keep(trained(attachment.bank.gates, run))
-        raise
-    if folder is not None and (devices is None or devices.rank == 0):
-        for name in ("examples.safetensors", "state.safetensors"):
-            (folder / name).unlink(missing_ok=True)
-    return trained(attachment.bank.gates, run)
+    return learn(
+        attachment, objective, settings, trained,
+        key=key, folder=folder, devices=devices, progress=progress, keep=keep,
+    )  # fmt: skip
 
 
 def _check(
@@ -133,18 +119,7 @@ def _check(
     clip: Clip | None,
 ) -> None:
     check_concepts(concepts, len(mixture.experts))
-    if len(mixture.experts) == 1 and mixture.gates.settings.activation == "softmax":
-        raise MergeError(
-            "A softmax over one LoRA is always 1: there is nothing to train.",
-            remedy="connect another LoRA, or choose sigmoid gates, which can turn it off",
-        )
-    silent = [label for label, s in zip(mixture.labels, mixture.strengths, strict=True) if s * mixture.scale == 0]
-    if silent:
-        raise MergeError(
-            "A LoRA of strength 0 adds nothing, so no gate can be trained for it.",
-            file=silent[0],
-            remedy="give it a strength, or disconnect it",
-        )
+    check_trainable(mixture)
     if settings.objective == "denoise" and images is None:
         raise MergeError(
             "The denoising objective needs pictures.",

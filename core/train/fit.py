@@ -19,7 +19,7 @@ from ..gates import balance_loss, entropy
 from ..gating import Collected
 from ..merge import Progress
 from ..recompute import exact_gradients
-from .settings import TrainSettings
+from .settings import FitSettings
 
 _KIND = "legomole.training.1"
 _SAVE_EVERY = 25  # steps
@@ -64,7 +64,7 @@ class Fit:
 def fit(
     attachment: Attachment,
     objective: Objective,
-    settings: TrainSettings,
+    settings: FitSettings,
     *,
     key: str = "",
     folder: Path | None = None,
@@ -108,7 +108,7 @@ def fit(
                     raise MergeError(
                         "The loss is not a finite number, from the first step on.",
                         found=loss,
-                        remedy="check that the model and the LoRAs paint pictures; train in float32 or bfloat16",
+                        remedy="check that the model works with the LoRAs; train in float32 or bfloat16",
                     )
                 what = "its gradient was not finite" if math.isfinite(loss) else f"the loss became {loss}"
                 run.stopped = f"{what} at step {step + 1}; the gates are those of the step before"
@@ -139,7 +139,7 @@ def fit(
 def _step(
     attachment: Attachment,
     objective: Objective,
-    settings: TrainSettings,
+    settings: FitSettings,
     step: int,
     devices: Devices | None,
     parameters: Sequence[torch.nn.Parameter],

@@ -1,12 +1,12 @@
-"""What gates can learn from: cached predictions (distillation, denoising), or a CLIP model."""
+"""What the gates of a diffusion model can learn from: cached predictions (distillation, denoising), or a CLIP model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .denoiser import Denoiser
 from .examples import Examples
@@ -77,33 +77,3 @@ class Guidance:
             words = self.clip.texts(concepts).to(image)
             local.append((1 - words @ image[row]).mean())
         return whole.mean() + torch.stack(local).mean()
-
-
-class NextToken:
-    """The language model loss on a few texts per adapter, and staying near the base model on texts of none of them.
-
-    Args:
-        logits: The gated model: token ids ``(B, T)`` to logits ``(B, T, vocabulary)``.
-        texts: Token ids ``(T,)``, each of at least two tokens.
-        base: For texts that are to stay as the base model has them, its logits ``(T, vocabulary)``; ``None`` for texts
-            to be learnt. The loss there is the Kullback-Leibler divergence from them.
-    """
-
-    def __init__(
-        self, logits: Callable[[Tensor], Tensor], texts: Sequence[Tensor], base: Sequence[Tensor | None] | None = None
-    ) -> None:
-        self.logits, self.texts, self.size = logits, texts, len(texts)
-        self.base = base if base is not None else [None] * len(texts)
-
-    def loss(self, indices: Sequence[int]) -> Tensor:
-        losses: list[Tensor] = []
-        for i in indices:  # one at a time: lengths differ, and padding is the tokenizer's business
-            found, wanted = self.logits(self.texts[i][None])[0].float(), self.base[i]
-            if wanted is None:
-                losses.append(nn.functional.cross_entropy(found[:-1], self.texts[i][1:].to(found.device)))
-            else:
-                log_p = wanted.to(found).log_softmax(-1)
-                losses.append(
-                    nn.functional.kl_div(found.log_softmax(-1), log_p, log_target=True, reduction="batchmean")
-                )
-        return torch.stack(losses).mean()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from legomole.core.train.examples import Examples
-from legomole.core.train.objectives import Guidance, NextToken, Regression
+from legomole.core.train.objectives import Guidance, Regression
 from legomole.core.train.prompts import Prompt
 
 PROMPTS = [Prompt("", ()), Prompt("ember", (0,)), Prompt("ember heart", (0, 1))]
@@ -91,25 +89,3 @@ class TestGuidance:
         Guidance(Scaled(), e, PROMPTS, CONCEPTS, ToyClip()).loss([0]).backward()
         assert scale.grad is not None
         assert float(scale.grad.abs()) > 0
-
-
-class TestNextToken:
-    def test_the_language_models_loss_by_hand(self):
-        # a model that gives the same logits everywhere: (log 1, log 2, log 5): probabilities 1/8, 2/8, 5/8
-        logits = torch.tensor([1.0, 2.0, 5.0]).log()
-        objective = NextToken(
-            lambda ids: logits.expand(1, ids.shape[1], 3), [torch.tensor([0, 2, 1]), torch.tensor([1, 0])]
-        )
-        assert objective.size == 2
-        # tokens 2 and 1 after the first: -(log 5/8 + log 2/8) / 2; then token 0: -log 1/8
-        first, second = -(math.log(5 / 8) + math.log(2 / 8)) / 2, math.log(8)
-        assert float(objective.loss([0])) == pytest.approx(first)
-        assert float(objective.loss([0, 1])) == pytest.approx((first + second) / 2)
-
-    def test_staying_near_the_base_model_by_hand(self):
-        # found (1/4, 3/4), base (1/2, 1/2) at both tokens: KL(base, found) = (log 2 + log 2/3) / 2
-        found, base = torch.tensor([1.0, 3.0]).log(), torch.zeros(2, 2)
-        objective = NextToken(lambda ids: found.expand(1, ids.shape[1], 2), [torch.tensor([0, 1])], [base])
-        assert float(objective.loss([0])) == pytest.approx((math.log(2) + math.log(2 / 3)) / 2)
-        same = NextToken(lambda ids: base[None], [torch.tensor([0, 1])], [base])
-        assert float(same.loss([0])) == pytest.approx(0, abs=1e-7)
