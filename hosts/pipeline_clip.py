@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPModel, CLIPProcessor
+from transformers.models.clip.modeling_clip import CLIPModel
+from transformers.models.clip.processing_clip import CLIPProcessor
 
 from ..core.errors import FormatError
 from .pipeline_denoiser import PipelineDenoiser

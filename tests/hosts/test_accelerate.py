@@ -16,10 +16,12 @@ pytest.importorskip("accelerate")
 from legomole.core.train.fit import Devices
 from legomole.core.trained import TrainedGates
 
-# A toy network, its prompts' conditioning and a mixture of two LoRAs; trained in this process or with the others.
+# A toy network, its prompts' conditioning and a mixture of two LoRAs; trained in this process or with the others. Then
+# the like with a language model as `train_gates` asks for one.
 SCRIPT = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -27,8 +29,10 @@ from torch import nn
 from legomole.core.adapter import Adapter
 from legomole.core.attach import attach
 from legomole.core.lowrank import LowRank
+from legomole.core.gates import GateSet, GateSettings
 from legomole.core.mixture import Mixture
-from legomole.core.train import TrainSettings, prompts_for, train
+from legomole.core.train import FitSettings, TrainSettings, prompts_for, train
+from legomole.hosts.transformers_training import train_gates
 
 out, alone = Path(sys.argv[1]), sys.argv[2] == "alone"
 devices = None
@@ -97,6 +101,31 @@ with attach(model, mixture) as attachment:
 name = "alone" if alone else f"rank{devices.rank}"
 done.gates.save(out / f"{name}.safetensors")
 (out / f"{name}.txt").write_text(" ".join(sorted(written)))
+
+
+class Language(Net):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, 6), nn.Linear(6, 12)
+
+    def can_generate(self):
+        return True
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        x = self.embed(input_ids)
+        return SimpleNamespace(logits=self.head(super().forward(x, torch.zeros(len(x), 1, 6))))
+
+
+torch.manual_seed(0)
+model = Language().requires_grad_(False)
+mixture = Mixture((lora(), lora()), GateSet(2, GateSettings(reads="hidden", granularity="block")))
+pairs = [(torch.randint(12, (2 + i % 3,), generator=g), torch.randint(12, (3,), generator=g)) for i in range(9)]
+settings = FitSettings(steps=6, batch=5, accumulation=2, warmup=0, learning_rate=0.05)
+done = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
+done.gates.save(out / f"{name}.text.safetensors")
 if devices is not None:
     devices.accelerator.end_training()
 """
@@ -124,16 +153,19 @@ def test_two_processes_reach_what_one_reaches(tmp_path: Path, monkeypatch: pytes
     assert [process.returncode for process in running] == [0, 0], outputs
     assert [text for text, _ in outputs] == ["rank 0 1.5\n", "rank 1 1.5\n"]
 
-    alone, *ranks = (TrainedGates.load(tmp_path / f"{name}.safetensors") for name in ("alone", "rank0", "rank1"))
-    moved = torch.stack([alone.gates[scope].weight.abs().max() for scope in alone.gates.names])
-    assert float(moved.detach().max()) > 0.05
-    for other in ranks:
-        torch.testing.assert_close(
-            torch.tensor(other.training["losses"]), torch.tensor(alone.training["losses"]), rtol=1e-5, atol=1e-6
-        )
-        for scope in alone.gates.names:
-            for found, expected in zip(other.gates[scope].parameters(), alone.gates[scope].parameters(), strict=True):
-                torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for kind in ("", ".text"):
+        names = (f"{name}{kind}.safetensors" for name in ("alone", "rank0", "rank1"))
+        alone, *ranks = (TrainedGates.load(tmp_path / name) for name in names)
+        moved = torch.stack([alone.gates[scope].weight.abs().max() for scope in alone.gates.names])
+        assert float(moved.detach().max()) > 0.05
+        for other in ranks:
+            torch.testing.assert_close(
+                torch.tensor(other.training["losses"]), torch.tensor(alone.training["losses"]), rtol=1e-5, atol=1e-6
+            )
+            for scope in alone.gates.names:
+                pairs = zip(other.gates[scope].parameters(), alone.gates[scope].parameters(), strict=True)
+                for found, expected in pairs:
+                    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     # examples and state lie in the folder of the first process alone
     assert (tmp_path / "rank0.txt").read_text() == "examples.safetensors state.safetensors"
     assert (tmp_path / "alone.txt").read_text() == "examples.safetensors state.safetensors"
