@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
@@ -123,3 +125,22 @@ def test_bad_input():
         one.update({scope: torch.zeros(1, 2) for scope in one})
     with pytest.raises(MergeError, match="every weight is 0"):
         freeze(mixture, bank, record, CONCAT)
+
+
+def test_what_peft_must_know_of_the_base_model_is_kept():
+    """What the LoRAs' configurations say alike: that layers are transposed, say; PEFT would warn, and put it right."""
+    model = Transformer()
+    said = (
+        {"peft_type": "LORA", "fan_in_fan_out": True, "r": 2},
+        {"peft_type": "LORA", "fan_in_fan_out": True, "r": 3},
+    )
+    experts = [
+        Adapter(lora(model, i).modules, metadata={"adapter_config": json.dumps(config)})
+        for i, config in enumerate(said)
+    ]
+    mixture = Mixture(tuple(experts))
+    bank, record = run(model, mixture, 1)
+    config = json.loads(freeze(mixture, bank, record, CONCAT).adapter.metadata["adapter_config"])
+    assert config == {"peft_type": "LORA", "fan_in_fan_out": True}
+    plain = Mixture((lora(model, 1),))
+    assert "adapter_config" not in freeze(plain, *run(model, plain, 1), CONCAT).adapter.metadata

@@ -23,6 +23,7 @@ from legomole.core.methods import METHODS
 from legomole.core.mixture import Mixture
 from legomole.core.record import Record
 from legomole.hosts.transformers import experts, mixed
+from legomole.hosts.transformers_texts import _own
 from torch import Tensor, nn
 
 from ..core.mole import gradients, untouched
@@ -311,6 +312,33 @@ class TestPadding:
             for row, text in enumerate(texts):
                 alone = model(text, output_hidden_states=True).hidden_states[-1]
                 assert close(together[row][own[row].bool()], alone[0])
+
+    @pytest.mark.parametrize("form", ["plain", "seen", "added", "by kind of layer", "none"])
+    def test_every_form_of_a_mask(self, form):
+        """Of a text that is padded on the left, three tokens of which two are new, in a cache with room for five."""
+        own = torch.tensor([[0, 1, 1], [1, 1, 1]]).bool()
+        seen = torch.zeros(2, 1, 2, 5, dtype=torch.bool)
+        seen[:, 0, 0, :2], seen[:, 0, 1, :3] = own[:, :2], own
+        added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        mask = {"plain": own.long(), "seen": seen, "added": added, "by kind of layer": {"full_attention": seen}}.get(
+            form
+        )
+        expected = [[True, True], [True, True]] if form == "none" else own[:, 1:].tolist()
+        assert _own(mask, 2, 2, 1).tolist() == expected
+        if form in ("plain", "seen", "added"):
+            whole = own.long() if form == "plain" else mask
+            assert _own(whole, 2, 3, 0).tolist() == own.tolist()
+
+    def test_embeddings_in_place_of_tokens(self):
+        model = llama()
+        inputs = padded(prompts(3, 6), "left")
+        with mixed(model, mixture(model, settings("hidden"))):
+            expected = generate(model, inputs)
+            found = model.generate(
+                inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]),
+                attention_mask=inputs["attention_mask"], max_new_tokens=8, min_new_tokens=8, do_sample=False,
+            )  # fmt: skip
+        assert torch.equal(found, expected)
 
     def test_labels_tell_where_the_prompt_ends(self):
         model = llama()
