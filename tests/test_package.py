@@ -128,6 +128,9 @@ def readme_files(tmp_path, monkeypatch):
             for layer in ("attn1_to_q", "attn2_to_q")
         }
         legomole.save(Adapter(modules), f"{name}.safetensors", format="kohya")
+    for name in "ab":
+        part = LowRank(torch.randn(8, 40, generator=g), torch.randn(48, 8, generator=g))
+        legomole.save(Adapter({"model.layers.0.self_attn.q_proj": part}), f"adapter_{name}", format="peft")
     square = torch.randn(8, 8, generator=g)
     save_file({"lora_unet_x.lokr_w1": square, "lora_unet_x.lokr_w2": square.clone()}, "lokr.safetensors")
 
@@ -139,7 +142,7 @@ def test_the_readmes_commands_work_one_after_the_other(readme_files):
         for line in lines
         if line.startswith("legomole ") and not {"train-gates", "--calibrate"} & {*line.split()}
     ]
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         arguments = command[: command.index(">")] if ">" in command else command
         result = CliRunner().invoke(app, arguments)
