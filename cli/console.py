@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -109,9 +109,33 @@ def progress_bar(
     Yields:
         The callback `merge` and `train` want: done, in all, what was done last.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with progress_bars(title, quiet=quiet, telling=telling) as (tell,):
+        yield tell
+
+
+@contextlib.contextmanager
+def progress_bars(
+    *titles: str, quiet: bool, telling: bool = False
+) -> Generator[list[Callable[[int, int, str], None]], None, None]:
+    """A bar for each step of the work, one after the other, see `progress_bar`. Each says what time is left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err(), transient=True, disable=quiet or not err().is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total, what: bar.update(
-            task, completed=done, total=total, description=what if telling else title
-        )
+
+        def teller(title: str, first: bool) -> Callable[[int, int, str], None]:
+            task = bar.add_task(title, total=None, visible=first, start=first)
+
+            def tell(done: int, total: int, what: str) -> None:
+                if not bar.tasks[task].started:
+                    bar.start_task(task)
+                bar.update(task, completed=done, total=total, visible=True, description=what if telling else title)
+
+            return tell
+
+        yield [teller(title, i == 0) for i, title in enumerate(titles)]

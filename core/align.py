@@ -82,20 +82,21 @@ def _components(adapter: Adapter) -> tuple[set[str], set[str]]:
 
 def _strangers(adapters: Sequence[Adapter]) -> tuple[Adapter, Adapter] | None:
     """Two adapters that should have met and did not, or ``None`` when all are of one piece."""
+    parts = [_components(adapter) for adapter in adapters]
     for side in (0, 1):
-        having = [adapter for adapter in adapters if _components(adapter)[side]]
-        reached, waiting = having[:1], having[1:]
+        having = [i for i, part in enumerate(parts) if part[side]]
+        names, waiting = set[str]().union(*(parts[i][side] for i in having[:1])), having[1:]
         while waiting:
-            names = set[str]().union(*(_components(adapter)[side] for adapter in reached))
-            near = [adapter for adapter in waiting if names & _components(adapter)[side]]
+            near = [i for i in waiting if names & parts[i][side]]
             if not near:
-                return reached[0], waiting[0]
-            reached += near
-            waiting = [adapter for adapter in waiting if all(adapter is not other for other in near)]
-    for first, second in combinations(adapters, 2):
-        sides = [bool(a) and bool(b) for a, b in zip(_components(first), _components(second), strict=True)]
-        if first.modules and second.modules and not any(sides) and _flat(first) != _flat(second):
-            return first, second
+                return adapters[having[0]], adapters[waiting[0]]
+            names = names.union(*(parts[i][side] for i in near))
+            waiting = [i for i in waiting if i not in near]
+    kinds = [(bool(model), bool(text), _flat(adapter)) for (model, text), adapter in zip(parts, adapters, strict=True)]
+    for i, j in combinations(range(len(adapters)), 2):
+        met = any(a and b for a, b in zip(kinds[i][:2], kinds[j][:2], strict=True))
+        if any(kinds[i][:2]) and any(kinds[j][:2]) and not met and kinds[i][2] != kinds[j][2]:
+            return adapters[i], adapters[j]
     return None
 
 

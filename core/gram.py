@@ -56,6 +56,23 @@ def svd(G_A: Tensor, G_B: Tensor, c: Tensor) -> GramSVD:
     return GramSVD(S, S_root[:, :, None] * (V.mT @ L_inverse), (cL @ V) * S_inverse_root[:, None, :])
 
 
+def product(X: Tensor, rows: int = 256) -> Tensor:
+    """``X X^T (M, P, P)`` in float64 of ``X (M, P, d)``: exactly symmetric, its lower half computed once.
+
+    Only `rows` of `X` are held in float64 beside `X`, and half of the products are saved where `P` is large.
+    """
+    M, P, _ = X.shape
+    G = torch.empty(M, P, P, dtype=torch.float64, device=X.device)
+    for start in range(0, P, rows):
+        some = X[:, start : start + rows].double()
+        for other in range(0, start + 1, rows):
+            columns = some if other == start else X[:, other : other + rows].double()
+            part = some @ columns.mT
+            G[:, start : start + rows, other : other + rows] = part
+            G[:, other : other + rows, start : start + rows] = part.mT
+    return G
+
+
 def distances(G: Tensor) -> Tensor:
     """Squared distances ``|x_i - x_j|^2 (M, P, P)`` of points with Gram matrix `G`."""
     square = G.diagonal(dim1=1, dim2=2)
@@ -65,7 +82,9 @@ def distances(G: Tensor) -> Tensor:
 def ward(G: Tensor, k: Tensor) -> Tensor:
     """Ward's agglomerative clustering: always merge the two clusters that raise the inertia least.
 
-    Deterministic. All modules advance together, one merge a step.
+    Deterministic. All modules advance together, one merge a step. Every cluster remembers its nearest. Where that was
+    merged with another, the union is no nearer: what is remembered bounds the distance from below, and is found anew
+    only once it would be chosen.
 
     Args:
         G: ``(M, P, P)`` Gram matrices. k: ``(M,)`` long, clusters wanted, ``1 .. P``.
@@ -74,31 +93,47 @@ def ward(G: Tensor, k: Tensor) -> Tensor:
         ``(M, P)`` long labels ``0 .. k-1``, numbered by each cluster's first unit; every cluster has a member.
     """
     M, P, _ = G.shape
+    labels = torch.arange(P, device=G.device).repeat(M, 1)
+    steps = P - int(k.min()) if M else 0
+    if steps == 0:
+        return labels
     rows = torch.arange(M, device=G.device)
     cost = distances(G) / 2  # rise of inertia when merging i and j
     cost.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     size = torch.ones(M, P, dtype=G.dtype, device=G.device)
-    labels = torch.arange(P, device=G.device).repeat(M, 1)
-    for step in range(P - int(k.min()) if M else 0):
+    best, column = cost.min(2)  # of every cluster, the nearest
+    stale = torch.zeros_like(best, dtype=torch.bool)
+    for step in range(steps):
         active = P - step > k  # modules that still have clusters to spend
-        best, column = cost.min(2)
-        i = best.argmin(1)
-        j = column[rows, i]
+        while True:
+            i = best.argmin(1)
+            if not bool((active & stale[rows, i]).any()):
+                break
+            bound, at = best.masked_fill(~stale, torch.inf).topk(min(P, 16), largest=False)
+            r, place = bound.isfinite().nonzero(as_tuple=True)
+            at = at[r, place]
+            best[r, at], column[r, at] = cost[r, at].min(1)
+            stale[r, at] = False
+        r = rows[active]
+        i, j = i[active], column[rows, i][active]
         i, j = torch.minimum(i, j), torch.maximum(i, j)
-        n_i, n_j = size[rows, i][:, None], size[rows, j][:, None]
+        s, n_i, n_j = size[r], size[r, i][:, None], size[r, j][:, None]
         # Lance-Williams update of the rise, for the union (n_i + n_j) against every other cluster
-        union = ((n_i + size) * cost[rows, i] + (n_j + size) * cost[rows, j] - size * cost[rows, i, j][:, None]) / (
-            n_i + n_j + size
-        )
-        union[rows, i] = torch.inf
-        union = torch.where(size > 0, union, torch.inf)
-        r, i, j = rows[active], i[active], j[active]
-        cost[r, i, :] = cost[r, :, i] = union[active]
+        union = ((n_i + s) * cost[r, i] + (n_j + s) * cost[r, j] - s * cost[r, i, j][:, None]) / (n_i + n_j + s)
+        union = union.masked_fill(s == 0, torch.inf).scatter(1, torch.stack([i, j], 1), torch.inf)
+        cost[r, i, :] = cost[r, :, i] = union
         cost[r, j, :] = cost[r, :, j] = torch.inf
-        cost[r, i, j] = cost[r, j, i] = torch.inf
         size[r, i] += size[r, j]
         size[r, j] = 0
-        labels[active] = torch.where(labels[active] == j[:, None], i[:, None], labels[active])
+        labels[r] = torch.where(labels[r] == j[:, None], i[:, None], labels[r])
+
+        nearest, found = best[r], column[r]
+        old = stale[r] | (found == i[:, None]) | (found == j[:, None])
+        nearer = (union < nearest) | ((union == nearest) & (i[:, None] < found))  # the first only by rounding
+        best[r], column[r] = torch.where(nearer, union, nearest), torch.where(nearer, i[:, None], found)
+        stale[r] = old
+        best[r, i], column[r, i] = union.min(1)
+        best[r, j], stale[r, i], stale[r, j] = torch.inf, False, False
     return renumber(labels)
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter, is_text_encoder
+from .batches import Batch, Done, Work, batches
 from .errors import MergeError, name_some
 from .lowrank import LowRank
 from .methods import METHODS, MergeMethod
-from .pool import Merged, Pool, overlap, relative_error
 from .report import MergeReport, ModuleReport
 
 Progress = Callable[[int, int, str], None]
-
-# Numbers of one batch's float32 factors held at a time; bounds the memory beside inputs and output.
-_BATCH_NUMBERS = 16_000_000
+Each = Callable[[Work, Sequence[Batch]], Iterable[Done]]
+"""Does the work on every batch and gives the results in their order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,16 +28,6 @@ class MergeResult:
 
     adapter: Adapter
     report: MergeReport
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What modules must share to be merged in one batch."""
-
-    d_out: int
-    d_in: int
-    adapters: tuple[int, ...]
-    ranks: tuple[int, ...]
 
 
 def merge(
@@ -53,6 +41,7 @@ def merge(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    each: Each | None = None,
 ) -> MergeResult:
     """Merge adapters that name their modules alike (see `align`) into one.
 
@@ -67,6 +56,7 @@ def merge(
         dtype: Of the merged factors; default the widest of the inputs'.
         device: Where to compute. The result is on the CPU.
         progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
+        each: Does the work elsewhere; default here, one batch after the other.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
@@ -94,22 +84,22 @@ def merge(
     ]
     if not any(used):
         raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
-    groups = _groups(adapters, per_module)
-    _check_rank(method, groups)
-    dtype = dtype or _widest(adapters)
+    todo = batches(adapters, per_module, getattr(method, "batch", None))
+    _check_rank(method, todo)
+    work = Work(method, per_module, dtype or _widest(adapters), torch.device(device))
+    results = (work(adapters, batch) for batch in todo) if each is None else each(work, todo)
 
-    total = sum(len(names) for names in groups.values())
+    total = sum(len(batch.names) for batch in todo)
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
+    for batch, done in zip(todo, results, strict=True):
+        modules.update(done.modules)
+        remarks.update(done.remarks)
+        reports.update((report.name, report) for report in done.reports)
+        if progress is not None:
+            progress(len(modules), total, batch.names[-1])
     with torch.no_grad():
-        for pool in _pools(adapters, groups, per_module, torch.device(device), getattr(method, "batch", None)):
-            merged = method(pool)
-            modules.update(_unpack(adapters, pool, merged, dtype))
-            remarks.update(merged.remarks)
-            reports.update((report.name, report) for report in _module_reports(pool, merged))
-            if progress is not None:
-                progress(len(modules), total, pool.names[-1])
         diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
@@ -171,33 +161,10 @@ def _module_weights(
     return values
 
 
-def _groups(adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]]) -> dict[_Shape, list[str]]:
-    """Module names by shape. Modules every adapter leaves out (weight 0) vanish here."""
-    groups: dict[_Shape, list[str]] = defaultdict(list)
-    for name in sorted({name for adapter in adapters for name in adapter.modules}):
-        having = [i for i, adapter in enumerate(adapters) if name in adapter.modules and per_module[i][name]]
-        if not having:
-            continue
-        parts = [adapters[i].modules[name] for i in having]
-        shapes = {(part.d_out, part.d_in) for part in parts}
-        if len(shapes) > 1:
-            raise MergeError(
-                "The LoRAs do not fit the same base model: one module has different shapes.",
-                module=name,
-                expected="the same (d_out, d_in) in every LoRA",
-                found=", ".join(
-                    f"{(part.d_out, part.d_in)} in {adapters[i].label}" for i, part in zip(having, parts, strict=True)
-                ),
-                remedy="merge only LoRAs trained on one base model (e.g. all SDXL)",
-            )
-        groups[_Shape(*shapes.pop(), tuple(having), tuple(part.rank for part in parts))].append(name)
-    return groups
-
-
-def _check_rank(method: MergeMethod, groups: Mapping[_Shape, list[str]]) -> None:
+def _check_rank(method: MergeMethod, todo: Sequence[Batch]) -> None:
     rank = getattr(method, "rank", None)
-    largest = max((sum(shape.ranks) for shape in groups), default=0)
-    if groups and rank is not None and rank.unit == "" and rank.value > largest:
+    largest = max((sum(batch.ranks) for batch in todo), default=0)
+    if todo and rank is not None and rank.unit == "" and rank.value > largest:
         raise MergeError(
             "The rank is larger than all the LoRAs' ranks together.",
             expected=f"at most {largest} (at {largest} the merge is the exact sum)",
@@ -211,83 +178,6 @@ def _widest(adapters: Sequence[Adapter]) -> torch.dtype:
     for adapter in adapters[1:]:
         dtype = torch.promote_types(dtype, adapter.dtype)
     return dtype
-
-
-def _pools(
-    adapters: Sequence[Adapter],
-    groups: Mapping[_Shape, list[str]],
-    per_module: Sequence[Mapping[str, float]],
-    device: torch.device,
-    batch_size: int | None,
-) -> Iterator[Pool]:
-    """The groups as batches small enough to bound memory; factors are read, checked and cast here.
-
-    Methods that work long on every module say a `batch` of their own, so that they are told of and cancelled in time.
-    """
-    for shape, names in groups.items():
-        step = batch_size or max(1, _BATCH_NUMBERS // (sum(shape.ranks) * (shape.d_in + shape.d_out)))
-        for start in range(0, len(names), step):
-            batch = names[start : start + step]
-            parts = [[adapters[i].modules[name] for i in shape.adapters] for name in batch]
-            A = torch.stack([torch.cat([part.A.float() for part in row]) for row in parts])
-            B = torch.stack([torch.cat([part.B.float() for part in row], 1) for row in parts])
-            if not torch.isfinite(A.sum() + B.sum()):
-                for i in shape.adapters:
-                    adapters[i].check_finite()
-            weights = torch.tensor(
-                [[per_module[i][name] for i in shape.adapters] for name in batch], dtype=torch.float64
-            )
-            scales = torch.tensor([[part.scale for part in row] for row in parts], dtype=torch.float64)
-            c = (weights * scales).repeat_interleave(torch.tensor(shape.ranks), 1)
-            yield Pool(
-                names=tuple(batch),
-                A=A.to(device),
-                B=B.to(device),
-                c=c.to(device),
-                weights=weights.to(device),
-                ranks=shape.ranks,
-                adapters=shape.adapters,
-            )
-
-
-def _unpack(
-    adapters: Sequence[Adapter], pool: Pool, merged: Merged, dtype: torch.dtype
-) -> Iterator[tuple[str, LowRank]]:
-    A, B = merged.A.to(device="cpu", dtype=dtype), merged.B.to(device="cpu", dtype=dtype)
-    for m, (name, rank) in enumerate(zip(pool.names, merged.ranks.tolist(), strict=True)):
-        A_m, B_m = A[m, :rank].clone(), B[m, :, :rank].contiguous()
-        if not torch.isfinite(A_m.sum(dtype=torch.float64) + B_m.sum(dtype=torch.float64)):
-            raise MergeError(
-                "The merged values overflow the output's number format.",
-                module=name,
-                expected=f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype})",
-                found=f"{max(merged.A[m].abs().max().item(), merged.B[m].abs().max().item()):g}",
-                remedy="save with --dtype float32 (or bfloat16), or lower the weights",
-            )
-        kernel = max((adapters[i].modules[name].kernel for i in pool.adapters), key=len)
-        yield name, LowRank(A_m, B_m, kernel=kernel)
-
-
-def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
-    errors = relative_error(pool, merged).tolist()
-    norms, cosine = (table.tolist() for table in overlap(pool))
-    clusters: list[list[list[int]]] | None = None
-    if merged.labels is not None:
-        member = torch.nn.functional.one_hot(merged.labels, merged.A.shape[1]).double()  # (M, P, k)
-        owner = torch.nn.functional.one_hot(pool.owner, len(pool.ranks)).double().to(member)
-        clusters = (member.mT @ owner).long().tolist()  # (M, k, N)
-    for m, name in enumerate(pool.names):
-        rank = int(merged.ranks[m])
-        yield ModuleReport(
-            name=name,
-            adapters=pool.adapters,
-            ranks_in=pool.ranks,
-            rank_out=rank,
-            norms=tuple(norms[m]),
-            cosine=tuple(tuple(row) for row in cosine[m]),
-            error=errors[m],
-            clusters=() if clusters is None else tuple(tuple(row) for row in clusters[m][:rank]),
-        )
 
 
 def _leftovers(

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from .adapter import CONFIG_KEY, Adapter
+from .errors import name_some
 from .formats.peft_config import combined, configs
 from .recipe import HUB, Recipe
-from .report import MergeReport
+from .report import MANY, MergeReport, ModuleReport
 
 KEY = "legomole"  # the metadata entry that holds recipe and report
 
@@ -102,7 +103,7 @@ def disagreements(inputs: Sequence[Adapter]) -> list[str]:
     said |= {key: [(label, str(c[key])) for label, c in configs(inputs) if c.get(key)] for key in _AGREED_BY_PEFT}
     for key, pairs in said.items():
         if len({value for _, value in pairs}) > 1:
-            notes.append(f"{key} differs: {', '.join(f'{value} ({label})' for label, value in pairs)}")
+            notes.append(f"{key} differs: {name_some((f'{value} ({label})' for label, value in pairs), MANY)}")
     return notes
 
 
@@ -111,8 +112,10 @@ def compact(report: MergeReport) -> dict[str, Any]:
 
     ``overlap`` lists the cosines of the pairs (1,2), (1,3), .. (2,3), ..; ``clusters`` counts merged units by
     composition: ``"9x1+0 2x3+1"`` are nine units from one unit of the first LoRA each, and two that blend three of
-    the first with one of the second.
+    the first with one of the second. With more LoRAs than `report.MANY` a module's row has no overlaps, and names the
+    LoRAs of its clusters: ``"2x3@1+1@9"`` are two that blend three units of the first with one of the ninth.
     """
+    many = len(report.inputs) > MANY
     return {
         "energy_kept": _short(report.energy_kept),
         "overlap": [[_short(value) for value in row] for row in report.overlap()],
@@ -123,8 +126,8 @@ def compact(report: MergeReport) -> dict[str, Any]:
                 module.ranks_in,
                 module.rank_out,
                 _short(module.energy_kept),
-                [_short(value) for i, row in enumerate(module.cosine) for value in row[i + 1 :]],
-                _composition(module.clusters),
+                [] if many else [_short(value) for i, row in enumerate(module.cosine) for value in row[i + 1 :]],
+                _composition(module, many),
             ]
             for module in report.modules
         },
@@ -134,8 +137,13 @@ def compact(report: MergeReport) -> dict[str, Any]:
     }
 
 
-def _composition(clusters: Sequence[Sequence[int]]) -> str:
-    counts = Counter("+".join(map(str, cluster)) for cluster in clusters)
+def _composition(module: ModuleReport, many: bool) -> str:
+    counts = Counter(
+        "+".join(f"{n}@{i + 1}" for n, i in zip(cluster, module.adapters, strict=True) if n)
+        if many
+        else "+".join(map(str, cluster))
+        for cluster in module.clusters
+    )
     return " ".join(f"{count}x{kind}" for kind, count in counts.items())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -63,6 +64,12 @@ class Pool:
         """``(M, P)`` float64: `c` without the user's weight."""
         return self.c / self.weights[:, self.owner]
 
+    @property
+    def spans(self) -> list[slice]:
+        """Where each adapter's units are."""
+        ends = list(accumulate(self.ranks))
+        return [slice(end - rank, end) for end, rank in zip(ends, self.ranks, strict=True)]
+
     def split(self, values: Tensor, dim: int) -> tuple[Tensor, ...]:
         """Cut a dimension of length `P` into one part per adapter."""
         return values.split(self.ranks, dim)
@@ -71,14 +78,12 @@ class Pool:
     @cached_property
     def G_A(self) -> Tensor:
         """``A A^T (M, P, P)`` float64."""
-        A = self.A.double()
-        return A @ A.mT
+        return gram.product(self.A)
 
     @cached_property
     def G_B(self) -> Tensor:
         """``B^T B (M, P, P)`` float64."""
-        B = self.B.double()
-        return B.mT @ B
+        return gram.product(self.B.mT)
 
     @cached_property
     def svd(self) -> gram.GramSVD:

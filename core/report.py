@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
+
+import torch
+
+MANY = 16
+"""With more adapters than this, what is told of every pair is told of the whole merge, no longer of every module."""
+_SHOWN = 20  # lines of a list that is too long to be read
 
 
 @dataclass(frozen=True)
@@ -71,18 +78,15 @@ class MergeReport:
     def overlap(self) -> list[list[float]]:
         """Overlap of any two adapters over the modules they share, weighted by size: ``N x N`` cosines."""
         n = len(self.inputs)
-        table = [[1.0 if i == j else 0.0 for j in range(n)] for i in range(n)]
-        for i in range(n):
-            for j in range(i + 1, n):
-                values: list[float] = []
-                sizes: list[float] = []
-                for module in self.modules:
-                    if i in module.adapters and j in module.adapters:
-                        p, q = module.adapters.index(i), module.adapters.index(j)
-                        values.append(module.cosine[p][q])
-                        sizes.append(module.norms[p] * module.norms[q])
-                table[i][j] = table[j][i] = _weighted(values, sizes)
-        return table
+        inner, sizes = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+        for module in self.modules:
+            i = torch.tensor(module.adapters, dtype=torch.long)
+            norms = torch.tensor(module.norms, dtype=torch.float64)
+            size = norms[:, None] * norms
+            inner[i[:, None], i] += size * torch.tensor(module.cosine, dtype=torch.float64)
+            sizes[i[:, None], i] += size
+        table = torch.where(sizes > 0, inner / torch.where(sizes > 0, sizes, 1), 0)
+        return table.fill_diagonal_(1).tolist()
 
     def mixed_clusters(self) -> float | None:
         """Share of merged units fed by more than one adapter; ``None`` for methods that do not cluster."""
@@ -92,8 +96,14 @@ class MergeReport:
         return sum(sum(count > 0 for count in cluster) > 1 for cluster in clusters) / len(clusters)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: the fields above plus the totals."""
-        data = asdict(self)
+        """Plain data, ready for JSON: the fields above plus the totals.
+
+        With more adapters than `MANY` without the modules' cosines, which would be millions of numbers.
+        """
+        modules = self.modules
+        if len(self.inputs) > MANY:
+            modules = tuple(replace(module, cosine=()) for module in modules)
+        data = asdict(replace(self, modules=modules))
         data["energy_kept"] = self.energy_kept
         data["overlap"] = self.overlap()
         return data
@@ -111,9 +121,14 @@ class MergeReport:
             count = sum(i in module.adapters for module in self.modules)
             size = sum(m.norms[m.adapters.index(i)] ** 2 for m in self.modules if i in m.adapters) ** 0.5
             lines.append(f"  [{i + 1}] {name}: weight {weight:g}, {count} modules, size {size:.3g}")
-        for i in range(len(self.inputs)):
-            for j in range(i + 1, len(self.inputs)):
-                lines.append(f"  overlap [{i + 1}] and [{j + 1}]: {overlap[i][j]:+.3f} ({_in_words(overlap[i][j])})")
+        pairs = list(combinations(range(len(self.inputs)), 2))
+        shown = pairs
+        if len(self.inputs) > MANY:
+            shown = sorted(pairs, key=lambda pair: (-abs(overlap[pair[0]][pair[1]]), pair))[:_SHOWN]
+        for i, j in shown:
+            lines.append(f"  overlap [{i + 1}] and [{j + 1}]: {overlap[i][j]:+.3f} ({_in_words(overlap[i][j])})")
+        if len(shown) < len(pairs):
+            lines.append(f"  {len(pairs) - len(shown)} more pairs overlap less (all of them in the JSON report)")
         mixed = self.mixed_clusters()
         if mixed is not None:
             lines.append(f"  {mixed:.0%} of the merged units blend several LoRAs, the rest come from one each")
@@ -141,7 +156,7 @@ def _in_words(cosine: float) -> str:
     return "unrelated"
 
 
-def _listed(label: str, names: Sequence[str], limit: int = 20) -> list[str]:
+def _listed(label: str, names: Sequence[str], limit: int = _SHOWN) -> list[str]:
     if not names:
         return []
     shown = [f"    {name}" for name in names[:limit]]

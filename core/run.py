@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +15,12 @@ import torch
 from .. import __version__
 from .adapter import Adapter, Source
 from .align import align
-from .errors import name_some
-from .formats import FORMATS, detect, load, summarise
-from .formats.files import sha256
+from .batches import Batch, Done, Work
+from .errors import FormatError, name_some
+from .formats import FORMATS, detect, fingerprint, load, summarise
+from .formats.hashes import sha256
 from .keymap import KeyMap
-from .merge import MergeResult, Progress, matching, merge
+from .merge import Each, MergeResult, Progress, matching, merge
 from .metadata import KEY, disagreements, file_metadata
 from .recipe import HUB, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
 from .statistics import Statistics
@@ -60,6 +64,58 @@ def recipe_in(metadata: Mapping[str, str], file: object = None) -> Recipe | None
     return from_dict(data, file)
 
 
+@dataclass(frozen=True)
+class Library:
+    """The inputs of a merge, to be opened on another machine that sees the same files.
+
+    Args:
+        paths: Absolute. names: As the recipe has them, for errors. prints: Their fingerprints.
+        convert_rank, key_map: See `run`; the key map is called there.
+    """
+
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    prints: tuple[str, ...]
+    convert_rank: int | None
+    key_map: Callable[[Sequence[Adapter]], KeyMap] | None
+
+    @classmethod
+    def of(
+        cls,
+        adapters: Sequence[Adapter],
+        paths: Sequence[Path],
+        convert_rank: int | None,
+        key_map: Callable[[Sequence[Adapter]], KeyMap] | None,
+    ) -> Library:
+        names = tuple(adapter.source.path for adapter in adapters)
+        return cls(tuple(paths), names, tuple(map(fingerprint, paths)), convert_rank, key_map)
+
+    def open(self) -> list[Adapter]:
+        """The adapters under common names, as the merge has them.
+
+        Raises:
+            FormatError: A file that is not there, or another one.
+        """
+        adapters: list[Adapter] = []
+        for path, name, known in zip(self.paths, self.names, self.prints, strict=True):
+            try:
+                if fingerprint(path) != known:
+                    raise FormatError("It is another file.")
+                adapter = load(path, convert_rank=self.convert_rank, known=True)
+            except FormatError as error:
+                raise FormatError(
+                    "A machine that helps with the merge does not have an input that this one has.",
+                    file=path,
+                    found=f"{error.problem} ({platform.node()})",
+                    remedy="keep the inputs on a file system that all machines share, under the same path on each",
+                ) from error
+            adapters.append(dataclasses.replace(adapter, source=dataclasses.replace(adapter.source, path=name)))
+        return align(adapters, key_map=self.key_map)
+
+
+Spread = Callable[[Library, Work, Sequence[Batch]], Iterable[Done]]
+
+
 def run(
     recipe: Recipe,
     *,
@@ -68,7 +124,9 @@ def run(
     spell: Callable[[Adapter, str], Adapter] | None = None,
     cached: Callable[[str], Path] | None = None,
     device: torch.device | str = "cpu",
+    reading: Progress | None = None,
     progress: Progress | None = None,
+    spread: Spread | None = None,
 ) -> MergeResult:
     """Load the inputs, bring them to common names, merge them.
 
@@ -83,6 +141,8 @@ def run(
             them; without it names stay as `align` left them.
         cached: A host's: the folder of an adapter's name in the local Hugging Face cache.
         device: Where to compute. progress: See `merge`.
+        reading: The same for the inputs: called with (inputs read, inputs in all, path of the last).
+        spread: A host's: does the work elsewhere, see `merge`, where the inputs are opened anew.
 
     Raises:
         RecipeError: An input is not the file the recipe was written for, or the method's settings are wrong.
@@ -91,7 +151,11 @@ def run(
     settings = dict(recipe.settings)
     if "statistics" not in settings:  # wrong settings are told before large files are read
         build_method(recipe.method, settings)
-    adapters = [_load(entry, folder, cached, recipe.convert_rank) for entry in recipe.inputs]
+    adapters: list[Adapter] = []
+    for entry in recipe.inputs:
+        adapters.append(_load(entry, folder, cached, recipe.convert_rank))
+        if reading is not None:
+            reading(len(adapters), len(recipe.inputs), entry.path)
     if "statistics" in settings:
         statistics = folder / str(settings["statistics"])
         settings["statistics"] = Statistics.load(statistics).of(adapters)
@@ -101,6 +165,10 @@ def run(
     method = build_method(recipe.method, settings)
     aligned = align(adapters, key_map=key_map)
     translated = any(before is not after for before, after in zip(adapters, aligned, strict=True))
+    each: Each | None = None
+    if spread is not None:
+        paths = [place(entry.path, folder, cached).absolute() for entry in recipe.inputs]
+        each = partial(spread, Library.of(adapters, paths, recipe.convert_rank, key_map))
     result = merge(
         aligned,
         method,
@@ -113,6 +181,7 @@ def run(
         dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
         device=device,
         progress=progress,
+        each=each,
     )
     done = recipe.model_copy(update={"legomole": __version__, "settings": recipe.settings | settings_of(method)})
     notes = [*result.report.notes, *disagreements(adapters)]

@@ -18,6 +18,7 @@ from ..core import formats
 from ..core.adapter import Adapter, Source, is_text_encoder
 from ..core.errors import FormatError, MergeError, name_some
 from ..core.formats import files
+from ..core.formats.hashes import sha256
 from ..core.keymap import Place, rename
 from ..core.lowrank import LowRank, nearest
 from .lora import Lora
@@ -293,7 +294,7 @@ def _source(lora: Lora, state_dict: Mapping[str, Tensor]) -> Source:
     if isinstance(lora.content, Adapter):
         return lora.content.source
     if isinstance(lora.content, Path):
-        return Source(str(lora.content), files.sha256(lora.content), formats.detect(state_dict))
+        return Source(str(lora.content), sha256(lora.content), formats.detect(state_dict))
     return Source(lora.label)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, SaveError
-from . import files, peft_folder
+from . import files, hashes, peft_folder
 from .base import Format
 from .comfy import Comfy
 from .diffusers import Diffusers
@@ -24,14 +24,25 @@ from .peft_folder import Folder, folder_of, read_folder
 from .suffixes import classify
 from .writing import cast_adapter, folded
 
-__all__ = ["FORMATS", "Format", "Summary", "detect", "from_state_dict", "load", "save", "summarise", "to_state_dict"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Summary",
+    "detect",
+    "fingerprint",
+    "from_state_dict",
+    "load",
+    "save",
+    "summarise",
+    "to_state_dict",
+]
 
 _PEFT = Peft()
 FORMATS: dict[str, Format] = {"kohya": Kohya(), "peft": _PEFT, "comfy": Comfy(), "diffusers": Diffusers()}
 """In the order of detection; the last takes whatever is left."""
 
 
-def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
+def load(path: str | Path, *, convert_rank: int | None = None, known: bool = False) -> Adapter:
     """Read a LoRA: a safetensors file of any format, or a PEFT folder.
 
     The tensors keep their dtype and are views of the memory-mapped file.
@@ -40,6 +51,7 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
         path: File or folder. The weights of a PEFT folder, or a part of them, mean the folder.
         convert_rank: Turn LoHa, LoKr and full deltas into low-rank updates of this rank (exactly factorised, then the
             best approximation of that rank). ``None`` refuses them.
+        known: The file was loaded before: the time to read and hash all its numbers is saved.
 
     Raises:
         FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
@@ -48,13 +60,26 @@ def load(path: str | Path, *, convert_rank: int | None = None) -> Adapter:
     folder = _folder(path)
     weights = (path,) if folder is None else folder.weights
     tensors, metadata = files.read_tensors(*weights)
-    source = Source(str(path), files.sha256(*weights), "" if folder is None else _PEFT.name)
+    source = Source(str(path), "" if known else hashes.sha256(*weights), "" if folder is None else _PEFT.name)
     if folder is not None:
         folder.demand_all(tensors)
         metadata[CONFIG_KEY] = folder.config
     adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
-    adapter.check_finite()
+    if not known:
+        adapter.check_finite()
     return adapter
+
+
+def fingerprint(path: str | Path) -> str:
+    """Tells LoRAs apart by their size, their beginning and their end, in a moment however large they are.
+
+    Raises:
+        FormatError: A path without a LoRA.
+    """
+    folder = _folder(Path(path))
+    if folder is None:
+        return hashes.fingerprint(Path(path))
+    return hashes.fingerprint(*folder.weights, text=folder.config)
 
 
 def _folder(path: Path) -> Folder | None:

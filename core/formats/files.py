@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -100,7 +99,7 @@ def _demand_new(keys: Iterable[str], known: Mapping[str, object], path: Path) ->
 
 @contextmanager
 def _opened(path: Path) -> Generator[safe_open]:
-    _inspect(path)
+    inspect(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -116,7 +115,7 @@ def _opened(path: Path) -> Generator[safe_open]:
         raise FormatError("The file cannot be read.", file=path, found=f"{type(error).__name__}: {error}") from error
 
 
-def _inspect(path: Path) -> None:
+def inspect(path: Path) -> None:
     """The cheap checks that need no parser, each with its own error."""
     if not path.exists():
         raise FormatError("There is no such file.", file=path, remedy="check the path")
@@ -166,16 +165,6 @@ def _pickle(path: Path) -> FormatError:
         expected="a .safetensors file",
         remedy="get the safetensors version, or convert it yourself if you trust its author",
     )
-
-
-def sha256(*paths: Path) -> str:
-    """The hash of a file's bytes; of several, of all their bytes in this order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -24,38 +24,46 @@ def check_density(density: float) -> None:
         )
 
 
-def trim(part: Tensor, density: float) -> Tensor:
-    """Set all but the ``density * numel`` largest entries (by magnitude) to zero; equals at the border all stay."""
-    size = part.abs()
+def border(part: Tensor, density: float) -> Tensor:
+    """The smallest magnitude among the ``density * numel`` largest entries, a scalar; 0 where all of them stay."""
     drop = part.numel() - max(1, int(density * part.numel()))
-    if drop == 0:
-        return part
-    return part * (size >= size.flatten().kthvalue(drop + 1).values)
+    return part.abs().flatten().kthvalue(drop + 1).values if drop else part.new_zeros(())
 
 
-def ties(parts: Iterable[Tensor], weights: Iterable[float], density: float, election: Election = "total") -> Tensor:
+def trim(part: Tensor, border: Tensor) -> Tensor:
+    """Set all entries of a magnitude below the border to zero."""
+    return part * (part.abs() >= border)
+
+
+def ties(
+    part: Callable[[int], Tensor], weights: Sequence[float], density: float, election: Election = "total"
+) -> Tensor:
     """Merge tensors of one shape where they agree.
 
     ``merged = sum_i weights_i part_i [sign(part_i) = sign] / number of i with sign(part_i) = sign``, entry by entry,
     after trimming every part. The weights count in the sum only: they neither vote nor enter the number.
 
     Args:
-        parts: Tensors of one shape.
-        weights: One number each.
+        part: Makes part i, all of one shape; called twice for each, because all at once may be too much to hold.
+        weights: One number for each part.
         density: Share of each part's entries that survive the trimming, ``(0, 1]``.
         election: ``"total"``: the sign of the parts' sum. ``"frequency"``: the sign most of them have. A draw is
             positive.
 
     Source: arXiv:2306.01708 section 3; the place of the weights is PEFT's (``combination_type="ties"``).
     """
-    trimmed = [trim(part, density) for part in parts]
-    vote = torch.zeros_like(trimmed[0])
-    for part in trimmed:
-        vote += part if election == "total" else part.sign()
+    vote = torch.zeros_like(part(0))
+    borders: list[Tensor] = []
+    for i in range(len(weights)):
+        own = part(i)
+        borders.append(border(own, density))
+        own = trim(own, borders[i])
+        vote += own if election == "total" else own.sign()
     positive = vote >= 0
     merged, count = torch.zeros_like(vote), torch.zeros_like(vote)
-    for part, weight in zip(trimmed, weights, strict=True):
-        agrees = torch.where(positive, part > 0, part < 0)
-        merged += weight * part * agrees
+    for i, weight in enumerate(weights):
+        own = trim(part(i), borders[i])
+        agrees = torch.where(positive, own > 0, own < 0)
+        merged += weight * own * agrees
         count += agrees
     return merged / count.clamp_min(1)

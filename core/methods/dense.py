@@ -20,7 +20,8 @@ def delta(pool: Pool, m: int, i: int) -> Tensor:
 def merge_dense(pool: Pool, rank: Rank, build: Callable[[int], Tensor]) -> Merged:
     """Let `build` make the dense result of each module, and keep its nearest rank-k matrix.
 
-    Only one module is dense at any time: the memory needed is a few times ``N * d_out * d_in`` of the largest module.
+    Only one module is dense at any time, and of it one adapter: the memory needed is a few times ``d_out * d_in`` of
+    the largest module, however many adapters there are.
 
     Args:
         pool: The units. rank: The merged rank; a share of energy refers to the plain sum of the deltas.

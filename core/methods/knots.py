@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from .. import gram
 from ..pool import Merged, Pool
@@ -52,9 +55,14 @@ class Knots:
             root = svd.S[m, :n].sqrt()
             R_A = (root[:, None] * svd.R_A[m, :n]).to(pool.A.dtype)
             R_B = (svd.R_B[m, :, :n] / root).to(pool.B.dtype)
-            parts = [R @ A_i for R, A_i in zip(pool.split(R_A, 1), pool.split(pool.A[m], 0), strict=True)]
-            # rounding noise must not count as agreement, or adapters that never meet would be averaged with nothing
-            parts = [part.masked_fill(part.abs() < _NOISE * float(svd.S[m, 0]), 0) for part in parts]
-            A[m, :n] = ties(parts, pool.weights[m].tolist(), self.density)
+            noise = _NOISE * float(svd.S[m, 0])
+            part = partial(_part, pool.split(R_A, 1), pool.split(pool.A[m], 0), noise)
+            A[m, :n] = ties(part, pool.weights[m].tolist(), self.density)
             B[m, :, :n] = pool.B[m] @ R_B
         return SVD(self.rank)(replace(pool, A=A, B=B, c=torch.ones_like(pool.c)))
+
+
+def _part(R: Sequence[Tensor], A: Sequence[Tensor], noise: float, i: int) -> Tensor:
+    """``S V_i^T``. Noise must not count as agreement, or adapters that never meet would be averaged with nothing."""
+    part = R[i] @ A[i]
+    return part.masked_fill(part.abs() < noise, 0)

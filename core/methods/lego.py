@@ -67,7 +67,7 @@ class Lego:
         k = self.rank.resolve(pool)
         gauge = folded(pool) if published else balanced(pool)
         # units in the chosen gauge: A_j rows of gauge.R_A @ A, B_j columns of B @ gauge.R_B
-        G_A, G_B = gauge.R_A @ pool.G_A @ gauge.R_A.mT, gauge.R_B.mT @ pool.G_B @ gauge.R_B
+        G_A, G_B = _in_gauge(pool, pool.G_A, gauge.R_A), _in_gauge(pool, pool.G_B, gauge.R_B.mT)
         labels, _ = gram.kmeans(G_A + G_B if published else G_A * G_B, k, starts=self.starts, seed=self.seed)
 
         Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
@@ -105,13 +105,17 @@ def folded(pool: Pool) -> Mixing:
 def balanced(pool: Pool) -> Mixing:
     """Every adapter in balanced SVD form, ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included."""
     R_A, R_B = torch.zeros_like(pool.G_A), torch.zeros_like(pool.G_B)
-    start = 0
-    for r in pool.ranks:
-        at = slice(start, start + r)
+    for at in pool.spans:
         svd = gram.svd(pool.G_A[:, at, at], pool.G_B[:, at, at], pool.c[:, at])
         R_A[:, at, at], R_B[:, at, at] = svd.R_A, svd.R_B
-        start += r
     return Mixing(R_A, R_B, torch.full((pool.batch,), pool.size))
+
+
+def _in_gauge(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
+    """``R G R^T`` for an `R` that mixes only units of the same adapter."""
+    blocks = [R[:, at, at] for at in pool.spans]
+    G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)
+    return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
 
 
 def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple[Tensor, Tensor]:
@@ -129,23 +133,26 @@ def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple
         ``alpha, beta (M, P, k)``: the unit's row is ``alpha^T A``, its column ``B beta``, both of the same norm.
     """
     size = (G_A * G_B).diagonal(dim1=1, dim2=2).clamp_min(0)[:, :, None] * Z  # (M, P, k)
-    alpha = torch.nn.functional.one_hot(size.argmax(1), Z.shape[1]).mT.to(Z) * Z
-    alpha, image_A = _unit(alpha, G_A)
+    start = torch.nn.functional.one_hot(size.argmax(1), Z.shape[1]).mT.to(Z) * Z
+    # a unit is in one cluster, so one column (M, P, 1) has room for the coefficients of all clusters
+    same = Z @ Z.mT
+    G_A, G_B = G_A * same, G_B * same
+    alpha, image_A = _unit(start.sum(2, keepdim=True), G_A, Z)
     beta, image_B = alpha, alpha
     for _ in range(steps):
-        beta, image_B = _unit(Z * image_A, G_B)
-        alpha, image_A = _unit(Z * image_B, G_A)
+        beta, image_B = _unit(image_A, G_B, Z)
+        alpha, image_A = _unit(image_B, G_A, Z)
     # sigma = u^T (1/n sum_j b_j a_j^T) v, shared evenly by the two factors
-    sigma = (image_B * Z * image_A).sum(1, keepdim=True) / Z.sum(1, keepdim=True).clamp_min(1)
-    root = sigma.clamp_min(0).sqrt()
+    sigma = Z.mT @ (image_B * image_A) / Z.sum(1)[:, :, None].clamp_min(1)  # (M, k, 1)
+    root = Z * sigma.clamp_min(0).sqrt().mT
     return alpha * root, beta * root
 
 
-def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of coefficients `x` scaled to unit length under the Gram matrix `G`, and ``G @ x``; zero stays zero."""
+def _unit(x: Tensor, G: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Every cluster's coefficients in `x` scaled to unit length under `G`, and ``G @ x``; zero stays zero."""
     Gx = G @ x
-    length = (x * Gx).sum(1, keepdim=True).clamp_min(0).sqrt()
-    inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
+    length = (Z.mT @ (x * Gx)).clamp_min(0).sqrt()  # (M, k, 1)
+    inverse = Z @ torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
     return x * inverse, Gx * inverse
 
 

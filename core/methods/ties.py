@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from ..pool import Merged, Pool
@@ -39,7 +40,7 @@ class Ties:
             pool,
             self.rank,
             lambda m: ties(
-                (delta(pool, m, i) for i in range(len(pool.ranks))),
+                partial(delta, pool, m),
                 pool.weights[m].tolist(),
                 self.density,
                 self.sign_election,

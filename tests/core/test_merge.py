@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from legomole.core import merge as merge_module
+from legomole.core import batches
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.lowrank import LowRank
@@ -329,7 +329,7 @@ def test_the_result_does_not_depend_on_the_batch_size(monkeypatch, method):
     a = named("a", {f"m{i}": part(4, seed=i) for i in range(7)})
     b = named("b", {f"m{i}": part(2, seed=100 + i) for i in range(7)})
     together = merge([a, b], method)
-    monkeypatch.setattr(merge_module, "_BATCH_NUMBERS", 1)
+    monkeypatch.setattr(batches, "_BATCH_NUMBERS", 1)
     alone = merge([a, b], method)
     for name, want in together.adapter.modules.items():
         got = alone.adapter.modules[name]

@@ -22,7 +22,9 @@ MODULE = ModuleReport(
     error=0.5,
     clusters=((1, 0, 0), (1, 1, 2), (1, 0, 0)),
 )
-REPORT = MergeReport(("a", "b"), (1.0, 1.0), "lego", (MODULE,), passed_on=("k1", "k2"), dropped=("gone",), notes=("n",))
+REPORT = MergeReport(
+    ("a", "b", "c"), (1.0, 1.0, 1.0), "lego", (MODULE,), passed_on=("k1", "k2"), dropped=("gone",), notes=("n",)
+)
 
 
 def adapter(label: str, sha256: str = "", **metadata: str) -> Adapter:

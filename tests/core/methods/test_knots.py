@@ -28,7 +28,7 @@ def dense_knots(pool: Pool, k: int, density: float) -> torch.Tensor:
     results = []
     for m, weights in enumerate(pool.weights):
         U, stacked = aligned(pool, m)
-        results.append(best(U @ ties(stacked.chunk(len(weights), 1), weights.tolist(), density), k))
+        results.append(best(U @ ties(stacked.chunk(len(weights), 1).__getitem__, weights.tolist(), density), k))
     return torch.stack(results)
 
 
