@@ -45,14 +45,22 @@ def enough_memory(remedy: str) -> Generator[None]:
         ) from error
 
 
+_EXTRAS = {"ray": "ray", "transformers": "peft", "transformers_training": "peft"}
+
+
 def host(name: str) -> Any:
+    """A module of `hosts`.
+
+    Raises:
+        MergeError: The library it is for is not installed.
+    """
     try:
         return importlib.import_module(f"..hosts.{name}", __package__)
     except ImportError as error:
         raise MergeError(
-            "This works on a diffusers pipeline, and what that needs is not installed.",
+            "What this needs is not installed.",
             found=str(error),
-            remedy="pip install 'legomole[diffusers]'",
+            remedy=f"pip install 'legomole[{_EXTRAS.get(name, 'diffusers')}]'",
         ) from error
 
 

@@ -8,15 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..hosts.hub import cached
-from ..hosts.names import key_map, spelled_for
 from .arguments import add_module_weights, parse_input, parse_setting
 from .calibration import measure
-from .console import out, print_json, progress_bar
+from .carry_out import carry_out, check_target, ranked
 from .machine import check_device, named
 from .options import (
     CALIBRATION,
-    DEFAULT_RANK,
     GUIDANCE_HELP,
     LEGO,
     METHOD,
@@ -34,8 +31,6 @@ from .options import (
     Overwrite,
     RankOption,
     Seed,
-    check_output,
-    size_of,
 )
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -186,6 +181,14 @@ def merge(
     dtype: Dtype = None,
     format: Format = None,
     device: Device = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Compute on the processors of a Ray cluster: auto (the one this machine belongs to), HOST:PORT, "
+            "ray://HOST:PORT, or local (this machine). All machines must see the inputs under the same paths.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -202,6 +205,8 @@ def merge(
         raise typer.BadParameter(
             "--words, --prompts, --size, --guidance and --paint-steps belong to --calibrate PIPELINE."
         )
+    if ray is not None and device != "cpu":
+        raise typer.BadParameter("With --ray the processors compute: leave out --device.")
     base: dict[str, Any] = {"method": "lego" if calibrate is None else "calibrated"}
     folder = Path()
     if config is not None:
@@ -241,15 +246,15 @@ def merge(
     add_module_weights(base, module_weight or ())
     recipe = from_dict(base, config)
     if calibrate is not None and statistics is not None:
-        _check_target(recipe, folder, output, overwrite=overwrite)
+        check_target(recipe, folder, output, overwrite=overwrite)
         check_device(device)
         # wrong settings are told before minutes of measuring
-        build_method(recipe.method, {**_ranked(recipe).settings, "statistics": Statistics({})})
+        build_method(recipe.method, {**ranked(recipe).settings, "statistics": Statistics({})})
         measure(
             calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
             paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
-    _carry_out(recipe, folder, output, device=device, overwrite=overwrite, json=json)
+    carry_out(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
 
 
 def compress(
@@ -278,45 +283,8 @@ def compress(
     data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     settings = _given({"rank": rank or "95%", "seed": seed})
     recipe = from_dict({**data, "inputs": [{"path": named(input)}], "settings": settings})
-    _carry_out(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
+    carry_out(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:
-    from ..core.formats import summarise
-    from ..core.run import place
-
-    paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
-    return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
-
-
-def _ranked(recipe: Any) -> Any:
-    """The recipe with the default rank, where its method has one and it says none."""
-    from ..core.methods import METHODS
-
-    fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
-    if "rank" not in fields or "rank" in recipe.settings:
-        return recipe
-    return recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
-
-
-def _carry_out(recipe: Any, folder: Path, output: Path, *, device: str, overwrite: bool, json: bool) -> None:
-    from ..core.formats import save
-    from ..core.run import run
-
-    check_device(device)
-    recipe = _ranked(recipe)
-    target = _check_target(recipe, folder, output, overwrite=overwrite)
-    with progress_bar("merging", quiet=json) as progress:
-        result = run(
-            recipe, folder=folder, key_map=key_map, spell=spelled_for, cached=cached, device=device, progress=progress
-        )
-    written = save(result.adapter, target)
-    if json:
-        print_json({"output": str(written), "report": result.report.to_dict()})
-        return
-    out().print(result.report.text(), markup=False)
-    out().print(f"wrote {written} ({size_of(written)})", markup=False)

@@ -1,0 +1,195 @@
+"""A merge on a Ray of two workers gives the bytes that one process gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+ray = pytest.importorskip("ray", reason="legomole[ray] is not installed: merging on a cluster is NOT TESTED")
+
+from legomole.cli import app  # noqa: E402
+from legomole.core.adapter import Adapter  # noqa: E402
+from legomole.core.errors import FormatError, MergeError  # noqa: E402
+from legomole.core.formats import load, save  # noqa: E402
+from legomole.core.lowrank import LowRank  # noqa: E402
+from legomole.core.merge import merge  # noqa: E402
+from legomole.core.methods import METHODS  # noqa: E402
+from legomole.core.pool import Merged, Pool  # noqa: E402
+from legomole.core.run import Library  # noqa: E402
+from legomole.hosts.ray import cluster  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+SHAPES = [(5, 6), (7, 6), (5, 9)]
+NAMES = [f"model.layers.{i}.{kind}_proj" for i in range(4) for kind in "qkv"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def connected() -> Iterator[None]:
+    """A cluster of two workers on this machine, which import the package from where this process has it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "init", partial(ray.init, num_cpus=2))
+        with cluster("local"):
+            yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Three PEFT adapters, the first without its last layers."""
+    monkeypatch.chdir(tmp_path)
+    paths: list[Path] = []
+    for i, rank in enumerate((4, 2, 3)):
+        g = torch.Generator().manual_seed(i)
+        modules = {
+            name: LowRank(torch.randn(rank, d_in, generator=g), torch.randn(d_out, rank, generator=g), 2.0 * rank)
+            for name, (d_out, d_in) in zip(NAMES[: 9 if i == 0 else 12], SHAPES * 4, strict=False)
+        }
+        paths.append(save(Adapter(modules), Path(f"adapter{i}"), format="peft"))
+    return paths
+
+
+def library(paths: list[Path]) -> Library:
+    return Library.of([load(path) for path in paths], [path.absolute() for path in paths], None, None)
+
+
+def arguments(paths: list[Path], *more: str) -> list[str]:
+    return ["merge", *map(str, paths), *more]
+
+
+def done(*texts: str) -> None:
+    result = CliRunner().invoke(app, list(texts))
+    assert result.exit_code == 0, result.output
+
+
+@dataclass(frozen=True)
+class Telling:
+    """A method that says in a remark which process ran it, and leaves a mark on the disk."""
+
+    batch: ClassVar[int] = 1
+
+    folder: Path
+    fault: str = ""
+
+    def __call__(self, pool: Pool) -> Merged:
+        (self.folder / pool.names[0]).touch()
+        if self.fault and pool.names[0] == self.fault:
+            raise ZeroDivisionError(pool.names[0])
+        return replace(METHODS["concat"]()(pool), remarks={pool.names[0]: f"in process {os.getpid()}"})
+
+
+@dataclass(frozen=True)
+class Slow(Telling):
+    def __call__(self, pool: Pool) -> Merged:
+        time.sleep(0.3)
+        return super().__call__(pool)
+
+
+@pytest.mark.parametrize("method", ["lego", "svd", "ties"])
+def test_the_bytes_are_those_of_one_process(method: str, adapters: list[Path]) -> None:
+    more = ("--method", method, "--rank", "3", "--module-weight", "2:*q_proj=0.5")
+    done(*arguments(adapters, *more, "-o", "here"))
+    done(*arguments(adapters, *more, "-o", "there", "--ray", "auto"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert Path("there", name).read_bytes() == Path("here", name).read_bytes()
+    assert {part.rank for part in load("there").modules.values()} == {3}
+
+
+def test_workers_do_the_work_and_progress_is_told(tmp_path: Path, adapters: list[Path]) -> None:
+    loaded, told = [load(path) for path in adapters], []
+    with cluster("auto") as spread:
+        result = merge(
+            loaded,
+            Telling(tmp_path),
+            each=partial(spread, library(adapters)),
+            progress=lambda *told_: told.append(told_),
+        )
+    assert [(n, total) for n, total, _ in told] == [(n, 12) for n in range(1, 13)]
+    notes = " ".join(result.report.notes)
+    assert "in process" in notes
+    assert f"in process {os.getpid()}:" not in notes
+    for name, part in merge(loaded, METHODS["concat"]()).adapter.modules.items():
+        assert torch.equal(result.adapter.modules[name].A, part.A)
+
+
+def test_json_is_all_that_is_printed(adapters: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray writes past Python's streams where it writes."""
+    result = CliRunner().invoke(app, arguments(adapters, "--rank", "3", "--json", "-o", "there", "--ray", "auto"))
+    assert json.loads(result.stdout)["output"] == "there"
+    assert (result.stderr, *capfd.readouterr()) == ("", "", "")
+
+
+def test_an_address_where_no_cluster_is(adapters: list[Path]) -> None:
+    """In a process of its own, because this one is connected."""
+    more = arguments(adapters, "--rank", "3", "--json", "-o", "there", "--ray", "nowhere")
+    env = os.environ | {"PYTHONSAFEPATH": "1"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "legomole", *more], capture_output=True, text=True, env=env, check=False
+    )
+    assert ran.returncode == 3, ran.stdout + ran.stderr
+    assert json.loads(ran.stdout)["error"]["found"].startswith("nowhere: ")
+    assert "Traceback" not in ran.stderr
+
+
+def test_an_error_in_a_worker_is_the_error_here(adapters: list[Path]) -> None:
+    more = ("--method", "concat", "--dtype", "float16", "--module-weight", "1:model.layers.1.k_proj=1e12", "-o", "out")
+    outputs = []
+    for place in ((), ("--ray", "auto")):
+        result = CliRunner().invoke(app, [*arguments(adapters, *more, "--json"), *place])
+        assert result.exit_code == 3
+        outputs.append(json.loads(result.stdout))
+    assert outputs[0] == outputs[1]
+    assert outputs[1]["error"]["module"] == "model.layers.1.k_proj"
+    assert "overflow" in outputs[1]["error"]["problem"]
+    assert not Path("out").exists()
+
+
+def test_a_bug_in_a_worker_is_no_error_of_the_cluster(tmp_path: Path, adapters: list[Path]) -> None:
+    loaded, method = [load(path) for path in adapters], Telling(tmp_path, NAMES[3])
+    with cluster("auto") as spread, pytest.raises(ZeroDivisionError, match=NAMES[3]):
+        merge(loaded, method, each=partial(spread, library(adapters)))
+
+
+def test_a_worker_that_sees_another_file_says_so(adapters: list[Path]) -> None:
+    loaded, known = [load(path) for path in adapters], library(adapters)
+    changed = Adapter({n: LowRank(p.A, 2 * p.B, p.alpha) for n, p in loaded[1].modules.items()})
+    save(changed, adapters[1], format="peft")
+    with cluster("auto") as spread, pytest.raises(FormatError, match="another file") as caught:
+        merge(loaded, METHODS["concat"](), each=partial(spread, known))
+    assert caught.value.file == str(adapters[1].absolute())
+    assert "share" in str(caught.value.remedy)
+
+
+def test_what_is_cancelled_is_not_begun(tmp_path: Path, adapters: list[Path]) -> None:
+    """Of 12 tasks the rest is given up when the first is done; at most those that were running are finished."""
+    marks = tmp_path / "marks"
+    marks.mkdir()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    loaded, known = [load(path) for path in adapters], library(adapters)
+    with pytest.raises(KeyboardInterrupt), cluster("auto") as spread:
+        merge(loaded, Slow(marks), each=partial(spread, known), progress=stop)
+    ray.get(ray.remote(num_cpus=2)(lambda: None).remote())  # comes after whatever is left
+    assert 1 <= len(list(marks.iterdir())) < 12
+
+
+def test_more_threads_than_any_machine_has(monkeypatch: pytest.MonkeyPatch, adapters: list[Path]) -> None:
+    """Such tasks would wait for ever."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    with cluster("auto") as spread, pytest.raises(MergeError, match="OMP_NUM_THREADS=2"):
+        merge([load(path) for path in adapters], METHODS["concat"](), each=partial(spread, library(adapters)))
