@@ -100,7 +100,7 @@ def naive(folders: Sequence[Path], rank: int) -> None:
         torch.svd_lowrank(delta, rank, niter=4)  # an exact one takes minutes a layer
         seconds += blocks * (time.process_time() - start)
         del delta
-    print(f"{seconds:.1f}")
+    print(f"{seconds:.3f}")
 
 
 def main() -> None:

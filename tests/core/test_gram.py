@@ -271,3 +271,23 @@ def test_renumber_keeps_the_partition_and_numbers_by_first_member(labels):
 def test_distances_by_the_definition():
     X = points(2, 5, 3)
     assert torch.allclose(gram.distances(gram_of(X)), torch.cdist(X, X).square(), atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [5, 6, 7])
+def test_products_in_blocks_are_the_product(size):
+    """Blocks that divide the number of rows, and that do not."""
+    X = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
+    G = gram.product(X, rows=size // 2)
+    torch.testing.assert_close(G, X.double() @ X.double().mT, rtol=1e-14, atol=1e-14)
+    assert torch.equal(G, G.mT)
+
+
+def test_ward_where_most_points_lose_their_nearest():
+    """A point near the middle is the nearest of most others until it is merged; each module has its own k."""
+    X = torch.randn(3, 60, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    X[:, 0] *= 0.01
+    k = torch.tensor([2, 5, 59])
+    labels = gram.ward(X @ X.mT, k)
+    for m in range(3):
+        expected = torch.from_numpy(fcluster(linkage(X[m].numpy(), "ward"), int(k[m]), "maxclust"))
+        assert torch.equal(labels[m][:, None] == labels[m], expected[:, None] == expected)

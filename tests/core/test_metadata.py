@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,3 +125,21 @@ def test_peft_configurations_keep_what_all_say():
     b = adapter("b", adapter_config=json.dumps({"peft_type": "LORA", "r": 4, "base_model_name_or_path": "base"}))
     assert json.loads(metadata_of(a, b)["adapter_config"]) == {"peft_type": "LORA", "base_model_name_or_path": "base"}
     assert "adapter_config" not in metadata_of(a, adapter("c"))
+
+
+def test_the_row_of_many_adapters_names_those_in_a_cluster():
+    """17 LoRAs would have 136 pairs in every module; a unit of the first with two of the 17th, and one of the 9th."""
+    n = 17
+    clusters = ((1, *[0] * 15, 2), (*[0] * 8, 1, *[0] * 8))
+    many = replace(
+        MODULE,
+        adapters=tuple(range(n)),
+        ranks_in=(1,) * n,
+        norms=(1.0,) * n,
+        cosine=tuple(tuple(float(i == j) for j in range(n)) for i in range(n)),
+        clusters=clusters,
+    )
+    data = compact(replace(REPORT, inputs=tuple(map(str, range(n))), modules=(many,)))
+    row = dict(zip(data["columns"], data["modules"]["m"], strict=True))
+    assert (row["overlap"], row["clusters"]) == ([], "1x1@1+2@17 1x1@9")
+    assert len(data["overlap"]) == n

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
-from legomole.core.report import MergeReport, ModuleReport
+from legomole.core.report import MANY, MergeReport, ModuleReport
 
 
 def module(name="m", adapters=(0, 1), norms=(3.0, 4.0), cosine=0.0, error=0.0, clusters=(), rank_out=2) -> ModuleReport:
@@ -90,3 +91,29 @@ def test_to_dict_survives_json():
     assert data["overlap"] == [[1.0, 0.0], [0.0, 1.0]]
     assert math.isclose(data["energy_kept"], 1.0)
     assert data["notes"] == ["n"]
+
+
+def many(n: int = MANY + 1) -> MergeReport:
+    """Adapters that do not overlap, but for the 3rd and the 5th at -0.5, and the 2nd and the 4th at 0.4."""
+    row = replace(module(adapters=range(n), norms=[1.0] * n), clusters=((1, *[0] * (n - 2), 2),))
+    table = [list(line) for line in row.cosine]
+    table[2][4] = table[4][2] = -0.5
+    table[1][3] = table[3][1] = 0.4
+    return report(replace(row, cosine=tuple(map(tuple, table))), inputs=tuple(f"lora{i + 1}" for i in range(n)))
+
+
+def test_of_many_adapters_the_pairs_that_overlap_most_are_told():
+    lines = [line.strip() for line in many().text().splitlines() if "overlap" in line]
+    assert lines[:3] == [
+        "overlap [3] and [5]: -0.500 (they work against each other)",
+        "overlap [2] and [4]: +0.400 (they share a direction)",
+        "overlap [1] and [2]: +0.000 (unrelated)",
+    ]
+    assert lines[20:] == ["116 more pairs overlap less (all of them in the JSON report)"]  # of 17 * 16 / 2 = 136
+
+
+def test_of_many_adapters_the_json_has_the_total_of_every_pair():
+    data = many().to_dict()
+    assert data["overlap"][4][2] == -0.5
+    assert data["modules"][0]["cosine"] == ()
+    assert many(MANY).to_dict()["modules"][0]["cosine"][4][2] == -0.5

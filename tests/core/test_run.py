@@ -184,3 +184,31 @@ def test_the_metadata_is_json_other_programs_can_read(folder):
     data = json.loads(run(recipe(), folder=folder).adapter.metadata[KEY])
     assert set(data) == {"recipe", "report"}
     assert set(data["report"]["modules"]) == set(NAMES)
+
+
+def test_reading_is_told_before_merging(folder):
+    told = []
+    run(recipe(), folder=folder, reading=lambda *x: told.append(x), progress=lambda *x: told.append(x[:2]))
+    assert told == [(1, 2, "a.safetensors"), (2, 2, "b.safetensors"), (4, 4)]
+
+
+def test_a_library_is_opened_elsewhere_as_it_was_here(folder):
+    """Under the recipe's names, though from other paths; a file that was exchanged is not taken for it."""
+    seen = []
+
+    def spread(library, work, batches):
+        seen.append(library)
+        return (work(library.open(), batch) for batch in batches)
+
+    here, there = (run(recipe(), folder=folder, spread=how) for how in (None, spread))
+    assert {n: p.A.tolist() for n, p in there.adapter.modules.items()} == {
+        n: p.A.tolist() for n, p in here.adapter.modules.items()
+    }
+    assert there.adapter.metadata == here.adapter.metadata
+    assert seen[0].names == ("a.safetensors", "b.safetensors") or seen[0].names[0].endswith("a.safetensors")
+    write(folder / "b.safetensors", 2, 3, ss_base_model_version="sd_v1")
+    with pytest.raises(FormatError, match="another file"):
+        seen[0].open()
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(FormatError, match="no such file"):
+        seen[0].open()
