@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .arguments import parse_setting
 from .console import out, print_json, progress_bar
-from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures
-from .gates_output import draw, facts, python, tell
+from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures, read_settings
+from .gates_output import draw, facts, interrupted, python, tell
 from .machine import check_device, computing, enough_memory, host
 from .options import (
+    GATES,
     GUIDANCE_HELP,
     OUTPUT,
     PAINT_STEPS_HELP,
     SIZE_HELP,
+    TRAINING,
     WORDS_HELP,
+    Activation,
+    Balance,
+    Batch,
+    Checkpointing,
     Device,
-    DtypeName,
+    GatesOutput,
+    Granularity,
     Json,
+    LearningRate,
+    ModelDtype,
     Overwrite,
+    State,
+    Steps,
+    TrainingSeed,
     check_free,
     check_output,
     size_of,
 )
-
-if TYPE_CHECKING:
-    from ..core.gates import GateSettings
-    from ..core.train import TrainSettings
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -47,7 +54,7 @@ From your own pictures, so that an interruption loses nothing:
 [cyan]legomole train-gates sd15 a.safetensors b.safetensors --words ember --words heart --objective denoise \\
   --images 1:embers --images 2:hearts --state run1 -o gates.safetensors[/cyan]
 """
-GATES, TRAINING, PICTURES = "Gates", "Training", "Pictures the models paint to learn from"
+PICTURES = "Pictures the models paint to learn from"
 
 
 def train_gates(
@@ -63,9 +70,7 @@ def train_gates(
         typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Strength 1 if not given."),
     ],
     words: Annotated[list[str], typer.Option(metavar="WORDS", help=WORDS_HELP)],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
-    ],
+    output: GatesOutput,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -100,25 +105,11 @@ def train_gates(
             help="clip: a CLIP model with its processor, as transformers saves it.",
         ),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the optimizer. Default 200.")
-    ] = None,
-    batch: Annotated[
-        int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Examples per step. Default 32.")
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option("--lr", metavar="RATE", rich_help_panel=TRAINING, help="Learning rate. Default 0.01."),
-    ] = None,
-    balance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="WEIGHT", rich_help_panel=TRAINING, help="Of the balance loss. Default 0; the MoLE paper has 0.5."
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of everything drawn. Default 0.")
-    ] = None,
+    steps: Steps = None,
+    batch: Batch = None,
+    lr: LearningRate = None,
+    balance: Balance = None,
+    seed: TrainingSeed = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,29 +120,10 @@ def train_gates(
             "compose (1.2), weight_decay (0.001). Repeatable.",
         ),
     ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", rich_help_panel=TRAINING, help="Save memory: compute every block twice.")
-    ] = False,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            rich_help_panel=TRAINING,
-            help="Keep what was done here; the same command goes on after an interruption.",
-        ),
-    ] = None,
-    granularity: Annotated[
-        Literal["network", "block", "layer", "matrix"],
-        typer.Option(metavar="NAME", rich_help_panel=GATES, help="One gate per network, block, layer or matrix."),
-    ] = "layer",
-    activation: Annotated[
-        Literal["sigmoid", "softmax", "softmax-null"],
-        typer.Option(
-            metavar="NAME",
-            rich_help_panel=GATES,
-            help="sigmoid: every LoRA for itself. softmax: shares of 1 (the paper's). softmax-null: one for none.",
-        ),
-    ] = "sigmoid",
+    checkpointing: Checkpointing = False,
+    state: State = None,
+    granularity: Granularity = "layer",
+    activation: Activation = "sigmoid",
     reads: Annotated[
         Literal["text", "hidden", "experts", "flat"],
         typer.Option(
@@ -167,14 +139,7 @@ def train_gates(
     ] = None,
     paint_steps: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help=PAINT_STEPS_HELP)] = 12,
     device: Device = "cpu",
-    dtype: Annotated[
-        DtypeName | None,
-        typer.Option(
-            metavar="TYPE",
-            help="Of the model: float32, bfloat16 or float16 (which loses small gradients). Default float32 on the "
-            "CPU, bfloat16 elsewhere.",
-        ),
-    ] = None,
+    dtype: ModelDtype = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also draw the training and the gates (.png)."),
@@ -187,11 +152,14 @@ def train_gates(
     The LoRAs stay apart; small gates decide for every prompt and layer how much of each goes in. Only they are trained.
     [bold]accelerate launch -m legomole train-gates ..[/bold] shares the work among several devices.
     """
+    from ..core.train import TrainSettings
+
     entries = [parse_expert(text) for text in loras]
     concepts = parse_words(words, len(entries))
     given = {"steps": steps, "batch": batch, "learning_rate": lr, "balance": balance, "seed": seed}
     typed = {"objective": objective, **{k: v for k, v in given.items() if v is not None}}
-    training, chosen = _settings(
+    training, chosen = read_settings(
+        TrainSettings,
         {**typed, **dict(map(parse_setting, settings or ()))},
         {"granularity": granularity, "activation": activation, "reads": reads},
     )
@@ -233,7 +201,7 @@ def train_gates(
                 paint_steps=paint_steps, checkpointing=checkpointing, folder=state, devices=devices, progress=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_interrupted(state)) from None
+            raise KeyboardInterrupt(interrupted(state)) from None
     if not alone:
         return
     done.gates.save(output)
@@ -246,24 +214,3 @@ def train_gates(
     tell(done, mixture.labels)
     out().print(f"wrote {output} ({size_of(output)})" + (f" and {plot}" if plot else ""), markup=False)
     out().print(f"\nTo use them:\n\n{code}", markup=False)
-
-
-def _settings(training: Mapping[str, Any], gates: Mapping[str, Any]) -> tuple[TrainSettings, GateSettings]:
-    from pydantic import ValidationError
-
-    from ..core.gates import GateSettings
-    from ..core.train import TrainSettings
-
-    try:
-        return TrainSettings.model_validate(training), GateSettings.model_validate(gates)
-    except ValidationError as error:
-        wrong = "; ".join(f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors())
-        raise typer.BadParameter(f"Settings that cannot be trained with. {wrong}") from error
-
-
-def _interrupted(state: Path | None) -> str:
-    if state is None:
-        return "Cancelled. Nothing was written. With --state FOLDER what was learnt would have been kept."
-    if not any(state.glob("*.safetensors")):
-        return "Cancelled before there was anything to keep. Nothing was written."
-    return f"Cancelled. What was done is kept in {state}: the same command goes on from there."

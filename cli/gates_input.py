@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from ..core.errors import FormatError
 from .arguments import parse_input
+
+if TYPE_CHECKING:
+    from ..core.gates import GateSettings
+    from ..core.train import FitSettings
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -37,6 +42,50 @@ def parse_size(text: str) -> tuple[int, int]:
         raise typer.BadParameter(f"{text!r} is not a size: write 512, or 768x512 for width and height.")
     width = int(match[1])
     return int(match[2] or width), width
+
+
+_Settings = TypeVar("_Settings", bound="FitSettings")
+
+
+def read_settings(
+    kind: type[_Settings], training: Mapping[str, Any], gates: Mapping[str, Any]
+) -> tuple[_Settings, GateSettings]:
+    """Settings of a training and of the gates, checked."""
+    from pydantic import ValidationError
+
+    from ..core.gates import GateSettings
+
+    try:
+        return kind.model_validate(training), GateSettings.model_validate(gates)
+    except ValidationError as error:
+        wrong = "; ".join(f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors())
+        raise typer.BadParameter(f"Settings that cannot be trained with. {wrong}") from error
+
+
+def read_texts(path: Path) -> list[Any]:
+    """Examples of a JSON-lines file: ``{"prompt": .., "completion": ..}`` or ``{"text": ..}`` on each line.
+
+    Raises:
+        FormatError: Another content; names the line.
+    """
+    found: list[Any] = []
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            entry: Any = json.loads(line)
+        except ValueError:
+            entry = None
+        fields = ("prompt", "completion") if isinstance(entry, dict) and "prompt" in entry else ("text",)
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(field), str) for field in fields):
+            raise FormatError(
+                "A line is not an example.",
+                file=f"{path}, line {number}",
+                expected='{"prompt": "..", "completion": ".."} or {"text": ".."}',
+                found=line[:80],
+            )
+        found.append((entry["prompt"], entry["completion"]) if "prompt" in entry else entry["text"])
+    return found
 
 
 def read_lines(path: Path) -> list[str]:

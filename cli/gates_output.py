@@ -60,14 +60,8 @@ def weights(done: PipelineTraining) -> list[tuple[tuple[int, ...], int, list[flo
 
 def tell(done: PipelineTraining, labels: Sequence[str]) -> None:
     """Print what a training came to."""
-    console, found = out(), gates_facts(done.gates)
-    settings = found["training"]
-    line = f"{settings['objective']} on {found['base']}: {found['gates']} gates, {len(done.prompts)} prompts"
-    if found["loss"]:
-        line += f", {found['steps']} steps\nloss     {_course(found['loss'])}\nentropy  {_course(found['entropy'])}"
-    console.print(line, markup=False)
-    if found["stopped"]:
-        console.print(f"stopped early: {found['stopped']}", markup=False)
+    console = out()
+    tell_course(done.gates, f"{len(done.prompts)} prompts")
     if done.left_out:
         console.print(f"{len(done.left_out)} parts are not mixed: {name_some(done.left_out, 2)}", markup=False)
     table = Table(title="How much of each LoRA goes in, in the mean over the model", title_justify="left")
@@ -78,6 +72,26 @@ def tell(done: PipelineTraining, labels: Sequence[str]) -> None:
         names = " and ".join(labels[i] for i in named) or "none"
         table.add_row(f"{names} ({count})", *(f"{value:.2f}" for value in mean))
     console.print(table)
+
+
+def tell_course(gates: TrainedGates, learnt: str) -> None:
+    """Print how a training went; `learnt`: what from."""
+    found = gates_facts(gates)
+    line = f"{found['training']['objective']} on {found['base']}: {found['gates']} gates, {learnt}"
+    if found["loss"]:
+        line += f", {found['steps']} steps\nloss     {_course(found['loss'])}\nentropy  {_course(found['entropy'])}"
+    out().print(line, markup=False)
+    if found["stopped"]:
+        out().print(f"stopped early: {found['stopped']}", markup=False)
+
+
+def interrupted(state: Path | None) -> str:
+    """What a cancelled training leaves behind."""
+    if state is None:
+        return "Cancelled. Nothing was written. With --state FOLDER what was learnt would have been kept."
+    if not any(state.glob("*.safetensors")):
+        return "Cancelled before there was anything to keep. Nothing was written."
+    return f"Cancelled. What was done is kept in {state}: the same command goes on from there."
 
 
 def _course(values: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 DEFAULT_RANK = "1x"  # the inputs' mean rank, the choice of the LEGO paper
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
+GATES, TRAINING = "Gates", "Training"
 WORDS_HELP = (
     "What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
     "in their order."
@@ -74,6 +75,60 @@ RankOption = Annotated[
         rich_help_panel=METHOD,
         help="Merged rank: a number (16), a multiple of the inputs' mean rank (1.5x), as much as keeps a share of the "
         f"sum's energy (95%), or auto (= 95%). Default {DEFAULT_RANK}.",
+    ),
+]
+# of gates
+GatesOutput = Annotated[
+    Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the optimizer. Default 200.")
+]
+Batch = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Examples per step. Default 32, of texts 8.")
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", metavar="RATE", rich_help_panel=TRAINING, help="Learning rate. Default 0.01."),
+]
+Balance = Annotated[
+    float | None,
+    typer.Option(
+        metavar="WEIGHT", rich_help_panel=TRAINING, help="Of the balance loss. Default 0; the MoLE paper has 0.5."
+    ),
+]
+TrainingSeed = Annotated[
+    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of everything drawn. Default 0.")
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", rich_help_panel=TRAINING, help="Save memory: compute every block twice.")
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        rich_help_panel=TRAINING,
+        help="Keep what was done here; the same command goes on after an interruption.",
+    ),
+]
+Granularity = Annotated[
+    Literal["network", "block", "layer", "matrix"],
+    typer.Option(metavar="NAME", rich_help_panel=GATES, help="One gate per network, block, layer or matrix."),
+]
+Activation = Annotated[
+    Literal["sigmoid", "softmax", "softmax-null"],
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=GATES,
+        help="sigmoid: every LoRA for itself. softmax: shares of 1 (the paper's). softmax-null: one for none.",
+    ),
+]
+ModelDtype = Annotated[
+    DtypeName | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Of the model: float32, bfloat16 or float16 (which loses small gradients). Default float32 on the "
+        "CPU, bfloat16 elsewhere.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""huggingface_hub: adapters in the local cache of what was downloaded from the Hugging Face Hub."""
+"""huggingface_hub: adapters and models in the local cache of what was downloaded from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from ..core.errors import FormatError
 _FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]
 
 
-def cached(name: str) -> Path:
-    """The folder of an adapter in the local cache. Nothing is downloaded.
+def cached(name: str, what: str = "adapter") -> Path:
+    """The folder of an adapter (or a model) in the local cache. Nothing is downloaded.
 
     Args:
         name: ``owner/name`` or ``owner/name@revision``, a branch, tag or commit.
+        what: For errors: what should be there. All files of what is no adapter count.
 
     Raises:
         FormatError: It is not there, or huggingface_hub is not installed.
@@ -23,8 +24,9 @@ def cached(name: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
+        files = _FILES if what == "adapter" else None
         return Path(
-            snapshot_download(repository, revision=revision or None, local_files_only=True, allow_patterns=_FILES)
+            snapshot_download(repository, revision=revision or None, local_files_only=True, allow_patterns=files)
         )
     except ImportError as error:
         raise FormatError(
@@ -35,9 +37,9 @@ def cached(name: str) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         raise FormatError(
-            "There is no such file or folder, and no adapter of this name in the local Hugging Face cache.",
+            f"There is no such file or folder, and no {what} of this name in the local Hugging Face cache.",
             file=name,
-            expected="a path, or OWNER/NAME or OWNER/NAME@REVISION of an adapter that was downloaded",
+            expected="a path, or OWNER/NAME or OWNER/NAME@REVISION of what was downloaded",
             found=str(error).partition(". ")[0],
             remedy=f"check the path, or download it first: hf download {repository}"
             + (f" --revision {revision}" if revision else ""),

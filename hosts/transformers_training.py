@@ -7,19 +7,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.digest import digest, some_of
-from ..core.errors import MergeError
+from ..core.errors import FormatError, MergeError
 from ..core.merge import Progress
 from ..core.mixture import Mixture
 from ..core.train import Devices, FitSettings, Text, Training, train_on_texts
 from ..core.train.frozen import frozen
+from .hub import cached
 from .transformers import base_of, check_reads, mixed
 
 Words = str | Tensor | list[int]
 Example = Words | tuple[Words, Words]
+
+
+def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer from a folder, or under its name from the local cache.
+
+    A model that was saved quantised stays so. Nothing is downloaded.
+
+    Raises:
+        FormatError: There is none.
+    """
+    # a name would be looked for on the Hub, local_files_only or not: for an adapter that it might be
+    folder = str(path if Path(path).is_dir() else cached(str(path), "model"))
+    transformers.utils.logging.disable_progress_bar()
+    known = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
+    place = {"device_map": device, "dtype" if known else "torch_dtype": dtype}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **place)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise FormatError(
+            "The language model cannot be loaded.",
+            file=path,
+            expected="a causal language model and its tokenizer, as transformers saves them",
+            found=str(error).partition("\n")[0],
+            remedy="save both with save_pretrained(FOLDER)",
+        ) from error
 
 
 def train_gates(
