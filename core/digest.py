@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -27,6 +26,6 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
 def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:
     """A few numbers of a few weights, enough to tell models apart. Sharded ones (FSDP) are put together for it."""
     for weight in weights[:: max(1, len(weights) // 16)]:
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        weight = getattr(weight, "full_tensor", lambda whole=weight: whole)()
         if weight.device.type != "meta":
-            yield weight.detach().flatten()[:64]
+            yield weight.detach().flatten()[:64].clone()  # the memory of weights that FSDP frees must not go to numpy

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
-import ray
 import torch
 from ray.exceptions import RayError, RayTaskError
 
@@ -16,6 +16,8 @@ from ..core.adapter import Adapter
 from ..core.batches import Batch, Done, Work
 from ..core.errors import LegoMoleError, MergeError
 from ..core.run import Library, Spread
+
+ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
 
 # Adapters stay open in a worker between its tasks: those of the merge at hand.
 _opened = lru_cache(maxsize=1)(Library.open)

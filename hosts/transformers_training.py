@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.utils import logging
 
 from ..core.digest import digest, some_of
 from ..core.errors import FormatError, MergeError
@@ -34,12 +37,12 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = to
     """
     # a name would be looked for on the Hub, local_files_only or not: for an adapter that it might be
     folder = str(path if Path(path).is_dir() else cached(str(path), "model"))
-    transformers.utils.logging.disable_progress_bar()
-    known = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56)
-    place = {"device_map": device, "dtype" if known else "torch_dtype": dtype}
+    logging.disable_progress_bar()
+    renamed = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56)
+    place: dict[str, Any] = {"device_map": device, "dtype" if renamed else "torch_dtype": dtype}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **place)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, **place)
+        return model.eval(), AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise FormatError(
             "The language model cannot be loaded.",

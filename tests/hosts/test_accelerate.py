@@ -17,7 +17,7 @@ from legomole.core.train.fit import Devices
 from legomole.core.trained import TrainedGates
 
 # A toy network, its prompts' conditioning and a mixture of two LoRAs; trained in this process or with the others. Then
-# the like with a language model as `train_gates` asks for one.
+# the like with a language model as `train_gates` asks for one, whole and sharded.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -25,6 +25,8 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from legomole.core.adapter import Adapter
 from legomole.core.attach import attach
@@ -126,6 +128,14 @@ pairs = [(torch.randint(12, (2 + i % 3,), generator=g), torch.randint(12, (3,), 
 settings = FitSettings(steps=6, batch=5, accumulation=2, warmup=0, learning_rate=0.05)
 done = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
 done.gates.save(out / f"{name}.text.safetensors")
+
+if devices is not None:  # the same, with each process holding half of every weight
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh)
+    assert model.blocks[0][0].weight.to_local().shape == (3, 6)
+done = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
+done.gates.save(out / f"{name}.sharded.safetensors")
 if devices is not None:
     devices.accelerator.end_training()
 """
@@ -153,7 +163,7 @@ def test_two_processes_reach_what_one_reaches(tmp_path: Path, monkeypatch: pytes
     assert [process.returncode for process in running] == [0, 0], outputs
     assert [text for text, _ in outputs] == ["rank 0 1.5\n", "rank 1 1.5\n"]
 
-    for kind in ("", ".text"):
+    for kind in ("", ".text", ".sharded"):
         names = (f"{name}{kind}.safetensors" for name in ("alone", "rank0", "rank1"))
         alone, *ranks = (TrainedGates.load(tmp_path / name) for name in names)
         moved = torch.stack([alone.gates[scope].weight.abs().max() for scope in alone.gates.names])

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-bitsandbytes = pytest.importorskip(
-    "bitsandbytes", reason="bitsandbytes is not installed: quantised bases are NOT TESTED"
-)
+pytest.importorskip("bitsandbytes")
 
 import bitsandbytes
 import transformers
