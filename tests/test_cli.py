@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,7 +17,7 @@ import legomole
 import pytest
 import torch
 import typer
-from legomole.cli import app
+from legomole.cli import app, console
 from legomole.cli.arguments import parse_input, parse_module_weight, parse_setting
 from legomole.cli.options import DtypeName, FormatName, MethodName
 from legomole.core.adapter import Adapter
@@ -24,6 +26,8 @@ from legomole.core.lowrank import LowRank
 from legomole.core.methods import METHODS
 from legomole.core.recipe import from_text
 from PIL import Image
+from rich.console import Console
+from rich.text import Text
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -612,3 +616,25 @@ def test_the_choices_are_those_of_the_tables():
     assert list(get_args(MethodName)) == list(METHODS)
     assert set(get_args(FormatName)) == set(FORMATS)
     assert all(getattr(torch, name).is_floating_point for name in get_args(DtypeName))
+
+
+def test_a_cluster_needs_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "legomole.hosts.ray", raising=False)
+    result = run("merge", "a.safetensors", "--ray", "auto", "-o", "out")
+    assert result.exit_code == 3
+    assert "pip install 'legomole[ray]'" in squeezed(result.output)
+    assert run("merge", "a.safetensors", "--ray", "auto", "--device", "cuda", "-o", "out").exit_code == 2
+    assert not Path("out.safetensors").exists()
+
+
+def test_bars_come_one_after_the_other_and_say_what_time_is_left(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(console, "err", lambda: Console(file=stream, force_terminal=True, width=100))
+    with console.progress_bars("reading", "merging", quiet=False) as (reading, merging):
+        reading(1, 2, "a")
+        reading(2, 2, "b")
+        merging(5, 40, "layer")
+    text = Text.from_ansi(stream.getvalue()).plain
+    assert text.index("reading") < text.index("merging")
+    assert re.search(r"merging .* 5/40 .* left", text)
