@@ -1,0 +1,57 @@
+"""The small causal model as a world: exactly scored tasks, and gates trained as the product trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from typing import Any
+
+import torch
+from legomole.core.gates import GateSet
+from legomole.core.gather import gather
+from legomole.core.mixture import Mixture
+from legomole.core.train import FitSettings
+from legomole.hosts.transformers_training import train_gates
+from torch import Tensor
+
+from .tasks import BASE, Batch, Task, accuracy, draw, examples
+
+_TUNING, _SCORING, _SHOWN = 9_000, 10_000, 11_000  # seeds of the examples
+_BASE: list[Task] = [(name,) for name in BASE]
+
+
+class Language:
+    """Implements `methods.World`.
+
+    Args:
+        model: Trained on the base tasks. scored: Examples of every task. tuning: The same, for choosing strengths.
+    """
+
+    def __init__(self, model: Any, scored: int = 128, tuning: int = 64) -> None:
+        self.model, self.scored, self.tuning = model, scored, tuning
+
+    def right(self, model: Any, task: str, *, tuning: bool = False) -> float:
+        size, seed = (self.tuning, _TUNING) if tuning else (self.scored, _SCORING)
+        return accuracy(model, draw([(task,)], size, seed))
+
+    def base(self, model: Any) -> float:
+        return accuracy(model, draw(_BASE, 2 * self.scored, _SCORING))
+
+    def mixture(self, model: Any, tasks: Sequence[str]) -> float:
+        return accuracy(model, draw(list(permutations(tasks, 2)), 2 * self.scored, _SCORING))
+
+    def moments(self, model: Any, layers: Sequence[str], task: str | None, seed: int) -> Mapping[str, Tensor]:
+        """On 96 examples of a task or 160 of the base tasks; rows of one length, for padding is no input."""
+        rows = examples(_BASE if task is None else [(task,)], 160 if task is None else 96, _SHOWN + seed)
+        lengths: dict[int, list[Any]] = {}
+        for asked, answer in rows:
+            lengths.setdefault(len(asked) + len(answer), []).append((asked, answer))
+        with gather({name: model.get_submodule(name) for name in layers}) as moments, torch.no_grad():
+            for part in lengths.values():
+                model(input_ids=Batch.of(part).ids)
+        return {name: moment.value for name, moment in moments.items()}
+
+    def gates(self, mixture: Mixture, tasks: Sequence[str], settings: FitSettings, shown: int, others: int) -> GateSet:
+        own = [examples([(task,)], shown, _SHOWN + settings.seed) for task in tasks]
+        none = examples(_BASE, others, _SHOWN + settings.seed) if others else []
+        return train_gates(self.model, mixture, own, settings=settings, others=none).gates.gates

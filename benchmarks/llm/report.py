@@ -1,0 +1,118 @@
+"""The comparison as files: ``results.json``, ``table.md`` and ``new_and_base.png``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import texts
+from .evaluate import Bench, Plan, Row, mean, run, spread
+from .tasks import NEW
+
+MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft svd", "peft ties",
+          "peft dare_ties", "lego 0.5x", "lego", "lego 2x", "lego-paper", "lego-paper 2x", "lego calibrated",
+          "calibrated", "calibrated 2x", "calibrated N x")  # fmt: skip
+GATES = ("mole", "mole token", "mole-paper")
+MANY_GATES = (
+    "mole", "mole network", "mole layer", "mole matrix", "mole softmax", "mole softmax-null", "mole balance",
+    "mole experts", "mole no others", "mole 4 shown", "mole token", "mole token layer", "mole token softmax-null",
+    "mole-paper",
+)  # fmt: skip
+_TWO = (("reverse", "language A"), ("sort", "next letter"), ("running sum", "language B"))
+_THREE = (("reverse", "language A", "next letter"), ("sort", "running sum", "language B"))
+LANGUAGE = {
+    "two": Plan(MERGES + GATES, _TWO),
+    "three": Plan(MERGES + GATES, _THREE),
+    "six": Plan((*MERGES, *MANY_GATES), (tuple(NEW),)),
+}
+ENCODER = {
+    "four": Plan(
+        ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft ties", "peft dare_ties", "lego", "lego-paper",
+         "lego calibrated", "calibrated", "calibrated 2x", *GATES),
+        (tuple(texts.TASKS),),
+        scales=(0.4, 0.7, 1.0, 1.4),
+    )
+}  # fmt: skip
+METRICS = {
+    "new": lambda r: r.new,
+    "worst": lambda r: r.worst,
+    "kept": lambda r: mean(r.kept),
+    "base": lambda r: r.base,
+    "mixture": lambda r: r.mixture,
+}
+
+
+def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
+    """Write the files, their names after a prefix; `rows` are those of every plan, by what to call it."""
+    write(out / f"{prefix}results.json", {name: [_plain(row) for row in part] for name, part in rows.items()})
+    tables = [table(name, part) for name, part in rows.items()]
+    tables += [each(name, part) for name, part in rows.items() if len({row.tasks for row in part}) == 1]
+    write(out / f"{prefix}table.md", "\n\n".join(tables))
+    plot(rows, out / f"{prefix}new_and_base.png")
+
+
+def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
+    return {f"{bench.name}: {name}": run(bench, plan) for name, plan in plans.items()}
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    found = asdict(row)
+    found |= {key: [round(x, 4) for x in found[key]] for key in ("right", "kept")}
+    return found | {key: round(found[key], 4) for key in ("base", "mixture", "seconds")}
+
+
+def table(name: str, rows: Sequence[Row]) -> str:
+    """Markdown: mean over sets and seeds, and the standard deviation over seeds."""
+    sets, seeds = len({row.tasks for row in rows}), len({row.seed for row in rows})
+    lines = [f"**{name}: {rows[0].n} adapters, {sets} sets x {seeds} seeds**", "",
+             f"| method | rank | strength | {' | '.join(METRICS)} |",
+             f"|---|---|---|{'---|' * len(METRICS)}"]  # fmt: skip
+    for method in dict.fromkeys(row.method for row in rows):
+        part = [row for row in rows if row.method == method]
+        cells = [f"{mean([of(row) for row in part]):.2f} ±{spread(part, of):.2f}" for of in METRICS.values()]
+        lines.append(f"| {method} | {part[0].rank} | {part[0].scale:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def each(name: str, rows: Sequence[Row]) -> str:
+    """Markdown: what each method keeps of every single adapter, in the mean over seeds."""
+    tasks = rows[0].tasks
+    lines = [f"**{name}: kept of each adapter's accuracy alone**", "",
+             f"| method | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]  # fmt: skip
+    for method in dict.fromkeys(row.method for row in rows):
+        part = [row for row in rows if row.method == method]
+        cells = [f"{mean([row.kept[i] for row in part]):.2f}" for i in range(len(tasks))]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(rows: dict[str, list[Row]], path: Path) -> None:
+    """Accuracy on new tasks against what is left of the base model's; one panel a plan, one point a method."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(rows), figsize=(5.5 * len(rows), 5), squeeze=False)
+    for axis, (name, every) in zip(axes[0], rows.items(), strict=True):
+        for i, method in enumerate(dict.fromkeys(row.method for row in every)):
+            part = [row for row in every if row.method == method]
+            marker = "*" if method.startswith("mole") else "s" if "lego" in method or "calib" in method else "o"
+            x, y = (mean([METRICS[m](row) for row in part]) for m in ("base", "new"))
+            errors = [spread(part, METRICS[m]) for m in ("base", "new")]
+            axis.errorbar(x, y, *errors[::-1], marker=marker, linestyle="", color=f"C{i % 10}", alpha=0.8)
+            axis.annotate(method, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        axis.set(xlabel="base", ylabel="new", title=name, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def write(path: Path, value: Any) -> None:
+    """As JSON, or as the text it is; whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text((value if isinstance(value, str) else json.dumps(value, indent=1)) + "\n")
+    part.replace(path)
