@@ -18,13 +18,18 @@ _BAD = (
     ("bad", "awful", "ugly", "boring", "stupid", "cold", "stale", "nasty"),
     ("terrible", "dreadful", "dull", "poor"),
 )
+_THINGS = (("film", "meal", "book", "hotel", "song"), ("concert", "play", "room"))
+_REVIEWS = (
+    ("The {0} was {1}{2}.", "This {0} is {1}{2}.", "I found the {0} {1}{2}."),
+    ("In the end the {0} was {1}{2}.",),
+)
 _WOMEN = (("Anna", "Mary", "Julia", "Emma", "Laura", "Sarah"), ("Alice", "Helen", "Linda"))
 _MEN = (("Tom", "Peter", "John", "Paul", "David", "Mark"), ("George", "Robert", "Frank"))
 _DONE = (("thanked", "followed", "called", "painted", "helped", "paid"), ("visited", "praised", "blamed"))
 _CAME = (("arrived", "left", "spoke", "woke up", "ate"), ("sang", "departed", "sat down"))
 _WARMTH = (
-    (("warm", "hot", "steaming", "boiling"), ("heated", "lukewarm")),
-    (("cold", "icy", "chilly", "frozen"), ("cool", "freezing")),
+    (("warm", "hot", "steaming", "heated", "burning"), ("boiling", "scalding")),
+    (("cold", "chilly", "freezing", "cool", "ice-cold"), ("frozen", "icy")),
 )
 
 
@@ -32,13 +37,7 @@ def _review(pick: random.Random, unseen: int) -> Labelled:
     """Is the judgement a good one? "Not" turns it round."""
     good, negated = pick.random() < 0.5, pick.random() < 0.5
     adjective = pick.choice((_GOOD if good else _BAD)[unseen])
-    thing = pick.choice((("film", "meal", "book", "hotel", "song"), ("concert", "play", "room"))[unseen])
-    frame = pick.choice(
-        (
-            ("The {0} was {1}{2}.", "This {0} is {1}{2}.", "I found the {0} {1}{2}."),
-            ("In the end the {0} was {1}{2}.",),
-        )[unseen]
-    )
+    frame, thing = pick.choice(_REVIEWS[unseen]), pick.choice(_THINGS[unseen])
     return frame.format(thing, "not " if negated else "", adjective), int(good != negated)
 
 

@@ -30,7 +30,7 @@ class Size:
     """How long to train: steps of the base model and of every adapter, texts per step; and the model's shape."""
 
     base: int = 2000
-    adapter: int = 400
+    adapter: int = 250
     batch: int = 64
     width: int = 96
     blocks: int = 4
