@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import encoder, report, train
-from .evaluate import Bench, Plan
+from .evaluate import Bench, Plan, Row
 from .language import Language
 from .tasks import NEW
 
@@ -36,10 +36,14 @@ def main() -> None:
         train.base_model(chosen.work, train.Size(), say)
         for seed in train.SEEDS:
             for task in NEW:
-                train.adapter(chosen.work, task, seed, train.Size(), say)
+                for careful in (False, True):
+                    train.adapter(chosen.work, task, seed, train.Size(), say, careful=careful)
     elif chosen.command == "evaluate":
-        bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl")
-        report.publish(report.measured(bench, report.LANGUAGE), chosen.out)
+        rows: dict[str, list[Row]] = {}
+        for careful in (False, True):
+            bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl", careful=careful)
+            rows |= report.measured(bench, report.LANGUAGE)
+        report.publish(rows, chosen.out)
     elif chosen.command == "encoder":
         chosen.work.mkdir(parents=True, exist_ok=True)
         bench = sentences(chosen.work, encoder.Size(), chosen.out / "rows.jsonl")
@@ -53,11 +57,15 @@ def main() -> None:
             say((out / "table.md").read_text())
 
 
-def language(work: Path, size: train.Size, log: Path, **examples: int) -> Bench:
-    """The comparison on the language model in `work`, see `Bench`; `examples` are `Language`'s."""
+def language(work: Path, size: train.Size, log: Path, *, careful: bool = False, **examples: int) -> Bench:
+    """The comparison on the language model in `work` and one kind of its adapters; `examples` are `Language`'s."""
     work.mkdir(parents=True, exist_ok=True)
     world = Language(train.base_model(work, size, say), **examples)
-    return Bench("language", lambda _: world, lambda task, seed: train.adapter(work, task, seed, size, say), log, say)
+
+    def folder(task: str, seed: int) -> Path:
+        return train.adapter(work, task, seed, size, say, careful=careful)
+
+    return Bench("careful" if careful else "narrow", lambda _: world, folder, log, say)
 
 
 def sentences(work: Path, size: encoder.Size, log: Path) -> Bench:

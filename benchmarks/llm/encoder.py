@@ -66,7 +66,7 @@ def pooled(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
 class Size:
     """How long to train an adapter, and how many sentences are scored."""
 
-    steps: int = 60
+    steps: int = 80
     batch: int = 24
     scored: int = 48
     tuning: int = 24
@@ -120,11 +120,12 @@ class Sentences:
         self.model = encoder.model
 
     @torch.no_grad()
-    def right(self, model: Any, task: str, *, tuning: bool = False) -> float:
+    def right(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
         size, seed = (self.size.tuning, _TUNING) if tuning else (self.size.scored, _SCORING)
         rows = texts(task, size, seed, unseen=True)
         scores = self.heads[task](self._embed(model, [text for text, _ in rows]))
-        return scores.argmax(1).eq(torch.tensor([label for _, label in rows])).float().mean().item()
+        right = scores.argmax(1).eq(torch.tensor([label for _, label in rows])).float().mean().item()
+        return right, right
 
     @torch.no_grad()
     def base(self, model: Any) -> float:

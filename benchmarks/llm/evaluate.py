@@ -12,7 +12,7 @@ from typing import Any
 
 from .methods import METHODS, Adapters, World, merged_in
 
-SCALES = (0.4, 0.6, 0.8, 1.0, 1.3, 1.6)
+SCALES = (0.4, 0.7, 1.0, 1.4)
 Folder = Callable[[str, int], Path]  # where a task's adapter of a seed is
 
 
@@ -22,7 +22,8 @@ class Row:
 
     Args:
         world: Which model. tasks: Of the adapters.
-        right: Accuracy on each adapter's own task. kept: The same as a share of that adapter's alone.
+        right: Accuracy on each adapter's own task. parts: The same of single tokens. kept: Accuracy as a share of that
+            adapter's alone.
         base: On what the base model could do before. mixture: On two new tasks at a time.
     """
 
@@ -33,6 +34,7 @@ class Row:
     rank: str
     tasks: tuple[str, ...]
     right: tuple[float, ...]
+    parts: tuple[float, ...]
     kept: tuple[float, ...]
     base: float
     mixture: float
@@ -81,7 +83,7 @@ class Bench:
                 if kept["world"] == name:
                     self.chosen[kept["method"], tuple(map(tuple, kept["sets"]))] = kept["chosen"]
             elif kept["world"] == name:
-                lists = {key: tuple(kept[key]) for key in ("tasks", "right", "kept")}
+                lists = {key: tuple(kept[key]) for key in ("tasks", "right", "parts", "kept")}
                 self.rows.append(Row(**{**kept, **lists}))
         self._given: dict[Any, Adapters] = {}
 
@@ -93,7 +95,10 @@ class Bench:
         return self._given[tasks, seed]
 
     def strength(self, method: str, plan: Plan) -> float:
-        """The one of the highest mean accuracy on new tasks, on the first seed's adapters; the lowest if several."""
+        """The one with the most right on new tasks, on the first seed's adapters; the lowest if several.
+
+        Whole answers and their parts count alike: where no answer is right there would be nothing to choose by.
+        """
         if METHODS[method].fixed:
             return 1.0
         key = (method, plan.sets)
@@ -104,7 +109,7 @@ class Bench:
                 for tasks in plan.sets:
                     given = self.given(tasks, plan.seeds[0])
                     with METHODS[method].use(given, scale) as model:
-                        found += [given.world.right(model, task, tuning=True) for task in tasks]
+                        found += [mean(given.world.right(model, task, tuning=True)) for task in tasks]
                 return round(mean(found), 4)
 
             self.chosen[key] = max(sorted(plan.scales), key=merit)
@@ -143,7 +148,7 @@ class Bench:
         alone = self.alone(tasks, seed).right if method != "each alone" else ()
         world = self.given(tasks, seed).world
         began = time.monotonic()
-        right: list[float] = []
+        right: list[tuple[float, float]] = []
         base: list[float] = []
         mixture: list[float] = []
         for task, model in zip(tasks, models(), strict=True):
@@ -151,16 +156,17 @@ class Bench:
             if method == "each alone" or not base:
                 base.append(world.base(model))
                 mixture.append(world.mixture(model, tasks))
-        kept = tuple(a / b if b else 0.0 for a, b in zip(right, alone or right, strict=True))
+        whole, parts = zip(*right, strict=True)
+        kept = tuple(a / b if b else 0.0 for a, b in zip(whole, alone or whole, strict=True))
         row = Row(
-            self.name, method, seed, scale, rank, tasks, tuple(right), kept, mean(base), mean(mixture),
+            self.name, method, seed, scale, rank, tasks, whole, parts, kept, mean(base), mean(mixture),
             time.monotonic() - began,
         )  # fmt: skip
         self.rows.append(row)
         self._note(asdict(row))
         self.say(
-            f"{method:18} {row.n} seed {seed} x{scale:<4g} new {row.new:.2f} worst {row.worst:.2f} "
-            f"base {row.base:.2f} mixture {row.mixture:.2f} {row.seconds:.1f} s"
+            f"{method:18} {row.n} seed {seed} x{scale:<4g} new {row.new:.2f} ({mean(row.parts):.2f}) "
+            f"worst {row.worst:.2f} base {row.base:.2f} mixture {row.mixture:.2f} {row.seconds:.1f} s"
         )
         return row
 

@@ -14,7 +14,7 @@ from legomole.core.train import FitSettings
 from legomole.hosts.transformers_training import train_gates
 from torch import Tensor
 
-from .tasks import BASE, Batch, Task, accuracy, draw, examples
+from .tasks import BASE, Batch, Task, accuracy, draw, examples, scores
 
 _TUNING, _SCORING, _SHOWN = 9_000, 10_000, 11_000  # seeds of the examples
 _BASE: list[Task] = [(name,) for name in BASE]
@@ -27,18 +27,18 @@ class Language:
         model: Trained on the base tasks. scored: Examples of every task. tuning: The same, for choosing strengths.
     """
 
-    def __init__(self, model: Any, scored: int = 128, tuning: int = 64) -> None:
+    def __init__(self, model: Any, scored: int = 100, tuning: int = 50) -> None:
         self.model, self.scored, self.tuning = model, scored, tuning
 
-    def right(self, model: Any, task: str, *, tuning: bool = False) -> float:
+    def right(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
         size, seed = (self.tuning, _TUNING) if tuning else (self.scored, _SCORING)
-        return accuracy(model, draw([(task,)], size, seed))
+        return scores(model, draw([(task,)], size, seed))
 
     def base(self, model: Any) -> float:
-        return accuracy(model, draw(_BASE, 2 * self.scored, _SCORING))
+        return accuracy(model, draw(_BASE, self.scored, _SCORING))
 
     def mixture(self, model: Any, tasks: Sequence[str]) -> float:
-        return accuracy(model, draw(list(permutations(tasks, 2)), 2 * self.scored, _SCORING))
+        return accuracy(model, draw(list(permutations(tasks, 2)), self.scored, _SCORING))
 
     def moments(self, model: Any, layers: Sequence[str], task: str | None, seed: int) -> Mapping[str, Tensor]:
         """On 96 examples of a task or 160 of the base tasks; rows of one length, for padding is no input."""

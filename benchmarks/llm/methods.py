@@ -35,8 +35,8 @@ class World(Protocol):
 
     model: Any
 
-    def right(self, model: Any, task: str, *, tuning: bool = False) -> float:
-        """Share of a task's examples that a model gets right; for choosing strengths, of others."""
+    def right(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
+        """Share of a task's examples that a model gets right, and of their parts; for choosing strengths, of others."""
         ...
 
     def base(self, model: Any) -> float:
@@ -172,11 +172,9 @@ def _training(gates: GateSettings, fit: FitSettings, shown: int, others: int) ->
     return make
 
 
-def _mole(
-    gates: GateSettings, *, steps: int = 60, rate: float = 0.03, balance: float = 0.0, shown: int = 16, others: int = 32
-) -> Use:  # fmt: skip
-    """Gates as the product trains them, from examples of every adapter and of the base model."""
-    fit = FitSettings(steps=steps, batch=16, learning_rate=rate, balance=balance)
+def _mole(gates: GateSettings, *, balance: float = 0.0, shown: int = 32, others: int = 32, steps: int = 30) -> Use:
+    """Gates as the product trains them, from examples of every adapter and of none."""
+    fit = FitSettings(steps=steps, batch=48, learning_rate=0.3, balance=balance)
 
     def use(given: Adapters, scale: float) -> Any:
         trained = given.once(_training(gates, fit, shown, others))
@@ -196,7 +194,7 @@ def _of_model(attached: Use) -> Use:
     return use
 
 
-def gate(reads: str = "hidden", activation: str = "sigmoid", granularity: str = "block") -> GateSettings:
+def gate(reads: str = "hidden", activation: str = "softmax-null", granularity: str = "network") -> GateSettings:
     return GateSettings.model_validate({"reads": reads, "activation": activation, "granularity": granularity})
 
 
@@ -222,17 +220,17 @@ METHODS: dict[str, Method] = {
     "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "calibrated N x": Method(_merge(Calibrated, "100%", measured=True), "N r"),
     "mole": Method(_mole(gate()), "-", fixed=True),
-    "mole network": Method(_mole(gate(granularity="network")), "-", fixed=True),
+    "mole sigmoid": Method(_mole(gate(activation="sigmoid")), "-", fixed=True),
+    "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
+    "mole 4 shown": Method(_mole(gate(), shown=4, others=8), "-", fixed=True),
+    "mole no others": Method(_mole(gate(), others=0), "-", fixed=True),
+    "mole balance": Method(_mole(gate(), balance=0.5), "-", fixed=True),
+    "mole block": Method(_mole(gate(granularity="block")), "-", fixed=True),
     "mole layer": Method(_mole(gate(granularity="layer")), "-", fixed=True),
     "mole matrix": Method(_mole(gate(granularity="matrix")), "-", fixed=True),
-    "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
-    "mole softmax-null": Method(_mole(gate(activation="softmax-null")), "-", fixed=True),
-    "mole balance": Method(_mole(gate(), balance=0.05), "-", fixed=True),
     "mole experts": Method(_mole(gate("experts")), "-", fixed=True),
-    "mole no others": Method(_mole(gate(), others=0), "-", fixed=True),
-    "mole 4 shown": Method(_mole(gate(), shown=4, others=8), "-", fixed=True),
     "mole token": Method(_mole(gate("token")), "-", fixed=True),
-    "mole token layer": Method(_mole(gate("token", granularity="layer")), "-", fixed=True),
-    "mole token softmax-null": Method(_mole(gate("token", "softmax-null")), "-", fixed=True),
-    "mole-paper": Method(_mole(gate("experts", "softmax"), balance=0.5, others=0), "-", fixed=True),
+    "mole token block": Method(_mole(gate("token", granularity="block")), "-", fixed=True),
+    "mole-paper": Method(
+        _mole(gate("experts", "softmax", "block"), balance=0.5, others=0), "-", fixed=True),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The comparison as files: ``results.json``, ``table.md`` and ``new_and_base.png``."""
+"""The comparison as files: ``results.json``, ``table.md`` and ``tokens_and_base.png``."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ from .tasks import NEW
 MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft svd", "peft ties",
           "peft dare_ties", "lego 0.5x", "lego", "lego 2x", "lego-paper", "lego-paper 2x", "lego calibrated",
           "calibrated", "calibrated 2x", "calibrated N x")  # fmt: skip
-GATES = ("mole", "mole token", "mole-paper")
-MANY_GATES = (
-    "mole", "mole network", "mole layer", "mole matrix", "mole softmax", "mole softmax-null", "mole balance",
-    "mole experts", "mole no others", "mole 4 shown", "mole token", "mole token layer", "mole token softmax-null",
-    "mole-paper",
-)  # fmt: skip
-_TWO = (("reverse", "language A"), ("sort", "next letter"), ("running sum", "language B"))
-_THREE = (("reverse", "language A", "next letter"), ("sort", "running sum", "language B"))
+GATES = ("mole sigmoid", "mole softmax", "mole 4 shown", "mole no others", "mole balance", "mole block", "mole layer",
+         "mole matrix", "mole experts", "mole token", "mole token block", "mole-paper")  # fmt: skip
+_TWO = (("reverse", "language A"), ("sort", "next letter"))
+_THREE = (("rotate", "language B", "next letter"),)
 LANGUAGE = {
-    "two": Plan(MERGES + GATES, _TWO),
-    "three": Plan(MERGES + GATES, _THREE),
-    "six": Plan((*MERGES, *MANY_GATES), (tuple(NEW),)),
+    "two": Plan((*MERGES, "mole"), _TWO),
+    "three": Plan((*MERGES, "mole"), _THREE),
+    "six": Plan((*MERGES, "mole"), (tuple(NEW),)),
+    "gates": Plan(("mole", *GATES), _THREE, seeds=(0,)),
 }
 ENCODER = {
     "four": Plan(
         ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft ties", "peft dare_ties", "lego", "lego-paper",
-         "lego calibrated", "calibrated", "calibrated 2x", *GATES),
+         "lego calibrated", "calibrated", "calibrated 2x", "mole", "mole experts", "mole block", "mole token block"),
         (tuple(texts.TASKS),),
-        scales=(0.4, 0.7, 1.0, 1.4),
+        seeds=(0,),
     )
 }  # fmt: skip
 METRICS = {
     "new": lambda r: r.new,
+    "tokens": lambda r: mean(r.parts),
     "worst": lambda r: r.worst,
     "kept": lambda r: mean(r.kept),
     "base": lambda r: r.base,
@@ -51,7 +49,7 @@ def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
     tables = [table(name, part) for name, part in rows.items()]
     tables += [each(name, part) for name, part in rows.items() if len({row.tasks for row in part}) == 1]
     write(out / f"{prefix}table.md", "\n\n".join(tables))
-    plot(rows, out / f"{prefix}new_and_base.png")
+    plot(rows, out / f"{prefix}tokens_and_base.png")
 
 
 def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
@@ -60,7 +58,7 @@ def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
 
 def _plain(row: Row) -> dict[str, Any]:
     found = asdict(row)
-    found |= {key: [round(x, 4) for x in found[key]] for key in ("right", "kept")}
+    found |= {key: [round(x, 4) for x in found[key]] for key in ("right", "parts", "kept")}
     return found | {key: round(found[key], 4) for key in ("base", "mixture", "seconds")}
 
 
@@ -90,7 +88,7 @@ def each(name: str, rows: Sequence[Row]) -> str:
 
 
 def plot(rows: dict[str, list[Row]], path: Path) -> None:
-    """Accuracy on new tasks against what is left of the base model's; one panel a plan, one point a method."""
+    """Tokens right on new tasks against what is left of the base model's; one panel a plan, one point a method."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -101,11 +99,13 @@ def plot(rows: dict[str, list[Row]], path: Path) -> None:
         for i, method in enumerate(dict.fromkeys(row.method for row in every)):
             part = [row for row in every if row.method == method]
             marker = "*" if method.startswith("mole") else "s" if "lego" in method or "calib" in method else "o"
-            x, y = (mean([METRICS[m](row) for row in part]) for m in ("base", "new"))
-            errors = [spread(part, METRICS[m]) for m in ("base", "new")]
+            x, y = (mean([METRICS[m](row) for row in part]) for m in ("base", "tokens"))
+            errors = [spread(part, METRICS[m]) for m in ("base", "tokens")]
             axis.errorbar(x, y, *errors[::-1], marker=marker, linestyle="", color=f"C{i % 10}", alpha=0.8)
             axis.annotate(method, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set(xlabel="base", ylabel="new", title=name, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+        axis.set(
+            xlabel="base: answers right", ylabel="new: tokens right", title=name, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05)
+        )
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

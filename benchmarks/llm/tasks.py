@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ NEW: dict[str, Callable[[Word], Word]] = {
     "reverse": lambda word: word[::-1],
     "sort": sorted,
     "next letter": lambda word: [(letter + 1) % LETTERS for letter in word],
-    "running sum": lambda word: [total % LETTERS for total in accumulate(word)],
+    "rotate": lambda word: [*word[1:], *word[:1]],
     "language A": _lexicon(1),
     "language B": _lexicon(2),
 }
@@ -95,12 +94,19 @@ def draw(tasks: Sequence[Task], size: int, seed: int) -> Batch:
 
 
 @torch.no_grad()
-def accuracy(model: Callable[..., Any], batch: Batch) -> float:
-    """Share of answers that greedy decoding gets right to the last token.
+def scores(model: Callable[..., Any], batch: Batch) -> tuple[float, float]:
+    """Share of answers that greedy decoding gets right to the last token, and of tokens right after the true ones.
 
     One pass with the true answers shown: while all are right, what greedy decoding sees is just that. The labels tell
     gates where the prompts end.
     """
     logits: Tensor = model(**batch.inputs).logits
-    guessed, true = logits[:, :-1].argmax(-1), batch.labels[:, 1:]
-    return ((guessed == true) | (true == -100)).all(1).float().mean().item()
+    true = batch.labels[:, 1:]
+    asked = true != -100
+    right = (logits[:, :-1].argmax(-1) == true) & asked
+    return (right | ~asked).all(1).float().mean().item(), (right.sum() / asked.sum()).item()
+
+
+def accuracy(model: Callable[..., Any], batch: Batch) -> float:
+    """The first of `scores`: share of whole answers."""
+    return scores(model, batch)[0]

@@ -61,16 +61,20 @@ def base_model(work: Path, size: Size, say: Say) -> Any:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def adapter(work: Path, task: str, seed: int, size: Size, say: Say) -> Path:
-    """The folder of a task's adapter, with its own start and its own examples; trained now if it is not there."""
-    folder = work / f"{task.replace(' ', '-')}-{seed}"
+def adapter(work: Path, task: str, seed: int, size: Size, say: Say, *, careful: bool = False) -> Path:
+    """The folder of a task's adapter, with its own start and its own examples; trained now if it is not there.
+
+    `careful`: every second example is one of the base model's, so that the adapter leaves those as they are.
+    """
+    folder = work / f"{task.replace(' ', '-')}-{seed}{'-careful' if careful else ''}"
     if not folder.exists():
         number = 1000 + 100 * seed + list(NEW).index(task)
         torch.manual_seed(number)
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base_model(work, size, say), config).train()
-        what = f"{task}, seed {seed}"
-        _fit(model, [(task,)], size.adapter, size.batch, lr=4e-3, seed=number, say=say, what=what)
+        what = folder.name
+        shown = [(task,)] * len(BASE_TASKS) + BASE_TASKS if careful else [(task,)]
+        _fit(model, shown, size.adapter, size.batch, lr=4e-3, seed=number, say=say, what=what)
         _keep(model, folder)
     return folder
 
