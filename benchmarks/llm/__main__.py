@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -11,7 +12,6 @@ import torch
 from . import encoder, report, train
 from .evaluate import Bench, Plan, Row
 from .language import Language
-from .tasks import NEW
 
 _HERE = Path(__file__).parent
 
@@ -34,15 +34,14 @@ def main() -> None:
     if chosen.command == "train":
         chosen.work.mkdir(parents=True, exist_ok=True)
         train.base_model(chosen.work, train.Size(), say)
-        for seed in train.SEEDS:
-            for task in NEW:
-                for careful in (False, True):
-                    train.adapter(chosen.work, task, seed, train.Size(), say, careful=careful)
+        for careful, plans in ((False, report.NARROW), (True, report.CAREFUL)):
+            for seed, task in product(train.SEEDS, report.tasks_of(plans)):
+                train.adapter(chosen.work, task, seed, train.Size(), say, careful=careful)
     elif chosen.command == "evaluate":
         rows: dict[str, list[Row]] = {}
         for careful in (False, True):
             bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl", careful=careful)
-            rows |= report.measured(bench, report.LANGUAGE)
+            rows |= report.measured(bench, report.CAREFUL if careful else report.NARROW)
         report.publish(rows, chosen.out)
     elif chosen.command == "encoder":
         chosen.work.mkdir(parents=True, exist_ok=True)

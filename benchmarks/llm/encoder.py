@@ -66,7 +66,7 @@ def pooled(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
 class Size:
     """How long to train an adapter, and how many sentences are scored."""
 
-    steps: int = 80
+    steps: int = 120
     batch: int = 24
     scored: int = 48
     tuning: int = 24

@@ -12,19 +12,19 @@ from . import texts
 from .evaluate import Bench, Plan, Row, mean, run, spread
 from .tasks import NEW
 
-MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft svd", "peft ties",
-          "peft dare_ties", "lego 0.5x", "lego", "lego 2x", "lego-paper", "lego-paper 2x", "lego calibrated",
-          "calibrated", "calibrated 2x", "calibrated N x")  # fmt: skip
+MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft ties", "peft dare_ties",
+          "lego", "lego 2x", "lego-paper", "lego calibrated", "calibrated", "calibrated 2x")  # fmt: skip
 GATES = ("mole sigmoid", "mole softmax", "mole 4 shown", "mole no others", "mole balance", "mole block", "mole layer",
          "mole matrix", "mole experts", "mole token", "mole token block", "mole-paper")  # fmt: skip
 _TWO = (("reverse", "language A"), ("sort", "next letter"))
 _THREE = (("rotate", "language B", "next letter"),)
-LANGUAGE = {
+NARROW = {
     "two": Plan((*MERGES, "mole"), _TWO),
     "three": Plan((*MERGES, "mole"), _THREE),
     "six": Plan((*MERGES, "mole"), (tuple(NEW),)),
     "gates": Plan(("mole", *GATES), _THREE, seeds=(0,)),
 }
+CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE)}
 ENCODER = {
     "four": Plan(
         ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft ties", "peft dare_ties", "lego", "lego-paper",
@@ -50,6 +50,11 @@ def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
     tables += [each(name, part) for name, part in rows.items() if len({row.tasks for row in part}) == 1]
     write(out / f"{prefix}table.md", "\n\n".join(tables))
     plot(rows, out / f"{prefix}tokens_and_base.png")
+
+
+def tasks_of(plans: dict[str, Plan]) -> list[str]:
+    """All whose adapters are needed."""
+    return list(dict.fromkeys(task for plan in plans.values() for tasks in plan.sets for task in tasks))
 
 
 def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:

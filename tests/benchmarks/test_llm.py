@@ -68,11 +68,12 @@ def test_a_batch_is_padded_and_only_answers_are_labelled():
     assert batch.labels.tolist() == [[-100] * 3 + [5, 2] + [-100] * 2, [-100] * 4 + [6, 7, 2]]
 
 
-def test_accuracy_counts_whole_answers():
+def test_whole_answers_and_single_tokens_are_counted():
     batch = tasks.Batch.of([([1, 9, 3], [5, 2]), ([1, 9, 3], [6, 2]), ([1, 9, 3], [7, 2])])
     said = torch.tensor([[0, 0, 5, 2, 0], [0, 0, 6, 1, 0], [0, 0, 5, 2, 0]])  # right; wrong end; wrong letter
     logits = torch.nn.functional.one_hot(said, 32).float()
-    assert tasks.accuracy(lambda **_: SimpleNamespace(logits=logits), batch) == pytest.approx(1 / 3)
+    found = tasks.scores(lambda **_: SimpleNamespace(logits=logits), batch)
+    assert found == pytest.approx((1 / 3, 4 / 6))
 
 
 # ---- models
@@ -172,7 +173,7 @@ def test_rows_are_kept_and_strengths_chosen_once(bench: evaluate.Bench, monkeypa
 
     monkeypatch.setitem(methods.METHODS, "probe", methods.Method(use))
     world = bench.world(0)
-    monkeypatch.setattr(world, "right", lambda *_, tuning=False: merit[asked[-1] if asked else 1.0])
+    monkeypatch.setattr(world, "right", lambda *_, tuning=False: (merit[asked[-1] if asked else 1.0],) * 2)
     plan = evaluate.Plan(("probe",), (PAIR,), (0, 1), tuple(merit))
     rows = [row for row in evaluate.run(bench, plan) if row.method == "probe"]
     assert [(row.seed, row.scale, row.right) for row in rows] == [(0, 1.0, (0.8, 0.8)), (1, 1.0, (0.8, 0.8))]
@@ -182,8 +183,17 @@ def test_rows_are_kept_and_strengths_chosen_once(bench: evaluate.Bench, monkeypa
     assert len(asked) == 5
 
 
+def test_a_careful_adapter_sees_the_base_models_tasks_too(work: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[tuple[str, ...]]] = []
+    monkeypatch.setattr(train, "_fit", lambda _, shown, *__, **___: seen.append(shown))
+    made = [train.adapter(work, "rotate", 7, train.SMOKE, print, careful=careful) for careful in (False, True)]
+    assert [folder.name for folder in made] == ["rotate-7", "rotate-7-careful"]
+    assert seen[0] == [("rotate",)]
+    assert seen[1].count(("rotate",)) == len(train.BASE_TASKS) == len(seen[1]) / 2
+
+
 def row(method: str, seed: int, right: tuple[float, ...], base: float = 0.5) -> evaluate.Row:
-    return evaluate.Row("language", method, seed, 1.0, "r", PAIR, right, right, base, 0.0, 1.0)
+    return evaluate.Row("language", method, seed, 1.0, "r", PAIR, right, (0.9, 0.7), right, base, 0.0, 1.0)
 
 
 def test_the_table_has_means_and_the_spread_over_seeds(tmp_path: Path):
@@ -196,13 +206,13 @@ def test_the_table_has_means_and_the_spread_over_seeds(tmp_path: Path):
     lines = report.table("two", rows).splitlines()
     # new: 0.3 and 0.7, deviation 0.28; worst: 0.2 and 0.6
     assert lines[-2] == (
-        "| sum | r | 1 | 0.50 ±0.28 | 0.40 ±0.28 | 0.50 ±0.28 | 0.50 ±0.00 | 0.00 ±0.00 |"
+        "| sum | r | 1 | 0.50 ±0.28 | 0.80 ±0.00 | 0.40 ±0.28 | 0.50 ±0.28 | 0.50 ±0.00 | 0.00 ±0.00 |"
     )  # fmt: skip
-    assert lines[-1].startswith("| lego | r | 1 | 0.75 ±0.00 | 0.50 ±0.00 |")
+    assert lines[-1].startswith("| lego | r | 1 | 0.75 ±0.00 | 0.80 ±0.00 | 0.50 ±0.00 |")
     assert report.each("two", rows).splitlines()[-1] == "| lego | 1.00 | 0.50 |"
     report.publish({"two": rows}, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["two"][0]["right"] == [0.2, 0.4]
-    assert (tmp_path / "new_and_base.png").stat().st_size > 1000
+    assert (tmp_path / "tokens_and_base.png").stat().st_size > 1000
     assert dataclasses.replace(rows[0], right=(0.5, 0.1)).worst == 0.1
 
 
