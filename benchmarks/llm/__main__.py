@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ def main() -> None:
         chosen.work.mkdir(parents=True, exist_ok=True)
         train.base_model(chosen.work, train.Size(), say)
         for careful, plans in ((False, report.NARROW), (True, report.CAREFUL)):
-            for seed, task in product(train.SEEDS, report.tasks_of(plans)):
+            for seed, task in report.adapters_of(plans):
                 train.adapter(chosen.work, task, seed, train.Size(), say, careful=careful)
     elif chosen.command == "evaluate":
         rows: dict[str, list[Row]] = {}

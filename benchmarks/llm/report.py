@@ -24,7 +24,7 @@ NARROW = {
     "six": Plan((*MERGES, "mole"), (tuple(NEW),)),
     "gates": Plan(("mole", *GATES), _THREE, seeds=(0,)),
 }
-CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE)}
+CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE, seeds=(0,))}
 ENCODER = {
     "four": Plan(
         ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft ties", "peft dare_ties", "lego", "lego-paper",
@@ -52,9 +52,10 @@ def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
     plot(rows, out / f"{prefix}tokens_and_base.png")
 
 
-def tasks_of(plans: dict[str, Plan]) -> list[str]:
-    """All whose adapters are needed."""
-    return list(dict.fromkeys(task for plan in plans.values() for tasks in plan.sets for task in tasks))
+def adapters_of(plans: dict[str, Plan]) -> list[tuple[int, str]]:
+    """Seed and task of every adapter that is needed."""
+    found = [(seed, task) for plan in plans.values() for seed in plan.seeds for tasks in plan.sets for task in tasks]
+    return list(dict.fromkeys(found))
 
 
 def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .tasks import BASE, BOS, EOS, LONGEST, NEW, PAD, VOCABULARY, Task, accuracy, draw
 
 RANK = 8
-SEEDS = (0, 1, 2)
 # Alone, and one after another but for what would be four times as long.
 BASE_TASKS: list[Task] = [
     *((name,) for name in BASE),

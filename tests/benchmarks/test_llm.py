@@ -210,6 +210,8 @@ def test_the_table_has_means_and_the_spread_over_seeds(tmp_path: Path):
     )  # fmt: skip
     assert lines[-1].startswith("| lego | r | 1 | 0.75 ±0.00 | 0.80 ±0.00 | 0.50 ±0.00 |")
     assert report.each("two", rows).splitlines()[-1] == "| lego | 1.00 | 0.50 |"
+    plans = {"a": evaluate.Plan((), (PAIR, ("sort", "rotate")), (0, 1)), "b": evaluate.Plan((), (PAIR,), (0,))}
+    assert report.adapters_of(plans) == [(s, task) for s in (0, 1) for task in ("reverse", "sort", "rotate")]
     report.publish({"two": rows}, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["two"][0]["right"] == [0.2, 0.4]
     assert (tmp_path / "tokens_and_base.png").stat().st_size > 1000
