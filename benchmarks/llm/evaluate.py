@@ -190,8 +190,8 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
-def spread(rows: Sequence[Row], metric: Callable[[Row], float]) -> float:
-    """Standard deviation over the seeds of the mean over the sets."""
+def spread(rows: Sequence[Row], metric: Callable[[Row], float]) -> float | None:
+    """Standard deviation over the seeds of the mean over the sets; `None` for one seed."""
     seeds = sorted({row.seed for row in rows})
     means = [mean([metric(row) for row in rows if row.seed == seed]) for seed in seeds]
-    return statistics.stdev(means) if len(means) > 1 else 0.0
+    return statistics.stdev(means) if len(means) > 1 else None

@@ -216,6 +216,7 @@ METHODS: dict[str, Method] = {
     "calibrated": Method(_merge(Calibrated, measured=True)),
     "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "mole": Method(_mole(gate()), "-", fixed=True),
+    "mole long": Method(_mole(gate(), shown=64, others=128, steps=80), "-", fixed=True),
     "mole sigmoid": Method(_mole(gate(activation="sigmoid")), "-", fixed=True),
     "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
     "mole 4 shown": Method(_mole(gate(), shown=4, others=8), "-", fixed=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,20 @@ _THREE = (("rotate", "language B", "next letter"),)
 NARROW = {
     "two": Plan((*MERGES, "mole"), _TWO),
     "three": Plan((*MERGES, "mole"), _THREE),
-    "six": Plan((*MERGES, "mole"), (tuple(NEW),)),
+    "six": Plan((*MERGES, "mole", "mole long"), (tuple(NEW),)),
     "gates": Plan(("mole", *GATES), _THREE, seeds=(0,)),
 }
 CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE, seeds=(0,))}
 ENCODER = {
     "four": Plan(
-        ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft ties", "peft dare_ties", "lego", "lego-paper",
-         "lego calibrated", "calibrated", "calibrated 2x", "mole", "mole experts", "mole block", "mole token block"),
+        ("base", "sum", "average", "svd", "ties", "knots", "peft ties", "lego", "lego-paper", "lego calibrated",
+         "calibrated", "mole", "mole layer"),
         (tuple(texts.TASKS),),
         seeds=(0,),
+        scales=(0.5, 0.7, 1.0),
     )
 }  # fmt: skip
-METRICS = {
+METRICS: dict[str, Callable[[Row], float]] = {
     "new": lambda r: r.new,
     "tokens": lambda r: mean(r.parts),
     "worst": lambda r: r.worst,
@@ -69,16 +70,21 @@ def _plain(row: Row) -> dict[str, Any]:
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
-    """Markdown: mean over sets and seeds, and the standard deviation over seeds."""
+    """Markdown: mean over sets and seeds, and the standard deviation over seeds if there are several."""
     sets, seeds = len({row.tasks for row in rows}), len({row.seed for row in rows})
     lines = [f"**{name}: {rows[0].n} adapters, {sets} sets x {seeds} seeds**", "",
              f"| method | rank | strength | {' | '.join(METRICS)} |",
              f"|---|---|---|{'---|' * len(METRICS)}"]  # fmt: skip
     for method in dict.fromkeys(row.method for row in rows):
         part = [row for row in rows if row.method == method]
-        cells = [f"{mean([of(row) for row in part]):.2f} ±{spread(part, of):.2f}" for of in METRICS.values()]
+        cells = [_cell(part, of) for of in METRICS.values()]
         lines.append(f"| {method} | {part[0].rank} | {part[0].scale:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Row], metric: Callable[[Row], float]) -> str:
+    found = spread(rows, metric)
+    return f"{mean([metric(row) for row in rows]):.2f}" + ("" if found is None else f" ±{found:.2f}")
 
 
 def each(name: str, rows: Sequence[Row]) -> str:
@@ -106,7 +112,7 @@ def plot(rows: dict[str, list[Row]], path: Path) -> None:
             part = [row for row in every if row.method == method]
             marker = "*" if method.startswith("mole") else "s" if "lego" in method or "calib" in method else "o"
             x, y = (mean([METRICS[m](row) for row in part]) for m in ("base", "tokens"))
-            errors = [spread(part, METRICS[m]) for m in ("base", "tokens")]
+            errors = [spread(part, METRICS[m]) or 0.0 for m in ("base", "tokens")]
             axis.errorbar(x, y, *errors[::-1], marker=marker, linestyle="", color=f"C{i % 10}", alpha=0.8)
             axis.annotate(method, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
         axis.set(
