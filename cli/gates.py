@@ -12,7 +12,7 @@ from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures, read_settings
 from .gates_output import draw, facts, interrupted, python, tell
-from .machine import check_device, computing, enough_memory, host
+from .machine import check_device, computing, enough_memory, host, launched
 from .options import (
     GATES,
     GUIDANCE_HELP,
@@ -180,9 +180,7 @@ def train_gates(
     from ..core.gates import GateSet
     from ..core.mixture import Mixture
 
-    devices = host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
-    alone = devices is None or devices.rank == 0
-    device = device if devices is None else str(devices.accelerator.device)
+    devices, first, device = launched(device)
     number = getattr(torch, dtype or computing(device))
     adapters = [load(path) for path, _ in entries]
     pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=number)
@@ -192,7 +190,7 @@ def train_gates(
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
     critic = None if clip is None else host("pipeline_clip").load_clip(clip)
     with (
-        progress_bar("training", quiet=json or not alone, telling=True) as progress,
+        progress_bar("training", quiet=json or not first, telling=True) as progress,
         enough_memory("try --checkpointing, a smaller --batch or --size, or --set accumulation=4"),
     ):
         try:
@@ -202,7 +200,7 @@ def train_gates(
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt(interrupted(state)) from None
-    if not alone:
+    if not first:
         return
     done.gates.save(output)
     if plot is not None:

@@ -64,6 +64,18 @@ def host(name: str) -> Any:
         ) from error
 
 
+def launched(device: str) -> tuple[Any, bool, str]:
+    """What ``accelerate launch`` started this process for, if it did.
+
+    Returns:
+        The `AcceleratorDevices` or ``None``; whether this process tells and writes; the device it computes on.
+    """
+    devices = host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
+    if devices is None:
+        return None, True, device
+    return devices, devices.rank == 0, str(devices.accelerator.device)
+
+
 _HUB_NAME = re.compile(r"(hf:/{1,2})?([\w.-]+/[\w.-]+(?:@[\w./-]+)?)")
 
 

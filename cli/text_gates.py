@@ -12,7 +12,7 @@ from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, read_settings, read_texts
 from .gates_output import gates_facts, interrupted, tell_course
-from .machine import check_device, computing, enough_memory, host, located
+from .machine import check_device, computing, enough_memory, host, launched, located
 from .options import (
     GATES,
     TRAINING,
@@ -135,15 +135,13 @@ def train_text_gates(
     from ..core.gates import GateSet
     from ..core.mixture import Mixture
 
-    devices = host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
-    alone = devices is None or devices.rank == 0
-    device = device if devices is None else str(devices.accelerator.device)
+    devices, first, device = launched(device)
     trainer = host("transformers_training")
     language, tokenizer = trainer.load_model(model, device=device, dtype=getattr(torch, dtype or computing(device)))
     adapters = host("transformers").experts(language, [load(path) for path in paths])
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
     with (
-        progress_bar("training", quiet=json or not alone, telling=True) as progress,
+        progress_bar("training", quiet=json or not first, telling=True) as progress,
         enough_memory("try --checkpointing, a smaller --batch, or --set accumulation=4"),
     ):
         try:
@@ -153,7 +151,7 @@ def train_text_gates(
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt(interrupted(state)) from None
-    if not alone:
+    if not first:
         return
     done.gates.save(output)
     code = _python(model, [(path, strength) for path, (_, strength) in zip(paths, entries, strict=True)], output)

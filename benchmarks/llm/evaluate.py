@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS, Adapters, World, merged_in
+from ..common import merged_in
+from .methods import METHODS, Adapters, World
 
 SCALES = (0.4, 0.7, 1.0, 1.4)
 Folder = Callable[[str, int], Path]  # where a task's adapter of a seed is

@@ -29,6 +29,8 @@ from legomole.hosts.transformers import experts, mixed
 from peft import PeftModel
 from torch import Tensor
 
+from ..common import merged_in
+
 
 class World(Protocol):
     """A model and its tasks: how they are scored, and what calibrated merges and gates may learn from."""
@@ -79,23 +81,6 @@ class Adapters:
         if make not in self._made:
             self._made[make] = make(self)
         return self._made[make]
-
-
-@contextmanager
-def merged_in(model: Any, adapter: Adapter, strength: float) -> Generator[Any]:
-    """The model with an adapter in its weights; afterwards as it was, bit for bit."""
-    before: dict[Tensor, Tensor] = {}
-    with torch.no_grad():
-        for name, part in adapter.modules.items():
-            weight = model.get_submodule(name).weight
-            before[weight] = weight.clone()
-            weight += strength * part.delta().float()
-    try:
-        yield model
-    finally:
-        with torch.no_grad():
-            for weight, kept in before.items():
-                weight.copy_(kept)
 
 
 Use = Callable[[Adapters, float], Any]  # a context manager that gives the model

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..common import write
 from . import texts
 from .evaluate import Bench, Plan, Row, mean, run, spread
 from .tasks import NEW
@@ -121,10 +121,3 @@ def plot(rows: dict[str, list[Row]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def write(path: Path, value: Any) -> None:
-    """As JSON, or as the text it is; whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text((value if isinstance(value, str) else json.dumps(value, indent=1)) + "\n")
-    part.replace(path)

@@ -153,9 +153,3 @@ def run(bench: Bench, plan: Plan) -> dict[str, float]:
                 for scale in {chosen[name], 1.0} if seed == 0 else {chosen[name]}:
                     bench.row(name, METHODS[name], concepts, seed, scale)
     return chosen
-
-
-def write(path: Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)

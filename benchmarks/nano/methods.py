@@ -35,6 +35,7 @@ from legomole.nano.sampling import first_half
 from legomole.nano.store import Store
 from legomole.nano.words import WORDINGS, prompt
 
+from .. import common
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 
@@ -64,19 +65,8 @@ class Loras:
 @contextmanager
 def merged_in(transformer: Any, adapter: Adapter, strength: float) -> Generator[Any]:
     """The transformer with a LoRA in its weights, short prompts on; afterwards as it was, bit for bit."""
-    before = {}
-    with torch.no_grad():
-        for name, part in adapter.modules.items():
-            weight = transformer.get_submodule(name.removeprefix("transformer.")).weight
-            before[weight] = weight.clone()
-            weight += strength * part.delta().float()
-    try:
-        with short_prompts(transformer):
-            yield transformer
-    finally:
-        with torch.no_grad():
-            for weight, kept in before.items():
-                weight.copy_(kept)
+    with common.merged_in(transformer, adapter, strength, "transformer."), short_prompts(transformer):
+        yield transformer
 
 
 Use = Callable[[Loras, float, Sequence[str]], Any]  # a context manager that gives the model to paint texts with

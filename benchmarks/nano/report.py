@@ -13,7 +13,8 @@ from legomole.nano.demo import tile
 from legomole.nano.store import Store
 from PIL import Image, ImageDraw, ImageFont
 
-from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, Bench, Plan, Row, mean, run, write
+from ..common import write
+from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, Bench, Plan, Row, mean, run
 from .methods import METHODS
 from .scoring import Task, task
 
