@@ -77,7 +77,7 @@ def tell(done: PipelineTraining, labels: Sequence[str]) -> None:
 def tell_course(gates: TrainedGates, learnt: str) -> None:
     """Print how a training went; `learnt`: what from."""
     found = gates_facts(gates)
-    line = f"{found['training']['objective']} on {found['base']}: {found['gates']} gates, {learnt}"
+    line = f"{found['training']['objective']} on {found['base']}: {_counted(found)}, {learnt}"
     if found["loss"]:
         line += f", {found['steps']} steps\nloss     {_course(found['loss'])}\nentropy  {_course(found['entropy'])}"
     out().print(line, markup=False)
@@ -94,6 +94,10 @@ def interrupted(state: Path | None) -> str:
     return f"Cancelled. What was done is kept in {state}: the same command goes on from there."
 
 
+def _counted(found: Mapping[str, Any]) -> str:
+    return f"{found['gates']} gate{'' if found['gates'] == 1 else 's'}"
+
+
 def _course(values: Sequence[float]) -> str:
     return f"{values[0]:.4g} to {values[-1]:.4g}"
 
@@ -104,7 +108,7 @@ def show(path: str, gates: TrainedGates) -> None:
     table = Table(title=path, title_justify="left", title_style="bold", show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("holds", f"{found['gates']} gates of a mixture (MoLE)")
+    table.add_row("holds", f"{_counted(found)} of a mixture (MoLE)")
     table.add_row("base model", found["base"] or "unknown")
     strengths = found["strengths"] or [1.0] * len(gates.experts)
     concepts = found["concepts"] or [[]] * len(gates.experts)

@@ -91,8 +91,8 @@ def train_text_gates(
     ] = None,
     checkpointing: Checkpointing = False,
     state: State = None,
-    granularity: Granularity = "layer",
-    activation: Activation = "sigmoid",
+    granularity: Granularity = "network",
+    activation: Activation = "softmax-null",
     reads: Annotated[
         Literal["hidden", "experts", "token"],
         typer.Option(

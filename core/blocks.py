@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import MergeError
 from .forwards import Arguments, Forward
-from .gates import INPUT, wide
+from .gates import INPUT, normalised, wide
 from .gating import Site, State
 from .recompute import copied, recomputed
 from .stack import fit_batch
@@ -96,8 +96,7 @@ class Block(Forward):
         """The experts' outputs as published: concatenated, normalised, per position or in the mean."""
         j = next(j for j, value in enumerate(base) if isinstance(value, Tensor) and value.is_floating_point())
         deltas = [wide(self._positions(flat[j] - base[j])) for flat in own]
-        E = torch.cat(deltas, -1)  # (B, T, N d)
-        E = E / E.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()  # bounded where the root has a gradient
+        E = normalised(torch.cat(deltas, -1))  # (B, T, N d)
         owner = torch.arange(len(own), device=E.device).repeat_interleave(deltas[0].shape[-1])
         if self.state.reads == "flat":
             return E.flatten(1), owner.repeat(E.shape[1])

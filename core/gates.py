@@ -34,10 +34,10 @@ class GateSettings(BaseModel):
         activation: ``softmax`` over the experts with a learnable temperature (the paper's), ``softmax-null`` with one
             more place that stands for none of them, or one ``sigmoid`` per expert, up to `ceiling`.
         reads: ``text``: the model's text conditioning, mean over tokens. ``hidden``: the block's (or layer's) input,
-            mean over positions. ``experts``: the experts' own normalised outputs, mean over positions (the paper's
-            input, made independent of image size). ``flat``: the same of every position apart (as published); works
-            only at the number of positions it was trained with. ``token``: the block's (or layer's) input at each
-            position, which gets gates of its own; for sequences.
+            every position normalised, mean over positions. ``experts``: the experts' own normalised outputs, mean over
+            positions (the paper's input, made independent of image size). ``flat``: the same of every position apart
+            (as published); works only at the number of positions it was trained with. ``token``: the block's (or
+            layer's) input at each position, normalised, which gets gates of its own; for sequences.
         ceiling: The largest value of a sigmoid gate. It starts at 1, the plain sum.
     """
 
@@ -138,6 +138,16 @@ class Gate(nn.Module):
 def wide(x: Tensor) -> Tensor:
     """In float32, or wider if it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def normalised(x: Tensor, dim: int = -1) -> Tensor:
+    """`x`, features along `dim`, with every position divided by its root mean square; at least float32.
+
+    In the mean over positions then all count alike. In a transformer's stream some are a hundred times as large as the
+    rest (a text's first token, often), and not those that say what is asked for.
+    """
+    x = wide(x)
+    return x * x.square().mean(dim, keepdim=True).clamp_min(1e-12).rsqrt()  # bounded where the root has a gradient
 
 
 def activate(logits: Tensor, log_temperature: Tensor, settings: GateSettings, experts: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .bank import Bank
 from .errors import MergeError
-from .gates import INPUT, Gate, GateSet, wide
+from .gates import INPUT, Gate, GateSet, normalised, wide
 from .guidance import Following
 from .reading import Reading, Texts
 from .stack import Stack
@@ -131,7 +131,7 @@ class State:
         return self.set(site, self.read_input(site, x, image=image) if value is None else value)
 
     def read_input(self, site: Site, x: Tensor, *, image: bool) -> Tensor:
-        """The value of a gate that reads `x`: its mean over positions, or every position (``token``)."""
+        """The value of a gate that reads `x`, normalised: its mean over positions, or every position (``token``)."""
         if self.reads == "token":
             if image:
                 raise MergeError(
@@ -139,10 +139,11 @@ class State:
                     module=site.layer or site.name,
                     remedy="choose gates that read hidden",
                 )
-            return self.read(site, self.reading.positions(wide(x)))
+            return self.read(site, self.reading.positions(normalised(x)))
         if image:
-            return self.read(site, wide(x).flatten(2).mean(2) if x.ndim > 2 else wide(x))
-        return self.read(site, self.reading.mean(wide(x)))
+            f = normalised(x, 1)
+            return self.read(site, f.flatten(2).mean(2) if f.ndim > 2 else f)
+        return self.read(site, self.reading.mean(normalised(x)))
 
     def open(self, site: Site, path: str, stack: Stack, x: Tensor, z: Tensor) -> Tensor:
         """The first adapted layer of a scope runs: find the gate's value for the rest of the call."""

@@ -20,8 +20,9 @@ def pipeline(store: Store | None = None) -> Any:
 
     store = store or Store()
     prompts = Prompts()
+    base: Any = StableDiffusion3Pipeline  # whose annotations leave out that encoders may be None
 
-    class NanoPipeline(StableDiffusion3Pipeline):
+    class NanoPipeline(base):
         def encode_prompt(
             self,
             prompt: str | list[str],

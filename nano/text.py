@@ -114,7 +114,7 @@ def build() -> Any:
     with torch.device("meta"):
         model = CLIPTextModel(config)
     state = weights(1, KNOWN)
-    inner = model if hasattr(model, "embeddings") else model.text_model  # transformers before 5 nests it
+    inner: Any = model if hasattr(model, "embeddings") else model.text_model  # transformers before 5 nests it
     inner.load_state_dict({n.removeprefix("text_model."): w.float() for n, w in state.items()}, assign=True)
     inner.embeddings.position_ids = torch.arange(words.LENGTH)[None]  # a buffer that is in no file
     return model.eval().requires_grad_(False)

@@ -67,7 +67,7 @@ def weights(path: str) -> dict[str, torch.Tensor]:
 def test_the_gates_are_those_of_the_library_and_the_printed_lines_use_them() -> None:
     text = done(*TRAIN, *FAST, "--others", "rest.jsonl", "-o", "gates")
     trained = TrainedGates.load("gates.safetensors")
-    assert "next-token on LlamaForCausalLM: 4 gates, 7 texts, 6 steps" in text
+    assert "next-token on LlamaForCausalLM: 1 gate, 7 texts, 6 steps" in text
     assert "wrote gates.safetensors" in text
     assert trained.training["texts"] == [3, 3, 1]
     assert trained.training["strengths"] == [0.5, 1.0]
@@ -81,7 +81,8 @@ def test_the_gates_are_those_of_the_library_and_the_printed_lines_use_them() -> 
         for name in ("one", "two", "rest")
     ]
     loras = experts(model, [legomole.load(name) for name in ("one", "two")])
-    mixture = legomole.Mixture(loras, legomole.GateSet(2, legomole.GateSettings(reads="hidden")), strengths=[0.5, 1])
+    gates = legomole.GateSettings(reads="hidden", activation="softmax-null", granularity="network")
+    mixture = legomole.Mixture(loras, legomole.GateSet(2, gates), strengths=[0.5, 1])
     settings = FitSettings(steps=6, learning_rate=0.05, warmup=0, batch=4)
     direct = train_gates(model, mixture, examples[:2], tokenizer, settings, others=examples[2])
     direct.gates.save("direct.safetensors")

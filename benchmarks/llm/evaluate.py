@@ -13,7 +13,7 @@ from typing import Any
 from ..common import merged_in
 from .methods import METHODS, Adapters, World
 
-SCALES = (0.4, 0.7, 1.0, 1.4)
+SCALES = (0.4, 0.7, 1.0, 1.4, 2.0)
 Folder = Callable[[str, int], Path]  # where a task's adapter of a seed is
 
 

@@ -157,9 +157,9 @@ def _training(gates: GateSettings, fit: FitSettings, shown: int, others: int) ->
     return make
 
 
-def _mole(gates: GateSettings, *, balance: float = 0.0, shown: int = 32, others: int = 32, steps: int = 30) -> Use:
+def _mole(gates: GateSettings, *, balance: float = 0.0, shown: int = 32, others: int = 32, steps: int = 200) -> Use:
     """Gates as the product trains them, from examples of every adapter and of none."""
-    fit = FitSettings(steps=steps, batch=48, learning_rate=0.3, balance=balance)
+    fit = FitSettings(steps=steps, batch=8, balance=balance)
 
     def use(given: Adapters, scale: float) -> Any:
         trained = given.once(_training(gates, fit, shown, others))
@@ -201,7 +201,7 @@ METHODS: dict[str, Method] = {
     "calibrated": Method(_merge(Calibrated, measured=True)),
     "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "mole": Method(_mole(gate()), "-", fixed=True),
-    "mole long": Method(_mole(gate(), shown=64, others=128, steps=80), "-", fixed=True),
+    "mole long": Method(_mole(gate(), shown=64, others=128, steps=400), "-", fixed=True),
     "mole sigmoid": Method(_mole(gate(activation="sigmoid")), "-", fixed=True),
     "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
     "mole 4 shown": Method(_mole(gate(), shown=4, others=8), "-", fixed=True),

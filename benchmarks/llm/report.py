@@ -22,16 +22,15 @@ NARROW = {
     "two": Plan((*MERGES, "mole"), _TWO),
     "three": Plan((*MERGES, "mole"), _THREE),
     "six": Plan((*MERGES, "mole", "mole long"), (tuple(NEW),)),
-    "gates": Plan(("mole", *GATES), _THREE, seeds=(0,)),
+    "gates": Plan(("mole", *GATES), _THREE),
 }
-CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE, seeds=(0,))}
+CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE)}
 ENCODER = {
     "four": Plan(
         ("base", "sum", "average", "svd", "ties", "knots", "peft ties", "lego", "lego-paper", "lego calibrated",
          "calibrated", "mole", "mole layer"),
         (tuple(texts.TASKS),),
-        seeds=(0,),
-        scales=(0.5, 0.7, 1.0),
+        scales=(0.5, 0.7, 1.0, 1.4),
     )
 }  # fmt: skip
 METRICS: dict[str, Callable[[Row], float]] = {

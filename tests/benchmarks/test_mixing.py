@@ -105,5 +105,5 @@ def test_a_mixed_layer_runs_two_products_and_one_scaling_and_never_waits_for_the
     assert not [name for name in more if "copy" in name], more
     assert more["addmm_"] == layers == 44, more
     # beside the two products and the scaling: what all gates share, and what each needs to read, open and spread
-    shared, each = {"text": (12, 1), "hidden": (0, 7), "experts": (0, 20)}[reads]
+    shared, each = {"text": (12, 1), "hidden": (0, 12), "experts": (0, 20)}[reads]
     assert more.total() <= 3 * layers + shared + each * len(gates.names), more

@@ -274,6 +274,11 @@ class Values:
         self.values[scope] = value
 
 
+def rms_normalised(x: Tensor, dim: int = -1) -> Tensor:
+    """What gates see of a layer's input; nothing where it is zero."""
+    return x / x.square().mean(dim, keepdim=True).sqrt().clamp_min(1e-6)
+
+
 def encode(text: str, length: int = 4) -> Tensor:
     """``(length, FEATURES)``: a fixed random vector per word."""
     words = (text.lower().replace(",", " ").split() or ["<empty>"])[:length]

@@ -33,6 +33,7 @@ from .mole import (
     lora,
     merged,
     random_gates,
+    rms_normalised,
     trained,
     untouched,
 )
@@ -166,9 +167,9 @@ class TestGatesByHand:
     def test_what_gates_of_a_block_read(self):
         """Its input: the stream of the picture, mean over positions; channels first for images."""
         for model, block, stream in (
-            (Transformer(), "blocks.0", lambda x: x.mean(1)),
-            (InPlace(), "double_blocks.0", lambda x: x.mean(1)),
-            (UNet(), "down_blocks.0.attentions.0", lambda x: x.mean((2, 3))),
+            (Transformer(), "blocks.0", lambda x: rms_normalised(x).mean(1)),
+            (InPlace(), "double_blocks.0", lambda x: rms_normalised(x).mean(1)),
+            (UNet(), "down_blocks.0.attentions.0", lambda x: rms_normalised(x, 1).mean((2, 3))),
         ):
             x, text = inputs(model)
             inside = "attn.to_q" if isinstance(model, Transformer) else "img.qkv"
@@ -233,7 +234,7 @@ class TestGatesByHand:
         if reads == "text":
             outside = gates[""](text.mean(1))
         elif reads == "hidden":
-            outside = gates[""](x.mean(1))
+            outside = gates[""](rms_normalised(x).mean(1))
         else:
             z = torch.cat([x @ (p.modules["inp"].scale ** 0.5 * p.modules["inp"].A).mT for p in experts], -1)
             E = torch.cat([x @ p.modules["inp"].delta().mT for p in experts], -1)
@@ -244,7 +245,8 @@ class TestGatesByHand:
             F, Fs = model.blocks[i](h), [m.blocks[i](h) for m in single]
             E = torch.cat([F_i - F for F_i in Fs], -1)
             E = E / E.square().mean(-1, keepdim=True).sqrt()
-            read = {"text": text.mean(1), "hidden": h.mean(1), "experts": E.mean(1), "flat": E.flatten(1)}[reads]
+            features = {"text": text, "hidden": rms_normalised(h), "experts": E}
+            read = E.flatten(1) if reads == "flat" else features[reads].mean(1)
             g = gates[f"blocks.{i}"](read)
             h = F + sum(g[:, j, None, None] * (F_i - F) for j, F_i in enumerate(Fs))
         assert close(found, layer("final", h, outside))
@@ -350,7 +352,8 @@ class TestMasks:
         with attach(model, mixture.without(0)) as at, at.watch(seen):
             found = model(x, text)
         assert untouched(model)
-        g = gate(caught[0].mean(1))[:, 1:] if reads == "hidden" else (1.5 * torch.sigmoid(gate.bias[1:])).expand(2, 1)
+        shut = (1.5 * torch.sigmoid(gate.bias[1:])).expand(2, 1)
+        g = gate(rms_normalised(caught[0]).mean(1))[:, 1:] if reads == "hidden" else shut
         assert torch.allclose(seen.values["blocks.0.ff"], g, atol=1e-6)
         for row in range(2):
             one = slice(row, row + 1)
@@ -418,7 +421,7 @@ class TestVideoBlocks:
         seen = {}
         with attach(model, mixture) as attachment, attachment.measure(lambda scope, f, _: seen.update({scope: f})):
             model(x)
-        assert close(seen["blocks.0"], x.mean((1, 2, 3)))
+        assert close(seen["blocks.0"], rms_normalised(x).mean((1, 2, 3)))
 
 
 class TestDetach:

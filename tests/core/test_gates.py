@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from legomole.core.errors import MergeError
-from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss, entropy
+from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss, entropy, normalised
 from pydantic import ValidationError
 
 ACTIVATIONS = ("sigmoid", "softmax", "softmax-null")
@@ -207,3 +207,26 @@ class TestLosses:
         assert float(entropy([one])) == pytest.approx(0, abs=1e-6)
         assert float(entropy([mixed])) == pytest.approx(1.5 * math.log(2))
         assert float(entropy([even, one])) == pytest.approx(math.log(3) / 2)
+
+
+class TestNormalised:
+    def test_by_hand(self):
+        # root mean square of (3, 4): sqrt((9 + 16) / 2); a position ten times as large comes to the same
+        x = torch.tensor([[[3.0, 4.0], [30.0, 40.0]]])
+        expected = [3 / math.sqrt(12.5), 4 / math.sqrt(12.5)]
+        for row in normalised(x)[0]:
+            assert row.tolist() == pytest.approx(expected)
+        assert torch.equal(normalised(x.mT, 1), normalised(x).mT)
+
+    def test_nothing_stays_nothing_and_has_a_gradient(self):
+        x = torch.zeros(1, 2, 3, requires_grad=True)
+        y = normalised(x)
+        y.sum().backward()
+        assert not y.any()
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+    def test_half_precision_is_widened_before_it_is_squared(self):
+        y = normalised(torch.full((1, 4), 60_000.0, dtype=torch.float16))
+        assert y.dtype == torch.float32
+        assert y[0].tolist() == pytest.approx([1.0] * 4)

@@ -19,7 +19,7 @@ from legomole.core.train.calibrate import calibrate
 from legomole.core.trained import Expert, TrainedGates
 from torch import Tensor, nn
 
-from .mole import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged
+from .mole import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged, rms_normalised
 from .pools import close
 from .test_reading import names, trained_without_text
 
@@ -91,7 +91,8 @@ class Loop:
         x = args[0] if args else kwargs["hidden_states"]
         for scope in scopes:
             gate = self.mixture.gates[scope]
-            self.values[scope] = torch.stack([torch.stack([gate(row[None])[0] for row in one]) for one in x])
+            rows = [[gate(rms_normalised(row[None]))[0] for row in one] for one in x]
+            self.values[scope] = torch.stack([torch.stack(one) for one in rows])
 
     def add(self, name: str, scope: str, x: Tensor, y: Tensor) -> Tensor:
         y = y.clone()
@@ -141,7 +142,7 @@ class TestMixing:
             found = model(x)
         h = model.inp(x)
         outputs = [merged(model, experts, on).blocks[0](h) for on in ((0, 0), (1, 0), (0, 1))]
-        g = gate(h)
+        g = gate(rms_normalised(h))
         assert g.shape == (2, 5, 2)
         y = outputs[0] + sum(g[..., i, None] * (outputs[1 + i] - outputs[0]) for i in range(2))
         assert close(found, model.final(y))
@@ -234,7 +235,7 @@ class TestWatchingAndTraining:
         padding, seen = Padding(), Values()
         with attach(model, mixture, texts=padding) as at, at.watch(seen):
             model(x)
-        g = mixture.gates["inp"](x)
+        g = mixture.gates["inp"](rms_normalised(x))
         assert close(seen.values["inp"], torch.stack([g[0, :2].mean(0), g[1, 1:].mean(0)]))
         assert padding.shapes == {(2, 5, 2)}
         with attach(model, mixture) as at, at.watch(seen):
@@ -247,8 +248,9 @@ class TestWatchingAndTraining:
         x, _ = inputs(model)
         with attach(model, mixture) as at:
             gates = calibrate(at, lambda: model(x))
-        assert close(gates["inp"].mean, x.flatten(0, 1).mean(0))
-        assert close(gates["inp"].spread, (1.01 * x.flatten(0, 1).var(0, unbiased=False)).sqrt(), 0.1)
+        f = rms_normalised(x).flatten(0, 1)
+        assert close(gates["inp"].mean, f.mean(0))
+        assert close(gates["inp"].spread, (1.01 * f.var(0, unbiased=False)).sqrt(), 0.1)
         assert gates["inp"].layer == "inp"
 
     @pytest.mark.parametrize(
