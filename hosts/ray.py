@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 from ..core.adapter import Adapter
 from ..core.batches import Batch, Done, Work
 from ..core.errors import LegoMoleError, MergeError
-from ..core.run import Library, Spread
+from ..core.library import Library, Spread
 
 ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
 

@@ -22,11 +22,11 @@ from legomole.cli import app  # noqa: E402
 from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.errors import FormatError, MergeError  # noqa: E402
 from legomole.core.formats import load, save  # noqa: E402
+from legomole.core.library import Library  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.merge import merge  # noqa: E402
 from legomole.core.methods import METHODS  # noqa: E402
 from legomole.core.pool import Merged, Pool  # noqa: E402
-from legomole.core.run import Library  # noqa: E402
 from legomole.hosts.ray import cluster  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
