@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FormatError, SaveError, name_some
+from .temporary import alone, exchanged, remove, temporary_name
 
 Writer = Callable[[BinaryIO, Path], None]  # (open file, the name it will have, for errors)
 
@@ -183,8 +182,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
     """Write the named files of a folder; a folder that does not exist yet appears whole or not at all.
 
-    In a folder that exists, all files are written beside it before the first is replaced. The last one is taken away
-    first and comes last: a folder that has it is of one piece, whenever the work is interrupted.
+    A folder that exists is exchanged for the new one as a whole, with its other files. Where the system cannot do that,
+    its files are replaced in turn, all of them written before; the last one is taken away first and comes last: a
+    folder that has it is of one piece, whenever the work is interrupted.
     """
     with _beside(path) as temporary:
         temporary.mkdir()
@@ -192,10 +192,11 @@ def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
             with (temporary / name).open("xb") as file:
                 write(file, path / name)
                 _sync(file)
-        if path.is_dir():
-            _replace_files(temporary, path, list(writers))
-        else:
+        if not path.is_dir():
             temporary.replace(path)
+        elif not exchanged(temporary, path):
+            with alone(path):  # or the weights of one process could meet the configuration of another
+                _replace_files(temporary, path, list(writers))
 
 
 def _replace_files(source: Path, target: Path, names: Sequence[str]) -> None:
@@ -233,8 +234,7 @@ def _beside(path: Path) -> Generator[Path]:
         raise SaveError(
             "The output folder does not exist.", file=path, expected=f"a folder {path.parent}", remedy="create it first"
         )
-    # a name may have 255 bytes, and a character 4 of them
-    temporary = path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}.tmp")
+    temporary = temporary_name(path)
     try:
         yield temporary
     except SaveError:
@@ -247,11 +247,7 @@ def _beside(path: Path) -> Generator[Path]:
             remedy="free space on the disk, or choose a folder that can be written to",
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            with suppress(OSError):  # on a read-only disk even the removal of nothing fails, and would hide the cause
-                temporary.unlink()
+        remove(temporary)
 
 
 def _sync(file: BinaryIO) -> None:
@@ -271,7 +267,14 @@ def _serialise(file: BinaryIO, path: Path, tensors: Mapping[str, Tensor], metada
         end = offset + tensor.numel() * tensor.dtype.itemsize
         header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    try:
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise SaveError(
+            "A name or a text in the metadata is not Unicode.",
+            file=path,
+            found=ascii(error.object[error.start - 20 : error.end + 20]),
+        ) from error
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for key in order:
