@@ -16,6 +16,7 @@ from .align import align
 from .errors import name_some
 from .formats import FORMATS, detect, load, summarise
 from .formats.hashes import sha256
+from .formats.unchanged import unchanged
 from .keymap import KeyMap
 from .library import Library, Spread
 from .merge import Each, MergeResult, Progress, matching, merge
@@ -97,38 +98,40 @@ def run(
     settings = dict(recipe.settings)
     if "statistics" not in settings:  # wrong settings are told before large files are read
         build_method(recipe.method, settings)
-    adapters: list[Adapter] = []
-    for entry in recipe.inputs:
-        adapters.append(_load(entry, folder, cached, recipe.convert_rank))
-        if reading is not None:
-            reading(len(adapters), len(recipe.inputs), entry.path)
-    if "statistics" in settings:
-        statistics = folder / str(settings["statistics"])
-        settings["statistics"] = Statistics.load(statistics).of(adapters)
-        found = sha256(statistics)
-        _check_hash(statistics, recipe.statistics_sha256, found)
-        recipe = recipe.model_copy(update={"statistics_sha256": found})
-    method = build_method(recipe.method, settings)
-    aligned = align(adapters, key_map=key_map)
-    translated = any(before is not after for before, after in zip(adapters, aligned, strict=True))
-    each: Each | None = None
-    if spread is not None:
-        paths = [place(entry.path, folder, cached).absolute() for entry in recipe.inputs]
-        each = partial(spread, Library.of(adapters, paths, recipe.convert_rank, key_map))
-    result = merge(
-        aligned,
-        method,
-        [entry.weight for entry in recipe.inputs],
-        text_encoder_weights=[
-            entry.weight if entry.text_encoder_weight is None else entry.text_encoder_weight for entry in recipe.inputs
-        ],
-        module_weights=_module_weights(recipe, aligned),
-        normalize=recipe.normalize,
-        dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
-        device=device,
-        progress=progress,
-        each=each,
-    )
+    paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
+    statistics = folder / str(settings["statistics"]) if "statistics" in settings else None
+    with unchanged(paths if statistics is None else [*paths, statistics]):
+        adapters: list[Adapter] = []
+        for entry, path in zip(recipe.inputs, paths, strict=True):
+            adapters.append(_load(entry, path, recipe.convert_rank))
+            if reading is not None:
+                reading(len(adapters), len(recipe.inputs), entry.path)
+        if statistics is not None:
+            settings["statistics"] = Statistics.load(statistics).of(adapters)
+            found = sha256(statistics)
+            _check_hash(statistics, recipe.statistics_sha256, found)
+            recipe = recipe.model_copy(update={"statistics_sha256": found})
+        method = build_method(recipe.method, settings)
+        aligned = align(adapters, key_map=key_map)
+        translated = any(before is not after for before, after in zip(adapters, aligned, strict=True))
+        each: Each | None = None
+        if spread is not None:
+            each = partial(spread, Library.of(adapters, [*map(Path.absolute, paths)], recipe.convert_rank, key_map))
+        result = merge(
+            aligned,
+            method,
+            [entry.weight for entry in recipe.inputs],
+            text_encoder_weights=[
+                entry.weight if entry.text_encoder_weight is None else entry.text_encoder_weight
+                for entry in recipe.inputs
+            ],
+            module_weights=_module_weights(recipe, aligned),
+            normalize=recipe.normalize,
+            dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
+            device=device,
+            progress=progress,
+            each=each,
+        )
     done = recipe.model_copy(update={"legomole": __version__, "settings": recipe.settings | settings_of(method)})
     notes = [*result.report.notes, *disagreements(adapters)]
     if translated and result.adapter.extras:
@@ -195,8 +198,7 @@ def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path
     return cached(path.removeprefix(HUB))
 
 
-def _load(entry: Input, folder: Path, cached: Callable[[str], Path] | None, convert_rank: int | None) -> Adapter:
-    path = place(entry.path, folder, cached)
+def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
     adapter = load(path, convert_rank=convert_rank)
     _check_hash(path, entry.sha256, adapter.source.sha256)
     if entry.path.startswith(HUB):  # the folder in the cache is called after a commit

@@ -22,6 +22,7 @@ from .kohya import Kohya
 from .peft import Peft
 from .peft_folder import Folder, folder_of, read_folder
 from .suffixes import classify
+from .unchanged import unchanged
 from .writing import cast_adapter, folded
 
 __all__ = [
@@ -57,6 +58,11 @@ def load(path: str | Path, *, convert_rank: int | None = None, known: bool = Fal
         FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
     """
     path = Path(path)
+    with unchanged([path]):
+        return _loaded(path, convert_rank, known)
+
+
+def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
     folder = _folder(path)
     weights = (path,) if folder is None else folder.weights
     tensors, metadata = files.read_tensors(*weights)
