@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..hosts.hub import cached
 from .console import out, progress_bar
 from .gates_input import parse_size, parse_words, read_lines
-from .machine import computing, enough_memory, host
+from .machine import computing, host
 from .options import check_free, size_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def measure(
 
     from ..core.calibration import CalibrationSettings
     from ..core.formats import load
+    from ..core.memory import enough_memory
     from ..core.run import place
 
     concepts = parse_words(words, len(recipe.inputs))

@@ -12,7 +12,7 @@ from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures, read_settings
 from .gates_output import draw, facts, interrupted, python, tell
-from .machine import check_device, computing, enough_memory, host, launched
+from .machine import check_device, computing, host, launched
 from .options import (
     GATES,
     GUIDANCE_HELP,
@@ -178,6 +178,7 @@ def train_gates(
 
     from ..core.formats import load
     from ..core.gates import GateSet
+    from ..core.memory import enough_memory
     from ..core.mixture import Mixture
 
     devices, first, device = launched(device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,19 +28,6 @@ def check_device(name: str) -> None:
 def computing(device: str) -> DtypeName:
     """The number format that a pipeline computes in on a device, where nothing else is asked for."""
     return "float32" if device == "cpu" else "bfloat16"
-
-
-@contextmanager
-def enough_memory(remedy: str) -> Generator[None]:
-    """Tell what to do where a device is too small for what goes on inside the block."""
-    import torch
-
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise MergeError(
-            "The device has too little memory.", found=str(error).partition("\n")[0] or None, remedy=remedy
-        ) from error
 
 
 _EXTRAS = {"ray": "ray", "transformers": "peft", "transformers_training": "peft"}

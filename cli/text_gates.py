@@ -12,7 +12,7 @@ from .arguments import parse_setting
 from .console import out, print_json, progress_bar
 from .gates_input import parse_expert, read_settings, read_texts
 from .gates_output import gates_facts, interrupted, tell_course
-from .machine import check_device, computing, enough_memory, host, launched, located
+from .machine import check_device, computing, host, launched, located
 from .options import (
     GATES,
     TRAINING,
@@ -133,6 +133,7 @@ def train_text_gates(
 
     from ..core.formats import load
     from ..core.gates import GateSet
+    from ..core.memory import enough_memory
     from ..core.mixture import Mixture
 
     devices, first, device = launched(device)

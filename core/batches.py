@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from .adapter import Adapter
-from .errors import MergeError
+from .errors import MergeError, name_some
 from .lowrank import LowRank
+from .memory import enough_memory
 from .methods import MergeMethod
 from .pool import Merged, Pool, overlap, relative_error
 from .report import ModuleReport
@@ -61,12 +62,27 @@ class Work:
         """Merge a batch. The same adapters and the same batch give the same numbers.
 
         Raises:
-            MergeError: A result that overflows the dtype, or what the method says. FormatError: NaN in an input.
+            MergeError: Numbers that cannot be decomposed, a result that overflows the dtype, too little memory, or what
+                the method says.
+            FormatError: NaN in an input.
         """
-        pool = self._pool(adapters, batch)
-        merged = self.method(pool)
-        modules = dict(_unpack(adapters, pool, merged, self.dtype))
-        return Done(modules, tuple(_module_reports(pool, merged)), dict(merged.remarks))
+        with enough_memory():
+            pool = self._pool(adapters, batch)
+            merged = self._merged(pool)
+            modules = dict(_unpack(adapters, pool, merged, self.dtype))
+            return Done(modules, tuple(_module_reports(pool, merged)), dict(merged.remarks))
+
+    def _merged(self, pool: Pool) -> Merged:
+        try:
+            return self.method(pool)
+        except torch.linalg.LinAlgError as error:  # of numbers whose products are no longer finite
+            raise MergeError(
+                "The numbers of a module are too large or too small to be decomposed.",
+                module=name_some(pool.names, 3),
+                found=f"weights times scales up to {float(pool.c.abs().max()):g}, factors up to "
+                f"{max(float(pool.A.abs().max()), float(pool.B.abs().max())):g}",
+                remedy="lower the weights; a LoRA with such numbers is broken",
+            ) from error
 
     def _pool(self, adapters: Sequence[Adapter], batch: Batch) -> Pool:
         """The factors of a batch; read, checked and cast here."""
@@ -139,15 +155,20 @@ def _unpack(
     for m, (name, rank) in enumerate(zip(pool.names, merged.ranks.tolist(), strict=True)):
         A_m, B_m = A[m, :rank].clone(), B[m, :, :rank].contiguous()
         if not torch.isfinite(A_m.sum(dtype=torch.float64) + B_m.sum(dtype=torch.float64)):
-            raise MergeError(
-                "The merged values overflow the output's number format.",
-                module=name,
-                expected=f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype})",
-                found=f"{max(merged.A[m].abs().max().item(), merged.B[m].abs().max().item()):g}",
-                remedy="save with --dtype float32 (or bfloat16), or lower the weights",
-            )
+            raise overflow(name, dtype, max(merged.A[m].abs().max().item(), merged.B[m].abs().max().item()))
         kernel = max((adapters[i].modules[name].kernel for i in pool.adapters), key=len)
         yield name, LowRank(A_m, B_m, kernel=kernel)
+
+
+def overflow(module: str, dtype: torch.dtype, found: float) -> MergeError:
+    """The error for merged values of a magnitude that `dtype` cannot hold."""
+    return MergeError(
+        "The merged values overflow the output's number format.",
+        module=module,
+        expected=f"magnitudes up to {torch.finfo(dtype).max:g} ({dtype})",
+        found=f"{found:g}",
+        remedy="save with --dtype float32 (or bfloat16), or lower the weights",
+    )
 
 
 def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, is_text_encoder
-from .batches import Batch, Done, Work, batches
+from .batches import Batch, Done, Work, batches, overflow
 from .errors import MergeError, name_some
 from .lowrank import LowRank
+from .memory import enough_memory
 from .methods import METHODS, MergeMethod
 from .report import MergeReport, ModuleReport
 
@@ -99,7 +100,7 @@ def merge(
         reports.update((report.name, report) for report in done.reports)
         if progress is not None:
             progress(len(modules), total, batch.names[-1])
-    with torch.no_grad():
+    with torch.no_grad(), enough_memory():
         diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
@@ -210,8 +211,14 @@ def _leftovers(
                 passed_on.append(f"{name} (unchanged, from {adapter.label})")
             elif extras[name].shape != tensor.shape or not torch.equal(extras[name], tensor):
                 dropped.append(f"{name} of {adapter.label}: it cannot be added, and {first[name]} has another one")
-    dtype = _widest(adapters)
-    return {name: tensor.to(dtype) for name, tensor in diffs.items()}, extras, passed_on, dropped
+    return {name: _narrowed(name, part, _widest(adapters)) for name, part in diffs.items()}, extras, passed_on, dropped
+
+
+def _narrowed(name: str, diff: Tensor, dtype: torch.dtype) -> Tensor:
+    result = diff.to(dtype)
+    if not torch.isfinite(result).all():
+        raise overflow(name, dtype, float(diff.abs().max()))
+    return result
 
 
 def _weight_notes(

@@ -126,5 +126,5 @@ def test_a_full_device_is_told(monkeypatch):
 
     monkeypatch.setattr("legomole.hosts.pipeline_calibration.calibrate_pipeline", full)
     text = squeezed(run(*MERGE, "-o", "o").stderr)
-    assert "too little memory" in text
+    assert "not enough memory" in text
     assert "a smaller --size" in text

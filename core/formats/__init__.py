@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, SaveError
+from ..memory import enough_memory
 from . import files, hashes, peft_folder
 from .base import Format
 from .comfy import Comfy
@@ -56,6 +57,7 @@ def load(path: str | Path, *, convert_rank: int | None = None, known: bool = Fal
 
     Raises:
         FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
+        MergeError: Not enough memory.
     """
     path = Path(path)
     with unchanged([path]):
@@ -70,9 +72,10 @@ def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
     if folder is not None:
         folder.demand_all(tensors)
         metadata[CONFIG_KEY] = folder.config
-    adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
-    if not known:
-        adapter.check_finite()
+    with enough_memory():
+        adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
+        if not known:
+            adapter.check_finite()
     return adapter
 
 

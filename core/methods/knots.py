@@ -53,16 +53,16 @@ class Knots:
             if n == 0:
                 continue
             root = svd.S[m, :n].sqrt()
-            R_A = (root[:, None] * svd.R_A[m, :n]).to(pool.A.dtype)
-            R_B = (svd.R_B[m, :, :n] / root).to(pool.B.dtype)
+            # float64: S is the square of what the factors hold, and float32 would take it for zero, 1 / S for infinity
+            R_A, R_B = root[:, None] * svd.R_A[m, :n], svd.R_B[m, :, :n] / root
             noise = _NOISE * float(svd.S[m, 0])
             part = partial(_part, pool.split(R_A, 1), pool.split(pool.A[m], 0), noise)
-            A[m, :n] = ties(part, pool.weights[m].tolist(), self.density)
-            B[m, :, :n] = pool.B[m] @ R_B
+            A[m, :n] = ties(part, pool.weights[m].tolist(), self.density) / root[0]
+            B[m, :, :n] = pool.B[m].double() @ R_B * root[0]
         return SVD(self.rank)(replace(pool, A=A, B=B, c=torch.ones_like(pool.c)))
 
 
 def _part(R: Sequence[Tensor], A: Sequence[Tensor], noise: float, i: int) -> Tensor:
     """``S V_i^T``. Noise must not count as agreement, or adapters that never meet would be averaged with nothing."""
-    part = R[i] @ A[i]
+    part = R[i] @ A[i].double()
     return part.masked_fill(part.abs() < noise, 0)

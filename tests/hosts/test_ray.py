@@ -144,16 +144,25 @@ def test_an_address_where_no_cluster_is(adapters: list[Path]) -> None:
     assert "Traceback" not in ran.stderr
 
 
-def test_an_error_in_a_worker_is_the_error_here(adapters: list[Path]) -> None:
-    more = ("--method", "concat", "--dtype", "float16", "--module-weight", "1:model.layers.1.k_proj=1e12", "-o", "out")
+@pytest.mark.parametrize(
+    ("method", "factor", "problem"),
+    [
+        (("concat", "--dtype", "float16"), "1e12", "overflow"),
+        (("svd", "--rank", "3"), "1e300", "too large or too small to be decomposed"),
+    ],
+)
+def test_an_error_in_a_worker_is_the_error_here(
+    method: tuple[str, ...], factor: str, problem: str, adapters: list[Path]
+) -> None:
+    more = ("--method", *method, "--module-weight", f"1:model.layers.1.k_proj={factor}", "-o", "out")
     outputs = []
     for place in ((), ("--ray", "auto")):
         result = CliRunner().invoke(app, [*arguments(adapters, *more, "--json"), *place])
         assert result.exit_code == 3
         outputs.append(json.loads(result.stdout))
     assert outputs[0] == outputs[1]
-    assert outputs[1]["error"]["module"] == "model.layers.1.k_proj"
-    assert "overflow" in outputs[1]["error"]["problem"]
+    assert "model.layers.1.k_proj" in outputs[1]["error"]["module"]
+    assert problem in outputs[1]["error"]["problem"]
     assert not Path("out").exists()
 
 

@@ -1,0 +1,54 @@
+"""Too little memory is an error that says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from legomole.core.adapter import Adapter
+from legomole.core.errors import MergeError
+from legomole.core.lowrank import LowRank
+from legomole.core.memory import enough_memory
+from legomole.core.merge import merge
+from legomole.core.pool import Merged, Pool
+
+TOO_MUCH = 1 << 60  # bytes; no machine has them
+
+
+def test_what_torch_says() -> None:
+    with (
+        pytest.raises(MergeError, match=r"not enough memory[\s\S]*1152921504606846976 bytes[\s\S]*to do:"),
+        enough_memory(),
+    ):
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+
+def test_what_python_says() -> None:
+    with pytest.raises(MergeError, match="not enough memory"), enough_memory():
+        bytearray(TOO_MUCH)
+
+
+def test_other_errors_and_those_of_a_graphics_card_pass() -> None:
+    for error in (RuntimeError("mat1 and mat2"), torch.cuda.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(type(error)) as caught, enough_memory():
+            raise error
+        assert caught.value is error
+
+
+def test_with_a_remedy_a_graphics_card_is_told_of_too() -> None:
+    with (
+        pytest.raises(MergeError, match=r"not enough memory[\s\S]*found: *CUDA full\n  to do: *smaller"),
+        enough_memory("smaller"),
+    ):
+        raise torch.cuda.OutOfMemoryError("CUDA full\nDetails")
+    with pytest.raises(MergeError, match=r"not enough memory[\s\S]*to do: *smaller"), enough_memory("smaller"):
+        torch.empty(TOO_MUCH, dtype=torch.uint8)
+
+
+def test_a_method_that_needs_too_much() -> None:
+    class Greedy:
+        def __call__(self, pool: Pool) -> Merged:
+            return Merged(torch.empty(TOO_MUCH), pool.B, torch.ones(1))
+
+    adapter = Adapter({"x": LowRank(torch.ones(2, 3), torch.ones(4, 2))})
+    with pytest.raises(MergeError, match="not enough memory"):
+        merge([adapter], Greedy())
