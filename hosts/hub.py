@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import FormatError
+from ..core.places import relative
 
 # an adapter's own files; other files of a repository need not be there
 _FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]
@@ -22,6 +23,8 @@ def cached(name: str, what: str = "adapter") -> Path:
     """
     repository, _, revision = name.partition("@")
     try:
+        if "\0" in name or (revision and not relative(revision)):  # it is looked up as the name of a file
+            raise ValueError(f"{revision!r} is no branch, tag or commit")
         from huggingface_hub import snapshot_download
 
         files = _FILES if what == "adapter" else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..core.errors import FormatError, SaveError
+from ..core.places import inside, relative
 
 _TELL_EVERY = 0.5  # seconds
 
@@ -37,7 +38,7 @@ def lora_path(name: str) -> Path:
 
 def path_of(name: str, kind: str) -> Path:
     """The file behind a name of `names`."""
-    path = folder_paths.get_full_path(kind, name)
+    path = folder_paths.get_full_path(kind, name) if relative(name) else None
     if path is None:
         raise FormatError(
             "There is no such LoRA." if kind == LORAS else "There are no such gates.",
@@ -72,9 +73,7 @@ def save_path(prefix: str, kind: str = LORAS) -> Path:
         SaveError: The place is outside that folder, or the subfolder cannot be made.
     """
     folder = Path(folder_paths.get_folder_paths(kind)[0])
-    windows, posix = PureWindowsPath(prefix), PurePosixPath(prefix)
-    inside = posix.name and not (windows.anchor or posix.anchor or ".." in windows.parts or "\0" in prefix)
-    if not inside or not (folder / prefix).parent.resolve().is_relative_to(folder.resolve()):
+    if not inside(folder, prefix):
         raise SaveError(
             f"{'A LoRA' if kind == LORAS else 'Gates'} can only be saved inside the {kind} folder.",
             file=prefix,

@@ -54,6 +54,15 @@ def test_what_is_not_there(name: str, cache: Path) -> None:
         cached(name)
 
 
+@pytest.mark.parametrize("start", ["", "../../../"])
+def test_no_revision_leads_out_of_the_cache(start: str, cache: Path, tmp_path: Path) -> None:
+    """A revision is looked up as the name of a file that says where the adapter lies."""
+    save(lora(5.0), tmp_path / "elsewhere", format="peft")
+    (tmp_path / "ref").write_text(str(tmp_path / "elsewhere"))
+    with pytest.raises(FormatError, match="no branch, tag or commit"):
+        cached(f"me/tone@{start}ref" if start else f"me/tone@{tmp_path / 'ref'}")
+
+
 def test_the_command_line_takes_names_and_repeats_them(cache: Path, tmp_path: Path) -> None:
     def invoke(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments))
