@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Generator
@@ -19,13 +20,28 @@ from typer.core import TyperGroup
 
 from ..core.errors import LegoMoleError, SaveError
 
+_UNSHOWN = re.compile("[\x7f-\x9f\ud800-\udfff]")  # JSON escapes the other control characters itself
+
 OK, BUG, USAGE, BAD_INPUT, NOT_WRITTEN, CANCELLED = 0, 1, 2, 3, 4, 130
 _PIPE_CLOSED = 141  # 128 + SIGPIPE, as other programs end
 
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+def clean(text: str) -> str:
+    """The text without what would command the terminal rather than be shown: names and metadata are strangers'."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def plain(text: object) -> Text:
+    """A cell of a table that holds a stranger's text: no markup, nothing for the terminal."""
+    return Text(clean(str(text)))
+
+
 class _Output(Console):
+    def print(self, *objects: Any, **kw: Any) -> None:
+        super().print(*(clean(thing) if isinstance(thing, str) else thing for thing in objects), **kw)
+
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # for `Commands`; rich would exit with 1, our code for a bug
 
@@ -41,7 +57,8 @@ def err() -> Console:
 
 
 def print_json(data: object) -> None:
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    typer.echo(_UNSHOWN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 class Commands(TyperGroup):
@@ -79,12 +96,12 @@ class Commands(TyperGroup):
         if self._json:
             print_json({"error": {"kind": title, **facts}, "exit_code": code})
         else:
-            text = Text(facts["problem"])
+            text = plain(facts["problem"])
             for key, label in (("file", "file"), ("module", "module"), ("expected", "expected"), ("found", "found")):
                 if key in facts:
-                    text.append(f"\n{label + ':':<10}", style="bold").append(facts[key])
+                    text.append(f"\n{label + ':':<10}", style="bold").append(clean(facts[key]))
             if "remedy" in facts:
-                text.append("\nto do:    ", style="bold green").append(facts["remedy"])
+                text.append("\nto do:    ", style="bold green").append(clean(facts["remedy"]))
             err().print(Panel(text, title=title, title_align="left", border_style="red"))
         raise typer.Exit(code)
 
@@ -119,7 +136,7 @@ def progress_bars(
 ) -> Generator[list[Callable[[int, int, str], None]], None, None]:
     """A bar for each step of the work, one after the other, see `progress_bar`. Each says what time is left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -134,7 +151,9 @@ def progress_bars(
             def tell(done: int, total: int, what: str) -> None:
                 if not bar.tasks[task].started:
                     bar.start_task(task)
-                bar.update(task, completed=done, total=total, visible=True, description=what if telling else title)
+                bar.update(
+                    task, completed=done, total=total, visible=True, description=clean(what) if telling else title
+                )
 
             return tell
 

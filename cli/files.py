@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_module
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from ..core.errors import FormatError, name_some
 from ..hosts.names import key_map, spelled_for
-from .console import out, print_json
-from .gates_output import gates_facts, show
+from .console import clean, out, plain, print_json
+from .gates_output import gates_facts, show, told
 from .machine import located
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 
@@ -60,7 +60,7 @@ def inspect(
         print_json({"files": data} | ({"overlap": _overlap(loras)} if len(loras) > 1 else {}))
     elif modules:
         for summary in summaries:
-            out().print("\n".join(summary.names), markup=False)
+            out().print("\n".join(map(clean, summary.names)), markup=False)
     else:
         for summary in summaries:
             _show(summary)
@@ -76,11 +76,22 @@ def _plain(summary: Summary) -> dict[str, Any]:
     if _holds_gates(summary):
         from ..core.trained import TrainedGates
 
-        return {"path": summary.path, "format": "gates", **gates_facts(TrainedGates.load(summary.path))}
+        with told(summary.path):
+            return {"path": summary.path, "format": "gates", **gates_facts(TrainedGates.load(summary.path))}
     data: dict[str, Any] = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
     made = data["metadata"].get("legomole")
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
-    return plain | {"base_model": base_model(summary), "legomole": json_module.loads(made) if made else None}
+    return plain | {"base_model": base_model(summary), "legomole": _made(made, summary.path) if made else None}
+
+
+def _made(text: str, path: str) -> Any:
+    """Recipe and report as plain data."""
+    from ..core.plain import from_json
+
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise FormatError("What the file says of its merge is broken.", file=path, found=error) from error
 
 
 def base_model(summary: Summary) -> str:
@@ -95,30 +106,33 @@ def _show(summary: Summary) -> None:
     from ..core.trained import TrainedGates
 
     if _holds_gates(summary):
-        show(summary.path, TrainedGates.load(summary.path))
+        with told(summary.path):
+            show(summary.path, TrainedGates.load(summary.path))
         return
-    table = Table(title=summary.path, title_justify="left", title_style="bold", show_header=False, box=None)
+    table = Table(title=plain(summary.path), title_justify="left", title_style="bold", show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("format", summary.format)
-    table.add_row("base model", base_model(summary))
+    table.add_row("base model", plain(base_model(summary)))
     table.add_row("modules", str(summary.modules))
     table.add_row("ranks", _counts(summary.ranks) or "none: no plain low-rank modules")
     table.add_row("numbers", _counts(summary.dtypes))
     table.add_row("holds", _counts(summary.roles))
     if summary.others:
-        table.add_row("other keys", f"{len(summary.others)}: {', '.join(summary.others[:5])}")
+        table.add_row("other keys", plain(f"{len(summary.others)}: {name_some(summary.others)}"))
     table.add_row("size", size_of(Path(summary.path)))
     for key, value in sorted(summary.metadata.items()):
         if key != "legomole":
             line = " ".join(value.split())
-            table.add_row(f"· {key}", line if len(line) <= _SHOWN else f"{line[:_SHOWN]}.. ({len(value)} characters)")
+            shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}.. ({len(value)} characters)"
+            table.add_row(plain(f"· {key}"), plain(shown))
     made = recipe_in(summary.metadata, summary.path)
     if made is not None:
         inputs = ", ".join(f"{entry.path}:{entry.weight:g}" for entry in made.inputs)
-        table.add_row("merged from", inputs)
+        table.add_row("merged from", plain(inputs))
         settings = ", ".join(f"{key} {value}" for key, value in made.settings.items())
-        table.add_row("merged by", f"legomole {made.legomole}, {made.method}{f' ({settings})' if settings else ''}")
+        by = f"legomole {made.legomole}, {made.method}{f' ({settings})' if settings else ''}"
+        table.add_row("merged by", plain(by))
     out().print(table)
     out().print()
 
@@ -132,7 +146,7 @@ def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
     from ..core.run import read_recipe
 
     for summary in summaries:
-        recipe = read_recipe(Path(summary.path))
+        recipe = read_recipe(Path(summary.path), to_show=True)
         if json:
             print_json(recipe.to_dict())
         else:
@@ -168,7 +182,7 @@ def _show_overlap(paths: Sequence[Path]) -> None:
     for column in ("first", "second", "shared modules", "cosine"):
         table.add_column(column, justify="right" if column in ("shared modules", "cosine") else "left")
     for pair in _overlap(paths)["pairs"]:
-        table.add_row(*pair["files"], str(pair["shared_modules"]), f"{pair['cosine']:+.3f}")
+        table.add_row(*map(plain, pair["files"]), str(pair["shared_modules"]), f"{pair['cosine']:+.3f}")
     out().print(table)
 
 

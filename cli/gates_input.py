@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from ..core.errors import FormatError
+from ..core.plain import from_json
 from .arguments import parse_input
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def read_texts(path: Path) -> list[Any]:
         if not line.strip():
             continue
         try:
-            entry: Any = json.loads(line)
+            entry: Any = from_json(line)
         except ValueError:
             entry = None
         fields = ("prompt", "completion") if isinstance(entry, dict) and "prompt" in entry else ("text",)
@@ -89,9 +89,10 @@ def read_texts(path: Path) -> list[Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file."""
+    """The lines of a text file. Only a line feed ends one: JSON may hold what else Unicode calls the end of a line."""
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:
+            return [line.rstrip("\n") for line in file]
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(
             "The text cannot be read.", file=path, expected="a text file in UTF-8", found=error
@@ -117,6 +118,6 @@ def read_pictures(texts: Sequence[str], concepts: Sequence[Sequence[str]]) -> li
             try:
                 with Image.open(path) as picture:
                     found.append((picture.convert("RGB"), caption))
-            except OSError as error:
+            except Exception as error:  # the decoders raise whatever they come across
                 raise FormatError("The picture cannot be read.", file=path, found=error) from error
     return found

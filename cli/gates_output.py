@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..core.errors import SaveError, name_some
-from .console import out
+from ..core.errors import FormatError, LegoMoleError, SaveError, name_some
+from .console import out, plain
 from .options import size_of
 
 if TYPE_CHECKING:
     from ..core.trained import TrainedGates
     from ..hosts.pipeline_training import PipelineTraining
+
+
+@contextmanager
+def told(path: object) -> Generator[None]:
+    """Make an error of what a file of gates says of its training, where that cannot be shown."""
+    try:
+        yield
+    except LegoMoleError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            "What the file says of its training is broken.", file=path, found=f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def facts(done: PipelineTraining, labels: Sequence[str]) -> dict[str, Any]:
@@ -67,10 +81,10 @@ def tell(done: PipelineTraining, labels: Sequence[str]) -> None:
     table = Table(title="How much of each LoRA goes in, in the mean over the model", title_justify="left")
     table.add_column("prompts that name")
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(plain(label), justify="right")
     for named, count, mean in weights(done):
         names = " and ".join(labels[i] for i in named) or "none"
-        table.add_row(f"{names} ({count})", *(f"{value:.2f}" for value in mean))
+        table.add_row(plain(f"{names} ({count})"), *(f"{value:.2f}" for value in mean))
     console.print(table)
 
 
@@ -105,26 +119,25 @@ def _course(values: Sequence[float]) -> str:
 def show(path: str, gates: TrainedGates) -> None:
     """Print what a file of gates holds."""
     found = gates_facts(gates)
-    table = Table(title=path, title_justify="left", title_style="bold", show_header=False, box=None)
+    table = Table(title=plain(path), title_justify="left", title_style="bold", show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("holds", f"{_counted(found)} of a mixture (MoLE)")
-    table.add_row("base model", found["base"] or "unknown")
+    table.add_row("base model", plain(found["base"] or "unknown"))
     strengths = found["strengths"] or [1.0] * len(gates.experts)
     concepts = found["concepts"] or [[]] * len(gates.experts)
     for expert, strength, words in zip(gates.experts, strengths, concepts, strict=True):
         named = f", named by {', '.join(words)}" if words else ""
-        table.add_row("LoRA", f"{expert.label}:{strength:g}, sha256 {expert.sha256[:12]}..{named}")
+        table.add_row("LoRA", plain(f"{expert.label}:{strength:g}, sha256 {expert.sha256[:12]}..{named}"))
     table.add_row("gates", f"per {found['granularity']}, {found['activation']}, read {found['reads']}")
     settings: Mapping[str, Any] = found["training"]
     if settings:
         shown = ("steps", "batch", "learning_rate", "balance", "seed") if found["loss"] else ("seed",)
         course = f"; loss {_course(found['loss'])}, entropy {_course(found['entropy'])}" if found["loss"] else ""
-        table.add_row(
-            "trained by", f"{settings['objective']} ({', '.join(f'{k} {settings[k]}' for k in shown)}){course}"
-        )
+        how = f"{settings['objective']} ({', '.join(f'{k} {settings[k]}' for k in shown)}){course}"
+        table.add_row("trained by", plain(how))
     if found["stopped"]:
-        table.add_row("stopped", found["stopped"])
+        table.add_row("stopped", plain(found["stopped"]))
     table.add_row("size", size_of(Path(path)))
     out().print(table)
     out().print()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from .errors import FormatError
 from .lowrank import LowRank
+from .plain import from_json
 
 CONFIG_KEY = "adapter_config"  # where the metadata of an adapter from a PEFT folder holds its configuration
 
@@ -98,7 +98,7 @@ def base_model(metadata: Mapping[str, str]) -> str | None:
     if said or CONFIG_KEY not in metadata:
         return said or None
     try:
-        said = json.loads(metadata[CONFIG_KEY])["base_model_name_or_path"]
+        said = from_json(metadata[CONFIG_KEY])["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         return None
     return str(said) if said else None

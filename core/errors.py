@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+_LONGEST = 2000  # characters of one line of an error; a file may hold names of any length
+
 _Error = TypeVar("_Error", bound="LegoMoleError")
 
 
@@ -49,7 +51,7 @@ class LegoMoleError(Exception):
         for label in ("file", "module", "expected", "found"):
             value = getattr(self, label)
             if value is not None:
-                lines.append(f"  {label + ':':<10}{value}")
+                lines.append(f"  {label + ':':<10}{_short(str(value))}")
         if self.remedy is not None:
             lines.append(f"  {'to do:':<10}{self.remedy}")
         return "\n".join(lines)
@@ -65,6 +67,10 @@ class MergeError(LegoMoleError, ValueError):
 
 class SaveError(LegoMoleError, OSError):
     """An output that could not be written; nothing was left behind."""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}.. ({len(text)} characters)"
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:

@@ -132,6 +132,13 @@ def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return LowRank(A, B, kernel=max((part.kernel for part in parts), key=len))
 
 
+def within_width(part: LowRank) -> LowRank:
+    """The same update with one unit for each direction of the layer, ``min(d_out, d_in)``; rounded to its dtype."""
+    k = min(part.d_out, part.d_in)
+    A, B = nearest(part.B.double() @ part.A.double(), k)
+    return LowRank(A.to(part.dtype), B.to(part.dtype), part.scale * k, part.kernel)
+
+
 def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Best rank-`k` approximation of ``B @ A`` by the SVD, found from two thin QRs; never forms ``B @ A``.
 

@@ -10,6 +10,7 @@ from typing import Any
 from .adapter import CONFIG_KEY, Adapter
 from .errors import name_some
 from .formats.peft_config import combined, configs
+from .plain import from_json
 from .recipe import HUB, Recipe
 from .report import MANY, MergeReport, ModuleReport
 
@@ -82,7 +83,7 @@ def _tags(inputs: Sequence[Adapter]) -> dict[str, dict[str, int]]:
     merged: dict[str, dict[str, int]] = {}
     for adapter in inputs:
         try:
-            tables = json.loads(adapter.metadata.get("ss_tag_frequency") or "{}")
+            tables = from_json(adapter.metadata.get("ss_tag_frequency") or "{}")
             for name, table in tables.items():
                 merged[f"{adapter.label}/{name}"] = dict(Counter[str](table).most_common(_MAX_TAGS))
         except (ValueError, AttributeError, TypeError):  # not what kohya writes: nothing to show

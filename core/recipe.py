@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from .. import __version__
 from .errors import LegoMoleError
 from .methods import METHODS, MergeMethod
+from .plain import shallow
 from .rank import Rank
 from .statistics import Statistics
 
@@ -26,6 +27,8 @@ else:
 
 
 HUB = "hf://"  # how the path of an input in the local Hugging Face cache begins
+MAX_TEXT = 512 << 10  # characters of a recipe; the YAML parser takes seconds for as many
+_DEEPEST = 8  # levels; a recipe has three
 
 
 class RecipeError(LegoMoleError, ValueError):
@@ -182,15 +185,47 @@ def from_text(text: str, kind: Literal["yaml", "toml"], file: object = None) -> 
     Raises:
         RecipeError: Broken YAML or TOML, an unknown or missing entry, a value of the wrong kind.
     """
+    if len(text) > MAX_TEXT:
+        raise RecipeError("The recipe is too long.", file=file, expected=f"{MAX_TEXT} characters", found=len(text))
     try:
-        data = yaml.safe_load(text) if kind == "yaml" else tomllib.loads(text)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"The recipe is not valid {kind.upper()}.", file=file, found=str(error)) from None
+        data = yaml.load(text, _PlainLoader) if kind == "yaml" else tomllib.loads(text)
+        repr(data)  # a number of thousands of digits, read in base 16, can be neither shown nor written
+    except (
+        yaml.YAMLError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        # the parsers let through what int(), date() and their like say of odd scalars
+        raise RecipeError(
+            f"The recipe is not valid {kind.upper()}.", file=file, found=f"{type(error).__name__}: {error}"
+        ) from None
     return from_dict(data, file)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's safe subset without references, by which a short text could stand for an enormous one."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("a recipe has no references (&name, *name)")
+        self.depth += 1
+        if self.depth > 4 * _DEEPEST:
+            raise yaml.YAMLError("nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def from_dict(data: object, file: object = None) -> Recipe:
     """A recipe from plain data, see `from_text`."""
+    if not shallow(data, _DEEPEST):
+        raise RecipeError("This is not a recipe.", file=file, found="data that is nested too deeply")
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
@@ -21,12 +20,17 @@ from .keymap import KeyMap
 from .library import Library, Spread
 from .merge import Each, MergeResult, Progress, matching, merge
 from .metadata import KEY, disagreements, file_metadata
-from .recipe import HUB, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
+from .plain import from_json
+from .recipe import HUB, MAX_TEXT, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
 from .statistics import Statistics
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, *, to_show: bool = False) -> Recipe:
     """The recipe in a YAML or TOML file, or in the metadata of a merged file or PEFT folder.
+
+    Args:
+        path: The file or folder.
+        to_show: The recipe will not be carried out: one in metadata, where nobody sees it, may name any paths then.
 
     Raises:
         RecipeError: There is none, or it is broken. FormatError: The merged file itself is broken.
@@ -34,8 +38,10 @@ def read_recipe(path: Path) -> Recipe:
     kind = {".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}.get(path.suffix.lower())
     if kind is not None:
         try:
+            if path.stat().st_size > 4 * MAX_TEXT:  # bytes of a character
+                raise ValueError(f"{path.stat().st_size} bytes, too many for a recipe")
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise RecipeError("The recipe cannot be read.", file=path, found=str(error)) from None
         return from_text(text, "toml" if kind == "toml" else "yaml", path)
     recipe = recipe_in(summarise(path).metadata, path)
@@ -45,7 +51,26 @@ def read_recipe(path: Path) -> Recipe:
             file=path,
             expected=f"an entry {KEY} in its metadata, or a .yaml or .toml file",
         )
+    if not to_show:
+        _demand_names(recipe, path)
     return recipe
+
+
+def _demand_names(recipe: Recipe, file: Path) -> None:
+    """Raise unless a recipe that nobody has seen, inside a binary file, stays in that file's folder."""
+    paths = [entry.path for entry in recipe.inputs if not entry.path.startswith(HUB)]
+    paths += [str(recipe.settings["statistics"])] if "statistics" in recipe.settings else []
+    outside = [
+        p for p in paths if p in ("", "..") or not p == PurePosixPath(p).name == PureWindowsPath(p).name or "\0" in p
+    ]
+    if outside:
+        raise RecipeError(
+            "The recipe in the metadata names files in other folders.",
+            file=file,
+            expected="names of files beside it, as legomole writes them",
+            found=name_some(map(repr, outside), 3),
+            remedy="write it out with `legomole inspect --recipe`, look at the paths, and use that file",
+        )
 
 
 def recipe_in(metadata: Mapping[str, str], file: object = None) -> Recipe | None:
@@ -57,7 +82,7 @@ def recipe_in(metadata: Mapping[str, str], file: object = None) -> Recipe | None
     if KEY not in metadata:
         return None
     try:
-        data = json.loads(metadata[KEY])["recipe"]
+        data = from_json(metadata[KEY])["recipe"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError("The recipe in the metadata is broken.", file=file, found=str(error)) from None
     return from_dict(data, file)

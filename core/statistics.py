@@ -14,6 +14,7 @@ from torch import Tensor
 from .adapter import Adapter
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
+from .plain import from_json
 from .trained import identity
 
 _KIND = "legomole.statistics.1"
@@ -41,8 +42,8 @@ class Moments:
         object.__setattr__(self, "own", MappingProxyType(dict(self.own)))
         object.__setattr__(self, "joint", MappingProxyType(dict(self.joint)))
         tensors = list(self.tensors())
-        d_in = tensors[0].shape[-1] if tensors else 0
-        if not tensors or any(C.shape != (d_in, d_in) for C in tensors):
+        d_in = tensors[0].shape[-1] if tensors and tensors[0].ndim else 0
+        if not tensors or any(C.shape != (d_in, d_in) or not C.is_floating_point() for C in tensors):
             raise MergeError(
                 "The statistics of a module are not second moments of its inputs.",
                 expected="at least one (d_in, d_in) matrix, all of one d_in",
@@ -156,7 +157,9 @@ class Statistics:
         """
         tensors, header = read_tensors(Path(path))
         if header.get("kind") != _KIND:
-            raise FormatError("This file holds no statistics.", file=path, expected=_KIND, found=header)
+            raise FormatError(
+                "This file holds no statistics.", file=path, expected=_KIND, found=header.get("kind", "none")
+            )
         tables: dict[str, dict[str, Any]] = {}
         try:
             for key, C in tensors.items():
@@ -167,19 +170,25 @@ class Statistics:
                 else:
                     positions = tuple(map(int, group[0].split(",")))
                     table[kind][positions if kind == "joint" else positions[0]] = C
-            adapters, metadata = tuple(json.loads(header["adapters"])), json.loads(header["measured"])
-            strengths = tuple(map(float, json.loads(header.get("strengths", "[]"))))
+            adapters = tuple(str(sha256) for sha256 in from_json(header["adapters"]))
+            metadata = {str(key): str(value) for key, value in dict(from_json(header["measured"])).items()}
+            strengths = tuple(map(float, from_json(header.get("strengths", "[]"))))
             if strengths and len(strengths) != len(adapters):
                 raise ValueError(f"{len(adapters)} adapters, {len(strengths)} strengths")
-            tables |= {name: tables[first] for name, first in json.loads(header.get("same", "{}")).items()}
-        except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-            raise FormatError(
-                "The statistics could not be read.", file=path, found=error, remedy="measure them again"
-            ) from error
-        return cls({name: Moments(**table) for name, table in tables.items()}, adapters, strengths, metadata)
+            tables |= {name: tables[first] for name, first in from_json(header.get("same", "{}")).items()}
+            modules = {name: Moments(**table) for name, table in tables.items()}
+        except MergeError:
+            raise
+        except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            raise _damaged(path, error) from error
+        return cls(modules, adapters, strengths, metadata)
 
     @property
     def size(self) -> int:
         """In bytes; what modules share counts once."""
         kept = {id(C): C for moments in self.modules.values() for C in moments.tensors()}
         return sum(C.numel() * C.element_size() for C in kept.values())
+
+
+def _damaged(path: object, error: Exception) -> FormatError:
+    return FormatError("The statistics could not be read.", file=path, found=error, remedy="measure them again")

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .adapter import Adapter, check_finite
@@ -19,6 +19,7 @@ from .digest import raw
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
 from .gates import Gate, GateSet, GateSettings
+from .plain import from_json
 
 _KIND = "legomole.gates.1"
 _NETWORK = "(network)"  # a tensor's name needs something before the slash
@@ -155,14 +156,14 @@ class TrainedGates:
             )
         try:
             settings = GateSettings.model_validate_json(header["settings"])
-            experts = tuple(Expert.model_validate(entry) for entry in json.loads(header["experts"]))
-            scopes = {str(scope): str(layer) for scope, layer in dict(json.loads(header["scopes"])).items()}
+            experts = tuple(Expert.model_validate(entry) for entry in from_json(header["experts"]))
+            scopes = {str(scope): str(layer) for scope, layer in dict(from_json(header["scopes"])).items()}
             gates = {
                 scope: _gate(tensors, scope, layer, len(experts), settings, path) for scope, layer in scopes.items()
             }
-            training = dict(json.loads(header["training"]))
+            training = dict(from_json(header["training"]))
             return cls(GateSet(len(experts), settings, gates), experts, header.get("base", ""), training)
-        except (LookupError, TypeError, ValueError, ValidationError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(
@@ -182,6 +183,13 @@ def _gate(
         if tensor.is_floating_point():
             check_finite(tensor, f"{prefix}{name}", str(path))
     owner = own["owner"].clone() if "owner" in own else None  # of its own: the others are copied into the gate's
+    rows, shape = experts + (settings.activation == "softmax-null"), tuple(own["weight"].shape)
+    if len(shape) != 2 or shape[0] != rows or shape[1] == 0:  # told before memory is taken for it
+        raise ValueError(f"{prefix}weight has the shape {shape}, not ({rows}, features)")
+    if owner is not None and not (owner.dtype == torch.long and bool(((owner >= 0) & (owner < experts)).all())):
+        raise ValueError(f"{prefix}owner does not name LoRAs by number")
+    if not bool((own["spread"].float() > 0).all()):
+        raise ValueError(f"{prefix}spread is not positive")
     gate = Gate(own["weight"].shape[1], experts, settings, owner=owner, layer=layer)
     with torch.no_grad():
         gate.load_state_dict(own)

@@ -18,6 +18,8 @@ pytest.importorskip("peft")
 import diffusers
 import legomole
 from legomole.cli import gates
+from legomole.cli.gates_input import read_pictures
+from legomole.core.errors import FormatError
 from legomole.core.formats import save
 from legomole.core.router import named, route_gates
 from legomole.core.trained import TrainedGates
@@ -158,6 +160,19 @@ def test_pictures_come_from_folders() -> None:
     prompts = TrainedGates.load("gates.safetensors").training["prompts"]
     assert prompts[-1] == "a dog in ember style"
     assert prompts.count("heart") == 1
+
+
+@pytest.mark.parametrize("kind", ["cut off", "enormous", "no picture"])
+def test_pictures_that_are_broken(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("x").mkdir()
+    Image.new("RGB", (20, 24)).save("x/one.png")
+    if kind == "enormous":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    else:
+        raw = Path("x/one.png").read_bytes()
+        Path("x/one.png").write_bytes(raw[:45] if kind == "cut off" else b"GIF")
+    with pytest.raises(FormatError, match=r"The picture cannot be read[\s\S]*one\.png"):
+        read_pictures(["1:x"], [["fire"]])
 
 
 def test_clip_guidance_from_a_folder() -> None:

@@ -16,12 +16,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import legomole
-import transformers
 from legomole.cli import text_gates
+from legomole.cli.gates_input import read_texts
 from legomole.core.trained import TrainedGates
 
 from .hosts.test_accelerate import free_port
-from .hosts.tiny_language import llama, lora
+from .hosts.tiny_language import llama, lora, tokenizer
 from .test_cli import done, run, squeezed
 from .test_docs import blocks
 
@@ -37,15 +37,9 @@ FAST = ("--steps", "6", "--lr", "0.05", "--set", "warmup=0")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model with a tokenizer of whole words, two adapters and examples for each."""
     monkeypatch.chdir(tmp_path)
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     model = llama()
     model.save_pretrained("base")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", model_input_names=["input_ids"]
-    ).save_pretrained("base")
+    tokenizer().save_pretrained("base")
     for i, name in enumerate(("one", "two")):
         legomole.save(lora(model, i + 1), name, format="peft")
         g = torch.Generator().manual_seed(i)
@@ -126,13 +120,28 @@ def test_gates_per_token_learn_from_plain_texts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "found"), [("[1]", "[1]"), ("{", "{"), ('{"prompt": "w1"}', "prompt"), ('{"text": 3}', "text")]
+    ("line", "found"),
+    [
+        ("[1]", "[1]"),
+        ("{", "{"),
+        ('{"prompt": "w1"}', "prompt"),
+        ('{"text": 3}', "text"),
+        ("[" * 100_000, "[[["),
+        ('{"text": ' * 100_000, "text"),
+    ],
 )
 def test_a_line_that_is_no_example_is_named(line: str, found: str) -> None:
     Path("two.jsonl").write_text(f'{{"text": "w1 w2"}}\n{line}\n', encoding="utf-8")
     error = json.loads(run(*TRAIN, "--json", "-o", "gates").stdout)["error"]
     assert error["file"] == "two.jsonl, line 2"
     assert found in error["found"]
+
+
+def test_examples_are_read_as_json_says() -> None:
+    """Half a character is no text, and what Unicode takes for the end of a line may stand inside one."""
+    lines = ['{"text": "a\\ud800"}', '{"text": "a\u2028b"}', "", '{"prompt": "c\x85", "completion": "d"}']
+    Path("x.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert read_texts(Path("x.jsonl")) == ["a?", "a\u2028b", ("c\x85", "d")]
 
 
 def test_what_cannot_be_trained_with_is_refused_first() -> None:

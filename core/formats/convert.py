@@ -1,6 +1,6 @@
 """LoHa, LoKr and full deltas as low-rank updates: factorised exactly, then cut to the rank asked for.
 
-All in float64; the results are float32. A LoHa or LoKr delta is never formed.
+All in float64; the results are float32. A LoHa or LoKr delta is never formed, nor a factor stored as a product.
 """
 
 from __future__ import annotations
@@ -12,6 +12,25 @@ from torch import Tensor
 
 from ..errors import FormatError
 from ..lowrank import LowRank, truncate
+
+# Numbers that one module may come to; some times as many are held at once, in float64. A file of some kB could ask for
+# any size: a Kronecker product, or a Tucker core, is larger than what is stored of it.
+_LARGEST = 1 << 27
+
+
+def demand_room(numbers: int) -> None:
+    """Raise if a module's factors would have more numbers than any model's.
+
+    Raises:
+        FormatError: They would.
+    """
+    if numbers > _LARGEST:
+        raise FormatError(
+            "Written out, the factors of this module are larger than those of any model.",
+            expected=f"at most {_LARGEST} numbers",
+            found=numbers,
+            remedy="the file is damaged or was made to do harm; of LoHas, only those of lower rank can be converted",
+        )
 
 
 def loha(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
@@ -27,6 +46,7 @@ def loha(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
     Source: arXiv:2108.06098.
     """
     (A1, B1, kernel), (A2, B2, _) = (_hada(parts, index) for index in (1, 2))
+    demand_room(A1.shape[0] * A2.shape[0] * (A1.shape[1] + B1.shape[0]))
     A = (A1[:, None] * A2).flatten(0, 1)
     B = (B1[:, :, None] * B2[:, None]).flatten(1)
     rank = parts["hada_w1_b"].shape[0]
@@ -39,6 +59,7 @@ def _hada(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, tupl
     core = parts.get(f"hada_t{index}")
     if core is None:
         return b.flatten(1), a.flatten(1), tuple(b.shape[2:])
+    demand_room(core.numel() // max(1, core.shape[1]) * b.shape[1])
     A = torch.einsum("ij...,jc->ic...", core.double(), b)
     return A.flatten(1), a.mT, tuple(core.shape[2:])
 
@@ -54,32 +75,34 @@ def lokr(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
             which with ``lokr_t2 (r, r, *kernel)`` are ``(r, o2)`` and ``(r, i2)``.
         alpha: Counts only where a factor is itself a product: ``scale = alpha / r`` with r of ``w2``, else of ``w1``.
     """
-    w1, rank_1 = _kron_factor(parts, 1)
-    w2, rank_2 = _kron_factor(parts, 2)
+    (A1, B1, _, rank_1), (A2, B2, kernel, rank_2) = (_kron_factor(parts, index) for index in (1, 2))
     rank = rank_2 or rank_1
     scale = alpha / rank if alpha is not None and rank else 1.0
-    kernel = tuple(w2.shape[2:])
-    U1, S1, V1 = torch.linalg.svd(w1.flatten(1), full_matrices=False)
-    U2, S2, V2 = torch.linalg.svd(w2.flatten(1), full_matrices=False)
-    S = torch.outer(S1, S2).flatten()
+    # rows of a balanced A are as long as the roots of the singular values
+    S = torch.outer(A1.square().sum(1), A2.square().sum(1)).flatten()
     top = torch.argsort(S, descending=True, stable=True)[:k]
-    first, second = top // len(S2), top % len(S2)
-    A = (V1[first][:, :, None] * V2[second][:, None]).flatten(1)
-    B = (U1[:, first][:, None] * U2[:, second]).flatten(0, 1)
-    root = S[top].sqrt()
-    return _lowrank(root[:, None] * A, scale * B * root, kernel)
+    demand_room(len(top) * (A1.shape[1] * A2.shape[1] + B1.shape[0] * B2.shape[0]))
+    first, second = top // len(A2), top % len(A2)
+    A = (A1[first][:, :, None] * A2[second][:, None]).flatten(1)
+    B = (B1[:, first][:, None] * B2[:, second]).flatten(0, 1)
+    return _lowrank(A, scale * B, kernel)
 
 
-def _kron_factor(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, int]:
-    """The factor, and its inner rank if it is stored as a product, else 0."""
+def _kron_factor(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
+    """``(A, B, kernel, inner rank)`` of a factor: in balanced SVD form, rank 0 if it is not stored as a product."""
     whole = parts.get(f"lokr_w{index}")
     if whole is not None:
-        return whole.double(), 0
+        U, S, Vh = torch.linalg.svd(whole.double().flatten(1), full_matrices=False)
+        root = S.sqrt()
+        return root[:, None] * Vh, U * root, tuple(whole.shape[2:]), 0
     a, b = (parts[f"lokr_w{index}_{x}"].double() for x in "ab")
     core = parts.get(f"lokr_t{index}")
-    if core is not None:
-        return torch.einsum("ij...,io,jc->oc...", core.double(), a, b), b.shape[0]
-    return (a @ b.flatten(1)).reshape(a.shape[0], *b.shape[1:]), b.shape[0]
+    if core is None:
+        return *truncate(b.flatten(1), a, min(a.shape[0], *b.flatten(1).shape)), tuple(b.shape[2:]), b.shape[0]
+    demand_room(core.numel() // max(1, core.shape[1]) * b.shape[1])
+    right = torch.einsum("ij...,jc->ic...", core.double(), b)  # (r, i2, *kernel)
+    A, B = right.flatten(1), a.mT
+    return *truncate(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
 
 
 def full(delta: Tensor, k: int) -> LowRank:

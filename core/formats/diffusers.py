@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, cast
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source
 from ..errors import FormatError
+from ..plain import from_json
 from . import reading, writing
 from .peft_config import PeftScale
 
@@ -61,7 +61,7 @@ def _scales(metadata: Mapping[str, str], source: Source) -> reading.Scale | None
     if _CONFIG not in metadata:
         return None
     try:
-        flat = cast("dict[str, Any]", json.loads(metadata[_CONFIG]))
+        flat = cast("dict[str, Any]", from_json(metadata[_CONFIG]))
         components = {key.split(".", 1)[0] for key in flat}
         scales = {
             name: PeftScale.from_config(
@@ -69,7 +69,7 @@ def _scales(metadata: Mapping[str, str], source: Source) -> reading.Scale | None
             )
             for name in components
         }
-    except (ValueError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         if isinstance(error, FormatError):
             raise
         raise FormatError(

@@ -54,7 +54,7 @@ class Peft:
                 metadata = {**metadata, CONFIG_KEY: json.dumps(as_lora(config), sort_keys=True)}
         adapter = reading.assemble(named, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
         originals = {key.removeprefix(PREFIX): key for key in tensors}
-        extras = {_plain(originals[key], originals.values()): tensor for key, tensor in adapter.extras.items()}
+        extras = {_plain(originals[key], tensors): tensor for key, tensor in adapter.extras.items()}
         return Adapter(adapter.modules, adapter.diffs, extras, metadata, source)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import Any, cast
 
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, MergeError
+from ..plain import from_json
+from .patterns import Patterns
 from .peft_folder import CONFIG
 
 PREFIX = "base_model.model."  # of every key
@@ -40,16 +40,29 @@ def parse(text: str, source: Source) -> dict[str, Any]:
     """
     file = source.path or None
     try:
-        config = json.loads(text)
+        config = from_json(text)
     except ValueError as error:
         raise FormatError(f"{CONFIG} is not JSON.", file=file, found=str(error)) from error
     if not isinstance(config, dict):
         raise FormatError(f"{CONFIG} is not a JSON object.", file=file, found=type(config).__name__)
     config = cast("dict[str, Any]", config)
+    if not _sound(config):
+        raise FormatError(
+            "The adapter configuration is not sound.",
+            file=file,
+            module="modules_to_save",
+            expected="a list of names",
+            found=repr(config["modules_to_save"]),
+        )
     kind = str(config.get("peft_type")).upper()
     if kind not in ("LORA", "LOHA", "LOKR"):
         raise _other_kind(kind, file)
     return config
+
+
+def _sound(config: Mapping[str, Any]) -> bool:
+    saved = config.get("modules_to_save") or []
+    return isinstance(saved, list) and all(isinstance(name, str) for name in cast("list[object]", saved))
 
 
 def _other_kind(kind: str, file: object) -> FormatError:
@@ -102,8 +115,8 @@ class PeftScale:
     r: int
     lora_alpha: float
     use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    ranks: Patterns
+    alphas: Patterns
 
     @staticmethod
     def from_config(config: Mapping[str, Any], source: Source) -> PeftScale:
@@ -114,23 +127,28 @@ class PeftScale:
         """
         _check_update(config, source.path or None)
         try:
+            r = int(config.get("r", 8))
+            if r < 1:
+                raise ValueError(f"r = {r}")
             return PeftScale(
-                int(config.get("r", 8)),
+                r,
                 float(config.get("lora_alpha", config.get("alpha", 8))),
                 bool(config.get("use_rslora")),
-                {str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()},
-                {str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
+                Patterns({str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()}),
+                Patterns({str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}),
             )
-        except (TypeError, ValueError, AttributeError) as error:
+        except FormatError as error:  # of a pattern
+            raise error.at(source.path or None, CONFIG) from None
+        except (TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(
                 "The adapter configuration is not sound.", file=source.path or None, found=str(error)
             ) from error
 
     def rank(self, module: str) -> int:
-        return _match(self.rank_pattern, module.removesuffix(".lora_embedding"), self.r)
+        return self.ranks.get(module.removesuffix(".lora_embedding"), self.r)
 
     def alpha(self, module: str) -> float:
-        return _match(self.alpha_pattern, module.removesuffix(".lora_embedding"), self.lora_alpha)
+        return self.alphas.get(module.removesuffix(".lora_embedding"), self.lora_alpha)
 
     def __call__(self, module: str, rank: int) -> float | None:
         """The alpha for which ``alpha / rank`` is PEFT's scale; ``None`` where that scale is 1."""
@@ -147,17 +165,6 @@ class PeftScale:
         return None if alpha == rank else float(alpha)
 
 
-def _match(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """A pattern is a regular expression for the end of the name, from a dot on; the first that matches counts."""
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise FormatError("A pattern in the configuration is not a regular expression.", found=key) from error
-    return default
-
-
 def as_lora(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the configuration of another kind of adapter says that is true of a LoRA made of it too."""
     return {"peft_type": "LORA", **{key: config[key] for key in _SHARED if key in config}}
@@ -168,8 +175,8 @@ def configs(adapters: Sequence[Adapter]) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     for adapter in adapters:
         with suppress(ValueError):  # files of other formats may hold anything under that name
-            config = json.loads(adapter.metadata.get(CONFIG_KEY, "null"))
-            found += [(adapter.label, config)] if isinstance(config, dict) else []
+            config = from_json(adapter.metadata.get(CONFIG_KEY, "null"))
+            found += [(adapter.label, config)] if isinstance(config, dict) and _sound(config) else []
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import FormatError, name_some
+from ..plain import from_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 # transformers writes parts of an adapter with the index of a whole model
 INDEXES = (f"{WEIGHTS}.index.json", "model.safetensors.index.json")
+_MAX_TEXT = 32 << 20  # bytes of a configuration or index
 _PART = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 
 
@@ -76,8 +77,8 @@ def read_folder(folder: Path) -> Folder:
             remedy=f"fetch {CONFIG} from where the adapter came from",
         )
     try:
-        text = config.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = _text(config)
+    except (OSError, ValueError) as error:
         raise FormatError(f"{CONFIG} cannot be read.", file=config, found=str(error)) from error
     if single.is_file():
         return Folder((single,), text)
@@ -97,6 +98,14 @@ def read_folder(folder: Path) -> Folder:
     )
 
 
+def _text(path: Path) -> str:
+    """Raises: OSError. ValueError: Not UTF-8, or too long."""
+    size = path.stat().st_size
+    if size > _MAX_TEXT:
+        raise ValueError(f"{size} bytes, more than {_MAX_TEXT}")
+    return path.read_text(encoding="utf-8")
+
+
 def _in_parts(folder: Path, parts: list[str], config: str, index: Path, listed: dict[str, str]) -> Folder:
     names = sorted(set(listed.values()))
     missing = [name for name in names if name not in parts]
@@ -114,7 +123,7 @@ def _in_parts(folder: Path, parts: list[str], config: str, index: Path, listed: 
 def _listed(index: Path) -> dict[str, str]:
     """Tensor -> file."""
     try:
-        listed: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed: Any = from_json(_text(index))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError("The index of the weights cannot be read.", file=index, found=repr(error)) from error
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
-from ..lowrank import LowRank, concat, fold_tucker
+from ..lowrank import LowRank, concat, fold_tucker, within_width
+from ..memory import ran_out
 from . import convert
 from .suffixes import UNSUPPORTED, classify, role_of
 
@@ -62,7 +63,10 @@ def assemble(
             if updates:
                 modules[module] = updates[0] if len(updates) == 1 else concat(updates, [1.0] * len(updates))
             diffs.update(_diffs(module, parts, updates))
-        except (FormatError, RuntimeError, IndexError) as error:  # a product of tensors that do not fit, or are empty
+        except (FormatError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+            # a product of tensors that do not fit, or are empty; numbers that are no numbers
+            if isinstance(error, RuntimeError) and ran_out(error):
+                raise
             raise _located(error, source, keys) from error
     if not modules and not diffs:
         raise FormatError(
@@ -172,15 +176,21 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
                 found=f"mid {tuple(mid.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}",
             )
         kernel = tuple(mid.shape[2:])
+        convert.demand_room(mid.numel() // max(1, mid.shape[1]) * math.prod(down.shape[1:]))
         down = fold_tucker(down, mid)
     if alpha is None and alpha_of is not None:
         alpha = alpha_of(module, down.shape[0])
-    return LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
+    part = LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
+    # merging takes the cube of the rank: hours, for a file of some kB
+    return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else within_width(part)
 
 
 def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank]) -> dict[str, Tensor]:
     """What the module adds to one-dimensional parameters."""
     diffs: dict[str, Tensor] = {}
+    for role in ("diff", "diff_b", "up_bias"):
+        if role in parts and parts[role].is_complex():
+            raise FormatError("A change of a parameter is complex.", expected="real numbers", found=parts[role].dtype)
     if "diff" in parts and parts["diff"].ndim <= 1:
         diffs[f"{module}.weight"] = parts["diff"]
     if "diff_b" in parts:

@@ -59,8 +59,7 @@ _SUFFIXES = {
 }
 UNSUPPORTED = ("OFT/BOFT", "GLoRA", "IA3", "VeRA")
 
-# The shortest module name wins, which is the longest suffix.
-_PATTERN = re.compile(rf"(.+?)({'|'.join(re.escape(s) for s in sorted(_SUFFIXES, key=len, reverse=True))})")
+_DOTS = max(suffix.count(".") for suffix in _SUFFIXES)
 _EMBEDDING = re.compile(r"(.+\.lora_embedding)_([AB])(?:\.default)?(?:\.weight)?")
 # XLabs' `processor.qkv_lora1.down.weight` and the first diffusers' `processor.to_q_lora.down.weight`
 _PROCESSOR = re.compile(r"(.+_lora\d?)\.(down|up)\.weight")
@@ -74,8 +73,11 @@ def role_of(key: str) -> tuple[str, str] | None:
         return match[1], "down" if match[2] == "A" else "up"
     if match := _PROCESSOR.fullmatch(key):
         return _modern(match[1]), match[2]
-    if match := _PATTERN.fullmatch(key):
-        return match[1], _SUFFIXES[match[2]]
+    pieces = key.rsplit(".", _DOTS)
+    for n in range(1, len(pieces)):  # the shortest module name wins, which is the longest suffix
+        suffix = f".{'.'.join(pieces[n:])}"
+        if suffix in _SUFFIXES and (module := ".".join(pieces[:n])):
+            return module, _SUFFIXES[suffix]
     return None
 
 

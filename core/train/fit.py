@@ -18,6 +18,7 @@ from ..formats.files import read_tensors, write_tensors
 from ..gates import balance_loss, entropy
 from ..gating import Collected
 from ..merge import Progress
+from ..plain import from_json
 from ..recompute import exact_gradients
 from .settings import FitSettings
 
@@ -244,16 +245,22 @@ def _resume(
         return 0
     tensors, header = state
     try:
-        before = json.loads(header["run"])
+        before = from_json(header["run"])
         with torch.no_grad():
             for i, p in enumerate(parameters):
-                p.copy_(tensors[f"{i}/value"])
-                rest = {k.partition("/")[2]: v.clone() for k, v in tensors.items() if k.startswith(f"{i}/")}
-                rest.pop("value")
-                if rest:
-                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in rest.items()}
-        run.losses, run.entropies = list(before["losses"]), list(before["entropies"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                value = tensors[f"{i}/value"]
+                own = {k.partition("/")[2]: v.clone() for k, v in tensors.items() if k.startswith(f"{i}/")}
+                del own["value"]
+                wrong = [] if value.shape == p.shape else ["value"]
+                wrong += [k for k, v in own.items() if v.shape != (() if k == "step" else p.shape)]
+                if wrong or (own and set(own) != {"step", "exp_avg", "exp_avg_sq"}):
+                    raise ValueError(f"what it holds of parameter {i} is of another size or kind")
+                p.copy_(value)
+                if own:
+                    own = {k: v.float() for k, v in own.items()}
+                    optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in own.items()}
+        run.losses, run.entropies = ([float(x) for x in before[name]] for name in ("losses", "entropies"))
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise FormatError(
             "The training cannot be taken up again.",
             file=_path(folder),

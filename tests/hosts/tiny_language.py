@@ -29,6 +29,15 @@ def llama(tied: bool = False, **more: Any) -> Any:
     return _seeded(transformers.LlamaForCausalLM, config)
 
 
+def tokenizer() -> Any:
+    """Of whole words, ``w0`` to ``w39``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", model_input_names=["input_ids"])
+
+
 def gpt2() -> Any:
     config = transformers.GPT2Config(
         n_embd=16, n_layer=2, n_head=2, vocab_size=WORDS, initializer_range=0.2, n_positions=64, pad_token_id=0,

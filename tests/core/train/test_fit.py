@@ -337,6 +337,11 @@ class TestResume:
             ((tensors, header | {"run": "[1]"}), "indices"),
             ((tensors | {"0/value": torch.zeros(7)}, header), "size"),
             (({n: t for n, t in tensors.items() if n != "0/value"}, header), "0/value"),
+            ((tensors | {"0/value": tensors["0/value"][None]}, header), "size"),
+            ((tensors | {"0/exp_avg": torch.zeros(7)}, header), "size"),
+            (({n: t for n, t in tensors.items() if n != "0/exp_avg"}, header), "size or kind"),
+            ((tensors, header | {"run": '{"losses": ["x"], "entropies": []}'}), "could not convert"),
+            ((tensors, header | {"run": "[" * 10_000}), "levels deep"),
         ):
             write_tensors(path, *changed)
             with pytest.raises(FormatError, match=rf"cannot be taken up[\s\S]*{said}[\s\S]*start anew"):

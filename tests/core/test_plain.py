@@ -1,0 +1,39 @@
+"""JSON from strangers is sound, or a ValueError."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from legomole.core.plain import from_json, shallow
+
+
+def test_ordinary_data_comes_back_as_json_has_it() -> None:
+    data = {"a": [1, 2.5, None, {"b": "é \U0001f600", "c": [[]]}], "": True}
+    assert from_json(json.dumps(data)) == data == from_json(json.dumps(data, ensure_ascii=False))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1,]", "nul", '{"a": 1', "9" * 5000])
+def test_what_is_not_json(text: str) -> None:
+    with pytest.raises(ValueError):
+        from_json(text)
+
+
+@pytest.mark.parametrize("levels", [65, 900, 100_000])
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_too_deep(levels: int, opening: str, closing: str) -> None:
+    """Both what the parser cannot take and what it just can, which would break whoever walks through it."""
+    with pytest.raises(ValueError, match="64 levels"):
+        from_json(opening * levels + "1" + closing * levels)
+    assert from_json(opening * 64 + "1" + closing * 64)
+
+
+def test_levels_are_counted() -> None:
+    assert shallow(1, 0)
+    assert not shallow([], 0)
+    assert shallow([{"a": 1}], 2)
+    assert not shallow([{"a": [1]}], 2)
+
+
+def test_half_a_character_is_replaced() -> None:
+    assert from_json('{"\\ud83d\\ude00": "\\ud800x"}') == {"\U0001f600": "?x"}
