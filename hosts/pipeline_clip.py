@@ -23,14 +23,14 @@ def load_clip(path: str | Path) -> tuple[Any, Any]:
         FormatError: There is none.
     """
     try:
-        model = CLIPModel.from_pretrained(str(path), local_files_only=True)
+        model = CLIPModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
         return model, CLIPProcessor.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # of a damaged file its parsers raise errors of every kind
         raise FormatError(
             "The CLIP model cannot be loaded.",
             file=path,
             expected="a folder that CLIPModel and CLIPProcessor were saved to",
-            found=str(error).partition("\n")[0],
+            found=f"{type(error).__name__}: {error}".partition("\n")[0],
         ) from error
 
 

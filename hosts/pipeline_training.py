@@ -61,13 +61,15 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # the number format goes by another name in later versions
-            pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+            pipe = DiffusionPipeline.from_pretrained(
+                str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+    except Exception as error:  # of a damaged file its parsers raise errors of every kind
         raise FormatError(
             "The pipeline cannot be loaded.",
             file=path,
             expected="a folder in diffusers' format (with model_index.json), or a name that is in the local cache",
-            found=str(error).partition("\n")[0],
+            found=f"{type(error).__name__}: {error}".partition("\n")[0],
             remedy="save it with pipe.save_pretrained(FOLDER), or download it first",
         ) from error
     pipe.set_progress_bar_config(disable=True)

@@ -40,15 +40,16 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = to
     logging.disable_progress_bar()
     renamed = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56)
     place: dict[str, Any] = {"device_map": device, "dtype" if renamed else "torch_dtype": dtype}
+    safe: dict[str, Any] = {"trust_remote_code": False}  # unless told so, transformers asks on the terminal
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **place)
-        return model.eval(), AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe, **place)
+        return model.eval(), AutoTokenizer.from_pretrained(folder, **safe)
+    except Exception as error:  # of a damaged file its parsers raise errors of every kind
         raise FormatError(
             "The language model cannot be loaded.",
             file=path,
             expected="a causal language model and its tokenizer, as transformers saves them",
-            found=str(error).partition("\n")[0],
+            found=f"{type(error).__name__}: {error}".partition("\n")[0],
             remedy="save both with save_pretrained(FOLDER)",
         ) from error
 
