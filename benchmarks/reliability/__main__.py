@@ -1,0 +1,50 @@
+"""``python -m benchmarks.reliability fuzz | kills | faults``, from the project's root."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import fuzz
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fuzzing = commands.add_parser("fuzz", help="read inputs that are wrong in every way; exits with 1 on a defect")
+    fuzzing.add_argument("--minutes", type=float, default=2.0)
+    fuzzing.add_argument("--seed", type=int, default=0)
+    fuzzing.add_argument("--case", type=int, default=None, metavar="N", help="this one only, as a defect names it")
+    child = commands.add_parser("child")
+    for name, kind in (("seed", int), ("start", int), ("stop", int), ("seconds", float)):
+        child.add_argument(name, type=kind)
+    killing = commands.add_parser("kills", help="kill processes while they write; exits with 1 on a defect")
+    killing.add_argument("--times", type=int, default=200)
+    killing.add_argument("--seed", type=int, default=0)
+    commands.add_parser("faults", help="full disks, too little memory, changed inputs; exits with 1 on a defect")
+    chosen = parser.parse_args()
+    if chosen.command == "child":
+        fuzz.child(chosen.seed, chosen.start, chosen.stop, chosen.seconds)
+        return
+    if chosen.command == "kills":
+        from . import kills
+
+        toll = kills.kills(chosen.times, chosen.seed)
+        print(toll.text(), flush=True)
+        trained = kills.training(max(1, chosen.times // 5), chosen.seed)
+        print(trained)
+        sys.exit(bool(toll.defects) or ", 0 trainings" not in trained)
+    if chosen.command == "faults":
+        from . import faults
+
+        lines = faults.faults()
+        print("\n".join(lines))
+        sys.exit(not all(line.endswith((": ok", "ended by SIGBUS")) for line in lines))
+    only = None if chosen.case is None else 1
+    tally = fuzz.fuzz(chosen.minutes, chosen.seed, first=chosen.case or 0, count_only=only)
+    print(tally.text())
+    sys.exit(bool(tally.defects))
+
+
+if __name__ == "__main__":
+    main()
