@@ -75,7 +75,7 @@ class Work:
     def _merged(self, pool: Pool) -> Merged:
         try:
             return self.method(pool)
-        except torch.linalg.LinAlgError as error:  # of numbers whose products are no longer finite
+        except torch.linalg.LinAlgError as error:  # of numbers whose products are no longer finite  # pyright: ignore[reportPrivateImportUsage]
             raise MergeError(
                 "The numbers of a module are too large or too small to be decomposed.",
                 module=name_some(pool.names, 3),
