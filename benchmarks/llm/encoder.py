@@ -66,7 +66,7 @@ def pooled(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
 class Size:
     """How long to train an adapter, and how many sentences are scored."""
 
-    steps: int = 120
+    steps: int = 300
     batch: int = 24
     scored: int = 48
     tuning: int = 24
@@ -83,7 +83,7 @@ def adapter(encoder: Encoder, work: Path, task: str, seed: int, size: Size, say:
             r=RANK, lora_alpha=2 * RANK, target_modules=["query", "key", "value", "dense"], layers_to_transform=_LAYERS
         )
         model, head = get_peft_model(encoder.model, config).train(), nn.Linear(encoder.model.config.hidden_size, 2)
-        rates = (2e-3, 1e-2)  # of the adapter, of the head
+        rates = (1e-3, 1e-2)  # of the adapter, of the head
         own = [[p for p in model.parameters() if p.requires_grad], list(head.parameters())]
         optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in zip(own, rates, strict=True)])
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates), total_steps=size.steps, pct_start=0.2)
@@ -92,6 +92,7 @@ def adapter(encoder: Encoder, work: Path, task: str, seed: int, size: Size, say:
             loss = _loss(encoder, model, head, seen[step * size.batch : (step + 1) * size.batch])
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(own[0], 1.0)
             optimizer.step()
             schedule.step()
         say(f"{task}, seed {seed}: loss {loss.item():.4f} after {time.monotonic() - began:.0f} s")
