@@ -42,6 +42,7 @@ def main() -> None:
             bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl", careful=careful)
             rows |= report.measured(bench, report.CAREFUL if careful else report.NARROW)
         report.publish(rows, chosen.out)
+        report.plot(rows, chosen.out / "tokens_and_base.png")
     elif chosen.command == "encoder":
         chosen.work.mkdir(parents=True, exist_ok=True)
         bench = sentences(chosen.work, encoder.Size(), chosen.out / "rows.jsonl")

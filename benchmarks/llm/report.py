@@ -1,4 +1,4 @@
-"""The comparison as files: ``results.json``, ``table.md`` and ``tokens_and_base.png``."""
+"""The comparison as files: ``results.json`` and ``table.md``, and a plot."""
 
 from __future__ import annotations
 
@@ -44,12 +44,11 @@ METRICS: dict[str, Callable[[Row], float]] = {
 
 
 def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
-    """Write the files, their names after a prefix; `rows` are those of every plan, by what to call it."""
+    """Write the two files, their names after a prefix; `rows` are those of every plan, by what to call it."""
     write(out / f"{prefix}results.json", {name: [_plain(row) for row in part] for name, part in rows.items()})
     tables = [table(name, part) for name, part in rows.items()]
     tables += [each(name, part) for name, part in rows.items() if len({row.tasks for row in part}) == 1]
     write(out / f"{prefix}table.md", "\n\n".join(tables))
-    plot(rows, out / f"{prefix}tokens_and_base.png")
 
 
 def adapters_of(plans: dict[str, Plan]) -> list[tuple[int, str]]:

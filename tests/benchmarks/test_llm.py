@@ -213,6 +213,7 @@ def test_the_table_has_means_and_the_spread_over_seeds(tmp_path: Path):
     plans = {"a": evaluate.Plan((), (PAIR, ("sort", "rotate")), (0, 1)), "b": evaluate.Plan((), (PAIR,), (0,))}
     assert report.adapters_of(plans) == [(s, task) for s in (0, 1) for task in ("reverse", "sort", "rotate")]
     report.publish({"two": rows}, tmp_path)
+    report.plot({"two": rows}, tmp_path / "tokens_and_base.png")
     assert json.loads((tmp_path / "results.json").read_text())["two"][0]["right"] == [0.2, 0.4]
     assert (tmp_path / "tokens_and_base.png").stat().st_size > 1000
     assert dataclasses.replace(rows[0], right=(0.5, 0.1)).worst == 0.1
