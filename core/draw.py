@@ -81,7 +81,8 @@ def heat_map(
     high = high or max(1.0, float(finite.max()) if finite.numel() else 1.0)
     cell_w, cell_h = 96, 22 if rows <= 60 else 14
     label = 14 + 7 * max((len(_short(name)) for name in row_names), default=1)
-    picture, draw, font = _sheet(max(label + cell_w * columns + 70, 320), 76 + cell_h * rows + 16, title)
+    height = max(cell_h * rows, 60)
+    picture, draw, font = _sheet(max(label + cell_w * columns + 70, 320), 76 + height + 16, title)
     for j, name in enumerate(column_names):
         _middle(draw, (label + cell_w * (j + 0.5), 58), _short(name, 15), _INK, font)
     for i, name in enumerate(row_names):
@@ -95,7 +96,7 @@ def heat_map(
             if cell_h > 16:
                 ink = _INK if sum(color) > 380 else _PAPER
                 _middle(draw, (x + cell_w / 2 - 1, y + cell_h / 2 - 1), f"{value:.2f}", ink, font)
-    _scale(draw, label + cell_w * columns + 14, 72, max(cell_h * rows, 60), high, font)
+    _scale(draw, label + cell_w * columns + 14, 72, height, high, font)
     return picture
 
 

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 
 from ..core import recipe
 from ..core.adapter import Source
-from ..core.draw import heat_map
+from ..core.course import gate_map
 from ..core.errors import MergeError
 from ..core.freeze import freeze
 from ..core.gates import GateSettings
@@ -220,7 +220,8 @@ class GateMap(io.ComfyNode):
             node_id="LegoMoLE_GateMap",
             display_name="Gate Map",
             category=CATEGORY,
-            description="Draws how much of each LoRA went in, part of the model by part, in the last sampling run.",
+            description="Draws how much of each LoRA went in, part of the model by part and step by step, in the last "
+            "sampling run.",
             search_aliases=["mole heat map", "gate heatmap", "expert weights", "legomole"],
             is_output_node=True,  # it shows its picture itself
             inputs=[
@@ -233,7 +234,9 @@ class GateMap(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    "IMAGE", tooltip="Rows are parts of the model, columns LoRAs; 1 is a LoRA's own strength."
+                    "IMAGE",
+                    tooltip="Rows are parts of the model, columns LoRAs; 1 is a LoRA's own strength. Below it how that "
+                    "changed while sampling.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="Mean weight of each LoRA, and the entropy."),
             ],
@@ -247,8 +250,7 @@ class GateMap(io.ComfyNode):
         names = [scope or "outside of blocks" for scope in record.scopes]
         if mix.mixture.gates.settings.granularity == "network":
             names = ["network"]
-        drawn = heat_map(table.mean(0), names, labels, f"Gates, mean over {len(table)} passes of the model")
         means = ", ".join(f"{label} {float(g):.3g}" for label, g in zip(labels, table.mean((0, 1)), strict=True))
         text = f"mean gates: {means}; entropy {record.entropy():.3g} nats over {len(table)} passes"
-        image = program.picture(drawn)
+        image = program.picture(gate_map(table, names, labels))
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))
