@@ -12,7 +12,7 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import apply, calibrate, gates, load, merge, mole, save, train_gates
+            from . import apply, calibrate, gates, load, merge, mole, save, train_gates, xy
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
             raise
@@ -29,4 +29,5 @@ class LegoMoleExtension(ComfyExtension):
             gates.LoadGates,
             mole.FreezeToLoRA,
             mole.GateMap,
+            xy.XYCompare,
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +14,12 @@ from ..core.adapter import Adapter, Source
 from ..core.errors import MergeError
 from ..core.merge import merge
 from ..core.metadata import file_metadata
-from ..core.methods import METHODS
+from ..core.methods import METHODS, MergeMethod
+from ..core.report import MergeReport
 from ..core.statistics import Statistics
 from . import comfy, program
 from .lora import Lora, flatten
-from .reading import read_files
+from .reading import Reading, read_files
 from .settings import built, module_weights, settings
 from .sockets import (
     CATEGORY,
@@ -66,14 +67,41 @@ def _merge(
     reading = read_files(values) if model is None else comfy.read(values, model, clip)
     measured = None if statistics is None else statistics.of(reading.adapters)
     chosen = built(METHODS, {**widgets, "method": method}, measured)
-    per_module = module_weights(rules or "", reading.adapters)
+    lora, report = merged(values, reading, chosen, model, rules or "", program.progress())
+    shown = text = report.text()
+    if report.dropped:
+        shown = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"  # a node shows few lines at first
+        _LOG.warning("LegoMoLE: %d keys could not be merged: %s", len(report.dropped), report.dropped)
+    return io.NodeOutput(lora, text, ui=program.show(shown))
+
+
+def merged(
+    values: Sequence[Lora],
+    reading: Reading,
+    chosen: MergeMethod,
+    model: Any,
+    rules: str = "",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> tuple[Lora, MergeReport]:
+    """Merge LoRAs that have been read; the result with its recipe, and what happened.
+
+    Args:
+        values: With their strengths. reading: What was read of them.
+        chosen: The method. model: The MODEL they were read with, if any.
+        rules: Weights per layer, see `settings.module_weights`.
+        progress: See `core.merge.merge`.
+
+    Raises:
+        MergeError: See `core.merge.merge`.
+    """
+    per_module = module_weights(rules, reading.adapters)
     result = merge(
         reading.adapters,
         chosen,
         [value.strength_model for value in values],
         text_encoder_weights=[value.strength_clip for value in values],
         module_weights=per_module,
-        progress=program.progress(),
+        progress=progress,
     )
     report = replace(
         result.report,
@@ -101,11 +129,7 @@ def _merge(
         metadata=file_metadata(made, report, reading.adapters),
         source=Source(label, format="comfy" if model is not None else formats.detect([*result.adapter.modules])),
     )
-    shown = text = report.text()
-    if report.dropped:
-        shown = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"  # a node shows few lines at first
-        _LOG.warning("LegoMoLE: %d keys could not be merged: %s", len(report.dropped), report.dropped)
-    return io.NodeOutput(Lora(adapter, label), text, ui=program.show(shown))
+    return Lora(adapter, label), report
 
 
 def _advice(adapter: Adapter, model: Any) -> Iterator[str]:

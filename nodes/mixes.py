@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import comfy.sample as comfy_sample
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
-from torch import Tensor
 
 from ..core.adapter import Adapter, is_text_encoder
 from ..core.attach import Attachment
@@ -30,7 +28,6 @@ from ..core.record import Record
 from ..core.trained import TrainedGates
 from . import comfy
 from .lora import Lora
-from .program import progress
 from .reading import Reading
 
 _MODEL = "diffusion_model."
@@ -101,6 +98,7 @@ def build(
     model: Any,
     clip: Any,
     *,
+    reading: Reading | None = None,
     gates: TrainedGates | None = None,
     settings: GateSettings | None = None,
     scale: float = 1.0,
@@ -112,6 +110,7 @@ def build(
     Args:
         loras: In the order of the sockets; their strengths are the experts'.
         model: A MODEL. clip: A CLIP or ``None``.
+        reading: What was read of the LoRAs for them; default: they are read now.
         gates: Trained ones, in any order. settings: Of untrained gates, where there are none.
         scale: On all strengths. mixing: See `Mixture`.
         off: Positions of experts that are switched off.
@@ -120,7 +119,7 @@ def build(
         MergeError: LoRAs or gates for another model, or all LoRAs switched off.
         FormatError: A file that cannot be read.
     """
-    reading = comfy.read(loras, model, clip)
+    reading = reading or comfy.read(loras, model, clip)
     places = {
         name: Place(place.key.removeprefix(_MODEL).removesuffix(".weight"), place.start, place.stop)
         for name, place in reading.places.items()
@@ -219,27 +218,6 @@ def _part(adapter: Adapter, wanted: Callable[[str], bool], *, modules: bool = Tr
         modules={name: part for name, part in adapter.modules.items() if modules and wanted(name)},
         diffs={name: tensor for name, tensor in adapter.diffs.items() if wanted(name)},
         extras={name: tensor for name, tensor in adapter.extras.items() if wanted(name)},
-    )
-
-
-def run(model: Any, positive: Any, latent: Tensor, steps: int, seed: int) -> None:
-    """Sample once, for the record; the picture is not kept."""
-    latent = comfy_sample.fix_empty_latent_channels(model, latent)
-    noise = comfy_sample.prepare_noise(latent, seed)
-    report = progress()
-    comfy_sample.sample(
-        model,
-        noise,
-        steps,
-        1.0,  # only the prompt itself: its gates are what is wanted
-        "euler",
-        "simple",
-        positive,
-        positive,
-        latent,
-        seed=seed,
-        disable_pbar=True,
-        callback=lambda step, _clean, _noisy, total: report(step + 1, total, "sampling"),
     )
 
 

@@ -17,7 +17,7 @@ from ..core.gates import GateSettings
 from ..core.methods import METHODS
 from ..core.mixture import Mixing
 from ..core.trained import TrainedGates
-from . import mixes, program
+from . import mixes, program, sampling
 from .lora import Lora, flatten
 from .settings import built, has_widgets
 from .sockets import CATEGORY, LEGOMOLE_GATES, lora_output, loras_input, method_input
@@ -196,7 +196,17 @@ class FreezeToLoRA(io.ComfyNode):
         cls, model: Any, positive: Any, latent_image: Mapping[str, Any], method: dict[str, Any], steps: int, seed: int
     ) -> io.NodeOutput:
         mix = mixes.mixes_of(model)[-1]
-        mixes.run(model, positive, latent_image["samples"], steps, seed)
+        report = program.progress()
+        sampling.sample(  # for the record; the picture is not kept
+            model,
+            positive,
+            positive,
+            latent_image,
+            seed=seed,
+            steps=steps,
+            cfg=1.0,  # only the prompt itself: its gates are what is wanted
+            progress=lambda done: report(done, steps, "sampling"),
+        )
         result = freeze(
             mix.mixture,
             mix.bank,

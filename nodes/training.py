@@ -24,6 +24,7 @@ from ..core.train import Images, Prompt, Training, TrainSettings, train
 from ..core.trained import identity
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
+from .sampling import encode
 
 
 def train_gates(
@@ -116,7 +117,7 @@ def calibrate(
 
 def _encoded(clip: Any, prompts: Sequence[Prompt]) -> list[Conditioning]:
     """Before the model is loaded: on a small GPU the text encoders make room for it."""
-    return [clip.encode_from_tokens_scheduled(clip.tokenize(prompt.text)) for prompt in prompts]
+    return [encode(clip, prompt.text) for prompt in prompts]
 
 
 @contextmanager

@@ -131,6 +131,34 @@ class Graph:
             "LegoMoLE_Calibrate", model=self.model, clip=self.clip, **_row(loras), **{**defaults, **settings}
         )
 
+    def compare(self, *loras: Link, **settings: Any) -> Link:
+        """XY Compare, painting as `picture` does: its grid (outputs 1 and 2 are the pictures and the report)."""
+        defaults = {
+            "prompt": "a house of bricks",
+            "negative": "",
+            "x_axis": "method",
+            "x_values": "none, concat, svd, lego, mole",
+            "y_axis": "nothing",
+            "y_values": "",
+            "method": "lego",
+            "rank": "1x",
+            "seed": 7,
+            "steps": 2,
+            "cfg": self._cfg,
+            "sampler_name": "euler",
+            "scheduler": "simple",
+            "latent_scale": 1.0,
+            "latent_image": self.empty(),
+        }
+        return self.add(
+            "LegoMoLE_XYCompare",
+            model=self.model,
+            clip=self.clip,
+            vae=self._vae,
+            **_row(loras),
+            **{**defaults, **settings},
+        )
+
     def empty(self, size: int = 64) -> Link:
         return self.add(self._latent, width=size, height=size, batch_size=1)
 

@@ -1,0 +1,215 @@
+"""XY Compare in a real graph: every cell is the picture of the ordinary graph, errors come before any sampling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from .graph import Graph, Link
+from .server import Prompt, Run, Server
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def pair(files: dict[str, str]) -> Callable[[Graph], list[Link]]:
+    """Load LoRA nodes of the two Flux LoRAs."""
+    return lambda graph: [graph.load(files["flux_kohya"], 0.9), graph.load(files["flux_split"])]
+
+
+def saved(graph: Graph, compared: Link) -> Prompt:
+    """The prompt with the cells saved and the report shown."""
+    graph.add("SaveImage", images=[compared[0], 1], filename_prefix="test/cell")
+    return graph.nodes | {"text": {"class_type": "PreviewAny", "inputs": {"source": [compared[0], 2]}}}
+
+
+def pictures(comfy: Server, run: Run, node: str = "SaveImage0", folder: str = "output") -> list[np.ndarray]:
+    found = [comfy.base / folder / e["subfolder"] / e["filename"] for e in run.outputs[node]["images"]]
+    return [np.asarray(Image.open(path), dtype=np.int16) for path in found]
+
+
+def compared(comfy: Server, graph: Graph, *loras: Link, **settings: object) -> tuple[list[np.ndarray], str]:
+    """The cells' pictures and the report."""
+    run = comfy.run(saved(graph, graph.compare(*loras, **settings)))
+    return pictures(comfy, run), run.outputs["text"]["text"][0]
+
+
+def test_every_method_paints_what_its_own_graph_paints(comfy: Server, pair: Callable) -> None:
+    """Bit for bit: the plain model, three merges through Apply LoRA, and MoLE Mix."""
+    graph = Graph()
+    found, report = compared(comfy, graph, *pair(graph), method="concat")  # the axis says the method, not the widget
+    one = Graph()
+    loras = pair(one)
+    merges = [one.merge("concat", *loras), one.merge("svd", *loras, rank="1x"), one.lego(*loras)]
+    nodes = [one.picture(), *(one.picture(*one.apply(merge)) for merge in merges)]
+    mix = one.mix(*loras, clip=one.clip)
+    nodes.append(one.picture(mix, [mix[0], 1]))
+    run = comfy.run(one.nodes)
+    expected = [pictures(comfy, run, node)[0] for node in nodes]
+    assert len(found) == 5
+    for cell, picture in zip(found, expected, strict=True):
+        assert np.array_equal(cell, picture)
+    assert len({picture.tobytes() for picture in expected[:4]}) == 4  # the methods do differ; even gates are the sum
+    assert report.startswith("5 cells, 5 painted in ")
+    assert "row 1, column 2: concat, seed 7" in report
+    assert re.search(r"column 3: svd, rank 1x, seed 7: [\d.]+ s; merged in [\d.]+ s, rank \d+, [\d.]+% of", report)
+
+
+def test_two_axes_with_text_encoder_parts(comfy: Server, files: dict[str, str]) -> None:
+    """Strengths by prompts: rows and columns in their places, the LoRA's text encoder part too, each merge once."""
+    graph = Graph("sd15")
+    found, report = compared(
+        comfy,
+        graph,
+        graph.load(files["sd15_kohya"], 0.5, 0.8),
+        x_axis="prompt",
+        x_values="a cat\na dog, running",
+        y_axis="strength",
+        y_values="0, 2",
+        method="concat",
+    )
+    one = Graph("sd15")
+    strong = one.merge("concat", one.load(files["sd15_kohya"], 1.0, 1.6))
+    nodes = [one.picture(prompt=text) for text in ("a cat", "a dog, running")]
+    nodes += [one.picture(*one.apply(strong), prompt=text) for text in ("a cat", "a dog, running")]
+    run = comfy.run(one.nodes)
+    for cell, node in zip(found, nodes, strict=True):
+        assert np.array_equal(cell, pictures(comfy, run, node)[0])
+    assert report.count("merged in") == 1
+    assert 'row 1, column 2: none, seed 7, "a dog, running"' in report
+    assert 'row 2, column 1: concat, strength x 2, seed 7, "a cat"' in report
+
+
+def test_strength_of_one_lora_and_trained_gates(comfy: Server, pair: Callable) -> None:
+    """`strength 2` at 0 is the first LoRA alone; gates go to mole as to MoLE Mix."""
+    graph = Graph()
+    loras = pair(graph)
+    gates = graph.train(*loras)
+    found, report = compared(
+        comfy,
+        graph,
+        *loras,
+        gates=gates,
+        y_axis="strength 2",
+        y_values="0, 1",
+        x_values="concat, mole, none",
+    )
+    one = Graph()
+    loras = pair(one)
+    mix = one.mix(*loras, gates=one.train(*loras), clip=one.clip)
+    nodes = [
+        one.picture(*one.apply(one.merge("concat", loras[0], one.load(*silent(one, loras[1]))))),
+        one.picture(mix, [mix[0], 1]),
+    ]
+    run = comfy.run(one.nodes)
+    assert np.array_equal(found[0], pictures(comfy, run, nodes[0])[0])
+    assert np.array_equal(found[4], pictures(comfy, run, nodes[1])[0])
+    assert np.array_equal(found[2], found[5])
+    assert "row 2, column 3: the same as row 1, column 3" in report
+    assert report.startswith("6 cells, 5 painted in ")
+    assert "trained gates" in report
+
+
+def silent(graph: Graph, lora: Link) -> tuple[str, float, float]:
+    return graph.nodes[lora[0]]["inputs"]["lora_name"], 0.0, 0.0
+
+
+def test_calibrated_cells_are_the_calibrated_merges(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    loras = pair(graph)
+    statistics = graph.calibrate(*loras)
+    found, _ = compared(comfy, graph, *loras, statistics=statistics, x_values="lego, lego calibrated, calibrated")
+    for merge in (
+        graph.lego(*loras),
+        graph.merge("calibrated", *loras, rank="1x", lam=0.3, mu=3.0, joint_scale=1.2),
+    ):
+        graph.nodes[merge[0]]["inputs"]["statistics"] = statistics
+        graph.picture(*graph.apply(merge))
+    run = comfy.run(graph.nodes)
+    assert np.array_equal(found[1], pictures(comfy, run, "SaveImage1")[0])
+    assert np.array_equal(found[2], pictures(comfy, run, "SaveImage2")[0])
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_the_node_shows_a_labelled_sheet_and_counts_all_steps(comfy: Server, pair: Callable) -> None:
+    """Two pictures in a cell lie side by side; the bar goes over all steps of all cells."""
+    graph = Graph()
+    settings = {"x_axis": "seed", "x_values": "1, 2, 3", "steps": 3}
+    latent = graph.add("EmptySD3LatentImage", width=64, height=32, batch_size=2)
+    run = comfy.run(saved(graph, graph.compare(*pair(graph), **settings, latent_image=latent)))
+    (shown,) = pictures(comfy, run, "LegoMoLE_XYCompare0", "temp")
+    assert shown.shape[1] > 3 * 2 * 64 * 2  # enlarged: two of 64 pixels are less than the smallest cell
+    cells = pictures(comfy, run)
+    assert [cell.shape for cell in cells] == [(32, 64, 3)] * 6
+    assert not np.array_equal(cells[0], cells[2])
+    told = [data for data in run.of("progress") if data["max"] == 9]
+    assert told[-1]["value"] == 9
+    assert [data["value"] for data in told] == sorted(data["value"] for data in told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"x_values": "lego, magic"}, ("There is no such method.", "x axis", "magic", "none, lego, concat")),
+        ({"x_axis": "rank", "x_values": "8, much"}, ("This is not a rank.", "x axis", "'much'")),
+        ({"rank": "0"}, ("This is not a rank.", "rank")),
+        ({"x_axis": "strength 3", "x_values": "1"}, ("a LoRA that is not there", "2 LoRAs", "strength 3")),
+        ({"x_axis": "strength", "x_values": "1, loud"}, ("This is not a strength.", "loud")),
+        ({"x_axis": "seed", "x_values": "1, -2"}, ("This is not a seed.", "-2")),
+        ({"x_values": " , "}, ("The x axis has no values.",)),
+        ({"y_axis": "method", "y_values": "lego"}, ("Both axes change the same: method.",)),
+        ({"x_values": "none, calibrated"}, ("The method calibrated needs statistics.",)),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_mistakes_are_told_before_anything_is_sampled(
+    comfy: Server, pair: Callable, settings: dict, words: tuple[str, ...]
+) -> None:
+    graph = Graph()
+    graph.compare(*pair(graph), **settings)
+    refused_unsampled(comfy, graph, *words)
+
+
+def refused_unsampled(comfy: Server, graph: Graph, *words: str) -> None:
+    run = comfy.wait(comfy.queue(graph.nodes))
+    assert run.error is not None
+    for word in words:
+        assert word in run.error
+    assert not [data for data in run.of("progress") if data["max"] == 2 * 5]
+
+
+def test_what_does_not_fit_is_told_before_anything_is_sampled(comfy: Server, files: dict, pair: Callable) -> None:
+    graph = Graph()
+    graph.compare(x_values="none, mole")
+    refused_unsampled(comfy, graph, "No LoRA is connected, and mole needs some.")
+    graph = Graph()
+    graph.compare(graph.load(files["sd15_kohya"]))
+    refused_unsampled(comfy, graph, "This LoRA changes no layer of the diffusion model that can be mixed.")
+    graph = Graph()
+    gates = graph.train(*pair(graph))
+    graph.compare(graph.load(files["flux_kohya_2"]), gates=gates)
+    refused_unsampled(comfy, graph, "The gates were trained with other LoRAs.")
+
+
+def test_cancelled_it_leaves_the_model_as_it_was(comfy: Server, paint: Callable, pair: Callable) -> None:
+    plain = Graph()
+    node = plain.picture(prompt="a tree")
+    before = paint(plain, node)
+    graph = Graph()
+    graph.compare(*pair(graph), x_values="mole, lego, concat", steps=400)
+    prompt_id = comfy.queue(graph.nodes)
+    comfy.wait_for("progress", lambda data: data["prompt_id"] == prompt_id and data["max"] == 1200)
+    comfy.post("/interrupt", {})
+    run = comfy.wait(prompt_id)
+    assert run.of("execution_interrupted")
+    assert max(data["value"] for data in run.of("progress") if data["max"] == 1200) < 1200
+    other = Graph()
+    paint(other, other.picture(prompt="a tree and a house"))  # so that the next is not from the cache
+    after = paint(plain, node)
+    assert torch.equal(before[1], after[1])
+    assert np.array_equal(before[0], after[0])
