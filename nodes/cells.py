@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import comfy.utils
 from torch import Tensor
 
 from ..core.gates import GateSettings
@@ -21,7 +20,7 @@ from .comfy import apply, read
 from .lora import Lora
 from .merge import merged
 from .reading import Reading
-from .sampling import encode, sample
+from .sampling import decode, encode, sample
 from .settings import built
 
 Progress = Callable[[int, int, str], None]
@@ -163,17 +162,9 @@ def paint(
                 scheduler=scheduler,
                 progress=told,
             )
-            pictures[cell] = _decoded(vae, samples, latent_scale)
+            pictures[cell] = decode(vae, samples, latent_scale)
             seconds[cell] = time.perf_counter() - start
     return pictures, seconds
-
-
-def _decoded(vae: Any, samples: Tensor, scale: float) -> Tensor:
-    if scale != 1:
-        height, width = (round(side * scale) for side in samples.shape[-2:])
-        samples = comfy.utils.common_upscale(samples, width, height, "area", "disabled")
-    images = vae.decode(samples)
-    return images.reshape(-1, *images.shape[-3:])[..., :3]  # of a video, its frames
 
 
 def _patches(clip: Any) -> int:

@@ -92,7 +92,10 @@ def progress() -> Callable[[int, int, str], None]:
     bar = comfy.utils.ProgressBar(1)
 
     def report(done: int, total: int, name: str) -> None:
+        nonlocal bar
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if total != bar.total or done < bar.current:  # another piece of work: a bar shows only what is past its last
+            bar = comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
 
     return report

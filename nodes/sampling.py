@@ -1,4 +1,4 @@
-"""ComfyUI's own sampling, as its KSampler node runs it, from conditioning to a latent."""
+"""ComfyUI's own sampling, as its nodes run it: from a prompt to a picture."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.sample
+import comfy.samplers
+import comfy.utils
 from torch import Tensor
 
+SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
 _SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of the model an empty latent was made for
 
 
@@ -56,3 +59,12 @@ def sample(
         disable_pbar=True,
         callback=lambda step, _clean, _noisy, _total: progress(step + 1),
     )
+
+
+def decode(vae: Any, samples: Tensor, scale: float = 1.0) -> Tensor:
+    """Pictures ``(B, H, W, 3)`` in 0 .. 1 of a latent's samples, whose sides are multiplied by `scale` before."""
+    if scale != 1:
+        height, width = (round(side * scale) for side in samples.shape[-2:])
+        samples = comfy.utils.common_upscale(samples, width, height, "area", "disabled")
+    images = vae.decode(samples)
+    return images.reshape(-1, *images.shape[-3:])[..., :3]  # of a video, its frames

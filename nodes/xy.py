@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
@@ -16,6 +15,7 @@ from ..core.trained import TrainedGates
 from . import program
 from .cells import Bench, paint
 from .lora import flatten
+from .sampling import SAMPLERS, SCHEDULERS
 from .settings import RANK_HELP
 from .sockets import CATEGORY, LEGOMOLE_GATES, LEGOMOLE_STATISTICS, loras_input
 
@@ -85,8 +85,8 @@ class XYCompare(io.ComfyNode):
                 ),
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of every picture."),
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=SCHEDULERS, tooltip="As in KSampler."),
                 io.Float.Input(
                     "latent_scale",
                     default=1.0,

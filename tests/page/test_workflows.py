@@ -29,8 +29,11 @@ pytestmark = [pytest.mark.comfy, pytest.mark.page]
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
-# The workflows run as they are; only this would take a minute.
-SIZES = {"LegoMoLE_TrainGates": {200: 8, 256: 16, 32: 8}}  # steps, examples, pictures
+# The workflows run as they are; only these would take a minute.
+SIZES = {
+    "LegoMoLE_TrainGates": {200: 8, 256: 16, 32: 8},  # steps, examples, pictures
+    "LegoMoLE_XYCompare": {12: 2},  # steps
+}
 
 
 # What the nodes say after a run.
@@ -41,6 +44,7 @@ TEXTS = {
     "LegoMoLE_MoLEMix": "mix of ",
     "LegoMoLE_SaveGates": ".safetensors",
     "LegoMoLE_LoadGates": "gates per block",
+    "LegoMoLE_XYCompare": "20 cells, 20 painted in ",
 }
 
 
@@ -118,7 +122,7 @@ def test_workflow_opens_whole_and_runs(comfy: Server, page: Any, path: Path) -> 
     assert body.get("node_errors") == {}, body
     done = comfy.history(body["prompt_id"])
     assert done["status"]["status_str"] == "success", done["status"]
-    shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap")
+    shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap", "LegoMoLE_XYCompare")
     pictures = [str(node["id"]) for node in workflow["nodes"] if node["type"] in shows_pictures]
     assert {node for node, output in done["outputs"].items() if output.get("images")} == set(pictures)
     for kind, text in TEXTS.items():
