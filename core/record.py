@@ -45,6 +45,13 @@ class Record:
         """Scopes seen, in the order the model reaches them."""
         return list(dict.fromkeys(scope for one in self.passes for scope in one))
 
+    def latest(self) -> tuple[list[str], Tensor]:
+        """Scopes and ``(scopes, N)`` float32 gates of the last pass, mean over samples; empty before the first."""
+        values = next((one for one in reversed(self.passes) if one), {})
+        if not values:
+            return [], torch.zeros(0, 0)
+        return list(values), torch.stack([value.float().mean(0) for value in values.values()]).cpu()
+
     def table(self) -> Tensor:
         """``(passes, scopes, N)`` float32 on the CPU, mean over samples; passes that kept no sample are left out.
 

@@ -12,12 +12,14 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import apply, calibrate, gates, load, merge, mole, save, train_gates, xy
+            from . import apply, calibrate, gates, load, lora_list, merge, mole, routes, save, train_gates, xy
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
             raise
+        routes.add()
         return [
             load.LoadLoRA,
+            lora_list.LoRAList,
             merge.LegoMerge,
             merge.MergeLoRAs,
             calibrate.Calibrate,

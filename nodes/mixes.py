@@ -27,6 +27,7 @@ from ..core.mixture import Mixing, Mixture
 from ..core.record import Record
 from ..core.trained import TrainedGates
 from . import comfy
+from .live import telling
 from .lora import Lora
 from .reading import Reading
 
@@ -157,12 +158,21 @@ def on_model(mix: Mix, model: Any) -> Any:
     patched.set_additional_models(key, [bank])
     patched.set_injections(key, [_injection(mix)])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: mix.record.passes.clear())
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_guided, mix.following))
+    tell = telling(mix.record, tuple(mix.mixture.labels))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_guided, mix.following, tell))
     patched.set_attachments(_KEY, (*(model.get_attachment(_KEY) or ()), mix))
     return patched
 
 
-def _guided(following: Following, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
+def _guided(
+    following: Following, tell: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+) -> Any:
+    predictions = _followed(following, calculate, model, conds, *rest)
+    tell()
+    return predictions
+
+
+def _followed(following: Following, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
     """ComfyUI's own guidance asks for two predictions, the prompt's first; other guidance goes by its own words."""
     following.on = len(conds) == 2
     if not following.on:

@@ -130,7 +130,8 @@ class MoLEMix(io.ComfyNode):
         patched = mixes.on_model(mix, model)
         text_encoders = mixes.on_clip(mix, model, clip, recipe.build_method(clip_method, {}))
         text = mix.text()
-        return io.NodeOutput(patched, text_encoders, text, ui=program.show(text))
+        shown = {**program.show(text).as_dict(), "experts": [lora.label for lora in values]}  # web/mask_strip.js
+        return io.NodeOutput(patched, text_encoders, text, ui=shown)
 
 
 def switched(text: str, labels: Sequence[str]) -> list[int]:

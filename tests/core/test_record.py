@@ -40,6 +40,14 @@ def test_by_hand():
     assert made.entropy() == pytest.approx((H(0.75) + H(0.2) + H(0.25) + H(0.4)) / 4)
 
 
+def test_latest_is_the_last_pass_with_values():
+    assert record().latest()[0] == []
+    made = record({"a": [[1.0, 0.0]]}, {"a": [[1.0, 0.0], [0.5, 0.5]], "b": [[0.2, 0.8]]}, {})
+    scopes, gates = made.latest()
+    assert scopes == ["a", "b"]
+    assert torch.allclose(gates, torch.tensor([[0.75, 0.25], [0.2, 0.8]]))
+
+
 def test_the_first_value_of_a_pass_counts():
     """A part of the model that runs again (a tile, a refiner) does not overwrite it."""
     made = record({"a": [[1.0]]})

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +20,7 @@ from legomole.nano.store import Store
 
 from ..comfy.nano import EMBER, HEART, NanoGraph
 from ..comfy.server import Server
+from .browser import open_workflow, opened
 
 pytestmark = [pytest.mark.comfy, pytest.mark.page]
 
@@ -74,28 +72,8 @@ def gates(comfy: Server, nano: Path) -> None:
 
 @pytest.fixture(scope="module")
 def page(comfy: Server, gates: None) -> Iterator[Any]:
-    """ComfyUI's page, open and ready."""
-    api = pytest.importorskip("playwright.sync_api")
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium (set CHROMIUM)")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        tab = browser.new_page()
-        local = re.compile(r"(https?|wss?)://127\.0\.0\.1|data:|blob:")
-        tab.route("**/*", lambda route: route.continue_() if local.match(route.request.url) else route.abort())
-        tab.goto(comfy.url)
-        tab.wait_for_function(
-            "() => window.LiteGraph && window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge",
-            timeout=60_000,
-        )
+    with opened(comfy) as tab:
         yield tab
-        browser.close()
-
-
-def open_workflow(page: Any, workflow: dict[str, Any]) -> None:
-    page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
-    page.wait_for_timeout(300)  # sockets that grow settle a moment later
 
 
 def texts_on(page: Any, kind: str) -> list[str]:
