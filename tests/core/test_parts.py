@@ -1,0 +1,78 @@
+"""Blocks from names, as they are found in the wild."""
+
+from __future__ import annotations
+
+import pytest
+from legomole.core import parts as p
+from legomole.core.parts import parts
+
+from .. import lora_files as files
+
+
+def named(layers) -> dict[str, str]:
+    return {part.name: part.region for part in parts(layers)}
+
+
+def test_dotted_and_underscored_names_have_the_same_blocks():
+    below = "attentions.0.transformer_blocks.0"
+    dotted = [
+        f"unet.down_blocks.{i}.{below}.{layer}"
+        for i in range(2)
+        for layer in ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ff.net.0.proj", "ff.net.2")
+    ]
+    flat = [f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}" for name in dotted]
+    assert [part.name for part in parts(dotted)] == [f"unet.down_blocks.{i}.{below}" for i in range(2)]
+    assert [part.name for part in parts(flat)] == [
+        f"lora_unet_down_blocks_{i}_{below.replace('.', '_')}" for i in range(2)
+    ]
+    assert [len(part.layers) for part in parts(flat)] == [5, 5]
+
+
+def test_what_lies_around_a_block_is_a_block_too():
+    layers = ["down.0.attentions.0.proj_in", *(f"down.0.attentions.0.blocks.0.{x}.q" for x in ("attn1", "attn2"))]
+    assert {part.name: len(part.layers) for part in parts(layers)} == {
+        "down.0.attentions.0": 1,
+        "down.0.attentions.0.blocks.0": 2,
+    }
+
+
+def test_flux_runs_from_double_to_single_blocks():
+    layers = [
+        *(f"transformer.single_transformer_blocks.{i}.{x}" for i in (0, 10, 2) for x in ("attn.to_q", "proj_out")),
+        *(f"transformer.transformer_blocks.{i}.{x}" for i in range(3) for x in ("attn.to_q", "ff.net.0.proj")),
+        "transformer.x_embedder",
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder.text_model.encoder.layers.1.mlp.fc1",
+    ]
+    double, single = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
+    assert list(named(layers).items()) == [
+        (f"{double}.0", p.FIRST),
+        (f"{double}.1", p.FIRST),
+        (f"{double}.2", p.MIDDLE),
+        (f"{single}.0", p.MIDDLE),
+        (f"{single}.2", p.LAST),
+        (f"{single}.10", p.LAST),
+        ("outside of blocks", p.REST),
+        ("text_encoder.text_model.encoder.layers", p.TEXT),
+    ]
+
+
+def test_layers_of_one_kind_belong_to_the_outermost_number():
+    assert named(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]) == {
+        "model.layers.0": p.ALL,
+        "model.layers.1": p.ALL,
+    }
+    assert named(["x", "y"]) == {"outside of blocks": p.REST}
+    assert parts([]) == []
+
+
+def test_too_many_blocks_are_told_of_by_the_outermost():
+    layers = [f"up.{i}.blocks.{j}.{x}.q" for i in range(7) for j in range(7) for x in ("a", "b")]
+    assert [part.name for part in parts(layers)] == [f"up.{i}" for i in range(7)]
+    assert len(parts(layers[:-14])) == 42
+
+
+@pytest.mark.parametrize("shapes", [files.KOHYA_SD15, files.DIFFUSERS_SDXL, files.KOHYA_FLUX, files.KOHYA_SD3])
+def test_every_layer_is_in_one_block(shapes):
+    found = [name for part in parts(shapes) for name in part.layers]
+    assert sorted(found) == sorted(shapes)
