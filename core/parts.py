@@ -52,9 +52,7 @@ def parts(layers: Iterable[str]) -> list[Part]:
     ordered = sorted(grouped, key=_order)
     numbered = [name for name in ordered if name != _OUTSIDE and not is_text_encoder(name)]
     region = {name: _third(i, len(numbered)) for i, name in enumerate(numbered)}
-    return [
-        Part(name, region.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name])) for name in ordered
-    ]
+    return [Part(name, region.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name])) for name in ordered]
 
 
 def _innermost(layers: Iterable[str]) -> dict[str, str]:

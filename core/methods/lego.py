@@ -67,7 +67,7 @@ class Lego:
         k = self.rank.resolve(pool)
         gauge = folded(pool) if published else balanced(pool)
         # units in the chosen gauge: A_j rows of gauge.R_A @ A, B_j columns of B @ gauge.R_B
-        G_A, G_B = _in_gauge(pool, pool.G_A, gauge.R_A), _in_gauge(pool, pool.G_B, gauge.R_B.mT)
+        G_A, G_B = in_gauge(pool, pool.G_A, gauge.R_A), in_gauge(pool, pool.G_B, gauge.R_B.mT)
         labels, _ = gram.kmeans(G_A + G_B if published else G_A * G_B, k, starts=self.starts, seed=self.seed)
 
         Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
@@ -111,7 +111,7 @@ def balanced(pool: Pool) -> Mixing:
     return Mixing(R_A, R_B, torch.full((pool.batch,), pool.size))
 
 
-def _in_gauge(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
+def in_gauge(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
     """``R G R^T`` for an `R` that mixes only units of the same adapter."""
     blocks = [R[:, at, at] for at in pool.spans]
     G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)

@@ -1,0 +1,177 @@
+"""What a survey says of adapters whose deltas are written down: numbers by hand."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from legomole.core.adapter import Adapter, Source
+from legomole.core.errors import MergeError
+from legomole.core.lowrank import LowRank
+from legomole.core.merge import merge
+from legomole.core.methods.svd import SVD
+from legomole.core.rank import Rank
+from legomole.core.scatter import pca, tsne
+from legomole.core.survey import survey
+
+WIDTH = 6
+
+
+def part(*units: tuple[float, int, int]) -> LowRank:
+    """``sum_j size_j e_out e_in^T``, hidden in factors that mix the units."""
+    r = len(units)
+    A, B = torch.zeros(r, WIDTH), torch.zeros(WIDTH, r)
+    for j, (size, out, into) in enumerate(units):
+        A[j, into], B[out, j] = 1.0, size
+    R = torch.eye(r) + torch.ones(r, r).triu(1)  # any invertible matrix leaves B A as it is
+    return LowRank(R @ A, B @ torch.linalg.inv(R))
+
+
+def adapter(name: str, modules: dict[str, LowRank]) -> Adapter:
+    return Adapter(modules, source=Source(f"{name}.safetensors", "", "comfy"))
+
+
+def layers(*parts_: LowRank) -> dict[str, LowRank]:
+    """Blocks 0, 1, .. of two layers: the given one, and one that is zero."""
+    return {f"blocks.{i}.a.q": part for i, part in enumerate(parts_)} | {
+        f"blocks.{i}.b.q": LowRank(torch.zeros(1, WIDTH), torch.zeros(WIDTH, 1)) for i in range(len(parts_))
+    }
+
+
+# block 0: the same unit at 3 and 4; block 1: opposite units 2 and -2; block 2: nothing in common, 1 and (5, 2)
+A = adapter("a", layers(part((3, 0, 0)), part((2, 1, 1)), part((1, 0, 0))))
+B = adapter("b", layers(part((4, 0, 0)), part((-2, 1, 1)), part((5, 2, 2), (2, 3, 0))))
+
+
+def close(found, wanted) -> None:
+    torch.testing.assert_close(torch.as_tensor(found).double(), torch.as_tensor(wanted).double(), rtol=0, atol=1e-5)
+
+
+def test_energies_are_squared_norms_by_block_and_lora():
+    found = survey([A, B])
+    assert [part.name for part in found.parts] == ["blocks.0", "blocks.1", "blocks.2"]
+    close(found.energies(), [[9, 16], [4, 4], [1, 29]])
+    close(survey([A, B], [2, -1]).energies(), [[36, 16], [16, 4], [4, 29]])
+
+
+def test_overlap_by_block():
+    found = survey([A, B])
+    assert [found.of(part.layers).overlap()[0][1] for part in found.parts] == pytest.approx([1, -1, 0], abs=1e-5)
+
+
+def test_spectra_are_those_of_the_deltas():
+    """Sums: 7; 0; 1, 5 and 2 in rows and columns (0,0), (2,2), (3,0): the singular values of [[1], [2]] are sqrt 5."""
+    found = survey([A, B])
+    layer = found.layers["blocks.2.a.q"]
+    close(layer.total, [5, 5**0.5, 0])
+    close(layer.own[0], [1])
+    close(layer.own[1], [5, 2])
+    assert float(found.layers["blocks.0.a.q"].total[0]) == pytest.approx(7, abs=1e-5)
+    assert float(found.layers["blocks.1.a.q"].total.max()) < 1e-5
+
+
+def test_energy_kept_by_rank():
+    """The sum's squares are 49, 0 and 25 + 5: rank 1 keeps 74 of 79. b's: 16 + 4 + 25 of 49. Blocks 2: 25 of 30."""
+    found = survey([A, B])
+    close(found.kept()[:2], [74 / 79, 1])
+    close(found.kept(1), [45 / 49, 1])
+    close(found.kept(0), [1])
+    close(found.kept(None, found.parts[2].layers)[:2], [25 / 30, 1])
+    assert [found.rank_for(share) for share in (0.9, 0.95, 1.0)] == [1, 2, 2]
+    # root mean square over six layers, three of them zero
+    close(found.spectrum()[:2], [(74 / 6) ** 0.5, (5 / 6) ** 0.5])
+    close(found.spectrum(0), [(14 / 6) ** 0.5])
+
+
+def test_kept_is_what_svd_keeps():
+    adapters = [adapter(name, {"x.0.q": part((3, i, 0), (2, 1, 1), (1, 2, i))}) for i, name in enumerate("ab")]
+    found = survey(adapters)
+    for k in (1, 2, 3):
+        assert float(found.kept()[k - 1]) == pytest.approx(merge(adapters, SVD(Rank(k))).report.energy_kept, abs=1e-6)
+
+
+def test_shared_directions_do_not_depend_on_size():
+    """Block 0 and 1: all shared. Block 2: a reads e0, one of b's two; it writes e0, none of b's. Zero layers: 0."""
+    found = survey([A, B])
+    block = found.layers["blocks.2.a.q"]
+    close(block.shared_in, [[1, 1], [1, 1]])
+    close(block.shared_out, [[1, 0], [0, 1]])
+    shared_in, shared_out = found.shared()
+    assert float(shared_in[0, 1]) == pytest.approx(3 / 6, abs=1e-5)
+    assert float(shared_out[0, 1]) == pytest.approx(2 / 6, abs=1e-5)
+
+
+def test_origins_count_merged_units():
+    """Of rank 1: everywhere one unit of both. Of rank 2: in block 2 a's unit of size 1 and b's of size 2 become one.
+
+    The layers of zeros count too: there both have a unit.
+    """
+    pure, mixed = survey([A, B], rank=Rank(1)).origins()
+    close(pure[0], [0, 0])
+    close(mixed[0], [0.5 + 0.5, 0.5 + 0.5])
+    close(mixed[2], [1 / 3 + 0.5, 2 / 3 + 0.5])
+    pure, mixed = survey([A, B], rank=Rank(2)).origins()
+    close(pure[2], [0 + 1, 1 + 1])
+    close(mixed[2], [0.5, 0.5])
+
+
+def test_maps_show_the_largest_layer_of_each_region():
+    found = survey([A, B])
+    assert [(m.layer, m.region) for m in found.maps] == [
+        ("blocks.0.a.q", "the first blocks"),
+        ("blocks.1.a.q", "the middle blocks"),
+        ("blocks.2.a.q", "the last blocks"),
+    ]
+    first, middle, last = found.maps
+    close(first.sizes, [3, 4])
+    close((first.points[0] - first.points[1]).norm(), 1)  # 3 and 4 times the same matrix
+    close((middle.points[0] - middle.points[1]).norm(), 4)
+    assert last.owner.tolist() == [0, 1, 1]
+    close(last.sizes, [1, 5, 2])
+
+
+def test_a_layer_that_one_lora_lacks():
+    other = adapter("c", {"blocks.0.a.q": A.modules["blocks.0.a.q"]})
+    found = survey([B, other])
+    close(found.energies(), [[16, 9], [4, 0], [29, 0]])
+    close(found.kept(1), [1])
+    close(survey([other]).kept(), [1])
+
+
+def test_the_gauge_makes_no_difference():
+    g = torch.Generator().manual_seed(0)
+    random = {f"m.{i}.q": LowRank(torch.randn(3, WIDTH, generator=g), torch.randn(5, 3, generator=g)) for i in range(3)}
+    R = torch.randn(3, 3, generator=g)
+    turned = {name: LowRank(R @ p.A, p.B @ torch.linalg.inv(R)) for name, p in random.items()}
+    one, two = (survey([adapter("x", modules)]) for modules in (random, turned))
+    for m, n in zip(one.maps, two.maps, strict=True):
+        torch.testing.assert_close(m.points, n.points, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(one.kept(), two.kept(), rtol=1e-4, atol=1e-5)
+
+
+def test_pca_of_known_points():
+    points = torch.tensor([[0.0, 3.0], [0.0, -3.0], [1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    close(pca(points @ points.T).abs(), points.flip(1).abs())
+    assert pca(torch.ones(1, 1)).tolist() == [[0, 0]]
+    assert pca(torch.ones(0, 0)).shape == (0, 2)
+
+
+def test_tsne_brings_like_directions_together():
+    pytest.importorskip("sklearn")
+    g = torch.Generator().manual_seed(0)
+    centres = torch.eye(3, 9).repeat_interleave(6, 0)
+    X = (centres + 0.1 * torch.randn(18, 9, generator=g)).double() * torch.rand(18, 1, generator=g)
+    points = tsne(X @ X.T, seed=1)
+    assert torch.equal(points, tsne(X @ X.T, seed=1))
+    group = torch.arange(3).repeat_interleave(6)
+    apart = torch.cdist(points, points)
+    same = group[:, None] == group
+    assert apart[same].mean() < 0.5 * apart[~same].mean()
+    assert tsne(torch.eye(3)).shape == (3, 2)
+
+
+def test_tsne_without_its_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(MergeError, match=r"legomole\[plots\]"):
+        tsne(torch.eye(5))
