@@ -11,6 +11,8 @@ import torch
 
 MANY = 16
 """With more adapters than this, what is told of every pair is told of the whole merge, no longer of every module."""
+SAME, SHARED = 0.9, 0.3
+"""Cosines above which two adapters are said to be nearly the same, and to share a direction."""
 _SHOWN = 20  # lines of a list that is too long to be read
 
 
@@ -147,11 +149,11 @@ def _weighted(values: Sequence[float], sizes: Sequence[float]) -> float:
 
 
 def _in_words(cosine: float) -> str:
-    if cosine > 0.9:
+    if cosine > SAME:
         return "nearly the same LoRA"
-    if cosine > 0.3:
+    if cosine > SHARED:
         return "they share a direction"
-    if cosine < -0.3:
+    if cosine < -SHARED:
         return "they work against each other"
     return "unrelated"
 

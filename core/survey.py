@@ -100,6 +100,12 @@ class Survey:
         energy = self._squares(adapter, layers).sum(0).cumsum(0)
         return energy / energy[-1] if energy.numel() and energy[-1] > 0 else torch.ones(1, dtype=torch.float64)
 
+    def merged(self) -> float:
+        """Share of the exact sum's energy that the LEGO merge keeps, to be compared with `kept` at its rank."""
+        sizes = [float(self.layers[module.name].total.square().sum()) for module in self.report.modules]
+        lost = sum(module.error**2 * size for module, size in zip(self.report.modules, sizes, strict=True))
+        return max(0.0, 1 - lost / sum(sizes)) if sum(sizes) > 0 else 1.0
+
     def spectrum(self, adapter: int | None = None) -> Tensor:
         """Singular values, root mean square over the layers, ``(largest rank,)``; see `kept`."""
         squares = self._squares(adapter, None)
@@ -125,14 +131,15 @@ class Survey:
         return pure, mixed
 
     def shared(self) -> tuple[Tensor, Tensor]:
-        """Shares of common input and output directions, mean over the layers two adapters share, ``(N, N)`` each."""
+        """Shares of common input and output directions, mean over the layers both adapters change, ``(N, N)`` each."""
         n = len(self.report.inputs)
         tables, count = torch.zeros(2, n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
         for module in self.report.modules:
             i = torch.tensor(module.adapters)
             layer = self.layers[module.name]
             tables[:, i[:, None], i] += torch.stack([layer.shared_in, layer.shared_out])
-            count[i[:, None], i] += 1
+            changed = (torch.tensor(module.norms) > 0).double()
+            count[i[:, None], i] += changed[:, None] * changed
         shared_in, shared_out = tables / count.clamp_min(1)
         return shared_in, shared_out
 

@@ -91,15 +91,25 @@ def test_kept_is_what_svd_keeps():
         assert float(found.kept()[k - 1]) == pytest.approx(merge(adapters, SVD(Rank(k))).report.energy_kept, abs=1e-6)
 
 
+def test_what_lego_keeps_is_measured_against_the_sum():
+    """Rank 1 of every layer: 7 and nothing are met, of 5 and sqrt 5 only the larger if the two small units are apart."""
+    found = survey([A, B], rank=Rank(1))
+    modules = {module.name: module for module in found.report.modules}
+    lost = modules["blocks.2.a.q"].error ** 2 * 30
+    assert found.merged() == pytest.approx(1 - lost / 79, abs=1e-4)
+    assert found.merged() <= float(found.kept()[0]) + 1e-6
+    assert survey([A, B], rank=Rank(3)).merged() == pytest.approx(1, abs=1e-5)
+
+
 def test_shared_directions_do_not_depend_on_size():
-    """Block 0 and 1: all shared. Block 2: a reads e0, one of b's two; it writes e0, none of b's. Zero layers: 0."""
+    """Block 0 and 1: all shared. Block 2: a reads e0, one of b's two; it writes e0, none of b's. Zeros do not count."""
     found = survey([A, B])
     block = found.layers["blocks.2.a.q"]
     close(block.shared_in, [[1, 1], [1, 1]])
     close(block.shared_out, [[1, 0], [0, 1]])
     shared_in, shared_out = found.shared()
-    assert float(shared_in[0, 1]) == pytest.approx(3 / 6, abs=1e-5)
-    assert float(shared_out[0, 1]) == pytest.approx(2 / 6, abs=1e-5)
+    assert float(shared_in[0, 1]) == pytest.approx(3 / 3, abs=1e-5)
+    assert float(shared_out[0, 1]) == pytest.approx(2 / 3, abs=1e-5)
 
 
 def test_origins_count_merged_units():
