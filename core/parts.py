@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .adapter import is_text_encoder
@@ -12,6 +12,8 @@ from .adapter import is_text_encoder
 MANY = 48
 """With more blocks of the model than this, those inside of others (of a U-Net) are told of together."""
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
+# what names begin with that says nothing of the block
+_ROOT = re.compile(r"^(lora_(unet|transformer)_+|(unet|transformer|diffusion_model|model)\.|base_model\.model\.)+")
 _OUTSIDE = "outside of blocks"
 FIRST, MIDDLE, LAST = "the first blocks", "the middle blocks", "the last blocks"
 ALL, TEXT, REST = "the blocks", "the text encoders", "the layers outside of blocks"
@@ -53,6 +55,21 @@ def parts(layers: Iterable[str]) -> list[Part]:
     numbered = [name for name in ordered if name != _OUTSIDE and not is_text_encoder(name)]
     region = {name: _third(i, len(numbered)) for i, name in enumerate(numbered)}
     return [Part(name, region.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name])) for name in ordered]
+
+
+def short_names(parts_: Sequence[Part]) -> list[str]:
+    """What to call the parts in a picture: ``down 0 attentions 1 transformer 0``; whole names where those are alike."""
+    short = [_short(part.name) for part in parts_]
+    return short if len(set(short)) == len(short) else [part.name for part in parts_]
+
+
+def _short(name: str) -> str:
+    if name == _OUTSIDE:
+        return name
+    if is_text_encoder(name):
+        return re.sub(r"[._]text_model[._]encoder[._]layers$", "", name)
+    words = re.split(r"[._](\d+)(?=[._]|$)", _ROOT.sub("", name))
+    return " ".join(re.sub(r"[._]?blocks?$", "", word).strip("._") or word for word in words if word)
 
 
 def _innermost(layers: Iterable[str]) -> dict[str, str]:

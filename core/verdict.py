@@ -1,9 +1,9 @@
 """A survey in plain sentences.
 
 Where they draw a line: two LoRAs share a direction above a cosine of `report.SHARED`, work against each other below its
-negative, and are nearly the same above `report.SAME`, as in a merge's report. One is much larger than another from
-`_LOUDER` times its norm on, and at home in a stretch of the model that holds more than `_HOME` of its energy. A rank is
-said to do from 95% of the sum's energy on.
+negative, and are nearly the same above `report.SAME`, as in a merge's report; from `_LITTLE` on it is called a little.
+One is much larger than another from `_LOUDER` times its norm on, and at home in a stretch of the model that holds more
+than `_HOME` of its energy. A rank is said to do from 95% of the sum's energy on.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from .parts import FIRST, LAST, MIDDLE, TEXT
 from .report import SAME, SHARED
 from .survey import Survey
 
+_LITTLE = 0.1
+_LONGEST = 40  # characters of a name
 _LOUDER = 2.0
 _HOME = 0.5
-_PAIRS = 3  # told of one by one
+_TOLD = 3  # pairs, or LoRAs, told of one by one
 
 
 def sentences(survey: Survey) -> list[str]:
@@ -38,16 +40,16 @@ def _overlaps(survey: Survey) -> Iterator[str]:
         return max(abs(table[i][j]) for table in (overall, *local.values()))
 
     pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: (-strongest(pair), pair))
-    if len(pairs) > 1 and strongest(pairs[0]) <= SHARED:
+    if len(pairs) > 1 and strongest(pairs[0]) < _LITTLE:
         yield (
-            f"The {len(names)} LoRAs hardly touch each other: every cosine is within {strongest(pairs[0]):.2f} of 0, over "
-            "the whole model and in each stretch of it."
+            f"The {len(names)} LoRAs hardly touch each other: every cosine is within {strongest(pairs[0]):.2f} of 0, "
+            "over the whole model and in each stretch of it."
         )
         return
-    for i, j in pairs[:_PAIRS]:
+    for i, j in pairs[:_TOLD]:
         cosine = overall[i][j]
         where = {region: table[i][j] for region, table in local.items() if len(local) > 1}
-        line = f"{names[i]} and {names[j]} {_do(cosine)} (cosine {cosine:+.2f})"
+        line = f"{_called(names[i])} and {_called(names[j])} {_do(cosine)} (cosine {signed(cosine)})"
         against = {region: c for region, c in where.items() if c < -SHARED}
         along = {region: c for region, c in where.items() if c > SHARED}
         if against and len(against) < len(where):
@@ -55,8 +57,13 @@ def _overlaps(survey: Survey) -> Iterator[str]:
         elif along and len(along) < len(where):
             line += f"{'' if cosine > SHARED else ', but they share a direction'}{_most(along)}"
         yield f"{line}."
-    if len(pairs) > _PAIRS:
-        yield f"The other {len(pairs) - _PAIRS} pairs overlap less."
+    if len(pairs) > _TOLD:
+        yield f"The other {len(pairs) - _TOLD} pairs overlap less."
+
+
+def _called(name: str) -> str:
+    """A name short enough for a sentence."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}..{name[-_LONGEST // 2 :]}"
 
 
 def _do(cosine: float) -> str:
@@ -66,13 +73,15 @@ def _do(cosine: float) -> str:
         return "share a direction"
     if cosine < -SHARED:
         return "work against each other"
+    if abs(cosine) >= _LITTLE:
+        return "overlap a little" if cosine > 0 else "work against each other a little"
     return "hardly touch each other"
 
 
 def _most(regions: dict[str, float]) -> str:
     region = max(regions, key=lambda region: abs(regions[region]))
     others = "" if len(regions) == 1 else ", most"
-    return f"{others} in {region} ({regions[region]:+.2f})"
+    return f"{others} in {region} ({signed(regions[region])})"
 
 
 def _sizes(survey: Survey) -> Iterator[str]:
@@ -80,27 +89,30 @@ def _sizes(survey: Survey) -> Iterator[str]:
     heard = [i for i, size in enumerate(sizes) if size > 0]
     for i in range(len(names)):
         if i not in heard:
-            yield f"{names[i]} changes nothing."
+            yield f"{_called(names[i])} changes nothing."
     if len(heard) > 1:
         low, high = min(heard, key=lambda i: sizes[i]), max(heard, key=lambda i: sizes[i])
         if sizes[high] >= _LOUDER * sizes[low]:
             yield (
-                f"{names[high]} is {sizes[high] / sizes[low]:.1f} times as large as {names[low]}: at these weights it "
-                "drowns that one out, unless it needs to be that loud."
+                f"{_called(names[high])} is {sizes[high] / sizes[low]:.1f} times as large as {_called(names[low])}, at "
+                "these weights."
             )
 
 
 def _homes(survey: Survey) -> Iterator[str]:
     energies = survey.energies()
-    total = energies.sum(0)
-    regions = _regions(survey)
-    at = {region: [part.region == region for part in survey.parts] for region in regions}
-    for i, name in enumerate(survey.report.inputs):
-        for region in (FIRST, MIDDLE, LAST, TEXT):
-            if region in at and total[i] > 0:
-                share = float(energies[torch.tensor(at[region]), i].sum() / total[i])
-                if share > _HOME and len(regions) > 1:
-                    yield f"{name} acts mostly in {region} ({share:.0%} of its energy)."
+    names, total = survey.report.inputs, energies.sum(0)
+    for region in (FIRST, MIDDLE, LAST, TEXT):
+        at = torch.tensor([part.region == region for part in survey.parts])
+        shares = (energies[at].sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
+        home = [i for i, share in enumerate(shares) if share > _HOME]
+        if not home or at.all():
+            continue
+        if len(home) > _TOLD:
+            yield f"{len(home)} of the {len(names)} LoRAs act mostly in {region}."
+            continue
+        for i in home:
+            yield f"{_called(names[i])} acts mostly in {region} ({shares[i]:.0%} of its energy)."
 
 
 def _ranks(survey: Survey) -> Iterator[str]:
@@ -121,11 +133,16 @@ def _origins(survey: Survey) -> Iterator[str]:
     rank, best = f"rank {low} to {high}", ""
     if low == high:
         rank = f"rank {low}"
-        best = f" of it, where no merge can keep more than {_percent(survey.kept()[: low].max())}"
+        best = f" of it, where no merge can keep more than {_percent(survey.kept()[:low].max())}"
     yield (
         f"LEGO at {rank} keeps {_percent(survey.merged())}{best}; {mixed:.0%} of its units blend several LoRAs, the "
         "others come from one."
     )
+
+
+def signed(cosine: float) -> str:
+    """To two digits; nothing has no sign."""
+    return f"{cosine:+.2f}" if abs(cosine) >= 0.005 else "0.00"
 
 
 def _percent(share: float | torch.Tensor) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from legomole.core import parts as p
-from legomole.core.parts import parts
+from legomole.core.parts import Part, parts, short_names
 
 from .. import lora_files as files
 
@@ -76,3 +76,27 @@ def test_too_many_blocks_are_told_of_by_the_outermost():
 def test_every_layer_is_in_one_block(shapes):
     found = [name for part in parts(shapes) for name in part.layers]
     assert sorted(found) == sorted(shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("lora_unet_down_blocks_0_attentions_1_transformer_blocks_0", "down 0 attentions 1 transformer 0"),
+        ("unet.mid_block.attentions.0", "mid_block.attentions 0"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0", "input 4 1 transformer 0"),
+        ("transformer.transformer_blocks.3", "transformer 3"),
+        ("diffusion_model.single_blocks.12", "single 12"),
+        ("base_model.model.model.layers.7", "layers 7"),
+        ("blocks.7", "blocks 7"),
+        ("lora_te1_text_model_encoder_layers", "lora_te1"),
+        ("text_encoder_2.text_model.encoder.layers", "text_encoder_2"),
+        ("outside of blocks", "outside of blocks"),
+    ],
+)
+def test_short_names(name, short):
+    assert short_names([Part(name, p.ALL, ())]) == [short]
+
+
+def test_short_names_that_would_be_alike_stay_long():
+    names = ["unet.blocks.0", "model.blocks.0"]
+    assert short_names([Part(name, p.ALL, ()) for name in names]) == names

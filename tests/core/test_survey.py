@@ -92,7 +92,7 @@ def test_kept_is_what_svd_keeps():
 
 
 def test_what_lego_keeps_is_measured_against_the_sum():
-    """Rank 1 of every layer: 7 and nothing are met, of 5 and sqrt 5 only the larger if the two small units are apart."""
+    """At rank 1 block 0 loses nothing of 49, block 1 has nothing to lose, block 2 some of its 30."""
     found = survey([A, B], rank=Rank(1))
     modules = {module.name: module for module in found.report.modules}
     lost = modules["blocks.2.a.q"].error ** 2 * 30

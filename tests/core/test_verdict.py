@@ -30,7 +30,7 @@ def test_a_fight_in_one_place_is_told_of_though_the_whole_is_calm():
     a = adapter("a", layers(part((20, 0, 0)), part((1, 1, 1)), part((1, 0, 0))))
     b = adapter("b", layers(part((20, 1, 1)), part((-1, 1, 1)), part((1, 2, 2))))
     assert said(a, b)[0] == (
-        "a and b hardly touch each other (cosine -0.00), but they work against each other in the middle blocks (-1.00)."
+        "a and b hardly touch each other (cosine 0.00), but they work against each other in the middle blocks (-1.00)."
     )
 
 
@@ -38,13 +38,11 @@ def test_one_lora_twice_and_one_much_larger():
     a = adapter("a", layers(part((3, 0, 0), (1, 1, 1))))
     text = said(a, adapter("b", dict(a.modules)), weights=[1, 3])
     assert text[0] == "a and b are nearly the same LoRA (cosine +1.00)."
-    assert text[1].startswith("b is 3.0 times as large as a: ")
+    assert text[1] == "b is 3.0 times as large as a, at these weights."
     # (4 x 3)^2 and 4^2: 90% at rank 1
     assert text[2] == "It takes rank 2 to keep 95% of the sum's energy, and that keeps all of it."
     # clusters 9 e1, and 3 e1 with e2 and 3 e2: best rank one of the latter's sum is 4 e2, lost are 9 of 160
-    assert text[3] == (
-        "LEGO at rank 1 to 2 keeps 94%; 67% of its units blend several LoRAs, the others come from one."
-    )
+    assert text[3] == ("LEGO at rank 1 to 2 keeps 94%; 67% of its units blend several LoRAs, the others come from one.")
 
 
 def test_one_alone():
@@ -59,6 +57,25 @@ def test_many_that_do_not_meet_are_told_of_together():
     text = said(*several)
     assert text[0] == "a and e are nearly the same LoRA (cosine +1.00)."
     assert text[3] == "The other 3 pairs overlap less."
+
+
+def test_a_little():
+    """Products 9 x 9; 3 times 3 of it in common: 9 / 81 = 0.11."""
+    a = adapter("a", layers(part((3, 0, 0), (72**0.5, 1, 1))))
+    for sign, said_ in (
+        (1, "overlap a little (cosine +0.11)"),
+        (-1, "work against each other a little (cosine -0.11)"),
+    ):
+        assert said(a, adapter("b", layers(part((sign * 3, 0, 0), (72**0.5, 2, 2)))))[0] == f"a and b {said_}."
+
+
+def test_many_at_home_in_one_place_and_long_names():
+    several = [
+        adapter(f"{'long' * 20}_{i}", layers(part((9, i, i)), part((1, 0, 0)), part((1, 0, 0)))) for i in range(4)
+    ]
+    text = said(*several)
+    assert "4 of the 4 LoRAs act mostly in the first blocks." in text
+    assert "longlonglonglonglong..nglo" in " ".join(said(several[0], several[1]))
 
 
 def test_nothing_is_said_to_be_whole_that_is_not():

@@ -1,0 +1,91 @@
+"""The picture of a survey, by its pixels; and the sheet it is drawn on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from legomole.core.draw import _LINES
+from legomole.core.draw_survey import draw_survey
+from legomole.core.lowrank import LowRank
+from legomole.core.figure import Sheet
+from legomole.core.survey import survey
+
+from .test_survey import A, B, adapter, layers, part
+
+pytest.importorskip("PIL")
+COLD, WARM = (33, 102, 172), (178, 24, 43)
+
+
+def share(picture, colour) -> float:
+    """Pixels of a colour, in the whole."""
+    return sum(n for n, found in picture.getcolors(1 << 24) if found == colour) / (picture.width * picture.height)
+
+
+def test_blocks_that_fight_are_cold_and_those_that_agree_warm():
+    picture = draw_survey(survey([A, B]))
+    assert picture.width == 1590
+    assert share(picture, COLD) == pytest.approx(share(picture, WARM), rel=0.2)  # one cell each, with figures in it
+    assert share(picture, COLD) > 0.0005
+    apart = draw_survey(survey([A, adapter("c", layers(part((1, 5, 5)), part((1, 5, 5)), part((1, 5, 5))))]))
+    assert share(apart, COLD) == share(apart, WARM) == 0
+
+
+def test_origins_are_bars_of_the_loras_colours():
+    """Three blocks of 2 layers: of units nobody shares all are pure; of one LoRA twice all are blends, in pale."""
+    pale = tuple(round(x + (255 - x) * 0.62) for x in _LINES[0])
+    twice = draw_survey(survey([A, adapter("b", dict(A.modules))]))
+    assert share(twice, pale) > 0.005
+    other = adapter("c", {name: LowRank(p.A.flip(1), p.B.flip(0)) for name, p in A.modules.items() if ".a." in name})
+    alone = adapter("a", {name: p for name, p in A.modules.items() if ".a." in name})
+    pure = draw_survey(survey([alone, other]))  # of rank 1: one unit, of both
+    assert share(pure, pale) > 0.005
+    assert share(draw_survey(survey([alone])), pale) == 0
+
+
+def test_one_lora_has_no_pairs_and_no_origins():
+    one, two = draw_survey(survey([A])), draw_survey(survey([A, B]))
+    assert one.height < two.height
+    assert share(one, _LINES[1]) == 0
+    assert share(two, _LINES[1]) > 0.003
+
+
+@pytest.mark.parametrize("n", [7, 9])
+def test_many_loras_with_long_names_and_other_scripts(n):
+    several = [
+        adapter(f"{'very long ' * 20}\n\0\x1b[31m <b>{i} 水彩", layers(part((i + 1, i % 6, 0)), part((1, 1, i % 6))))
+        for i in range(n)
+    ]
+    picture = draw_survey(survey(several))
+    assert picture.width == 1590
+    assert picture.height < 2500
+    assert all(share(picture, colour) > 0 for colour in _LINES)
+
+
+def test_many_blocks_and_nothing_at_all():
+    g = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.{x}.q" for i in range(60) for x in ("a", "b")]
+    a, b = (
+        adapter(x, {n: LowRank(torch.randn(2, 4, generator=g), torch.randn(3, 2, generator=g)) for n in names})
+        for x in "ab"
+    )
+    assert draw_survey(survey([a, b])).height < 2500
+    zero = adapter("z", {"x": LowRank(torch.zeros(2, 4), torch.zeros(3, 2))})
+    assert draw_survey(survey([zero])).height > 500
+    assert draw_survey(survey([zero, zero])).height > 500
+
+
+def test_the_same_survey_gives_the_same_picture():
+    assert draw_survey(survey([A, B])).tobytes() == draw_survey(survey([A, B])).tobytes()
+
+
+def test_text_is_cut_and_wrapped_to_fit():
+    sheet = Sheet(100, 100)
+    assert sheet.fitted("short", 100) == "short"
+    cut = sheet.fitted("long " * 40, 100)
+    assert cut.startswith("..")
+    assert sheet.length(cut) <= 100
+    lines = sheet.wrapped(f"a bc {'d' * 80} e f", 100)
+    assert lines[0] == "a bc"
+    assert all(sheet.length(line) <= 100 for line in lines)
+    assert sheet.wrapped("", 100) == []
+    assert sheet.finish().size == (150, 150)
