@@ -16,15 +16,19 @@ from .console import clean, out, plain, print_json
 from .gates_output import gates_facts, show, told
 from .machine import located
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+from .report import check_plot, surveyed, tell_plot, write_plot
 
 if TYPE_CHECKING:
+    from ..core.adapter import Adapter
     from ..core.formats import Summary
+    from ..core.report import MergeReport
 
 INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
 [cyan]legomole inspect style.safetensors[/cyan]
 [cyan]legomole inspect style.safetensors --modules | grep attn2[/cyan]
 [cyan]legomole inspect style.safetensors subject.safetensors[/cyan]  (how alike are they?)
+[cyan]legomole inspect style.safetensors subject.safetensors --plot report.html[/cyan]  (and where?)
 [cyan]legomole inspect merged.safetensors --recipe > recipe.yaml[/cyan]
 """
 CONVERT_EXAMPLES = """[bold]Examples[/bold]
@@ -41,6 +45,18 @@ def inspect(
     paths: Annotated[list[Path], typer.Argument(metavar="LORA", help="LoRA files, PEFT folders, gates.")],
     modules: Annotated[bool, typer.Option("--modules", help="List the module names, one a line.")] = False,
     recipe: Annotated[bool, typer.Option("--recipe", help="Print only the recipe of a merged file, as YAML.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw a report of the LoRAs, as a picture (.png) or as a page with tables (.html): overlap and energy "
+            "by block, spectrum, where LEGO's units come from, a map of the units, and a summary.",
+        ),
+    ] = None,
+    tsne: Annotated[
+        bool, typer.Option("--tsne", help="Draw the map of units by t-SNE (needs scikit-learn) instead of PCA.")
+    ] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Look inside LoRA files: format, ranks, number formats, metadata, and how they were merged.
@@ -49,23 +65,43 @@ def inspect(
     Of gates (train-gates) it tells the LoRAs, the settings and the training.
     """
     from ..core.formats import summarise
+    from ..core.verdict import sentences
 
+    if plot is not None:
+        if modules or recipe:
+            raise typer.BadParameter("--plot goes with neither --modules nor --recipe.")
+        check_plot(plot, overwrite=overwrite)
+    elif tsne:
+        raise typer.BadParameter("--tsne is for --plot.")
     paths = [located(path) for path in paths]
     summaries = [summarise(path) for path in paths]
     loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
     if recipe:
         _print_recipes(summaries, json)
-    elif json:
-        data = [_plain(summary) for summary in summaries]
-        print_json({"files": data} | ({"overlap": _overlap(loras)} if len(loras) > 1 else {}))
-    elif modules:
+        return
+    if modules and not json:
         for summary in summaries:
             out().print("\n".join(map(clean, summary.names)), markup=False)
-    else:
-        for summary in summaries:
-            _show(summary)
-        if len(loras) > 1:
-            _show_overlap(loras)
+        return
+    looked = None
+    if plot is not None:
+        looked = surveyed(loras, by_tsne=tsne, quiet=json)
+        write_plot(*looked, plot)
+    met = None
+    if len(loras) > 1:
+        met = _overlap(loras, *_merged(loras) if looked is None else (looked[1], looked[0].report))
+    if json:
+        data: dict[str, Any] = {"files": [_plain(summary) for summary in summaries]}
+        data |= {} if met is None else {"overlap": met}
+        data |= {} if looked is None else {"summary": sentences(looked[0]), "plot": str(plot)}
+        print_json(data)
+        return
+    for summary in summaries:
+        _show(summary)
+    if met is not None:
+        _show_overlap(met)
+    if looked is not None and plot is not None:
+        tell_plot(looked[0], plot)
 
 
 def _holds_gates(summary: Summary) -> bool:
@@ -153,15 +189,19 @@ def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
             typer.echo(to_text(recipe), nl=False)
 
 
-def _overlap(paths: Sequence[Path]) -> dict[str, Any]:
-    """How many modules each pair shares, and how alike their deltas are there."""
+def _merged(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
+    """LoRAs under common names, and the report of their sum."""
     from ..core.align import align
     from ..core.formats import load
     from ..core.merge import merge
     from ..core.methods.concat import Concat
 
     adapters = align([load(path) for path in paths], key_map=key_map)
-    report = merge(adapters, Concat()).report
+    return adapters, merge(adapters, Concat()).report
+
+
+def _overlap(paths: Sequence[Path], adapters: Sequence[Adapter], report: MergeReport) -> dict[str, Any]:
+    """How many modules each pair shares, and how alike their deltas are there."""
     pairs = [(i, j) for i in range(len(paths)) for j in range(i + 1, len(paths))]
     cosine = report.overlap()
     return {
@@ -177,11 +217,11 @@ def _overlap(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _show_overlap(paths: Sequence[Path]) -> None:
+def _show_overlap(met: Mapping[str, Any]) -> None:
     table = Table(title="Overlap (1: the same direction, 0: unrelated, -1: opposite)", title_justify="left")
     for column in ("first", "second", "shared modules", "cosine"):
         table.add_column(column, justify="right" if column in ("shared modules", "cosine") else "left")
-    for pair in _overlap(paths)["pairs"]:
+    for pair in met["pairs"]:
         table.add_row(*map(plain, pair["files"]), str(pair["shared_modules"]), f"{pair['cosine']:+.3f}")
     out().print(table)
 

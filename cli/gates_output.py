@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from ..core.errors import FormatError, LegoMoleError, SaveError, name_some
+from ..core.errors import FormatError, LegoMoleError, name_some
 from .console import out, plain
 from .options import size_of
 
@@ -171,7 +171,8 @@ def draw(done: PipelineTraining, labels: Sequence[str], path: Path) -> None:
     """
     from PIL import Image
 
-    from ..core.draw import curves, heat_map
+    from ..core.draw import curves, heat_map, png
+    from ..core.formats.files import write_bytes
 
     parts = [
         heat_map(
@@ -185,7 +186,4 @@ def draw(done: PipelineTraining, labels: Sequence[str], path: Path) -> None:
     for part in parts:
         sheet.paste(part, (0, top))
         top += part.height
-    try:
-        sheet.save(path, format="PNG")
-    except OSError as error:
-        raise SaveError("The picture could not be written.", file=path, found=error.strerror or str(error)) from error
+    write_bytes(path, png(sheet))

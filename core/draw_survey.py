@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from .draw import _GRID, _INK, _LINES, _PALE, _PAPER
-from .parts import short_names
 from .figure import Colour, Sheet
+from .parts import short_names
 from .survey import Survey, UnitMap
-from .verdict import sentences, signed
+from .verdict import sentences, signed, title
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,9 +47,7 @@ def draw_survey(survey: Survey) -> Image:
     maps = _panels(survey.maps)
     sheet = Sheet(_WIDTH, top_maps + (248 if maps else 0) - (0 if maps else 20))
 
-    names = survey.report.inputs
-    title = "LoRA report: " + (" and ".join(names) if len(names) < 4 else f"{len(names)} LoRAs")
-    sheet.text(_MARGIN, 20, _cut(sheet, title, _WIDTH - 2 * _MARGIN, 19), size=19)
+    sheet.text(_MARGIN, 20, _cut(sheet, title(survey), _WIDTH - 2 * _MARGIN, 19), size=19)
     for i, (first, line) in enumerate(wrapped):
         if first:
             sheet.dot(_MARGIN + 3, 56 + 17 * i + 8, 2, _PALE)
@@ -131,8 +129,8 @@ def _draw_table(
         _draw_origins(sheet, survey, x, top, _WIDTH - _MARGIN - x, row)
 
 
-def _head(sheet: Sheet, x: float, top: float, title: str, note: str) -> None:
-    sheet.text(x, top - 52, title, size=14)
+def _head(sheet: Sheet, x: float, top: float, name: str, note: str) -> None:
+    sheet.text(x, top - 52, name, size=14)
     sheet.text(x, top - 34, note, _PALE, size=10.5)
 
 

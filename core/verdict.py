@@ -24,6 +24,13 @@ _HOME = 0.5
 _TOLD = 3  # pairs, or LoRAs, told of one by one
 
 
+def title(survey: Survey) -> str:
+    """What to call the report."""
+    *some, last = survey.report.inputs
+    names = f"{', '.join(some)} and {last}" if some else last
+    return f"LoRA report: {names if len(some) < 4 else f'{len(some) + 1} LoRAs'}"
+
+
 def sentences(survey: Survey) -> list[str]:
     """What a person should know of these adapters, the most important first."""
     return [*_overlaps(survey), *_sizes(survey), *_homes(survey), *_ranks(survey), *_origins(survey)]

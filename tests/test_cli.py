@@ -211,6 +211,42 @@ def test_inspect_of_a_merged_file_tells_how():
     assert f"merged by legomole {legomole.__version__}, lego" in text
 
 
+@pytest.mark.parametrize("name", ["report.png", "report.html"])
+def test_inspect_plots_a_report(name):
+    text = done("inspect", "a.safetensors", "b.safetensors", "--plot", name)
+    assert "LEGO at rank 3 keeps" in text
+    assert f"wrote {name}" in text
+    first = Path(name).read_bytes()
+    assert first.startswith(b"\x89PNG\r\n\x1a\n" if name.endswith("png") else b"<!doctype html>")
+    assert sorted(path.name for path in Path().iterdir()) == ["a.safetensors", "b.safetensors", name]
+    done("inspect", "a.safetensors", "b.safetensors", "--plot", name, "--overwrite", "--tsne")
+    assert Path(name).read_bytes() != first  # another map
+    data = json.loads(done("inspect", "a.safetensors", "--plot", name, "--overwrite", "--json"))
+    assert data["plot"] == name
+    assert data["summary"] == ["Rank 3 keeps 97% of its energy; all of it needs rank 4."]
+
+
+def test_inspect_does_not_plot_over_files():
+    Path("report.html").write_text("precious")
+    for arguments, code in (
+        (["--plot", "report.html"], 4),
+        (["--plot", "gone/report.html"], 4),
+        (["--plot", "a.safetensors", "--overwrite"], 2),
+        (["--plot", "x.png", "--recipe"], 2),
+        (["--tsne"], 2),
+    ):
+        assert run("inspect", "a.safetensors", *arguments).exit_code == code
+    assert Path("report.html").read_text() == "precious"
+    assert not Path("x.png").exists()
+
+
+def test_inspect_says_what_it_draws_with(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    result = run("inspect", "a.safetensors", "--plot", "x.png")
+    assert result.exit_code == 3
+    assert "legomole[plots]" in squeezed(result.output)
+
+
 def test_inspect_of_several_files_shows_their_overlap():
     """A LoRA overlaps fully with itself."""
     write(Path("twin.safetensors"), 4, 1)

@@ -64,6 +64,16 @@ def test_metadata_and_names_are_shown_not_obeyed() -> None:
     assert "\x1b]" not in report
 
 
+def test_a_report_shows_names_and_does_not_obey_them() -> None:
+    script = "<script>alert(1)</script>"
+    path = lora(f"{script.replace('/', '|')}.safetensors", f"lora_unet_{TITLE}{script}", ss_base_model_version=script)
+    for name in ("r.html", "r.png"):
+        assert "\x1b" not in run("inspect", str(path), "--plot", name)
+    text = Path("r.html").read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+
+
 def test_a_file_called_like_markup() -> None:
     name = "[bold]a[x].safetensors"
     lora(name)

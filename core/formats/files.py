@@ -179,6 +179,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         temporary.replace(path)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write any file, atomically, see `write_tensors`."""
+    with _beside(path) as temporary:
+        with temporary.open("xb") as file:
+            file.write(content)
+            _sync(file)
+        temporary.replace(path)
+
+
 def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
     """Write the named files of a folder; a folder that does not exist yet appears whole or not at all.
 

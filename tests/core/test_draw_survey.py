@@ -6,8 +6,8 @@ import pytest
 import torch
 from legomole.core.draw import _LINES
 from legomole.core.draw_survey import draw_survey
-from legomole.core.lowrank import LowRank
 from legomole.core.figure import Sheet
+from legomole.core.lowrank import LowRank
 from legomole.core.survey import survey
 
 from .test_survey import A, B, adapter, layers, part
