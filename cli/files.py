@@ -56,6 +56,9 @@ def inspect(
     tsne: Annotated[
         bool, typer.Option("--tsne", help="Draw the map of units by t-SNE (needs scikit-learn) instead of PCA.")
     ] = False,
+    rank: Annotated[
+        str | None, typer.Option(metavar="RANK", help="Of the LEGO merge in the report. Default 1x, see merge --rank.")
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -71,8 +74,8 @@ def inspect(
         if modules or recipe:
             raise typer.BadParameter("--plot goes with neither --modules nor --recipe.")
         check_plot(plot, overwrite=overwrite)
-    elif tsne:
-        raise typer.BadParameter("--tsne is for --plot.")
+    elif tsne or rank is not None:
+        raise typer.BadParameter("--tsne and --rank are for --plot.")
     paths = [located(path) for path in paths]
     summaries = [summarise(path) for path in paths]
     loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
@@ -85,7 +88,7 @@ def inspect(
         return
     looked = None
     if plot is not None:
-        looked = surveyed(loras, by_tsne=tsne, quiet=json)
+        looked = surveyed(loras, rank, by_tsne=tsne, quiet=json)
         write_plot(*looked, plot)
     met = None
     if len(loras) > 1:

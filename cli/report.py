@@ -31,16 +31,19 @@ def check_plot(path: Path, *, overwrite: bool) -> None:
     check_free(path, overwrite=overwrite)
 
 
-def surveyed(paths: Sequence[Path], *, by_tsne: bool, quiet: bool) -> tuple[Survey, list[Adapter]]:
+def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: bool) -> tuple[Survey, list[Adapter]]:
     """Look at LoRAs together; also gives them, under common names."""
     from ..core.align import align
     from ..core.formats import load
     from ..core.formats.unchanged import unchanged
+    from ..core.rank import Rank
     from ..core.survey import survey
 
+    chosen = None if rank is None else Rank.parse(rank)
     with unchanged(paths), progress_bar("looking", quiet=quiet) as progress:
         adapters = align([load(path) for path in paths], key_map=key_map)
-        return survey(adapters, drawn="tsne" if by_tsne else "pca", progress=progress), adapters
+        drawn = "tsne" if by_tsne else "pca"
+        return survey(adapters, rank=chosen, drawn=drawn, progress=progress), adapters
 
 
 def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:

@@ -12,7 +12,7 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import apply, calibrate, gates, load, lora_list, merge, mole, routes, save, train_gates, xy
+            from . import apply, calibrate, gates, load, lora_list, merge, mole, report, routes, save, train_gates, xy
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
             raise
@@ -22,6 +22,7 @@ class LegoMoleExtension(ComfyExtension):
             lora_list.LoRAList,
             merge.LegoMerge,
             merge.MergeLoRAs,
+            report.LoRAReport,
             calibrate.Calibrate,
             apply.ApplyLoRA,
             save.SaveLoRA,

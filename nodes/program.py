@@ -23,6 +23,7 @@ from ..core.places import inside, relative
 _TELL_EVERY = 0.5  # seconds
 
 LORAS, GATES = "loras", "legomole_gates"  # kinds of model files, and the names of their folders beside each other
+OUTPUT = "output"  # ComfyUI's folder for what nodes make
 folder_paths.folder_names_and_paths.setdefault(GATES, ([str(Path(folder_paths.models_dir) / GATES)], {".safetensors"}))
 
 
@@ -67,15 +68,17 @@ def save_path(prefix: str, kind: str = LORAS) -> Path:
 
     Args:
         prefix: Name, with a subfolder if wanted; ``%year%`` and the like are filled in.
-        kind: `LORAS` or `GATES`.
+        kind: `LORAS`, `GATES`, or `OUTPUT` for a page (``.html``).
 
     Raises:
         SaveError: The place is outside that folder, or the subfolder cannot be made.
     """
-    folder = Path(folder_paths.get_folder_paths(kind)[0])
+    output = kind == OUTPUT
+    folder = Path(folder_paths.get_output_directory() if output else folder_paths.get_folder_paths(kind)[0])
     if not inside(folder, prefix):
+        what = {LORAS: "A LoRA", GATES: "Gates", OUTPUT: "A report"}[kind]
         raise SaveError(
-            f"{'A LoRA' if kind == LORAS else 'Gates'} can only be saved inside the {kind} folder.",
+            f"{what} can only be saved inside the {kind} folder.",
             file=prefix,
             expected="a name like merged or styles/merged",
             remedy="give a relative name without .., through no link that leads out of the folder",
@@ -84,7 +87,7 @@ def save_path(prefix: str, kind: str = LORAS) -> Path:
         target, name, counter, *_ = folder_paths.get_save_image_path(prefix, str(folder))
     except OSError as error:
         raise SaveError("The folder cannot be made.", file=folder / prefix, found=error.strerror) from error
-    return Path(target) / f"{name}_{counter:05}_.safetensors"
+    return Path(target) / f"{name}_{counter:05}_{'.html' if output else '.safetensors'}"
 
 
 def progress() -> Callable[[int, int, str], None]:

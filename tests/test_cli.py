@@ -221,6 +221,8 @@ def test_inspect_plots_a_report(name):
     assert sorted(path.name for path in Path().iterdir()) == ["a.safetensors", "b.safetensors", name]
     done("inspect", "a.safetensors", "b.safetensors", "--plot", name, "--overwrite", "--tsne")
     assert Path(name).read_bytes() != first  # another map
+    text = done("inspect", "a.safetensors", "b.safetensors", "--plot", name, "--overwrite", "--rank", "2")
+    assert "LEGO at rank 2 keeps" in text
     data = json.loads(done("inspect", "a.safetensors", "--plot", name, "--overwrite", "--json"))
     assert data["plot"] == name
     assert data["summary"] == ["Rank 3 keeps 97% of its energy; all of it needs rank 4."]
@@ -234,6 +236,8 @@ def test_inspect_does_not_plot_over_files():
         (["--plot", "a.safetensors", "--overwrite"], 2),
         (["--plot", "x.png", "--recipe"], 2),
         (["--tsne"], 2),
+        (["--rank", "4"], 2),
+        (["--plot", "x.png", "--rank", "no"], 3),
     ):
         assert run("inspect", "a.safetensors", *arguments).exit_code == code
     assert Path("report.html").read_text() == "precious"

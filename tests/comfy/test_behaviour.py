@@ -21,6 +21,7 @@ OURS = (
     "LegoMoLE_LoadLoRA",
     "LegoMoLE_LegoMerge",
     "LegoMoLE_MergeLoRAs",
+    "LegoMoLE_LoRAReport",
     "LegoMoLE_ApplyLoRA",
     "LegoMoLE_SaveLoRA",
     "LegoMoLE_MoLEMix",

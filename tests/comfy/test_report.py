@@ -1,0 +1,56 @@
+"""LoRA Report in a real graph: picture, summary and page; names that stay inside the output folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from .graph import Graph, Link
+from .server import Server
+
+pytestmark = pytest.mark.comfy
+
+
+def report(graph: Graph, *loras: Link, with_model: bool = True, **settings: Any) -> Link:
+    host = {"model": graph.model, "clip": graph.clip} if with_model else {}
+    defaults = {"rank": "1x", "map": "PCA", "filename_prefix": "test/report"}
+    row = {f"loras__lora{i}": lora for i, lora in enumerate(loras)}
+    return graph.add("LegoMoLE_LoRAReport", **row, **host, **{**defaults, **settings})
+
+
+def test_report_of_one_lora_twice(comfy: Server, files: dict[str, str]) -> None:
+    """At strengths 1 and -2 it works against itself, everywhere."""
+    graph = Graph()
+    node = report(graph, graph.load(files["flux_kohya"]), graph.load(files["flux_kohya"], -2.0, -2.0))
+    graph.add("SaveImage", images=node, filename_prefix="test/report")
+    text = {"class_type": "PreviewAny", "inputs": {"source": [node[0], 1]}}
+    run = comfy.run({**graph.nodes, "text": text})
+    assert "work against each other (cosine -1.00)" in run.outputs["text"]["text"][0]
+    assert run.outputs[node[0]]["images"]
+    shown = run.outputs[node[0]]["text"][0]
+    assert shown.startswith(run.outputs["text"]["text"][0])
+    page = comfy.base / "output" / "test" / "report_00001_.html"
+    assert str(page) in shown
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    saved = run.outputs["SaveImage0"]["images"][0]
+    with Image.open(comfy.base / "output" / saved["subfolder"] / saved["filename"]) as picture:
+        assert picture.width == 1590
+
+
+def test_report_without_a_model_and_without_a_page(comfy: Server, files: dict[str, str]) -> None:
+    graph = Graph()
+    name = report(graph, graph.load(files["flux_kohya"]), with_model=False, filename_prefix="")[0]
+    run = comfy.run({node: value for node, value in graph.nodes.items() if "Loader" not in value["class_type"]})
+    assert ".html" not in run.outputs[name]["text"][0]
+
+
+def test_errors_in_our_words(comfy: Server, files: dict[str, str]) -> None:
+    for settings, said in (
+        ({"filename_prefix": "../outside"}, "A report can only be saved inside the output folder."),
+        ({"rank": "many"}, "This is not a rank."),
+    ):
+        graph = Graph()
+        report(graph, graph.load(files["flux_kohya"]), **settings)
+        assert said in comfy.fail(graph.nodes)
