@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _WIDTH, _MARGIN = 1060, 28
 _LABEL, _BARS, _GAP = 210, 190, 34  # widths: row labels, origins, between the groups of the table
+_NOTE = 150  # width of what is written above a group
 _COLD, _WARM = (33, 102, 172), (178, 24, 43)
 _SUM: Colour = (40, 40, 45)
 _OTHERS: Colour = (150, 150, 158)
@@ -120,10 +121,10 @@ def _draw_table(
     if pairs:
         _head(sheet, x, top, "overlap", "cosine: red along, blue against")
         _draw_overlap(sheet, survey, pairs, x, top, cell, row)
-        x += cell * len(pairs) + _GAP
+        x += max(cell * len(pairs), _NOTE) + _GAP
     _head(sheet, x, top, "energy", "share of each LoRA's own")
     _draw_energy(sheet, survey, loras, x, top, cell, row)
-    x += cell * len(loras) + _GAP
+    x += max(cell * len(loras), _NOTE) + _GAP
     if bars:
         _head(sheet, x, top, "LEGO's units come from", f"rank {survey.rank}; pale: units that blend several")
         _draw_origins(sheet, survey, x, top, _WIDTH - _MARGIN - x, row)

@@ -59,10 +59,18 @@ def _overlaps(survey: Survey) -> Iterator[str]:
         line = f"{_called(names[i])} and {_called(names[j])} {_do(cosine)} (cosine {signed(cosine)})"
         against = {region: c for region, c in where.items() if c < -SHARED}
         along = {region: c for region, c in where.items() if c > SHARED}
-        if against and len(against) < len(where):
-            line += f"{'' if cosine < -SHARED else ', but they work against each other'}{_most(against)}"
-        elif along and len(along) < len(where):
-            line += f"{'' if cosine > SHARED else ', but they share a direction'}{_most(along)}"
+        but: list[str] = []
+        for do, there, same in (
+            ("work against each other", against, cosine < -SHARED),
+            ("share a direction", along, cosine > SHARED),
+        ):
+            if there and len(there) < len(where):
+                if same:
+                    line += _most(there)
+                else:
+                    but.append(f"{do}{_most(there)}")
+        if but:
+            line += f", but they {' and '.join(but)}"
         yield f"{line}."
     if len(pairs) > _TOLD:
         yield f"The other {len(pairs) - _TOLD} pairs overlap less."

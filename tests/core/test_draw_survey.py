@@ -46,7 +46,7 @@ def test_one_lora_has_no_pairs_and_no_origins():
     one, two = draw_survey(survey([A])), draw_survey(survey([A, B]))
     assert one.height < two.height
     assert share(one, _LINES[1]) == 0
-    assert share(two, _LINES[1]) > 0.003
+    assert share(two, _LINES[1]) > 0.002
 
 
 @pytest.mark.parametrize("n", [7, 9])

@@ -34,6 +34,20 @@ def test_a_fight_in_one_place_is_told_of_though_the_whole_is_calm():
     )
 
 
+def test_both_ways_at_once():
+    """Products 1, 1, 1 with cosines 1, -1, 0; then 4, 1, 1: 3 / 6 = 0.5 over all."""
+    a, b = (adapter(n, layers(part((1, 0, 0)), part((s, 1, 1)), part((1, 0, s % 5)))) for n, s in (("a", 1), ("b", -1)))
+    assert said(a, b)[0] == (
+        "a and b hardly touch each other (cosine 0.00), but they work against each other in the middle blocks (-1.00) "
+        "and share a direction in the first blocks (+1.00)."
+    )
+    a, b = (adapter(n, layers(part((2, 0, 0)), part((s, 1, 1)), part((1, 0, s % 5)))) for n, s in (("a", 1), ("b", -1)))
+    assert said(a, b)[0] == (
+        "a and b share a direction (cosine +0.50) in the first blocks (+1.00), but they work against each other in the "
+        "middle blocks (-1.00)."
+    )
+
+
 def test_one_lora_twice_and_one_much_larger():
     a = adapter("a", layers(part((3, 0, 0), (1, 1, 1))))
     text = said(a, adapter("b", dict(a.modules)), weights=[1, 3])
