@@ -37,6 +37,7 @@ SIZES = {
 # What the nodes say after a run.
 TEXTS = {
     "LegoMoLE_LegoMerge": "lego: 2 LoRAs",
+    "LegoMoLE_LoRAReport": "hardly touch each other",
     "LegoMoLE_SaveLoRA": "_00001_.safetensors",
     "LegoMoLE_TrainGates": "gates for legomole_nano_ember, legomole_nano_heart",
     "LegoMoLE_MoLEMix": "mix of ",
@@ -100,7 +101,7 @@ def test_workflow_opens_whole_and_runs(comfy: Server, page: Any, path: Path) -> 
     assert body.get("node_errors") == {}, body
     done = comfy.history(body["prompt_id"])
     assert done["status"]["status_str"] == "success", done["status"]
-    shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap", "LegoMoLE_XYCompare")
+    shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap", "LegoMoLE_LoRAReport", "LegoMoLE_XYCompare")
     pictures = [str(node["id"]) for node in workflow["nodes"] if node["type"] in shows_pictures]
     assert {node for node, output in done["outputs"].items() if output.get("images")} == set(pictures)
     for kind, text in TEXTS.items():
