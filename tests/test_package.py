@@ -48,7 +48,7 @@ def tracked(pattern: str) -> set[str]:
 def test_the_wheel_holds_every_module_and_what_the_page_needs(built):
     packed = {p.relative_to(built).as_posix() for p in built.rglob("*") if p.is_file()}
     wanted = tracked("*.py") | tracked("*/**/*.py") | tracked("web/**/*") | tracked("workflows/*")
-    wanted |= tracked("nano/weights/**/*.safetensors")
+    wanted |= tracked("locales/**/*") | tracked("nano/weights/**/*.safetensors")
     assert wanted - packed == set()
     assert "web/docs" in {str(Path(p).parent.as_posix()) for p in packed}
     assert any(p.startswith("workflows/") and p.endswith(".json") for p in packed)
