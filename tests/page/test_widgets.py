@@ -19,6 +19,7 @@ from .browser import open_workflow, opened
 
 pytestmark = [pytest.mark.comfy, pytest.mark.page]
 
+TRACKER = "app.extensionManager.workflow.activeWorkflow.changeTracker"  # of the page, for undo
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 _pixel = io.BytesIO()
 Image.new("RGB", (1, 1)).save(_pixel, "png")
@@ -184,12 +185,11 @@ def test_undo_and_redo(board: Any, renderer: str) -> None:
     for key, wanted in (("z", moved_back), ("z", both_on), ("y", moved_back)):
         before = rows(board)
         for _ in range(3):  # that the page's Vue nodes found their size is a step of its own
+            steps = board.evaluate(f"() => {TRACKER}.undoQueue.length")
             board.keyboard.press(f"Control+{key}")
-            for _ in range(40):
-                board.wait_for_timeout(100)
-                if (found := rows(board)) != before:
-                    break
-            if found != before:
+            board.wait_for_function(f"steps => {TRACKER}.undoQueue.length !== steps", arg=steps)
+            board.wait_for_function(f"() => !{TRACKER}._restoringState")
+            if (found := rows(board)) != before:
                 break
         assert found == wanted
 
