@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import formats
-from ..core.adapter import Adapter, Source, is_text_encoder
+from ..core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ..core.errors import FormatError, MergeError, name_some
 from ..core.formats import files
 from ..core.formats.hashes import sha256
@@ -304,12 +305,24 @@ def apply(lora: Lora, model: Any, clip: Any, strength_model: float, strength_cli
     Names that only other hosts read are respelled first, as for a merge.
 
     Raises:
-        MergeError: Nothing of the LoRA fits.
+        MergeError: Nothing of the LoRA fits, or a strength is no number.
+        FormatError: NaN or infinity in the LoRA, which the stock loader would paint with.
     """
     strength_model, strength_clip = strength_model * lora.strength_model, strength_clip * lora.strength_clip
+    if not (math.isfinite(strength_model) and math.isfinite(strength_clip)):
+        raise MergeError(
+            "A strength is not a finite number.",
+            file=lora.label,
+            expected="e.g. 0.8",
+            found=[strength_model, strength_clip],
+        )
     if strength_model == 0 and strength_clip == 0:
         return model, clip
-    state_dict = _Host(model, clip).spelled(open_lora(lora)[0])
+    tensors, _ = open_lora(lora)
+    file = str(lora.content) if isinstance(lora.content, Path) else lora.label
+    for key, tensor in tensors.items():
+        check_finite(tensor, key, file)
+    state_dict = _Host(model, clip).spelled(tensors)
     applied = comfy.sd.load_lora_for_models(model, clip, state_dict, strength_model, strength_clip)
     if _patch_count(*applied) == _patch_count(model, clip):
         raise MergeError(

@@ -118,7 +118,7 @@ def build(
 
     Raises:
         MergeError: LoRAs or gates for another model, or all LoRAs switched off.
-        FormatError: A file that cannot be read.
+        FormatError: A file that cannot be read, or that holds NaN or infinity.
     """
     reading = reading or comfy.read(loras, model, clip)
     places = {
@@ -129,6 +129,7 @@ def build(
     base = base_of(model)
     chosen = GateSet(len(loras), settings) if gates is None else gates.of(reading.adapters, base)
     for adapter in reading.adapters:
+        adapter.check_finite()
         if not any(name in places for name in adapter.modules):
             raise MergeError(
                 "This LoRA changes no layer of the diffusion model that can be mixed.",

@@ -243,6 +243,29 @@ def test_bad_file_has_its_own_error(comfy: Server, files: dict[str, str], name: 
     assert not (comfy.loras / "bad").exists()
 
 
+@pytest.mark.parametrize("put_on", ["apply", "mix"])
+def test_broken_numbers_are_not_painted_with(comfy: Server, put_on: str) -> None:
+    """The stock loader would paint a black picture, or noise."""
+    path = comfy.loras / f"broken_{put_on}.safetensors"
+    _not_a_number(path)
+    graph = Graph()
+    broken = graph.load(path.name)
+    graph.picture(graph.mix(broken) if put_on == "mix" else graph.apply(broken)[0])
+    try:
+        error = comfy.fail(graph.nodes)
+    finally:
+        path.unlink()
+    assert "The file contains NaN or infinite numbers." in error
+    assert path.name in error
+    assert "double_blocks" in error  # and the module
+
+
+def test_a_strength_that_is_no_number_is_refused(comfy: Server, files: dict[str, str]) -> None:
+    graph = Graph()
+    graph.picture(graph.apply(graph.load(files["flux_kohya"], float("nan")))[0])
+    assert "A strength is not a finite number." in comfy.fail(graph.nodes)
+
+
 BAD_SETTINGS = {
     "rank 0": ({"rank": "0"}, 1.0, "This is not a rank."),
     "rank text": ({"rank": "many"}, 1.0, "This is not a rank."),
