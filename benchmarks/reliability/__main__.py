@@ -1,9 +1,10 @@
-"""``python -m benchmarks.reliability fuzz | kills | faults``, from the project's root."""
+"""``python -m benchmarks.reliability fuzz | kills | faults | soak | versions | licences``, from the project's root."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from . import fuzz
 
@@ -22,6 +23,15 @@ def main() -> None:
     killing.add_argument("--times", type=int, default=200)
     killing.add_argument("--seed", type=int, default=0)
     commands.add_parser("faults", help="full disks, too little memory, changed inputs; exits with 1 on a defect")
+    soaking = commands.add_parser("soak", help="many prompts on one ComfyUI server; exits with 1 on a defect")
+    soaking.add_argument("--prompts", type=int, default=300)
+    soaking.add_argument("--seed", type=int, default=0)
+    soaking.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the memory curve")
+    matrix = commands.add_parser("versions", help="the tests with the oldest and newest supported packages; hours")
+    matrix.add_argument(
+        "environments", nargs="*", metavar="ENVIRONMENT", help="default all: oldest-core, oldest, newest-10 .."
+    )
+    commands.add_parser("licences", help="of all that is installed for legomole; exits with 1 where one is not known")
     chosen = parser.parse_args()
     if chosen.command == "child":
         fuzz.child(chosen.seed, chosen.start, chosen.stop, chosen.seconds)
@@ -40,6 +50,28 @@ def main() -> None:
         lines = faults.faults()
         print("\n".join(lines))
         sys.exit(not all(line.endswith((": ok", "ended by SIGBUS")) for line in lines))
+    if chosen.command == "soak":
+        from . import soak
+
+        found = soak.soak(chosen.prompts, chosen.seed)
+        print(found.text())
+        if chosen.plot is not None:
+            soak.draw(found, chosen.plot)
+        sys.exit(bool(found.defects))
+    if chosen.command == "licences":
+        from . import licences
+
+        told, missing = licences.licences()
+        print(licences.text(told, missing))
+        sys.exit(bool(missing) or not all(licence.known for licence in told))
+    if chosen.command == "versions":
+        from . import versions
+
+        lines = []
+        for line in versions.versions(chosen.environments):
+            print(line, flush=True)
+            lines.append(line)
+        sys.exit(not all(line.endswith(" 0 |") for line in lines[2:]))
     only = None if chosen.case is None else 1
     tally = fuzz.fuzz(chosen.minutes, chosen.seed, first=chosen.case or 0, count_only=only)
     print(tally.text())
