@@ -22,10 +22,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.Server]:
     if isinstance(found, str):
         pytest.skip(found)
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "legomole").symlink_to(ROOT, target_is_directory=True)
-    for name in ("loras", "checkpoints", "vae"):
-        (base / "models" / name).mkdir(parents=True)
+    server.lay_out(base, ROOT)
     tiny.write_models(base)
     running = server.Server(*found, base)
     yield running

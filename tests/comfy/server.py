@@ -32,6 +32,15 @@ def find() -> tuple[Path, Path] | str:
     return folder, python
 
 
+def lay_out(base: Path, pack: Path | None) -> None:
+    """The folders of a server's base directory, with a checkout of ours as a custom node where one is given."""
+    (base / "custom_nodes").mkdir()
+    if pack is not None:
+        (base / "custom_nodes" / "legomole").symlink_to(pack, target_is_directory=True)
+    for name in ("loras", "checkpoints", "vae"):
+        (base / "models" / name).mkdir(parents=True)
+
+
 @dataclass
 class Run:
     """What became of a prompt.
@@ -129,7 +138,7 @@ class Server:
             return response.read()
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while True:
             try:
                 self.get("/system_stats")

@@ -1,0 +1,36 @@
+"""Cancelled from the page in the middle of long work: the model is unpatched, and the next prompts paint as before."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from .server import Server
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+    sys.path.append(str(ROOT))
+
+from benchmarks.reliability import prompts, soak  # noqa: E402
+
+pytestmark = pytest.mark.comfy
+
+PLAIN, MIXED = 0, 6
+
+
+@pytest.fixture(scope="module")
+def before(comfy: Server, files: dict[str, str]) -> dict[int, str]:
+    """Pictures of the model as it was loaded, and with a mix."""
+    prompts.write_files(comfy.base)
+    return {number: soak.painted(comfy, prompts.picture(number)) for number in (PLAIN, MIXED)}
+
+
+@pytest.mark.parametrize("number", range(4), ids=lambda number: prompts.cancelled(number).kind)
+def test_the_next_prompts_paint_as_before(comfy: Server, before: dict[int, str], number: int) -> None:
+    found = soak.Soak()
+    soak.cancel(comfy, prompts.cancelled(number), Random(number), found)
+    assert found.defects == []
+    assert {n: soak.painted(comfy, prompts.picture(n)) for n in before} == before
