@@ -135,6 +135,9 @@ def progress_bars(
     *titles: str, quiet: bool, telling: bool = False
 ) -> Generator[list[Callable[[int, int, str], None]], None, None]:
     """A bar for each step of the work, one after the other, see `progress_bar`. Each says what time is left."""
+    if quiet or not err().is_terminal:
+        yield [_tell_nobody for _ in titles]
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -143,7 +146,7 @@ def progress_bars(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err(), transient=True, disable=quiet or not err().is_terminal) as bar:
+    with Progress(*columns, console=err(), transient=True) as bar:
 
         def teller(title: str, first: bool) -> Callable[[int, int, str], None]:
             task = bar.add_task(title, total=None, visible=first, start=first)
@@ -158,3 +161,7 @@ def progress_bars(
             return tell
 
         yield [teller(title, i == 0) for i, title in enumerate(titles)]
+
+
+def _tell_nobody(done: int, total: int, what: str) -> None:
+    pass
