@@ -218,7 +218,7 @@ def cancelled(number: int) -> Asked:
 
 
 def _long_merge(graph: Graph, rng: Random) -> str:
-    merged = graph.lego(*(graph.load(f"slow_{i}.safetensors") for i in range(2)), rank="64", starts=100)
+    merged = graph.lego(*(graph.load(f"slow_{i}.safetensors") for i in range(2)), rank="64", starts=60)
     graph.picture(*graph.apply(merged))
     return merged[0]
 

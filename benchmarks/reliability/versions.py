@@ -1,7 +1,7 @@
 """The test suite with the oldest versions that pyproject.toml promises, and with the newest there are, on each Python.
 
 Every environment is made from nothing, for a copy of the working tree, and removed again. The tests in a real ComfyUI
-are not among them: it brings versions of its own.
+are not among them, for it brings versions of its own, nor are those of the benchmarks.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 EXTRAS = ("diffusers", "peft", "plots", "ray")
 _SHOWN = ("torch", "numpy", "safetensors", "diffusers", "transformers", "peft")
 _TOOLS = ("pytest", "pytest-xdist", "hypothesis", "setuptools>=77")  # always the newest
+_LEFT_OUT = ("comfy", "page", "benchmarks")
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b")
 
 
@@ -150,7 +151,7 @@ def _installed(python: Path) -> list[str]:
 
 def _tested(python: Path, tree: Path, name: str) -> list[str]:
     """Passed, skipped, failed; the whole output becomes a file."""
-    command = [str(python.with_name("pytest")), "--ignore=tests/comfy", "--ignore=tests/page", "-q"]
+    command = [str(python.with_name("pytest")), *(f"--ignore=tests/{name}" for name in _LEFT_OUT), "-q"]
     # ruff is a tool for developers, of one version; what it finds does not depend on the environment
     command += ["--deselect=tests/test_package.py::test_ruff_is_clean"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COMFYUI"))}
