@@ -74,7 +74,7 @@ def soak(count: int, seed: int = 0, servers: int = 6) -> Soak:
     """Queue `count` prompts on one server, then paint the same pictures on fresh ones and compare.
 
     Args:
-        count: Of prompts: about 1 of 12 is cancelled in its middle, 1 of 12 refused. seed: Of their order.
+        count: Of prompts. seed: Of their order.
         servers: Fresh ones; each paints its share of the pictures, in an order of its own.
     """
     found, rng, began = Soak(), Random(seed), time.monotonic()
