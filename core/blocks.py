@@ -18,7 +18,8 @@ from .recompute import copied, recomputed
 from .stack import fit_batch
 
 _STREAM = ("img", "x", "hidden_states")  # what blocks call the stream of the picture or text
-_CACHE = ("past_key_values", "past_key_value", "layer_past")  # keys and values of a language model's earlier tokens
+# keys and values of a language model's earlier tokens
+_CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class Block(Forward):

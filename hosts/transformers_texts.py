@@ -16,6 +16,7 @@ from ..core.errors import MergeError
 from ..core.reading import Reading
 
 _IGNORED = -100  # the label of a token that is not to be predicted
+_CACHES = ("cache", "past_key_values")  # of keys and values: since transformers 5.24, and before
 _OTHER_CACHES = ("cache_params",)  # states of models without keys and values
 
 
@@ -66,7 +67,7 @@ class PromptTexts:
         """
         given = dict(zip(self.names, arguments, strict=False)) | dict(named)
         self._checkpoints()
-        self.cache = given.get("past_key_values")
+        self.cache = next((v for name in _CACHES if (v := given.get(name)) is not None), None)
         ids = next((v for k in ("input_ids", "inputs_embeds") if isinstance(v := given.get(k), Tensor)), None)
         if ids is None:
             return Reading()
@@ -86,7 +87,8 @@ class PromptTexts:
         return Reading(own)
 
     def end(self, output: Any, values: Mapping[str, Tensor]) -> None:
-        cache = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
+        made = next((v for name in _CACHES if (v := getattr(output, name, None)) is not None), None)
+        cache = self.cache if self.cache is not None else made
         self.cache = None
         if not self.tokens and hasattr(cache, "get_seq_length"):
             self.known[cache] = {scope: value.detach() for scope, value in values.items()}

@@ -694,13 +694,18 @@ class TestErrors:
                 attach(model, Mixture((lora(model, 1),), GateSet(1, settings(reads, "network"))), checkpointing=True)
         assert untouched(model)
 
-    def test_a_key_value_cache_and_blocks_that_run_twice(self):
-        class Cached(Block2):
+    @pytest.mark.parametrize("name", ["past_key_values", "cache"])
+    def test_a_key_value_cache_and_blocks_that_run_twice(self, name):
+        class Older(Block2):
             def forward(self, hidden_states: Tensor, past_key_values: Any = None) -> Tensor:
                 return super().forward(hidden_states)
 
+        class Newer(Block2):
+            def forward(self, hidden_states: Tensor, cache: Any = None) -> Tensor:
+                return super().forward(hidden_states)
+
         model = nn.Module()
-        model.blocks = nn.ModuleList([Cached()])
+        model.blocks = nn.ModuleList([Newer() if name == "cache" else Older()])
         model.forward = lambda x, cache=None: model.blocks[0](x, cache)
         mixture = Mixture((lora(model, 1),), GateSet(1, settings("hidden", "block")), mixing="output")
         x = torch.randn(1, 3, D)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from .tiny_language import (
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the library's own
 
 READS = ("hidden", "experts", "token")
+# what transformers calls the cache: since 5.24, and before
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def settings(reads: str, granularity: str = "layer", activation: str = "sigmoid") -> GateSettings:
@@ -260,7 +263,7 @@ class TestGenerate:
             texts, found = [one, two], [[], []]
             for _ in range(3):
                 for i in range(2):
-                    scores = model(texts[i], past_key_values=caches[i], use_cache=True).logits
+                    scores = model(texts[i], **{CACHE: caches[i]}, use_cache=True).logits
                     texts[i] = scores[:, -1:].argmax(-1)
                     found[i].append(texts[i])
             own = at._state.texts
@@ -276,23 +279,23 @@ class TestGenerate:
             expected = generate(model, {"input_ids": text}, 2)
             first = model(text, use_cache=True)
             token = first.logits[:, -1:].argmax(-1)
-            second = model(token, past_key_values=first.past_key_values, use_cache=True).logits[:, -1:].argmax(-1)
+            second = model(token, **{CACHE: first[CACHE]}, use_cache=True).logits[:, -1:].argmax(-1)
         assert torch.equal(torch.cat([token, second], 1), expected)
 
     def test_caches_of_others_are_refused(self):
         model = llama()
         ids = torch.cat(prompts(5, 5))
         mix = mixture(model, settings("hidden"))
-        before = model(ids, use_cache=True).past_key_values
+        before = model(ids, use_cache=True)[CACHE]
         with mixed(model, mix):
             with pytest.raises(MergeError, match=r"do not know the prompt[\s\S]*inside the with block"):
-                model(ids[:, :1], past_key_values=before)
-            cache = model(ids, use_cache=True).past_key_values
+                model(ids[:, :1], **{CACHE: before})
+            cache = model(ids, use_cache=True)[CACHE]
             cache.batch_select_indices(torch.tensor([0]))
             with pytest.raises(MergeError, match=r"another number of texts[\s\S]*expected: +2[\s\S]*found: +1"):
-                model(ids[:1, :1], past_key_values=cache)
+                model(ids[:1, :1], **{CACHE: cache})
         with mixed(model, mixture(model, settings("token"))):
-            model(ids[:, :1], past_key_values=before)  # they read nothing of the prompt
+            model(ids[:, :1], **{CACHE: before})  # they read nothing of the prompt
 
 
 class TestPadding:
