@@ -73,13 +73,13 @@ def _applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
 def _stated(installed: Distribution) -> str:
     """The SPDX expression, else the classifiers, else the first line of the old field."""
     told = installed.metadata
-    expression = told["License-Expression"]
+    expression = told.get("License-Expression")
     if expression:
         return str(expression)
     classifiers = [
         line.rpartition(" :: ")[2] for line in told.get_all("Classifier") or [] if line.startswith("License ::")
     ]
-    old = (told["License"] or "").strip().splitlines()
+    old = (told.get("License") or "").strip().splitlines()
     return ", ".join(classifiers) or (old[0] if old else "")
 
 

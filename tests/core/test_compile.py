@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .mole import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
 from .pools import close
 
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # PyTorch's, on Python 3.13.0
+
 
 class Backend:
     """Runs graphs as they are, and counts them."""
