@@ -21,8 +21,8 @@ if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so
 from benchmarks.reliability import licences, versions  # noqa: E402
 
 PARTS = ("core", "cli", "hosts", "nano", "nodes")
-# Modules of ComfyUI, which is no package, and packages that are imported under another name.
-COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server"}
+# Modules of ComfyUI, which is no package, with the web server it is made with; packages imported under another name.
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "aiohttp"}
 NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
 
 
@@ -41,7 +41,8 @@ def imports(part: str) -> Iterator[str]:
 
 
 def packages(part: str) -> set[str]:
-    names = set(imports(part)) - set(sys.stdlib_module_names) - COMFYUI - {"tomli", "tomllib"}
+    known = COMFYUI if part == "nodes" else set[str]()
+    names = set(imports(part)) - set(sys.stdlib_module_names) - known - {"tomli", "tomllib"}
     return {canonicalize_name(NAMES.get(name, name)) for name in names}
 
 
