@@ -10,7 +10,7 @@ from legomole.core.lowrank import LowRank
 
 
 def part(dtype: torch.dtype = torch.float32) -> LowRank:
-    return LowRank(torch.ones(2, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype))
+    return LowRank(torch.ones(2, 3).to(dtype), torch.ones(4, 2).to(dtype))
 
 
 def test_changing_the_given_dict_changes_nothing() -> None:

@@ -529,6 +529,7 @@ class TestDetach:
     @pytest.mark.parametrize("hooks_first", [True, False])
     @pytest.mark.parametrize("detach_first", [True, False])
     def test_with_offloading_hooks(self, hooks_first, detach_first):
+        pytest.importorskip("accelerate")
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 
         model = Transformer()

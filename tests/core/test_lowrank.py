@@ -72,7 +72,7 @@ class TestLowRank:
     def test_eight_bit_factors_are_written_back_wider(self):
         assert merge_dtype(torch.float8_e4m3fn) == torch.bfloat16
         assert merge_dtype(torch.float16) == torch.float16
-        low = LowRank(torch.ones(1, 2, dtype=torch.float8_e4m3fn), torch.ones(2, 1, dtype=torch.float16))
+        low = LowRank(torch.ones(1, 2).to(torch.float8_e4m3fn), torch.ones(2, 1, dtype=torch.float16))
         assert low.dtype == torch.float32  # bfloat16 and float16 meet in float32
         assert low.delta().tolist() == [[1.0, 1.0], [1.0, 1.0]]
 

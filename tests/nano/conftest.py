@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Seeded weights of every part, in float16, and a LoRA per concept."""
+    pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("weights")
     (folder / "loras").mkdir()
     with torch.random.fork_rng():

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("peft")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.methods.concat import Concat

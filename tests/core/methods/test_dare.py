@@ -6,6 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+pytest.importorskip("peft")
+
 from legomole.core.methods.dare import Dare
 from legomole.core.methods.svd import SVD
 from legomole.core.pool import Pool
