@@ -27,8 +27,10 @@ def telling(record: Record, labels: tuple[str, ...]) -> Callable[[], None]:
 
     def tell() -> None:
         nonlocal told
+        if running is None or time.monotonic() - told < _EVERY:
+            return
         server = PromptServer.instance
-        if running is None or server.client_id is None or time.monotonic() - told < _EVERY:
+        if server.client_id is None:
             return
         scopes, gates = record.latest()
         if not scopes:  # a compiled model records nothing

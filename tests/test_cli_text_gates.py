@@ -89,6 +89,7 @@ def test_the_gates_are_those_of_the_library_and_the_printed_lines_use_them() -> 
     assert found["mixture"].strengths == (0.5, 1.0)
 
 
+@pytest.mark.slow
 def test_two_processes_of_accelerate_launch_reach_what_one_reaches() -> None:
     """With the configuration that docs/llm_mole.md shows."""
     done(*TRAIN, *FAST, "-o", "alone")

@@ -62,7 +62,7 @@ def test_what_is_imported_is_declared() -> None:
 def test_what_is_declared_is_imported() -> None:
     """Or else needed by what is: PEFT adapters are loaded by transformers and diffusers; drawings in docs/."""
     used = set().union(*map(packages, ("", *PARTS)))
-    assert named(versions.declared(versions.EXTRAS)) - used <= {"peft", "matplotlib", "scikit-learn", "tomli"}
+    assert named(versions.declared(versions.EXTRAS)) - used <= {"peft", "matplotlib", "tomli"}
 
 
 def test_everything_has_a_lowest_version_and_the_pins_are_above_it() -> None:

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "llm" / "many.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory from /proc")
 def test_it_prints_a_row_for_every_method(tmp_path: Path) -> None:
     small = ("--adapters", "3", "--methods", "svd", "--blocks", "1", "--divide", "32", "--folder", str(tmp_path))

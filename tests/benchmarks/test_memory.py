@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "speed" / "memory.py"
 
 
+@pytest.mark.slow
 def test_an_sdxl_pair_merges_within_input_and_output_and_1_gb():
     """The script exits with 1 when the peak is more than 1000 MB above the files."""
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=300, check=False)

@@ -162,7 +162,7 @@ class Server:
             with error:
                 raise Refused(json.loads(error.read())) from None
 
-    def wait(self, prompt_id: str, timeout: float = 120) -> Run:
+    def wait(self, prompt_id: str, timeout: float = 240) -> Run:
         """Wait until a prompt is done, has failed or was interrupted."""
         ends = {"execution_success", "execution_error", "execution_interrupted"}
 
@@ -176,7 +176,7 @@ class Server:
         run.outputs = self.history(prompt_id)["outputs"]
         return run
 
-    def history(self, prompt_id: str, timeout: float = 60) -> dict[str, Any]:
+    def history(self, prompt_id: str, timeout: float = 240) -> dict[str, Any]:
         """What the server remembers of a prompt, once it is done (a moment after the message that says so)."""
         deadline = time.monotonic() + timeout
         while prompt_id not in (history := self.get(f"/history/{prompt_id}")):

@@ -60,6 +60,7 @@ def test_every_method_paints_what_its_own_graph_paints(comfy: Server, pair: Call
     assert re.search(r"column 3: svd, rank 1x, seed 7: [\d.]+ s; merged in [\d.]+ s, rank \d+, [\d.]+% of", report)
 
 
+@pytest.mark.slow
 def test_two_axes_with_text_encoder_parts(comfy: Server, files: dict[str, str]) -> None:
     """Strengths by prompts: rows and columns in their places, the LoRA's text encoder part too, each merge once."""
     graph = Graph("sd15")
@@ -85,6 +86,7 @@ def test_two_axes_with_text_encoder_parts(comfy: Server, files: dict[str, str]) 
     assert 'row 2, column 1: concat, strength x 2, seed 7, "a cat"' in report
 
 
+@pytest.mark.slow
 def test_strength_of_one_lora_and_trained_gates(comfy: Server, pair: Callable) -> None:
     """`strength 2` at 0 is the first LoRA alone; gates go to mole as to MoLE Mix."""
     graph = Graph()
@@ -119,6 +121,7 @@ def silent(graph: Graph, lora: Link) -> tuple[str, float, float]:
     return graph.nodes[lora[0]]["inputs"]["lora_name"], 0.0, 0.0
 
 
+@pytest.mark.slow
 def test_calibrated_cells_are_the_calibrated_merges(comfy: Server, pair: Callable) -> None:
     graph = Graph()
     loras = pair(graph)

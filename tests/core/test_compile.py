@@ -108,6 +108,7 @@ def test_blocks_compiled_one_by_one():
     assert close(call(model, x, text), base, 1e-6)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_compiled_model():
     model = Transformer(1)
     x, text = inputs(model)

@@ -16,6 +16,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray", reason="legomole[ray] is not installed: merging on a cluster is NOT TESTED")
 
 from legomole.cli import app  # noqa: E402

@@ -138,7 +138,7 @@ def test_list_by_keyboard(board: Any, renderer: str) -> None:
     assert names(board) == "moon heart"
 
 
-@pytest.mark.parametrize("zoom", [0.8, 1.5])
+@pytest.mark.parametrize(("renderer", "zoom"), [("canvas", 1.5), ("vue", 0.8)], indirect=["renderer"])
 def test_list_by_mouse_at_every_zoom(board: Any, renderer: str, zoom: float) -> None:
     add(board, "ember", "heart", "moon")
     board.evaluate("zoom => { app.canvas.ds.scale = zoom; app.canvas.setDirty(true, true); }", zoom)
