@@ -66,10 +66,10 @@ class Measured:
     output: str
 
 
-def measure(command: Sequence[str]) -> Measured:
-    """Run Python with these arguments, in one thread, and watch it."""
+def measure(command: Sequence[str], threads: int = 1) -> Measured:
+    """Run Python with these arguments, in so many threads, and watch it."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=env)
     resident = own = 0.0
     while process.poll() is None:

@@ -1,0 +1,157 @@
+"""Tools that would take too long: one layer of every shape is timed, and counted as often as the model has it.
+
+What they read and write is not counted. Where a full matrix is decomposed, a layer of more than `_LARGEST` numbers is
+made smaller by a factor f in both directions, and its time multiplied by ``f^3``, as the work of an SVD grows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from legomole.core import gram
+from legomole.core.lowrank import LowRank
+from torch import Tensor
+
+from .cases import Case
+from .whole import peft_model
+
+_LARGEST = 1_700_000  # 1280 x 1280 fits
+_ONE = "lora_unet_layer"
+_ROUNDS = 3  # the fastest counts
+
+Units = Sequence[LowRank]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Seconds of all layers, and the inertia of our clusters over the tool's where it clusters."""
+
+    seconds: float
+    inertia: float | None = None
+
+
+Tool = Callable[[Case, Path], Sampled]
+
+
+def _shapes(case: Case) -> Counter[tuple[int, int]]:
+    return Counter((d_out, d_in) for _, d_out, d_in in case.layers)
+
+
+def _units(case: Case, shape: tuple[int, int]) -> list[LowRank]:
+    """One layer of every LoRA."""
+    one = replace(case, layers=[(_ONE, *shape)])
+    return [one.lora(seed).modules[_ONE] for seed in range(case.n)]
+
+
+def _fastest(work: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _factor(shape: tuple[int, int]) -> int:
+    factor = 1
+    while shape[0] * shape[1] > _LARGEST * factor**2:
+        factor *= 2
+    return factor
+
+
+def per_layer(work: Callable[[Units, int], object], *, cubic: bool = False) -> Tool:
+    """A tool that does `work` on the LoRAs' updates of a layer and the rank of the result."""
+
+    def tool(case: Case, folder: Path) -> Sampled:
+        seconds = 0.0
+        for shape, count in _shapes(case).items():
+            factor = _factor(shape) if cubic else 1
+            units = _units(case, (shape[0] // factor, shape[1] // factor))
+            seconds += count * factor**3 * _fastest(lambda units=units: work(units, case.rank))
+        return Sampled(seconds)
+
+    return tool
+
+
+def kohya_svd(units: Units, rank: int) -> tuple[Tensor, Tensor]:
+    """kohya's ``svd_merge_lora``: the dense sum, its SVD, cut to the rank, its extreme entries clamped."""
+    delta = torch.zeros(units[0].d_out, units[0].d_in)
+    for unit in units:
+        delta += unit.scale * (unit.B.float() @ unit.A.float())
+    U, S, Vh = torch.linalg.svd(delta)
+    up, down = U[:, :rank] * S[:rank], Vh[:rank]
+    limit = torch.quantile(torch.cat([up.flatten(), down.flatten()]), 0.99)
+    return up.clamp(-limit, limit), down.clamp(-limit, limit)
+
+
+def _stacked(units: Units) -> list[Tensor]:
+    return [
+        torch.stack([unit.A.float() for unit in units]),
+        torch.stack([unit.scale * unit.B.float() for unit in units]),
+    ]
+
+
+def mergekit_ties(units: Units, rank: int) -> list[Tensor]:
+    """TIES on either factor: keep the larger half, elect a sign for every entry, average who agrees with it."""
+    return [_ties(factor) for factor in _stacked(units)]
+
+
+def _ties(factor: Tensor) -> Tensor:
+    flat = factor.flatten(1)
+    limit = flat.abs().kthvalue(flat.shape[1] // 2, 1).values[:, None]
+    flat = torch.where(flat.abs() > limit, flat, 0)
+    agrees = flat.sign() == flat.sum(0).sign()
+    return ((flat * agrees).sum(0) / agrees.sum(0).clamp_min(1)).view(factor.shape[1:])
+
+
+def mergekit_dare(units: Units, rank: int) -> list[Tensor]:
+    """DARE on either factor: drop half of the entries at random, double the rest, add."""
+    return [(factor * torch.bernoulli(torch.full_like(factor, 0.5)) * 2).sum(0) for factor in _stacked(units)]
+
+
+def sklearn_lego(case: Case, folder: Path) -> Sampled:
+    """LEGO as published with scikit-learn's ``KMeans(n_init=10)``, and how good our clusters of the same units are."""
+    from sklearn.cluster import KMeans
+
+    seconds, own, theirs = 0.0, 0.0, 0.0
+    for shape, count in _shapes(case).items():
+        units = _units(case, shape)
+        X = torch.cat(
+            [torch.cat([abs(u.scale) ** 0.5 * u.A.float(), abs(u.scale) ** 0.5 * u.B.float().T], 1) for u in units]
+        )
+        start = time.perf_counter()
+        found = KMeans(case.rank, n_init=10, random_state=0).fit(X.numpy())
+        torch.from_numpy(found.cluster_centers_).contiguous()
+        seconds += count * (time.perf_counter() - start)
+        theirs += count * float(found.inertia_)
+        own += count * float(gram.kmeans(gram.product(X[None]), torch.tensor([case.rank]))[1])
+    return Sampled(seconds, own / theirs)
+
+
+def peft_svd(case: Case, folder: Path) -> Sampled:
+    """PEFT's own ``add_weighted_adapter``, on models of a single layer."""
+    seconds = 0.0
+    names = [str(i) for i in range(case.n)]
+    for shape, count in _shapes(case).items():
+        factor = _factor(shape)
+        d_out, d_in = shape[0] // factor, shape[1] // factor
+        one = replace(case, name=f"one-{d_out}-{d_in}", layers=[(_ONE, d_out, d_in)], format="kohya")
+        model = peft_model(one, one.write(folder))
+        start = time.perf_counter()
+        model.add_weighted_adapter(names, [1.0] * case.n, "merged", combination_type="svd", svd_rank=case.rank)
+        seconds += count * factor**3 * (time.perf_counter() - start)
+    return Sampled(seconds)
+
+
+SAMPLED: dict[str, Tool] = {
+    "peft-svd": peft_svd,
+    "kohya-svd": per_layer(kohya_svd, cubic=True),
+    "mergekit-ties": per_layer(mergekit_ties),
+    "mergekit-dare": per_layer(mergekit_dare),
+    "sklearn-lego": sklearn_lego,
+}
