@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,8 +88,13 @@ class Work:
     def _pool(self, adapters: Sequence[Adapter], batch: Batch) -> Pool:
         """The factors of a batch; read, checked and cast here."""
         parts = [[adapters[i].modules[name] for i in batch.adapters] for name in batch.names]
-        A = torch.stack([torch.cat([part.A.float() for part in row]) for row in parts])
-        B = torch.stack([torch.cat([part.B.float() for part in row], 1) for row in parts])
+        M, P = len(parts), sum(batch.ranks)
+        A, B = torch.empty(M, P, parts[0][0].d_in), torch.empty(M, parts[0][0].d_out, P)
+        for m, row in enumerate(parts):
+            ends = itertools.accumulate(batch.ranks)
+            for part, end in zip(row, ends, strict=True):  # cast in the same pass
+                A[m, end - part.rank : end] = part.A
+                B[m, :, end - part.rank : end] = part.B
         if not torch.isfinite(A.sum() + B.sum()):
             for i in batch.adapters:
                 adapters[i].check_finite()

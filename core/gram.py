@@ -13,6 +13,8 @@ from torch import Tensor
 
 # Relative size below which a direction is rounding noise of the float32 factors.
 _TINY = 1e-7
+# Numbers held in float64 at a time on a CPU: what fits its caches, and what memory is reused for.
+_WORKSPACE = 500_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +63,18 @@ def product(X: Tensor, rows: int = 256) -> Tensor:
 
     Only `rows` of `X` are held in float64 beside `X`, and half of the products are saved where `P` is large.
     """
-    M, P, _ = X.shape
+    M, P, d = X.shape
     G = torch.empty(M, P, P, dtype=torch.float64, device=X.device)
-    for start in range(0, P, rows):
-        some = X[:, start : start + rows].double()
-        for other in range(0, start + 1, rows):
-            columns = some if other == start else X[:, other : other + rows].double()
-            part = some @ columns.mT
-            G[:, start : start + rows, other : other + rows] = part
-            G[:, other : other + rows, start : start + rows] = part.mT
+    step = M if X.is_cuda else max(1, _WORKSPACE // (min(P, rows) * d))
+    for at in range(0, M, step):
+        X_at, G_at = X[at : at + step], G[at : at + step]
+        for start in range(0, P, rows):
+            some = X_at[:, start : start + rows].double()
+            for other in range(0, start + 1, rows):
+                columns = some if other == start else X_at[:, other : other + rows].double()
+                part = some @ columns.mT
+                G_at[:, start : start + rows, other : other + rows] = part
+                G_at[:, other : other + rows, start : start + rows] = part.mT
     return G
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -107,7 +107,8 @@ class Mixing:
     labels: Tensor | None = None
 
     def apply(self, pool: Pool) -> Merged:
-        return Merged(self.R_A.to(pool.A.dtype) @ pool.A, pool.B @ self.R_B.to(pool.B.dtype), self.ranks, self.labels)
+        R_A, R_B = self.R_A.to(pool.A.dtype), self.R_B.to(pool.B.dtype)
+        return Merged(R_A @ pool.A, pool.B @ R_B, self.ranks, self.labels, mixing=replace(self, R_A=R_A, R_B=R_B))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +120,7 @@ class Merged:
         ranks: ``(M,)`` long.
         labels: ``(M, P)`` long or ``None``, see `Mixing`.
         remarks: Module name -> what the user should know about its merge; equal remarks are reported together.
+        mixing: How they follow from the pool's own units, where they do; saves reading the factors once more.
     """
 
     A: Tensor
@@ -126,6 +128,7 @@ class Merged:
     ranks: Tensor
     labels: Tensor | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
+    mixing: Mixing | None = None
 
 
 def relative_error(pool: Pool, merged: Merged) -> Tensor:
@@ -135,9 +138,16 @@ def relative_error(pool: Pool, merged: Merged) -> Tensor:
 
     ``|B' A' - B C A|^2 = <B'^T B', A' A'^T> - 2 <B^T B' , C A A'^T> + |sum|^2``.
     """
-    A, B = merged.A.double(), merged.B.double()
-    own = ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
-    cross = ((pool.B.double().mT @ B) * (pool.c[:, :, None] * (pool.A.double() @ A.mT))).sum((1, 2))
+    if merged.mixing is None:
+        A, B = merged.A.double(), merged.B.double()
+        G_A, G_B = A @ A.mT, B.mT @ B
+        to_A, to_B = pool.A.double() @ A.mT, pool.B.double().mT @ B
+    else:
+        R_A, R_B = merged.mixing.R_A.double(), merged.mixing.R_B.double()
+        to_A, to_B = pool.G_A @ R_A.mT, pool.G_B @ R_B
+        G_A, G_B = R_A @ to_A, R_B.mT @ to_B
+    own = (G_B * G_A).sum((1, 2))
+    cross = (to_B * (pool.c[:, :, None] * to_A)).sum((1, 2))
     total = squared_norm(pool)
     error = (own - 2 * cross + total).clamp_min(0)
     return (error / torch.where(total > 0, total, 1)).sqrt()

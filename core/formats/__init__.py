@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,15 +69,17 @@ def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
     folder = _folder(path)
     weights = (path,) if folder is None else folder.weights
     tensors, metadata = files.read_tensors(*weights)
-    source = Source(str(path), "" if known else hashes.sha256(*weights), "" if folder is None else _PEFT.name)
+    source = Source(str(path), "", "" if folder is None else _PEFT.name)
     if folder is not None:
         folder.demand_all(tensors)
         metadata[CONFIG_KEY] = folder.config
-    with enough_memory():
+    with enough_memory(), ThreadPoolExecutor(1) as beside:
+        hashed = None if known else beside.submit(hashes.sha256, *weights)
         adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
-        if not known:
-            adapter.check_finite()
-    return adapter
+        if hashed is None:
+            return adapter
+        adapter.check_finite()
+        return replace(adapter, source=replace(adapter.source, sha256=hashed.result()))
 
 
 def fingerprint(path: str | Path) -> str:

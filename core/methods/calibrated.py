@@ -62,7 +62,8 @@ class Calibrated:
     def __call__(self, pool: Pool) -> Merged:
         responsive, unmeasured = respond(pool, self.statistics, self.lam, self.mu, self.joint_scale)
         merged = SVD(self.rank)(responsive)
-        return replace(merged, remarks=dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum"))
+        remarks = dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum")
+        return replace(merged, remarks=remarks, mixing=None)  # it was one of other units
 
 
 def respond(

@@ -60,7 +60,7 @@ class Lego:
             return self._merge(pool)
         responsive, unmeasured = respond(pool, self.statistics)
         remarks = dict.fromkeys(unmeasured, "have no statistics: their units were merged as they are")
-        return replace(self._merge(responsive), remarks=remarks)
+        return replace(self._merge(responsive), remarks=remarks, mixing=None)  # it was one of other units
 
     def _merge(self, pool: Pool) -> Merged:
         published = self.geometry == "paper"

@@ -68,7 +68,7 @@ def test_a_layer_of_every_shape_is_counted_as_often_as_there_are_such(monkeypatc
     monkeypatch.setattr(sampled, "_fastest", lambda work: [work(), 1.0][1])
     seen: list[tuple[int, int]] = []
 
-    def work(units: list[LowRank], rank: int) -> None:
+    def work(units: sampled.Units, rank: int) -> None:
         assert (len(units), rank) == (3, 4)
         seen.append((units[0].d_out, units[0].d_in))
 
