@@ -134,26 +134,28 @@ def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple
     """
     size = (G_A * G_B).diagonal(dim1=1, dim2=2).clamp_min(0)[:, :, None] * Z  # (M, P, k)
     start = torch.nn.functional.one_hot(size.argmax(1), Z.shape[1]).mT.to(Z) * Z
-    # a unit is in one cluster, so one column (M, P, 1) has room for the coefficients of all clusters
-    same = Z @ Z.mT
+    # a unit is in one cluster, so one row (M, 1, P) has room for the coefficients of all clusters; a row, because
+    # (1, P) @ (P, P) is read in order, several times as fast as (P, P) @ (P, 1)
+    labels = Z.argmax(2)[:, None]
+    same = labels == labels.mT
     G_A, G_B = G_A * same, G_B * same
-    alpha, image_A = _unit(start.sum(2, keepdim=True), G_A, Z)
+    alpha, image_A = _unit(start.sum(2)[:, None], G_A, Z, labels)
     beta, image_B = alpha, alpha
     for _ in range(steps):
-        beta, image_B = _unit(image_A, G_B, Z)
-        alpha, image_A = _unit(image_B, G_A, Z)
+        beta, image_B = _unit(image_A, G_B, Z, labels)
+        alpha, image_A = _unit(image_B, G_A, Z, labels)
     # sigma = u^T (1/n sum_j b_j a_j^T) v, shared evenly by the two factors
-    sigma = Z.mT @ (image_B * image_A) / Z.sum(1)[:, :, None].clamp_min(1)  # (M, k, 1)
-    root = Z * sigma.clamp_min(0).sqrt().mT
-    return alpha * root, beta * root
+    sigma = (image_B * image_A) @ Z / Z.sum(1, keepdim=True).clamp_min(1)  # (M, 1, k)
+    root = Z * sigma.clamp_min(0).sqrt()
+    return alpha.mT * root, beta.mT * root
 
 
-def _unit(x: Tensor, G: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-    """Every cluster's coefficients in `x` scaled to unit length under `G`, and ``G @ x``; zero stays zero."""
-    Gx = G @ x
-    length = (Z.mT @ (x * Gx)).clamp_min(0).sqrt()  # (M, k, 1)
-    inverse = Z @ torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
-    return x * inverse, Gx * inverse
+def _unit(x: Tensor, G: Tensor, Z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Every cluster's coefficients in `x` scaled to unit length under `G`, and ``x @ G``; zero stays zero."""
+    xG = x @ G
+    length = ((x * xG) @ Z).clamp_min(0).sqrt()  # (M, 1, k)
+    inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0).gather(2, labels)
+    return x * inverse, xG * inverse
 
 
 def unit_norms(units: Merged, geometry: Geometry, norm: Norm) -> Tensor:
