@@ -89,7 +89,9 @@ class Work:
         """The factors of a batch; read, checked and cast here."""
         parts = [[adapters[i].modules[name] for i in batch.adapters] for name in batch.names]
         M, P = len(parts), sum(batch.ranks)
-        A, B = torch.empty(M, P, parts[0][0].d_in), torch.empty(M, parts[0][0].d_out, P)
+        first = parts[0][0]
+        A = first.A.new_empty(M, P, first.d_in, dtype=torch.float32)
+        B = first.B.new_empty(M, first.d_out, P, dtype=torch.float32)
         for m, row in enumerate(parts):
             ends = itertools.accumulate(batch.ranks)
             for part, end in zip(row, ends, strict=True):  # cast in the same pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from .lowrank import LowRank
 from .memory import enough_memory
 from .methods import METHODS, MergeMethod
 from .report import MergeReport, ModuleReport
+from .threads import beside
 
 Progress = Callable[[int, int, str], None]
 Each = Callable[[Work, Sequence[Batch]], Iterable[Done]]
@@ -57,7 +59,7 @@ def merge(
         dtype: Of the merged factors; default the widest of the inputs'.
         device: Where to compute. The result is on the CPU.
         progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
-        each: Does the work elsewhere; default here, one batch after the other.
+        each: Does the work elsewhere; default here, see `threads.beside`.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
@@ -88,18 +90,19 @@ def merge(
     todo = batches(adapters, per_module, getattr(method, "batch", None))
     _check_rank(method, todo)
     work = Work(method, per_module, dtype or _widest(adapters), torch.device(device))
-    results = (work(adapters, batch) for batch in todo) if each is None else each(work, todo)
+    own = beside(work, adapters, todo)
 
     total = sum(len(batch.names) for batch in todo)
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
-    for batch, done in zip(todo, results, strict=True):
-        modules.update(done.modules)
-        remarks.update(done.remarks)
-        reports.update((report.name, report) for report in done.reports)
-        if progress is not None:
-            progress(len(modules), total, batch.names[-1])
+    with closing(own):  # or threads would go on where `progress` cancels
+        for batch, done in zip(todo, own if each is None else each(work, todo), strict=True):
+            modules.update(done.modules)
+            remarks.update(done.remarks)
+            reports.update((report.name, report) for report in done.reports)
+            if progress is not None:
+                progress(len(modules), total, batch.names[-1])
     with torch.no_grad(), enough_memory():
         diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
     report = MergeReport(
