@@ -1,0 +1,97 @@
+"""Draws the pictures of docs/comfyui.md: the shipped workflows in a real ComfyUI page. `python docs/images/comfyui.py`
+
+Needs what the tests of the page need (see the README) and takes some minutes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from legomole.nano.comfyui import place
+from legomole.tests.comfy.server import Server, find
+from legomole.tests.page.browser import open_workflow, opened
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+OUT = Path(__file__).parent / "comfyui"
+WORKFLOWS = ("style_plus_subject", "compare_loras", "xy_compare", "train_gates", "mix_with_masks")
+SIZE = (1500, 940)
+
+
+def save(page: Any, name: str) -> None:
+    page.wait_for_timeout(700)
+    with Image.open(io.BytesIO(page.screenshot())) as picture:
+        picture.convert("RGB").save(OUT / f"{name}.jpg", quality=72, optimize=True)
+
+
+def run(page: Any, comfy: Server) -> None:
+    """Press the Run button, and wait until the prompt is through."""
+    with page.expect_response("**/prompt") as answer:
+        page.get_by_test_id("queue-button").click()
+    comfy.history(answer.value.json()["prompt_id"], timeout=600)
+    page.wait_for_timeout(2500)  # until the pictures have come
+
+
+def fitted(page: Any) -> None:
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(800)
+
+
+def main() -> None:
+    found = find()
+    if isinstance(found, str):
+        raise SystemExit(found)
+    OUT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        for part in ("custom_nodes", "models"):
+            (base / part).mkdir()
+        (base / "custom_nodes" / "legomole").symlink_to(ROOT, target_is_directory=True)
+        place(base)
+        comfy = Server(*found, base)
+        try:
+            with opened(comfy, SIZE) as page:
+                draw(page, comfy)
+        finally:
+            comfy.close()
+
+
+def draw(page: Any, comfy: Server) -> None:
+    for name, value in (("Comfy.Minimap.Visible", False), ("LiteGraph.Canvas.MinFontSizeForLOD", 0)):
+        page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
+    for name in WORKFLOWS:
+        if name == "mix_with_masks":  # the gates that train_gates has saved are offered to a page that comes after them
+            page.reload()
+            page.wait_for_function("() => window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge")
+            page.wait_for_timeout(3000)  # it opens what was open before
+        open_workflow(page, json.loads((ROOT / "workflows" / f"{name}.json").read_text()))
+        fitted(page)
+        run(page, comfy)
+        fitted(page)
+        save(page, name)
+    open_workflow(page, {"nodes": [], "links": [], "version": 0.4})
+    page.evaluate(
+        """() => {
+            const list = LiteGraph.createNode('LegoMoLE_LoRAList'), show = LiteGraph.createNode('PreviewAny');
+            for (const [node, x] of [[list, 150], [show, 620]]) { app.graph.add(node); node.pos = [x, 150]; }
+            list.widgets[0].value = JSON.stringify([{name: 'gone.safetensors', on: true, strength: 1}]);
+            list.connect(1, show, 0);
+            app.canvas.ds.scale = 1;
+            app.canvas.ds.offset = [0, 0];
+            app.queuePrompt(0, 1);
+        }"""
+    )
+    page.get_by_role("button", name="View details").click()
+    save(page, "error")
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("legomole", exact=True).first.click()
+    page.wait_for_timeout(1500)
+    save(page, "templates")
+
+
+if __name__ == "__main__":
+    main()
