@@ -169,9 +169,7 @@ def draw(done: PipelineTraining, labels: Sequence[str], path: Path) -> None:
     Raises:
         SaveError: It could not be written.
     """
-    from PIL import Image
-
-    from ..core.draw import curves, heat_map, png
+    from ..core.draw import curves, heat_map, png, stacked
     from ..core.formats.files import write_bytes
 
     parts = [
@@ -181,9 +179,4 @@ def draw(done: PipelineTraining, labels: Sequence[str], path: Path) -> None:
     ]
     if done.fit.losses:
         parts.insert(0, curves({"loss": done.fit.losses, "entropy": done.fit.entropies}, "training"))
-    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
-    write_bytes(path, png(sheet))
+    write_bytes(path, png(stacked(parts)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .draw import _GRID, _INK, _LINES, _PALE, _right, _sheet, _short, heat_map
+from .draw import _GRID, _INK, _LINES, _PALE, _right, _sheet, _short, heat_map, stacked
 from .gates import entropy
 
 if TYPE_CHECKING:
@@ -39,28 +39,24 @@ def gate_map(table: Tensor, scopes: Sequence[str], labels: Sequence[str]) -> Ima
     Args:
         table: ``(passes, scopes, N)``. scopes: Names of the rows. labels: Of the experts.
     """
-    from PIL import Image
-
     means, entropies = course(table)
     count = f"{len(table)} pass{'es' * (len(table) != 1)} of the model"
     heat = heat_map(table.mean(0), scopes, labels, f"Gates, mean over {count}")
     width, even = max(heat.width, _WIDTH), math.log(len(labels))
     ends = f": 0 when one LoRA rules, {even:.2f} when all share evenly" if even else ""
-    parts = [
-        heat,
-        lines(
-            [(label, means[:, n].tolist()) for n, label in enumerate(labels)],
-            "Mean gate of each LoRA, pass by pass",
-            width=width,
-        ),
-        lines([("entropy", entropies.tolist())], f"Entropy in nats{ends}", high=even or 1.0, width=width, height=150),
-    ]
-    sheet = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return sheet
+    return stacked(
+        [
+            heat,
+            lines(
+                [(label, means[:, n].tolist()) for n, label in enumerate(labels)],
+                "Mean gate of each LoRA, pass by pass",
+                width=width,
+            ),
+            lines(
+                [("entropy", entropies.tolist())], f"Entropy in nats{ends}", high=even or 1.0, width=width, height=150
+            ),
+        ]
+    )
 
 
 def lines(

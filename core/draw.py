@@ -101,6 +101,18 @@ def heat_map(
     return picture
 
 
+def stacked(parts: Sequence[Image]) -> Image:
+    """Pictures one below the other, on white."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), _PAPER)
+    top = 0
+    for part in parts:
+        sheet.paste(part, (0, top))
+        top += part.height
+    return sheet
+
+
 def png(picture: Image) -> bytes:
     """A picture as the bytes of a PNG file. Figures have few colours: 256 do, and make it small."""
     from PIL import Image

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,9 +95,7 @@ def _draw_legend(sheet: Sheet, survey: Survey, top: float) -> None:
 
 def _shown(survey: Survey) -> tuple[list[tuple[int, int]], list[int]]:
     """The pairs and the adapters that have a column."""
-    n = len(survey.report.inputs)
-    overlap = survey.report.overlap()
-    pairs = sorted(combinations(range(n), 2), key=lambda pair: (-abs(overlap[pair[0]][pair[1]]), pair))
+    n, pairs = len(survey.report.inputs), survey.pairs()
     sizes = survey.energies().sum(0).tolist()
     largest = sorted(range(n), key=lambda i: (-sizes[i], i))
     return sorted(pairs[:_PAIRS]), sorted(largest[:_LORAS])
@@ -154,8 +151,7 @@ def _draw_overlap(
 def _draw_energy(
     sheet: Sheet, survey: Survey, loras: Sequence[int], x: float, top: float, cell: float, row: float
 ) -> None:
-    energies = survey.energies()
-    shares = energies / energies.sum(0).clamp_min(torch.finfo(energies.dtype).tiny)
+    shares = survey.shares()
     highest = max(float(shares.max()), 1e-9)
     for j, adapter in enumerate(loras):
         sheet.text(x + cell * (j + 0.5), top - 9, str(adapter + 1), anchor="mm", size=11)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
-from itertools import combinations
-
-import torch
 
 from .adapter import Adapter, base_model
 from .draw import png
@@ -92,7 +89,7 @@ def _loras(survey: Survey, adapters: Sequence[Adapter]) -> Iterator[Row]:
 def _pairs(survey: Survey) -> Iterator[Row]:
     names, overlap = survey.report.inputs, survey.report.overlap()
     shared_in, shared_out = survey.shared()
-    pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: (-abs(overlap[pair[0]][pair[1]]), pair))
+    pairs = survey.pairs()
     for i, j in pairs[:_MOST]:
         layers = sum(i in module.adapters and j in module.adapters for module in survey.report.modules)
         common = (f"{float(table[i, j]):.0%}" for table in (shared_in, shared_out))
@@ -107,9 +104,7 @@ def _block_heads(survey: Survey) -> Row:
 
 
 def _blocks(survey: Survey) -> Iterator[Row]:
-    energies = survey.energies()
-    shares = energies / energies.sum(0).clamp_min(torch.finfo(energies.dtype).tiny)
-    for part, row in zip(survey.parts, shares.tolist(), strict=True):
+    for part, row in zip(survey.parts, survey.shares().tolist(), strict=True):
         pair = [signed(survey.of(part.layers).overlap()[0][1])] if len(row) == 2 else []
         rank = survey.rank_for(0.95, part.layers)
         yield part.name, len(part.layers), rank, *pair, *(f"{share:.1%}" for share in row)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Literal
 
 import torch
@@ -129,6 +130,17 @@ class Survey:
                 for i, count in zip(module.adapters, cluster, strict=True):
                     table[row[module.name], i] += count / sum(cluster)
         return pure, mixed
+
+    def shares(self) -> Tensor:
+        """Share of each adapter's own energy in each part, ``(parts, N)``; zeros of one that changes nothing."""
+        energies = self.energies()
+        return energies / energies.sum(0).clamp_min(torch.finfo(energies.dtype).tiny)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """All pairs of adapters, those that overlap most first."""
+        overlap = self.report.overlap()
+        pairs = combinations(range(len(overlap)), 2)
+        return sorted(pairs, key=lambda pair: (-abs(overlap[pair[0]][pair[1]]), pair))
 
     def shared(self) -> tuple[Tensor, Tensor]:
         """Shares of common input and output directions, mean over the layers both adapters change, ``(N, N)`` each."""

@@ -13,7 +13,7 @@ function color(share) {
   return `rgb(${SCALE[i].map((low, k) => Math.round(low + (SCALE[i + 1][k] - low) * (at - i))).join(",")})`;
 }
 
-/** The MoLE Mix nodes whose model a Gate Map looks at, by the last part of their ids: subgraphs put theirs in front. */
+/** Ids of the nodes that a Gate Map's model comes through. */
 function mixes(node, seen = new Set()) {
   for (const [slot, input] of (node.inputs ?? []).entries()) {
     if (input.type !== "MODEL" && input.name !== "model") continue;
@@ -53,23 +53,22 @@ class LiveMap {
     const pen = this.canvas.getContext("2d");
     pen.scale(sharp, sharp);
     pen.font = "11px system-ui, sans-serif";
-    const style = getComputedStyle(this.element);
-    pen.fillStyle = style.color;
+    const ink = getComputedStyle(this.element).color;
+    pen.fillStyle = ink;
     if (!this.news) return pen.fillText(text("waiting"), 6, 18, width - 12);
     this.#map(pen, width, height - COURSE - 18);
     this.#lines(pen, width, height - COURSE, COURSE - 4);
-    pen.fillStyle = style.color;
-    this.#title(pen, width);
+    this.#title(pen, width, ink);
   }
 
-  #title(pen, width) {
+  #title(pen, width, ink) {
     const { labels, pass } = this.news;
     const room = (width - 70) / labels.length;
     labels.forEach((label, j) => {
       pen.fillStyle = LINES[j % LINES.length];
       pen.fillText(label, 6 + room * j, 11, room - 6);
     });
-    pen.fillStyle = getComputedStyle(this.element).color;
+    pen.fillStyle = ink;
     pen.textAlign = "right";
     pen.fillText(text("pass", { pass }), width - 4, 11);
     pen.textAlign = "left";
@@ -108,6 +107,7 @@ app.registerExtension({
   name: "legomole.gateMap",
   setup() {
     api.addEventListener("legomole.gates", ({ detail }) => {
+      // subgraphs put their ids in front
       const id = String(detail.node).split(":").at(-1);
       for (const map of maps) if ([...mixes(map.node)].some((found) => String(found) === id)) map.tell(detail);
     });

@@ -20,7 +20,6 @@ class LoraList {
   constructor(node) {
     this.node = node;
     this.entries = [];
-    this.choice = 0;
     const id = `lm-found-${count++}`;
     this.search = h("input", {
       type: "search",
@@ -175,7 +174,6 @@ class LoraList {
     const wanted = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const fitting = (this.names ?? []).filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
     this.matches = fitting.slice(0, SHOWN);
-    this.choice = 0;
     const items = this.matches.map((name, i) => {
       const badge = h("span", { className: "lm-badge" });
       about(name).then((said) => (badge.textContent = said.base ?? ""));
