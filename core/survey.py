@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -226,12 +227,13 @@ class _Candidate:
 
 @dataclass
 class _Watch:
-    """A merge method that is LEGO, and notes what it sees on the way."""
+    """A merge method that is LEGO, and notes what it sees on the way; batches may come from several threads."""
 
     lego: Lego
     region: dict[str, str]
     layers: dict[str, Layer] = field(default_factory=dict)
     largest: dict[str, _Candidate] = field(default_factory=dict)
+    _one: Lock = field(default_factory=Lock)
 
     @property
     def rank(self) -> Rank:
@@ -249,8 +251,11 @@ class _Watch:
             self.layers[name] = Layer(total[m].cpu(), own, shared_in[m].cpu(), shared_out[m].cpu())
             order = (len(pool.adapters), float(S[m].square().sum()))
             region = self.region[name]
-            if region not in self.largest or self.largest[region].order < order:
-                self.largest[region] = _candidate(pool, name, order, (G_A * G_B)[m], S[m])
+            with self._one:
+                best = self.largest.get(region)
+                # of equals the first by name: which batch comes first is up to the threads
+                if best is None or (best.order, name) < (order, best.layer):
+                    self.largest[region] = _candidate(pool, name, order, (G_A * G_B)[m], S[m])
         return self.lego(pool)
 
 

@@ -185,3 +185,13 @@ def test_tsne_without_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     with pytest.raises(MergeError, match=r"legomole\[plots\]"):
         tsne(torch.eye(5))
+
+
+def test_of_equal_layers_the_first_by_name_is_drawn():
+    """Whichever batch a thread is done with first."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 6), torch.randn(5, 2)
+    names = [f"transformer.transformer_blocks.{i}.attn.to_{x}" for i in (1, 0) for x in "vkq"]
+    one, other = ({name: LowRank(A * s, B) for name in names} for s in (1.0, 2.0))
+    found = survey([Adapter(one, source=Source("a")), Adapter(other, source=Source("b"))])
+    assert [drawn.layer for drawn in found.maps] == ["transformer.transformer_blocks.0.attn.to_k"]
