@@ -1,7 +1,7 @@
 // The live picture on Gate Map: how much of each LoRA goes in, part by part, while the sampler runs.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { h, shield, source, text, widen } from "./page.js";
+import { h, mount, source, text, widen } from "./page.js";
 
 const SCALE = [[48, 18, 80], [50, 90, 142], [32, 146, 140], [94, 201, 98], [253, 231, 37]]; // as core/draw.py
 const LINES = ["#4c9be8", "#e8913c", "#55b06b", "#e0607e", "#a58be0", "#b98a66"];
@@ -30,7 +30,6 @@ class LiveMap {
     this.node = node;
     this.canvas = h("canvas", { aria: { role: "img", label: text("waiting") } });
     this.element = h("div", { className: "lm" }, this.canvas);
-    shield(this.element);
     this.draw = this.draw.bind(this);
     new ResizeObserver(this.draw).observe(this.canvas);
   }
@@ -116,10 +115,7 @@ app.registerExtension({
     if (node.comfyClass !== "LegoMoLE_GateMap") return;
     const map = new LiveMap(node);
     maps.add(map);
-    const widget = node.addDOMWidget("live", "LEGOMOLE_GATE_MAP", map.element, {
-      serialize: false, getMinHeight: () => 190, hideOnZoom: false,
-    });
-    widget.serialize = false;
+    mount(node, "live", "LEGOMOLE_GATE_MAP", map.element, { serialize: false, getMinHeight: () => 190 });
     widen(node, 280, 0);
     const { onRemoved } = node;
     node.onRemoved = function () {

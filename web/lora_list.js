@@ -1,7 +1,7 @@
 // The list of LoRAs on the node LoRA List. Its value is a JSON text, see nodes/lora_list.py.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { changed, fit, h, shield, short, text, widen } from "./page.js";
+import { changed, fit, h, mount, short, text, widen } from "./page.js";
 
 const SHOWN = 20; // files found by a search
 const ROW = 74; // pixels, for making room
@@ -29,11 +29,11 @@ class LoraList {
     });
     this.found = h("ul", { id, className: "lm-found", aria: { role: "listbox", label: text("found") } });
     this.rows = h("ul", { aria: { label: text("loras") } });
-    this.element = h("div", { className: "lm" }, this.search, this.found, this.rows);
+    const under = h("div", { className: "lm-under" }, this.rows, this.found);
+    this.element = h("div", { className: "lm" }, this.search, under);
     this.element.addEventListener("focusout", (event) => {
       if (!this.element.contains(event.relatedTarget)) this.close();
     });
-    shield(this.element);
     this.draw();
   }
 
@@ -55,8 +55,9 @@ class LoraList {
     this.draw();
   }
 
+  /** Room for three rows, which the files found cover, and up to five: a search must not change a node's size. */
   get height() {
-    return 40 + ROW * Math.min(Math.max(this.entries.length, 1), 5) + (this.found.childElementCount ? 194 : 0);
+    return 40 + ROW * Math.min(Math.max(this.entries.length, 3), 5);
   }
 
   commit() {
@@ -170,7 +171,6 @@ class LoraList {
   }
 
   find() {
-    this.before ??= this.node.size[1];
     const wanted = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
     const fitting = (this.names ?? []).filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
     this.matches = fitting.slice(0, SHOWN);
@@ -188,7 +188,6 @@ class LoraList {
     this.found.replaceChildren(...items);
     this.search.setAttribute("aria-expanded", "true");
     this.mark(0);
-    fit(this.node);
   }
 
   mark(choice) {
@@ -221,10 +220,6 @@ class LoraList {
     this.found.replaceChildren();
     this.search.setAttribute("aria-expanded", "false");
     this.search.removeAttribute("aria-activedescendant");
-    if (this.before == null) return;
-    this.node.setSize([this.node.size[0], this.before]);
-    this.before = null;
-    fit(this.node);
   }
 }
 
@@ -233,11 +228,10 @@ app.registerExtension({
   getCustomWidgets: () => ({
     LEGOMOLE_LORA_LIST(node, name) {
       const list = new LoraList(node);
-      list.widget = node.addDOMWidget(name, "LEGOMOLE_LORA_LIST", list.element, {
+      list.widget = mount(node, name, "LEGOMOLE_LORA_LIST", list.element, {
         getValue: () => list.value,
         setValue: (value) => (list.value = value),
         getMinHeight: () => list.height,
-        hideOnZoom: false,
       });
       return { widget: list.widget };
     },

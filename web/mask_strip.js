@@ -1,7 +1,8 @@
 // The switches on MoLE Mix: one per LoRA that comes in. They write and read the widget switched_off.
 import { app } from "../../scripts/app.js";
-import { changed, fit, h, shield, short, source, text } from "./page.js";
+import { changed, h, mount, short, source, text } from "./page.js";
 
+const HEIGHT = 60; // pixels: two lines of chips. It must not depend on them: a node that grows later makes a step for undo
 const LOOK_EVERY = 500; // milliseconds; nodes before ours do not tell when their widgets change
 
 /** What comes in, in order: labels, or null for a stack whose length only a run tells. */
@@ -29,7 +30,6 @@ class MaskStrip {
     this.buttons = null;
     this.chips = h("div", { className: "lm-strip", title: text("experts"), aria: { role: "group", label: text("experts") } });
     this.element = h("div", { className: "lm" }, this.chips);
-    shield(this.element);
     this.look();
   }
 
@@ -55,7 +55,6 @@ class MaskStrip {
       button.title = labels[i];
       button.setAttribute("aria-pressed", String(!this.off[i]));
     });
-    requestAnimationFrame(() => fit(this.node)); // once the chips have their size
   }
 
   toggle(i) {
@@ -73,10 +72,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== "LegoMoLE_MoLEMix") return;
     const strip = new MaskStrip(node);
-    const widget = node.addDOMWidget("experts", "LEGOMOLE_MASK_STRIP", strip.element, {
-      serialize: false, getMinHeight: () => Math.max(26, strip.chips.offsetHeight) + 6, hideOnZoom: false,
+    // the value is that of switched_off
+    mount(node, "experts", "LEGOMOLE_MASK_STRIP", strip.element, {
+      serialize: false, getMinHeight: () => HEIGHT,
     });
-    widget.serialize = false; // the value is that of switched_off
     const timer = setInterval(() => node.graph && strip.look(), LOOK_EVERY);
     const { onExecuted, onRemoved } = node;
     node.onExecuted = function (output) {

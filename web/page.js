@@ -37,7 +37,7 @@ export function changed(node) {
 }
 
 /** Keep keys and pointer of a widget from the canvas behind it, which would delete or drag nodes. */
-export function shield(element) {
+function shield(element) {
   element.addEventListener("keydown", (event) => {
     const command = event.ctrlKey || event.metaKey;
     const typing = event.target.matches("input[type=search], input[type=number]");
@@ -47,6 +47,28 @@ export function shield(element) {
   });
   for (const name of ["pointerdown", "mousedown", "dblclick", "contextmenu"])
     element.addEventListener(name, (event) => event.stopPropagation());
+}
+
+/**
+ * Add a widget made of elements to a node. After undo and redo, Vue's nodes go on showing the elements of the node that was
+ * replaced: they are handed the new ones here.
+ */
+export function mount(node, name, type, element, options) {
+  shield(element);
+  const widget = node.addDOMWidget(name, type, element, { hideOnZoom: false, ...options });
+  if (options.serialize === false) widget.serialize = false; // in the workflow; the option is for the prompt
+  const { onRemoved } = node;
+  node.onRemoved = function () {
+    onRemoved?.apply(this, arguments);
+    const { id } = node;
+    requestAnimationFrame(() => {
+      const heir = app.canvas.graph?.getNodeById(id)?.widgets?.find((other) => other.type === type)?.element;
+      if (!heir || heir.isConnected || !element.isConnected) return;
+      heir.className = element.className; // the page's own classes
+      element.replaceWith(heir);
+    });
+  };
+  return widget;
 }
 
 /** Make room for a widget that has grown. */

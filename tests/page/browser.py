@@ -28,12 +28,20 @@ def opened(comfy: Server, size: tuple[int, int] = (1280, 720)) -> Iterator[Any]:
         local = re.compile(r"(https?|wss?)://127\.0\.0\.1|data:|blob:")
         tab.route("**/*", lambda route: route.continue_() if local.match(route.request.url) else route.abort())
         tab.goto(comfy.url)
-        tab.wait_for_function(
-            "() => window.LiteGraph && window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge",
-            timeout=60_000,
-        )
+        wait_until_ready(tab)
         yield tab
         browser.close()
+
+
+def wait_until_ready(page: Any) -> None:
+    """Wait for the nodes, and for the workflow that the page opens by itself: it would replace the test's."""
+    page.wait_for_function(
+        """() => window.LiteGraph?.registered_node_types.LegoMoLE_LegoMerge
+            && window.app?.extensionManager?.workflow?.activeWorkflow?.changeTracker
+            && !window.comfyAPI?.changeTracker?.ChangeTracker.isLoadingGraph""",
+        timeout=60_000,
+    )
+    page.wait_for_timeout(300)
 
 
 def open_workflow(page: Any, workflow: dict[str, Any]) -> None:

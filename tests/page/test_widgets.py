@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ..comfy.server import Server
-from .browser import open_workflow, opened
+from .browser import open_workflow, opened, wait_until_ready
 
 pytestmark = [pytest.mark.comfy, pytest.mark.page]
 
@@ -176,15 +176,25 @@ def test_list_marks_files_that_are_gone(board: Any, renderer: str) -> None:
 
 
 def test_undo_and_redo(board: Any, renderer: str) -> None:
-    add(board, "ember", "heart")
-    board.wait_for_timeout(1000)  # until the nodes have found their size, which the page counts as a step
-    drag(board, 1, 0)
-    board.wait_for_timeout(500)
-    assert names(board) == "heart ember"
-    for key, wanted in (("z", "ember heart"), ("y", "heart ember")):
+    """A step of the user is a step of undo: nodes that found another size by themselves would be steps of their own."""
+    add(board, "ember", "heart", "moon")
+    board.wait_for_function("() => document.querySelectorAll('.lm-chip').length === 3")
+    steps = ["", "ember", "ember heart", "ember heart moon", "moon ember heart", "moon ember"]
+    drag(board, 2, 0)
+    board.locator(".lm-remove").nth(2).click()
+    assert names(board) == steps[-1]
+    for key, wanted in [*(("z", step) for step in steps[-2::-1]), *(("y", step) for step in steps[1:])]:
+        board.keyboard.press("Control")  # when it comes up, the page looks whether anything changed
         board.keyboard.press(f"Control+{key}")
-        board.wait_for_timeout(2500)  # not asked meanwhile: to write a prompt is to disturb the page
-        assert names(board) == wanted
+        board.wait_for_function(
+            """wanted => wanted === [...document.querySelectorAll('.lm-row .lm-name')]
+                .map(name => name.textContent.replace('widget_', '')).join(' ')""",
+            arg=wanted,
+        )
+        board.wait_for_timeout(700)  # longer than the switches take to look at what comes in
+    assert names(board) == steps[-1]
+    board.locator(".lm-row input[type=checkbox]").first.click()  # what is shown is the list that counts
+    assert rows(board) == [("moon", False, 1), ("ember", True, 1)]
 
 
 def test_values_survive_saving_copying_and_subgraphs(board: Any, renderer: str) -> None:
@@ -281,9 +291,7 @@ def test_chinese(board: Any) -> None:
     setting(board, "Comfy.Locale", "zh")
     try:
         board.reload()
-        board.wait_for_function(
-            "() => window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge", timeout=60_000
-        )
+        wait_until_ready(board)
         board.evaluate("() => { app.graph.clear(); app.graph.add(LiteGraph.createNode('LegoMoLE_LoRAList')); }")
         board.wait_for_selector(".lm input[type=search]")
         assert board.locator(".lm input[type=search]").get_attribute("placeholder") == "添加 LoRA：按名称搜索"

@@ -120,12 +120,12 @@ def pixels(comfy: Server, entry: dict[str, str]) -> torch.Tensor:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_keeps_what_was_saved(page: Any, path: Path) -> None:
-    """Widgets land where they were: opened and saved again, the workflow says the same."""
+    """Widgets land where they were, at their size: opened and saved again, the workflow says the same."""
     workflow = chosen(path)
     open_workflow(page, workflow)
-    again = page.evaluate("() => app.graph.serialize()")
-    saved = {node["id"]: (node["type"], node.get("widgets_values")) for node in workflow["nodes"]}
-    assert {node["id"]: (node["type"], node.get("widgets_values", [])) for node in again["nodes"]} == saved
+    again = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    told = lambda node: (node["type"], node.get("widgets_values", []), [*map(round, node["size"])])  # noqa: E731
+    assert {node["id"]: told(node) for node in again["nodes"]} == {node["id"]: told(node) for node in workflow["nodes"]}
 
 
 def test_workflows_are_offered_as_templates(comfy: Server) -> None:
