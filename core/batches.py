@@ -97,15 +97,12 @@ class Work:
             for part, end in zip(row, ends, strict=True):  # cast in the same pass
                 A[m, end - part.rank : end] = part.A
                 B[m, :, end - part.rank : end] = part.B
-        if not torch.isfinite(A.sum() + B.sum()):
-            for i in batch.adapters:
-                adapters[i].check_finite()
         weights = torch.tensor(
             [[self.weights[i][name] for i in batch.adapters] for name in batch.names], dtype=torch.float64
         )
         scales = torch.tensor([[part.scale for part in row] for row in parts], dtype=torch.float64)
         c = (weights * scales).repeat_interleave(torch.tensor(batch.ranks), 1)
-        return Pool(
+        pool = Pool(
             names=batch.names,
             A=A.to(self.device),
             B=B.to(self.device),
@@ -114,6 +111,11 @@ class Work:
             ranks=batch.ranks,
             adapters=batch.adapters,
         )
+        # squares are sums of all that is in a unit, and in float64 those of no float32 overflow
+        if not all(torch.isfinite(G.diagonal(dim1=1, dim2=2).sum()) for G in (pool.G_A, pool.G_B)):
+            for i in batch.adapters:
+                adapters[i].check_finite()
+        return pool
 
 
 def batches(

@@ -87,59 +87,38 @@ def distances(G: Tensor) -> Tensor:
 def ward(G: Tensor, k: Tensor) -> Tensor:
     """Ward's agglomerative clustering: always merge the two clusters that raise the inertia least.
 
-    Deterministic. All modules advance together, one merge a step. Every cluster remembers its nearest. Where that was
-    merged with another, the union is no nearer: what is remembered bounds the distance from below, and is found anew
-    only once it would be chosen.
-
     Args:
         G: ``(M, P, P)`` Gram matrices. k: ``(M,)`` long, clusters wanted, ``1 .. P``.
 
     Returns:
         ``(M, P)`` long labels ``0 .. k-1``, numbered by each cluster's first unit; every cluster has a member.
+
+    Raises:
+        LinAlgError: The distances are not finite.
     """
     M, P, _ = G.shape
     labels = torch.arange(P, device=G.device).repeat(M, 1)
-    steps = P - int(k.min()) if M else 0
-    if steps == 0:
+    if not bool((k < P).any()):
         return labels
-    rows = torch.arange(M, device=G.device)
-    cost = distances(G) / 2  # rise of inertia when merging i and j
-    cost.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    size = torch.ones(M, P, dtype=G.dtype, device=G.device)
-    best, column = cost.min(2)  # of every cluster, the nearest
-    stale = torch.zeros_like(best, dtype=torch.bool)
-    for step in range(steps):
-        active = P - step > k  # modules that still have clusters to spend
-        while True:
-            i = best.argmin(1)
-            if not bool((active & stale[rows, i]).any()):
-                break
-            bound, at = best.masked_fill(~stale, torch.inf).topk(min(P, 16), largest=False)
-            r, place = bound.isfinite().nonzero(as_tuple=True)
-            at = at[r, place]
-            best[r, at], column[r, at] = cost[r, at].min(1)
-            stale[r, at] = False
-        r = rows[active]
-        i, j = i[active], column[rows, i][active]
-        i, j = torch.minimum(i, j), torch.maximum(i, j)
-        s, n_i, n_j = size[r], size[r, i][:, None], size[r, j][:, None]
-        # Lance-Williams update of the rise, for the union (n_i + n_j) against every other cluster
-        union = ((n_i + s) * cost[r, i] + (n_j + s) * cost[r, j] - s * cost[r, i, j][:, None]) / (n_i + n_j + s)
-        union = union.masked_fill(s == 0, torch.inf).scatter(1, torch.stack([i, j], 1), torch.inf)
-        cost[r, i, :] = cost[r, :, i] = union
-        cost[r, j, :] = cost[r, :, j] = torch.inf
-        size[r, i] += size[r, j]
-        size[r, j] = 0
-        labels[r] = torch.where(labels[r] == j[:, None], i[:, None], labels[r])
+    from scipy.cluster.hierarchy import linkage  # here, for it takes a quarter of a second to import
 
-        nearest, found = best[r], column[r]
-        old = stale[r] | (found == i[:, None]) | (found == j[:, None])
-        nearer = (union < nearest) | ((union == nearest) & (i[:, None] < found))  # the first only by rounding
-        best[r], column[r] = torch.where(nearer, union, nearest), torch.where(nearer, i[:, None], found)
-        stale[r] = old
-        best[r, i], column[r, i] = union.min(1)
-        best[r, j], stale[r, i], stale[r, j] = torch.inf, False, False
+    apart = distances(G).sqrt()
+    if not bool(torch.isfinite(apart).all()):
+        raise torch.linalg.LinAlgError("the distances between units are not finite")  # pyright: ignore[reportPrivateImportUsage]
+    i, j = torch.triu_indices(P, P, 1, device=G.device)
+    for m, (pairs, clusters) in enumerate(zip(apart[:, i, j].cpu().numpy(), k.tolist(), strict=True)):
+        tree = linkage(pairs, "ward")[: P - clusters, :2].astype(int).tolist()  # what is merged, the nearest first
+        labels[m] = torch.tensor(_cut(tree, P))
     return renumber(labels)
+
+
+def _cut(tree: list[list[int]], P: int) -> list[int]:
+    """For each of `P` points the last cluster it went into, where row t of `tree` makes cluster ``P + t`` of two."""
+    last = list(range(P + len(tree)))
+    for t in reversed(range(len(tree))):
+        for part in tree[t]:
+            last[part] = last[P + t]
+    return last[:P]
 
 
 def plus_plus(G: Tensor, k: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gram-space algebra against torch.linalg on the dense matrices, clustering against scipy and scikit-learn."""
+"""Gram-space algebra against torch.linalg on the dense matrices, clustering against scikit-learn."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ pytest.importorskip("sklearn")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core import gram
-from scipy.cluster.hierarchy import fcluster, linkage
-from sklearn.cluster import KMeans
+from sklearn.cluster import AgglomerativeClustering, KMeans
 
 from .pools import close
 
@@ -111,12 +110,12 @@ class TestSVD:
 class TestWard:
     @given(seeds, st.integers(2, 14), st.data())
     @settings(max_examples=40, deadline=None)
-    def test_equals_scipys_tree_cut_at_k(self, seed, P, data):
+    def test_equals_scikit_learns_tree_cut_at_k(self, seed, P, data):
         X = points(3, P, 4, seed)
         k = torch.tensor([data.draw(st.integers(1, P)) for _ in range(3)])
         labels = gram.ward(gram_of(X), k)
         for m in range(3):
-            expected = fcluster(linkage(X[m].numpy(), "ward"), int(k[m]), "maxclust")
+            expected = AgglomerativeClustering(int(k[m]), linkage="ward").fit(X[m].numpy()).labels_
             assert torch.equal(labels[m], gram.renumber(torch.tensor(expected, dtype=torch.long)[None])[0])
 
     def test_k_equal_to_the_number_of_points_keeps_all_apart(self):
@@ -292,5 +291,5 @@ def test_ward_where_most_points_lose_their_nearest():
     k = torch.tensor([2, 5, 59])
     labels = gram.ward(X @ X.mT, k)
     for m in range(3):
-        expected = torch.from_numpy(fcluster(linkage(X[m].numpy(), "ward"), int(k[m]), "maxclust"))
+        expected = torch.from_numpy(AgglomerativeClustering(int(k[m]), linkage="ward").fit(X[m].numpy()).labels_)
         assert torch.equal(labels[m][:, None] == labels[m], expected[:, None] == expected)
