@@ -97,19 +97,19 @@ def ward(G: Tensor, k: Tensor) -> Tensor:
         LinAlgError: The distances are not finite.
     """
     M, P, _ = G.shape
-    labels = torch.arange(P, device=G.device).repeat(M, 1)
     if not bool((k < P).any()):
-        return labels
+        return torch.arange(P, device=G.device).repeat(M, 1)
     from scipy.cluster.hierarchy import linkage  # here, for it takes a quarter of a second to import
 
     apart = distances(G).sqrt()
     if not bool(torch.isfinite(apart).all()):
         raise torch.linalg.LinAlgError("the distances between units are not finite")  # pyright: ignore[reportPrivateImportUsage]
     i, j = torch.triu_indices(P, P, 1, device=G.device)
-    for m, (pairs, clusters) in enumerate(zip(apart[:, i, j].cpu().numpy(), k.tolist(), strict=True)):
+    labels: list[list[int]] = []
+    for pairs, clusters in zip(apart[:, i, j].cpu().numpy(), k.tolist(), strict=True):
         tree = linkage(pairs, "ward")[: P - clusters, :2].astype(int).tolist()  # what is merged, the nearest first
-        labels[m] = torch.tensor(_cut(tree, P))
-    return renumber(labels)
+        labels.append(_cut(tree, P))
+    return renumber(torch.tensor(labels, device=G.device))
 
 
 def _cut(tree: list[list[int]], P: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -13,8 +14,7 @@ from .. import __version__
 from .adapter import Adapter, Source
 from .align import align
 from .errors import name_some
-from .formats import FORMATS, detect, load, summarise
-from .formats.hashes import sha256
+from .formats import FORMATS, detect, hashes, identified, load, summarise, weights_of
 from .formats.unchanged import unchanged
 from .keymap import KeyMap
 from .library import Library, Spread
@@ -125,15 +125,20 @@ def run(
         build_method(recipe.method, settings)
     paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
     statistics = folder / str(settings["statistics"]) if "statistics" in settings else None
-    with unchanged(paths if statistics is None else [*paths, statistics]):
+    inputs = paths if statistics is None else [*paths, statistics]
+    with unchanged(inputs), hashes.beside([weights_of(path) for path in paths]) as hashed:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
             adapters.append(_load(entry, path, recipe.convert_rank))
             if reading is not None:
                 reading(len(adapters), len(recipe.inputs), entry.path)
+        # hashes that only the metadata tells are waited for after the merge
+        asked = statistics is not None or spread is not None or any(entry.sha256 for entry in recipe.inputs)
+        if asked:
+            adapters = _identified(recipe, paths, adapters, hashed)
         if statistics is not None:
             settings["statistics"] = Statistics.load(statistics).of(adapters)
-            found = sha256(statistics)
+            found = hashes.sha256(statistics)
             _check_hash(statistics, recipe.statistics_sha256, found)
             recipe = recipe.model_copy(update={"statistics_sha256": found})
         method = build_method(recipe.method, settings)
@@ -157,6 +162,8 @@ def run(
             progress=progress,
             each=each,
         )
+        if not asked:
+            adapters = _identified(recipe, paths, adapters, hashed)
     done = recipe.model_copy(update={"legomole": __version__, "settings": recipe.settings | settings_of(method)})
     notes = [*result.report.notes, *disagreements(adapters)]
     if translated and result.adapter.extras:
@@ -224,11 +231,20 @@ def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path
 
 
 def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
-    adapter = load(path, convert_rank=convert_rank)
-    _check_hash(path, entry.sha256, adapter.source.sha256)
+    adapter = load(path, convert_rank=convert_rank, known=True)
+    adapter.check_finite()
     if entry.path.startswith(HUB):  # the folder in the cache is called after a commit
         adapter = dataclasses.replace(adapter, source=dataclasses.replace(adapter.source, path=entry.path))
     return adapter
+
+
+def _identified(
+    recipe: Recipe, paths: Sequence[Path], adapters: Sequence[Adapter], hashed: Sequence[Future[str]]
+) -> list[Adapter]:
+    """The inputs with their files' hashes, which must be those of the recipe."""
+    for entry, path, found in zip(recipe.inputs, paths, hashed, strict=True):
+        _check_hash(path, entry.sha256, found.result())
+    return [identified(adapter, found.result()) for adapter, found in zip(adapters, hashed, strict=True)]
 
 
 def _check_hash(path: Path, wanted: str, found: str) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,10 +33,12 @@ __all__ = [
     "detect",
     "fingerprint",
     "from_state_dict",
+    "identified",
     "load",
     "save",
     "summarise",
     "to_state_dict",
+    "weights_of",
 ]
 
 _PEFT = Peft()
@@ -73,13 +74,27 @@ def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
     if folder is not None:
         folder.demand_all(tensors)
         metadata[CONFIG_KEY] = folder.config
-    with enough_memory(), ThreadPoolExecutor(1) as beside:
-        hashed = None if known else beside.submit(hashes.sha256, *weights)
+    with enough_memory(), hashes.beside([] if known else [weights]) as hashed:
         adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
-        if hashed is None:
+        if known:
             return adapter
         adapter.check_finite()
-        return replace(adapter, source=replace(adapter.source, sha256=hashed.result()))
+        return identified(adapter, hashed[0].result())
+
+
+def identified(adapter: Adapter, sha256: str) -> Adapter:
+    """The adapter with the hash of its file."""
+    return replace(adapter, source=replace(adapter.source, sha256=sha256))
+
+
+def weights_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold the numbers of a LoRA: itself, or those of a PEFT folder.
+
+    Raises:
+        FormatError: A path without a LoRA.
+    """
+    folder = _folder(path)
+    return (path,) if folder is None else folder.weights
 
 
 def fingerprint(path: str | Path) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from .files import inspect
@@ -17,6 +20,16 @@ def sha256(*paths: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def beside(files: Sequence[Sequence[Path]]) -> Generator[list[Future[str]]]:
+    """The hashes of LoRAs, each of one or several files, made in a thread of their own beside the block."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield [pool.submit(sha256, *paths) for paths in files]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def fingerprint(*paths: Path, text: str = "") -> str:

@@ -70,9 +70,9 @@ def count(method: MergeMethod, modules: int, **sizes: int) -> Operations:
 LEGO, EXACT = Lego(Rank(8)), SVD(Rank(8))
 
 
-@pytest.mark.parametrize(("method", "batch", "module"), [(LEGO, 4600, 26), (EXACT, 165, 26), (Concat(), 110, 26)])
+@pytest.mark.parametrize(("method", "batch", "module"), [(LEGO, 2950, 26), (EXACT, 170, 26), (Concat(), 110, 26)])
 def test_a_batch_takes_so_many_operations_and_a_module_of_it_a_few_more(method: MergeMethod, batch: int, module: int):
-    """Counted: 3836, 137 and 92 for a batch of any size, and 22 to read, check and write each of its modules."""
+    """Counted: 2453, 141 and 96 for a batch of any size, and 22 to read, check and write each of its modules."""
     few, many = count(method, 4).seen, count(method, 12).seen
     more = (many.total() - few.total()) / 8
     assert more <= module, many - few
@@ -101,4 +101,4 @@ def test_the_factors_are_cast_once_and_read_by_four_products():
 
     with Large():
         merge(inputs, LEGO)
-    assert Counter(large) == {"bmm": 4, "_to_copy": 2, "sum": 2}  # cast for a Gram product, and checked for NaN
+    assert Counter(large) == {"bmm": 4, "_to_copy": 2}  # cast for a Gram product
