@@ -15,6 +15,7 @@ from .lowrank import LowRank
 from .memory import enough_memory
 from .methods import MergeMethod
 from .pool import Merged, Pool, overlap, relative_error
+from .products import Products
 from .report import ModuleReport
 
 # Numbers of one batch's float32 factors held at a time; bounds the memory beside inputs and output.
@@ -51,12 +52,14 @@ class Work:
         method: See `merge`.
         weights: Per adapter, the weight of each module.
         dtype: Of the merged factors. device: Where to compute.
+        products: Of earlier merges of the same adapters.
     """
 
     method: MergeMethod
     weights: Sequence[Mapping[str, float]]
     dtype: torch.dtype
     device: torch.device
+    products: Products | None = None
 
     @torch.no_grad()
     def __call__(self, adapters: Sequence[Adapter], batch: Batch) -> Done:
@@ -111,6 +114,8 @@ class Work:
             ranks=batch.ranks,
             adapters=batch.adapters,
         )
+        if self.products is not None:
+            self.products.share(batch, pool)
         # squares are sums of all that is in a unit, and in float64 those of no float32 overflow
         if not all(torch.isfinite(G.diagonal(dim1=1, dim2=2).sum()) for G in (pool.G_A, pool.G_B)):
             for i in batch.adapters:

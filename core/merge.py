@@ -17,6 +17,7 @@ from .errors import MergeError, name_some
 from .lowrank import LowRank
 from .memory import enough_memory
 from .methods import METHODS, MergeMethod
+from .products import Products
 from .report import MergeReport, ModuleReport
 from .threads import beside
 
@@ -45,6 +46,7 @@ def merge(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     each: Each | None = None,
+    products: Products | None = None,
 ) -> MergeResult:
     """Merge adapters that name their modules alike (see `align`) into one.
 
@@ -60,6 +62,7 @@ def merge(
         device: Where to compute. The result is on the CPU.
         progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
         each: Does the work elsewhere; default here, see `threads.beside`.
+        products: Kept by the caller from merge to merge of the same adapters, on the same device: the next is faster.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
@@ -89,7 +92,7 @@ def merge(
         raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
     todo = batches(adapters, per_module, getattr(method, "batch", None))
     _check_rank(method, todo)
-    work = Work(method, per_module, dtype or _widest(adapters), torch.device(device))
+    work = Work(method, per_module, dtype or _widest(adapters), torch.device(device), products)
     own = beside(work, adapters, todo)
 
     total = sum(len(batch.names) for batch in todo)

@@ -85,6 +85,10 @@ class Pool:
         """``B^T B (M, P, P)`` float64."""
         return gram.product(self.B.mT)
 
+    def know(self, G_A: Tensor, G_B: Tensor) -> None:
+        """Take Gram matrices that were computed before, instead of computing them."""
+        self.__dict__.update(G_A=G_A, G_B=G_B)  # where a cached_property keeps its value
+
     @cached_property
     def svd(self) -> gram.GramSVD:
         """SVD of the summed delta of every module, in terms of the pooled units."""

@@ -16,7 +16,8 @@ from ..core.methods import METHODS
 from ..core.statistics import Statistics
 from ..core.trained import TrainedGates
 from . import mixes
-from .comfy import apply, read
+from .again import read
+from .comfy import apply
 from .lora import Lora
 from .merge import merged
 from .reading import Reading

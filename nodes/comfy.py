@@ -44,11 +44,12 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
     host = _Host(model, clip)
     sites = [host.sites(lora) for lora in loras]
     common = common_names({name: at for site in sites for name, at in site.places.items()}, host.names, host.rows)
+    names, rows = host.names, host.rows
     return Reading(
         [rename(site.adapter(), common.key_map) for site in sites],
         tuple(line for site in sites for line in site.dropped),
         tuple(line for site in sites for line in site.notes),
-        lambda adapter: fuse_unnamed(adapter, common, host.names, host.rows),
+        lambda adapter: fuse_unnamed(adapter, common, names, rows),  # holds no model
         common.places,
     )
 
@@ -67,9 +68,8 @@ class _Host:
         self._weights: dict[str, Tensor] = {}
         for patcher in self._patchers:
             self._weights.update(patcher.model_state_dict())
-
-    def rows(self, key: str) -> int:
-        return self._weights[key].shape[0]
+        heights = {key: weight.shape[0] for key, weight in self._weights.items() if weight.ndim}
+        self.rows = heights.__getitem__  # outlives the model, see `again`
 
     def sites(self, lora: Lora) -> Sites:
         """Read one LoRA; every key of it ends up merged, carried or in `dropped`."""

@@ -17,9 +17,10 @@ from ..core.metadata import file_metadata
 from ..core.methods import METHODS, MergeMethod
 from ..core.report import MergeReport
 from ..core.statistics import Statistics
-from . import comfy, program
+from . import program
+from .again import read
 from .lora import Lora, flatten
-from .reading import Reading, read_files
+from .reading import Reading
 from .settings import built, module_weights, settings
 from .sockets import (
     CATEGORY,
@@ -64,7 +65,7 @@ def _merge(
         )
     values = flatten(loras, program.lora_path)
     built(METHODS, {**widgets, "method": method}, statistics)  # wrong settings are told before large files are read
-    reading = read_files(values) if model is None else comfy.read(values, model, clip)
+    reading = read(values, model, clip)
     measured = None if statistics is None else statistics.of(reading.adapters)
     chosen = built(METHODS, {**widgets, "method": method}, measured)
     lora, report = merged(values, reading, chosen, model, rules or "", program.progress())
@@ -102,6 +103,7 @@ def merged(
         text_encoder_weights=[value.strength_clip for value in values],
         module_weights=per_module,
         progress=progress,
+        products=reading.products,
     )
     report = replace(
         result.report,

@@ -11,6 +11,7 @@ from ..core import formats
 from ..core.adapter import Adapter, Source
 from ..core.align import align
 from ..core.keymap import Place
+from ..core.products import Products
 from .lora import Lora
 
 
@@ -24,6 +25,7 @@ class Reading:
         notes: Other things worth saying in the report.
         finish: Makes of the merged adapter one that the stock loader reads whole.
         places: Where the layers sit in the connected model, by name; empty without one.
+        products: What merges of them can use again.
     """
 
     adapters: list[Adapter]
@@ -31,6 +33,7 @@ class Reading:
     notes: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
     places: Mapping[str, Place] = field(default_factory=dict)
+    products: Products = field(default_factory=Products)
 
 
 def adapter_of(lora: Lora) -> Adapter:

@@ -13,9 +13,9 @@ from ..core.page import page
 from ..core.rank import Rank
 from ..core.survey import Drawn, survey
 from ..core.verdict import sentences
-from . import comfy, program
+from . import program
+from .again import read
 from .lora import flatten
-from .reading import read_files
 from .settings import settings
 from .sockets import CATEGORY, loras_input, model_inputs, widget
 
@@ -72,7 +72,7 @@ class LoRAReport(io.ComfyNode):
     ) -> io.NodeOutput:
         values = flatten(loras, program.lora_path)
         path = program.save_path(filename_prefix, program.OUTPUT) if filename_prefix else None
-        reading = read_files(values) if model is None else comfy.read(values, model, clip)
+        reading = read(values, model, clip)
         found = survey(
             reading.adapters,
             [value.strength_model for value in values],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,24 @@ def test_nothing_runs_twice_until_the_file_changes(comfy: Server, files: dict[st
     assert "LegoMoLE_LoadLoRA1" not in again
     one, two = (load_file(file) for file in sorted((comfy.loras / "cache").iterdir()))
     assert any(not torch.equal(one[key], two[key]) for key in one)
+
+
+def test_what_is_used_again_changes_no_number(comfy: Server, files: dict[str, str]) -> None:
+    """Rank, method and strength turned one after the other, against the same LoRAs never read before."""
+    names = ("flux_kohya", "flux_split")
+    for number, (rank, strength) in enumerate([("1x", 1.0), ("2", 1.0), ("2", -0.5), ("50%", -0.5)]):
+        for kind in ("again", "fresh"):
+            graph = Graph()
+            inputs = [files[name] for name in names]
+            if kind == "fresh":
+                inputs = [f"fresh{number}_{file}" for file in inputs]
+                for name, copy in zip(names, inputs, strict=True):
+                    shutil.copy(comfy.loras / files[name], comfy.loras / copy)
+            graph.save(graph.lego(graph.load(inputs[0], strength), graph.load(inputs[1]), rank=rank), f"turned/{kind}")
+            comfy.run(graph.nodes)
+        again, fresh = (load_file(max((comfy.loras / "turned").glob(f"{kind}_*"))) for kind in ("again", "fresh"))
+        assert again.keys() == fresh.keys()
+        assert all(torch.equal(again[key], fresh[key]) for key in fresh)
 
 
 # ---- progress and cancelling
