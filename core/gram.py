@@ -58,10 +58,10 @@ def svd(G_A: Tensor, G_B: Tensor, c: Tensor) -> GramSVD:
     return GramSVD(S, S_root[:, :, None] * (V.mT @ L_inverse), (cL @ V) * S_inverse_root[:, None, :])
 
 
-def product(X: Tensor, rows: int = 256) -> Tensor:
+def product(X: Tensor, rows: int = 256, part: int = 64) -> Tensor:
     """``X X^T (M, P, P)`` in float64 of ``X (M, P, d)``: exactly symmetric, its lower half computed once.
 
-    Only `rows` of `X` are held in float64 beside `X`, and half of the products are saved where `P` is large.
+    Only `rows` of `X` are held in float64 beside `X`; `part` of them are multiplied at a time.
     """
     M, P, d = X.shape
     G = torch.empty(M, P, P, dtype=torch.float64, device=X.device)
@@ -70,12 +70,18 @@ def product(X: Tensor, rows: int = 256) -> Tensor:
         X_at, G_at = X[at : at + step], G[at : at + step]
         for start in range(0, P, rows):
             some = X_at[:, start : start + rows].double()
-            for other in range(0, start + 1, rows):
-                columns = some if other == start else X_at[:, other : other + rows].double()
-                part = some @ columns.mT
-                G_at[:, start : start + rows, other : other + rows] = part
-                G_at[:, other : other + rows, start : start + rows] = part.mT
+            for i in range(0, some.shape[1], part):
+                _put(G_at, start + i, start, some[:, i : i + part] @ some[:, : i + part].mT)
+            for other in range(0, start, rows):
+                _put(G_at, start, other, some @ X_at[:, other : other + rows].double().mT)
     return G
+
+
+def _put(G: Tensor, row: int, column: int, block: Tensor) -> None:
+    """Write a block of a symmetric matrix, and its mirror image."""
+    down, across = slice(row, row + block.shape[1]), slice(column, column + block.shape[2])
+    G[:, down, across] = block
+    G[:, across, down] = block.mT
 
 
 def distances(G: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def peft_svd(case: Case, folder: Path) -> Sampled:
     for shape, count in _shapes(case).items():
         factor = _factor(shape)
         d_out, d_in = shape[0] // factor, shape[1] // factor
-        one = replace(case, name=f"one-{d_out}-{d_in}", layers=[(_ONE, d_out, d_in)], format="kohya")
+        one = replace(case, name=f"{case.name}-{d_out}-{d_in}", layers=[(_ONE, d_out, d_in)], format="kohya")
         model = peft_model(one, one.write(folder))
         start = time.perf_counter()
         model.add_weighted_adapter(names, [1.0] * case.n, "merged", combination_type="svd", svd_rank=case.rank)
