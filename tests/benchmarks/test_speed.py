@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
-from benchmarks.speed import report, sampled  # noqa: E402
+from benchmarks.speed import report, sampled, scaling  # noqa: E402
 from benchmarks.speed.cases import CASES, PLAIN  # noqa: E402
 from benchmarks.speed.whole import WHOLE  # noqa: E402
 
@@ -131,3 +131,14 @@ def test_the_command_writes_its_files(tmp_path: Path):
     assert [row["tool"] for row in found["rows"]] == ["floor", "legomole-lego"]
     assert set(found["rows"][0]) == {"case", "tool", "seconds", "peak_mb", "extrapolated"}
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_one_number_at_a_time_is_changed(tmp_path: Path):
+    """Each curve passes through the usual case, and what it writes has all points."""
+    for curve, values in scaling.CURVES.items():
+        usual = {"LoRAs": 3, "rank": 16, "layers": 722}
+        for value, case in zip(values, scaling.cases(curve, values), strict=True):
+            assert {"LoRAs": case.n, "rank": case.rank, "layers": len(case.layers)} == {**usual, curve: value}
+    scaling.main(["--rounds", "1", "--out", str(tmp_path)], {"layers": (1, 2)})
+    assert list(json.loads((tmp_path / "scaling.json").read_text())["layers"]) == ["1", "2"]
+    assert (tmp_path / "scaling.png").stat().st_size > 0
