@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +59,8 @@ def test_metadata_and_names_are_shown_not_obeyed() -> None:
     assert f"sd {MARKUP}" in shown
     assert "\\x1b]0;owned\\x07[/]" in shown
     error = run("merge", str(path), "y.safetensors", "--method", "concat", "-o", "z.safetensors", code=3)
-    assert "no layer in common" in " ".join(error.replace("│", " ").split())
+    told = "no layer in common" if find_spec("diffusers") else "layer names must be translated"
+    assert told in " ".join(error.replace("│", " ").split())
     assert "\x1b]" not in error
     report = run("merge", str(path), "--method", "concat", "-o", "z.safetensors")
     assert "\x1b]" not in report
