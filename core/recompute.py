@@ -32,6 +32,8 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
     at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
     sites = [site for site in block.state.sites.values() if site.value is not None]
     watch, measure = block.state.watch, block.state.measure
+    # the graph keeps `run`: if that kept a watcher, who keeps gates of the graph, neither would ever be freed
+    watched = watch is not None
     before = block.state.moment()._replace(values={})  # their tensors go through the library, below
     opened: dict[str, Tensor] = {}  # the gates that open inside: with a graph only as outputs, too
     shape: Any = None
@@ -45,7 +47,7 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
         for i, value in zip(at, tensors[len(sites) :], strict=True):
             values[i] = value.clone()
         inner_args, inner_kwargs = pytree.tree_unflatten(values, tree)
-        with state.again(before, None if watch is None else seen, measure):  # no other block may see this graph
+        with state.again(before, seen if watched else None, measure):  # no other block may see this graph
             for site, value in zip(sites, tensors, strict=False):
                 site.value = value
             with exact_gradients():
@@ -77,7 +79,8 @@ def repeatable(state: State, part: Callable[..., Any], at_work: Callable[[], boo
     Args:
         state: Of the mixture. part: What runs. at_work: Whether the mixture still is on the model.
     """
-    moment, watch, again = state.moment(), state.watch, False
+    # not the watcher itself: a graph that keeps who keeps its gates would never be freed
+    moment, watched, again = state.moment(), state.watch is not None, False
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal again
@@ -86,7 +89,7 @@ def repeatable(state: State, part: Callable[..., Any], at_work: Callable[[], boo
             return part(*args, **kwargs)
         if not at_work():
             raise _taken_off(None)
-        with state.again(moment, None if watch is None else Collected()):  # the same operations again
+        with state.again(moment, Collected() if watched else None):  # the same operations again
             return part(*args, **kwargs)
 
     return run

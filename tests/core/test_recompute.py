@@ -1,0 +1,43 @@
+"""What is computed twice is forgotten with its graph; that it is right, see test_attach.py."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from legomole.core.attach import attach
+from legomole.core.gates import GateSettings
+from legomole.core.gating import Collected
+from torch.utils.checkpoint import checkpoint
+
+from .mole import Transformer, call, inputs, lora, seeded, trained
+
+
+@pytest.mark.parametrize("by", ["us", "the model"])
+@pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
+def test_gates_that_were_collected_are_freed(reads: Any, by: str) -> None:
+    """The graph keeps what to run again, the watcher gates of the graph: no cycle between the two."""
+    with seeded(0):
+        model = Transformer()
+    mixture = trained(model, [lora(model, 1), lora(model, 2)], GateSettings(reads=reads))
+    with attach(model, mixture, checkpointing=by == "us") as attachment:
+        seen = Collected()
+        with attachment.watch(seen):
+            if by == "us":
+                out = call(model, *inputs(model))
+            else:
+
+                def run(x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+                    return call(model, x, text)
+
+                x, text = inputs(model)
+                out = checkpoint(attachment.repeatable(run), x.requires_grad_(), text, use_reentrant=True)
+        out.sum().backward()  # type: ignore[union-attr]
+        kept = [weakref.ref(value) for value in seen.values.values()]
+        assert kept
+        del out, seen
+        gc.collect()
+        assert [ref() for ref in kept] == [None] * len(kept)
