@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
@@ -74,6 +74,10 @@ class Adapter:
         for dtype in dtypes[1:]:
             widest = torch.promote_types(widest, dtype)
         return widest
+
+    def sourced(self, **changes: str) -> Adapter:
+        """The same adapter, with other entries of its `Source`."""
+        return replace(self, source=replace(self.source, **changes))
 
     def check_finite(self) -> None:
         """Raise if any factor or diff holds NaN or infinity.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ class Library:
                     found=f"{error.problem} ({platform.node()})",
                     remedy="keep the inputs on a file system that all machines share, under the same path on each",
                 ) from error
-            adapters.append(dataclasses.replace(adapter, source=dataclasses.replace(adapter.source, path=name)))
+            adapters.append(adapter.sourced(path=name))
         return align(adapters, key_map=self.key_map)
 
 

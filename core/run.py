@@ -14,10 +14,11 @@ from .. import __version__
 from .adapter import Adapter, Source
 from .align import align
 from .errors import name_some
-from .formats import FORMATS, detect, hashes, identified, load, summarise, weights_of
+from .formats import FORMATS, detect, hashes, load, summarise, weights_of
 from .formats.unchanged import unchanged
 from .keymap import KeyMap
 from .library import Library, Spread
+from .memory import enough_memory
 from .merge import Each, MergeResult, Progress, matching, merge
 from .metadata import KEY, disagreements, file_metadata
 from .plain import from_json
@@ -232,10 +233,10 @@ def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path
 
 def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
     adapter = load(path, convert_rank=convert_rank, known=True)
-    adapter.check_finite()
-    if entry.path.startswith(HUB):  # the folder in the cache is called after a commit
-        adapter = dataclasses.replace(adapter, source=dataclasses.replace(adapter.source, path=entry.path))
-    return adapter
+    with enough_memory():
+        adapter.check_finite()
+    # the folder in the cache is called after a commit
+    return adapter.sourced(path=entry.path) if entry.path.startswith(HUB) else adapter
 
 
 def _identified(
@@ -244,7 +245,7 @@ def _identified(
     """The inputs with their files' hashes, which must be those of the recipe."""
     for entry, path, found in zip(recipe.inputs, paths, hashed, strict=True):
         _check_hash(path, entry.sha256, found.result())
-    return [identified(adapter, found.result()) for adapter, found in zip(adapters, hashed, strict=True)]
+    return [adapter.sourced(sha256=found.result()) for adapter, found in zip(adapters, hashed, strict=True)]
 
 
 def _check_hash(path: Path, wanted: str, found: str) -> None:

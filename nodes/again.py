@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.formats.unchanged import states
 from .lora import Lora
 from .reading import Reading, read_files
 
 _Key = tuple[object, ...]
 
+
+class _NoModel:
+    """Stands for the model where there is none."""
+
+
+_NO_MODEL = _NoModel()
 # The last reading for every model, which dies with it; of files mapped into memory, so that little is held.
-_by_model: weakref.WeakKeyDictionary[Any, tuple[_Key, Sequence[Lora], Reading]] = weakref.WeakKeyDictionary()
-_without_model: list[tuple[_Key, Sequence[Lora], Reading]] = []
+_last: weakref.WeakKeyDictionary[Any, tuple[_Key, Sequence[Lora], Reading]] = weakref.WeakKeyDictionary()
 
 
 def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
@@ -23,28 +29,23 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
     Raises:
         MergeError, FormatError: See `comfy.read` and `read_files`.
     """
+    owner = _NO_MODEL if model is None else model
     key = (None if clip is None else weakref.ref(clip), *map(_state, loras))
-    last = (_without_model[0] if _without_model else None) if model is None else _by_model.get(model)
+    last = _last.get(owner)
     if last is not None and last[0] == key:
         return last[2]
-    if model is None:
-        reading = read_files(loras)
-        _without_model[:] = [(key, loras, reading)]
-    else:
-        from .comfy import read as read_for  # here: without a model nothing of ComfyUI is needed
-
-        reading = read_for(loras, model, clip)
-        _by_model[model] = (key, loras, reading)  # the LoRAs, so that no other object gets an id of the key
+    reading = read_files(loras) if model is None else _read_for(loras, model, clip)
+    _last[owner] = (key, loras, reading)  # the LoRAs, so that no other object gets an id of the key
     return reading
+
+
+def _read_for(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
+    from . import comfy  # here: without a model nothing of ComfyUI is needed
+
+    return comfy.read(loras, model, clip)
 
 
 def _state(lora: Lora) -> _Key:
     """Tells a LoRA from others, and a file from what it was before."""
-    told: _Key = (lora.label, lora.convert_rank)
-    if not isinstance(lora.content, Path):
-        return (*told, id(lora.content))
-    try:
-        status = lora.content.stat()
-    except OSError:
-        return (*told, object())  # equal to nothing: whoever reads it will say what is wrong
-    return (*told, lora.content, status.st_size, status.st_mtime_ns, status.st_ino)
+    content = states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
+    return (lora.label, lora.convert_rank, content)

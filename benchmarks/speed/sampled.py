@@ -48,9 +48,10 @@ def _units(case: Case, shape: tuple[int, int]) -> list[LowRank]:
     return [one.lora(seed).modules[_ONE] for seed in range(case.n)]
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def fastest(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
+    """Seconds of the fastest round."""
     best = float("inf")
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         work()
         best = min(best, time.perf_counter() - start)
@@ -72,7 +73,7 @@ def per_layer(work: Callable[[Units, int], object], *, cubic: bool = False) -> T
         for shape, count in _shapes(case).items():
             factor = _factor(shape) if cubic else 1
             units = _units(case, (shape[0] // factor, shape[1] // factor))
-            seconds += count * factor**3 * _fastest(lambda units=units: work(units, case.rank))
+            seconds += count * factor**3 * fastest(lambda units=units: work(units, case.rank))
         return Sampled(seconds)
 
     return tool

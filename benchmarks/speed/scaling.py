@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from ..common import write
 from .cases import Case
 from .memory import sdxl_layers
+from .sampled import fastest
 from .whole import WHOLE
 
 CURVES = {"LoRAs": (2, 3, 4, 6, 8, 12), "rank": (4, 8, 16, 32, 64), "layers": (90, 180, 361, 722)}
@@ -38,11 +38,7 @@ def cases(curve: str, values: Sequence[int]) -> Iterator[Case]:
 
 def seconds(case: Case, folder: Path, rounds: int) -> float:
     paths = case.write(folder)
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        WHOLE["legomole-lego"](case, paths, folder / "out.safetensors")
-        best = min(best, time.perf_counter() - start)
+    best = fastest(lambda: WHOLE["legomole-lego"](case, paths, folder / "out.safetensors"), rounds)
     for path in paths:
         path.unlink()
     return best

@@ -33,7 +33,6 @@ __all__ = [
     "detect",
     "fingerprint",
     "from_state_dict",
-    "identified",
     "load",
     "save",
     "summarise",
@@ -55,7 +54,7 @@ def load(path: str | Path, *, convert_rank: int | None = None, known: bool = Fal
         path: File or folder. The weights of a PEFT folder, or a part of them, mean the folder.
         convert_rank: Turn LoHa, LoKr and full deltas into low-rank updates of this rank (exactly factorised, then the
             best approximation of that rank). ``None`` refuses them.
-        known: The file was loaded before: the time to read and hash all its numbers is saved.
+        known: The file was loaded before, or is checked and hashed by the caller: the time for that is saved.
 
     Raises:
         FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
@@ -68,7 +67,7 @@ def load(path: str | Path, *, convert_rank: int | None = None, known: bool = Fal
 
 def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
     folder = _folder(path)
-    weights = (path,) if folder is None else folder.weights
+    weights = _weights(path, folder)
     tensors, metadata = files.read_tensors(*weights)
     source = Source(str(path), "", "" if folder is None else _PEFT.name)
     if folder is not None:
@@ -79,12 +78,7 @@ def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
         if known:
             return adapter
         adapter.check_finite()
-        return identified(adapter, hashed[0].result())
-
-
-def identified(adapter: Adapter, sha256: str) -> Adapter:
-    """The adapter with the hash of its file."""
-    return replace(adapter, source=replace(adapter.source, sha256=sha256))
+        return adapter.sourced(sha256=hashed[0].result())
 
 
 def weights_of(path: Path) -> tuple[Path, ...]:
@@ -93,7 +87,10 @@ def weights_of(path: Path) -> tuple[Path, ...]:
     Raises:
         FormatError: A path without a LoRA.
     """
-    folder = _folder(path)
+    return _weights(path, _folder(path))
+
+
+def _weights(path: Path, folder: Folder | None) -> tuple[Path, ...]:
     return (path,) if folder is None else folder.weights
 
 
@@ -103,10 +100,9 @@ def fingerprint(path: str | Path) -> str:
     Raises:
         FormatError: A path without a LoRA.
     """
-    folder = _folder(Path(path))
-    if folder is None:
-        return hashes.fingerprint(Path(path))
-    return hashes.fingerprint(*folder.weights, text=folder.config)
+    path = Path(path)
+    folder = _folder(path)
+    return hashes.fingerprint(*_weights(path, folder), text="" if folder is None else folder.config)
 
 
 def _folder(path: Path) -> Folder | None:
@@ -243,7 +239,7 @@ def summarise(path: str | Path) -> Summary:
     """
     path = Path(path)
     folder = _folder(path)
-    header = files.read_header(*((path,) if folder is None else folder.weights))
+    header = files.read_header(*_weights(path, folder))
     roles, others = classify(header.shapes)
     ranks = Counter(
         header.shapes[keys["down"]][0] for keys in roles.values() if header.shapes.get(keys.get("down", ""))

@@ -25,16 +25,17 @@ def unchanged(inputs: Iterable[Path]) -> Generator[None]:
         FormatError: Size, time of change or identity of a file are no longer the same.
     """
     inputs = list(inputs)
-    before = _states(inputs)
+    before = states(inputs)
     yield
-    changed = [path for path, state in _states(inputs).items() if before.get(path) != state]
+    changed = [path for path, state in states(inputs).items() if before.get(path) != state]
     if changed:
         raise FormatError(
             "The file was changed while it was read.", file=changed[0], remedy="try again when nothing writes to it"
         )
 
 
-def _states(inputs: Iterable[Path]) -> dict[Path, tuple[int, ...] | None]:
+def states(inputs: Iterable[Path]) -> dict[Path, tuple[int, ...] | None]:
+    """Size, time of change and identity of files, and of those in folders; ``None`` for what is not there."""
     found: dict[Path, tuple[int, ...] | None] = {}
     for path in inputs:
         try:
