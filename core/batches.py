@@ -166,11 +166,18 @@ def batches(
 def _unpack(
     adapters: Sequence[Adapter], pool: Pool, merged: Merged, dtype: torch.dtype
 ) -> Iterator[tuple[str, LowRank]]:
+    # the largest and smallest number tell of all; NaN is either
+    extremes = torch.stack([*merged.A.aminmax(), *merged.B.aminmax()]).to(dtype)
+    if not torch.isfinite(extremes).all():
+        for m, name in enumerate(pool.names):
+            largest = torch.maximum(merged.A[m].abs().max(), merged.B[m].abs().max())
+            if not torch.isfinite(largest.to(dtype)):
+                raise overflow(name, dtype, largest.item())
     A, B = merged.A.to(device="cpu", dtype=dtype), merged.B.to(device="cpu", dtype=dtype)
+    k = A.shape[1]
     for m, (name, rank) in enumerate(zip(pool.names, merged.ranks.tolist(), strict=True)):
-        A_m, B_m = A[m, :rank].clone(), B[m, :, :rank].contiguous()
-        if not torch.isfinite(A_m.sum(dtype=torch.float64) + B_m.sum(dtype=torch.float64)):
-            raise overflow(name, dtype, max(merged.A[m].abs().max().item(), merged.B[m].abs().max().item()))
+        # copies where the rest of the batch's rows would be kept for nothing
+        A_m, B_m = (A[m], B[m]) if rank == k else (A[m, :rank].clone(), B[m, :, :rank].contiguous())
         kernel = max((adapters[i].modules[name].kernel for i in pool.adapters), key=len)
         yield name, LowRank(A_m, B_m, kernel=kernel)
 
@@ -202,7 +209,7 @@ def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
             ranks_in=pool.ranks,
             rank_out=rank,
             norms=tuple(norms[m]),
-            cosine=tuple(tuple(row) for row in cosine[m]),
+            cosine=tuple(map(tuple, cosine[m])),
             error=errors[m],
-            clusters=() if clusters is None else tuple(tuple(row) for row in clusters[m][:rank]),
+            clusters=() if clusters is None else tuple(map(tuple, clusters[m][:rank])),
         )

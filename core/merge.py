@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, is_text_encoder
+from .adapter import Adapter, check_finite, is_text_encoder
 from .batches import Batch, Done, Work, batches, overflow
 from .errors import MergeError, name_some
 from .lowrank import LowRank
@@ -201,6 +201,7 @@ def _leftovers(
             weight = per_module[i][name.rpartition(".")[0]]
             if weight == 0:
                 continue
+            check_finite(tensor, name, adapter.source.path)
             part = weight * tensor.float()
             if name in diffs and diffs[name].shape != part.shape:
                 raise MergeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -81,12 +82,16 @@ class MergeReport:
         """Overlap of any two adapters over the modules they share, weighted by size: ``N x N`` cosines."""
         n = len(self.inputs)
         inner, sizes = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
+        alike: defaultdict[tuple[int, ...], list[ModuleReport]] = defaultdict(list)
         for module in self.modules:
-            i = torch.tensor(module.adapters, dtype=torch.long)
-            norms = torch.tensor(module.norms, dtype=torch.float64)
-            size = norms[:, None] * norms
-            inner[i[:, None], i] += size * torch.tensor(module.cosine, dtype=torch.float64)
-            sizes[i[:, None], i] += size
+            alike[module.adapters].append(module)
+        for adapters, modules in alike.items():
+            i = torch.tensor(adapters, dtype=torch.long)
+            norms = torch.tensor([module.norms for module in modules], dtype=torch.float64)
+            size = norms[:, :, None] * norms[:, None, :]
+            cosine = torch.tensor([module.cosine for module in modules], dtype=torch.float64)
+            inner[i[:, None], i] += (size * cosine).sum(0)
+            sizes[i[:, None], i] += size.sum(0)
         table = torch.where(sizes > 0, inner / torch.where(sizes > 0, sizes, 1), 0)
         return table.fill_diagonal_(1).tolist()
 

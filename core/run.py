@@ -18,7 +18,6 @@ from .formats import FORMATS, detect, hashes, load, summarise, weights_of
 from .formats.unchanged import unchanged
 from .keymap import KeyMap
 from .library import Library, Spread
-from .memory import enough_memory
 from .merge import Each, MergeResult, Progress, matching, merge
 from .metadata import KEY, disagreements, file_metadata
 from .plain import from_json
@@ -233,8 +232,6 @@ def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path
 
 def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
     adapter = load(path, convert_rank=convert_rank, known=True)
-    with enough_memory():
-        adapter.check_finite()
     # the folder in the cache is called after a commit
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB) else adapter
 

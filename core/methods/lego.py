@@ -72,7 +72,7 @@ class Lego:
 
         Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
         n = Z.sum(1).clamp_min(1)  # (M, k)
-        a, b = (Z / n[:, None, :], Z / n[:, None, :]) if published else best_rank_one(G_A, G_B, Z)
+        a, b = (Z / n[:, None, :], Z / n[:, None, :]) if published else best_rank_one(G_A, G_B, labels, int(k.max()))
         merged = Mixing(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
 
         size = torch.ones_like(n)
@@ -118,44 +118,74 @@ def in_gauge(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
     return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
 
 
-def best_rank_one(G_A: Tensor, G_B: Tensor, Z: Tensor, steps: int = 50) -> tuple[Tensor, Tensor]:
+def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Best rank-one approximation of the mean ``1/n sum_j b_j a_j^T`` of every cluster.
 
-    Power iteration on the members' coefficients, all clusters at once: for ``v = sum_j alpha_j a_j`` the image is
-    ``sum_j <a_j, v> b_j``, that is ``beta = G_A alpha`` within the cluster, and back alike with ``G_B``. It starts
-    from each cluster's largest member, so a single unit is returned as it is. Where the two largest singular values
-    are close it may stop between their directions, which cost nearly the same.
+    Where the two largest singular values are close it may be between their directions, which costs nearly the same.
 
     Args:
-        G_A: ``(M, P, P)``. G_B: ``(M, P, P)``. Z: ``(M, P, k)`` one-hot membership.
+        G_A: ``(M, P, P)``. G_B: ``(M, P, P)``. labels: ``(M, P)`` long, the cluster of each unit, below `k`.
 
     Returns:
         ``alpha, beta (M, P, k)``: the unit's row is ``alpha^T A``, its column ``B beta``, both of the same norm.
     """
-    size = (G_A * G_B).diagonal(dim1=1, dim2=2).clamp_min(0)[:, :, None] * Z  # (M, P, k)
-    start = torch.nn.functional.one_hot(size.argmax(1), Z.shape[1]).mT.to(Z) * Z
-    # a unit is in one cluster, so one row (M, 1, P) has room for the coefficients of all clusters; a row, because
-    # (1, P) @ (P, P) is read in order, several times as fast as (P, P) @ (P, 1)
-    labels = Z.argmax(2)[:, None]
-    same = labels == labels.mT
-    G_A, G_B = G_A * same, G_B * same
-    alpha, image_A = _unit(start.sum(2)[:, None], G_A, Z, labels)
-    beta, image_B = alpha, alpha
-    for _ in range(steps):
-        beta, image_B = _unit(image_A, G_B, Z, labels)
-        alpha, image_A = _unit(image_B, G_A, Z, labels)
-    # sigma = u^T (1/n sum_j b_j a_j^T) v, shared evenly by the two factors
-    sigma = (image_B * image_A) @ Z / Z.sum(1, keepdim=True).clamp_min(1)  # (M, 1, k)
-    root = Z * sigma.clamp_min(0).sqrt()
-    return alpha.mT * root, beta.mT * root
+    n = torch.nn.functional.one_hot(labels, k).sum(1)  # (M, k)
+    order, start = labels.sort(dim=1, stable=True).indices, n.cumsum(1) - n
+    alpha, beta = G_A.new_zeros(*labels.shape, k), G_A.new_zeros(*labels.shape, k)
+    size = torch.where(n > 1, (n + 7) // 8 * 8, n)  # clusters of about the same size together, in matrices of that size
+    for s in size[n > 0].unique().tolist():
+        m, c = (size == s).nonzero(as_tuple=True)
+        place = torch.arange(s, device=n.device)
+        inside = place < n[m, c, None]  # (C, s)
+        units = order[m[:, None], (start[m, c, None] + place).clamp_max(labels.shape[1] - 1)]
+        both = (inside[:, :, None] & inside[:, None, :]).to(G_A)
+        a, b = _top_pair(*(_block(G, m, units).mul_(both) for G in (G_A, G_B)))
+        at = (m[:, None].expand_as(units)[inside], units[inside], c[:, None].expand_as(units)[inside])
+        root = n[m, c, None].to(G_A).rsqrt()  # of the mean, shared evenly by the two factors
+        alpha[at], beta[at] = (a * root)[inside], (b * root)[inside]
+    return alpha, beta
 
 
-def _unit(x: Tensor, G: Tensor, Z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Every cluster's coefficients in `x` scaled to unit length under `G`, and ``x @ G``; zero stays zero."""
+def _block(G: Tensor, m: Tensor, units: Tensor) -> Tensor:
+    """Rows and columns `units (C, s)` of the matrices `m (C,)` of `G`: ``(C, s, s)``."""
+    return G[m[:, None], units].gather(2, units[:, None, :].expand(-1, units.shape[1], -1))
+
+
+def _top_pair(G_A: Tensor, G_B: Tensor, doublings: int = 6) -> tuple[Tensor, Tensor]:
+    """Coefficients ``alpha, beta (C, s)`` of the best rank-one approximation of ``sum_j b_j a_j^T``.
+
+    Power iteration on the coefficients: for ``v = sum_j alpha_j a_j`` the image is ``sum_j <a_j, v> b_j``, that is
+    ``beta = G_A alpha``, and back alike with ``G_B``. It starts from the largest unit, so a single unit is returned as
+    it is, and makes ``2^doublings`` steps; of small matrices their power is taken instead.
+    """
+    largest = (G_A * G_B).diagonal(dim1=1, dim2=2).argmax(1)
+    if G_A.shape[1] <= 128:
+        T = G_A @ G_B
+        for _ in range(doublings):
+            T /= _or_one(T.diagonal(dim1=1, dim2=2).sum(1))[:, None, None]  # the sum of its eigenvalues, none below 0
+            T = T @ T
+        alpha = T.gather(1, largest[:, None, None].expand(-1, 1, T.shape[2]))  # (C, 1, s)
+    else:
+        alpha = torch.nn.functional.one_hot(largest, G_A.shape[1]).to(G_A)[:, None]
+        for _ in range(2**doublings):
+            alpha = alpha @ G_A @ G_B
+            alpha = alpha / _or_one(alpha.abs().amax(2, keepdim=True))
+    alpha, image_A = _unit(alpha, G_A)
+    beta, image_B = _unit(image_A, G_B)
+    root = (image_B * image_A).sum(2).clamp_min(0).sqrt()  # of sigma = u^T (sum_j b_j a_j^T) v
+    return alpha[:, 0] * root, beta[:, 0] * root
+
+
+def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients ``x (C, 1, s)`` scaled to unit length under `G`, and ``x @ G``; zero stays zero."""
     xG = x @ G
-    length = ((x * xG) @ Z).clamp_min(0).sqrt()  # (M, 1, k)
-    inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0).gather(2, labels)
-    return x * inverse, xG * inverse
+    length = _or_one((x * xG).sum(2, keepdim=True).clamp_min(0).sqrt())
+    return x / length, xG / length
+
+
+def _or_one(size: Tensor) -> Tensor:
+    """What to divide by: sizes that are not zero."""
+    return torch.where(size > 0, size, 1)
 
 
 def unit_norms(units: Merged, geometry: Geometry, norm: Norm) -> Tensor:

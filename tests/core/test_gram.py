@@ -96,6 +96,17 @@ class TestSVD:
         assert all(torch.isfinite(x).all() for x in (svd.S, svd.R_A, svd.R_B))
         assert close(((B @ svd.R_B) @ (svd.R_A @ A))[0], B[0] @ A[0], 1e-7)
 
+    def test_a_module_alone_is_decomposed_as_in_company(self):
+        A, B = factors(3, 6, 30, 20)
+        A[1, 5] = A[1, 0] + A[1, 1]  # one direction less
+        G_A, G_B, c = A @ A.mT, B.mT @ B, torch.ones(3, 6, dtype=torch.float64)
+        together = gram.svd(G_A, G_B, c)
+        for m in range(3):
+            alone = gram.svd(G_A[m : m + 1], G_B[m : m + 1], c[m : m + 1])
+            for ours, theirs in ((alone.S, together.S), (alone.R_A, together.R_A), (alone.R_B, together.R_B)):
+                assert torch.allclose(ours[0], theirs[m], rtol=1e-9, atol=1e-9)
+        check_svd(A, B, c)
+
     def test_by_hand(self):
         # B diag(c) A = [[3, 0], [0, -4]]: singular values 4, 3
         A = torch.eye(2, dtype=torch.float64)[None]

@@ -293,18 +293,18 @@ class TestBestRankOne:
         A = torch.randn(2, 6, 8, generator=g, dtype=torch.float64)
         B = torch.randn(2, 7, 6, generator=g, dtype=torch.float64)
         labels = torch.cat([torch.arange(k), torch.randint(k, (6 - k,), generator=g)]).repeat(2, 1)
-        return A, B, torch.nn.functional.one_hot(labels, k).double()
+        return A, B, labels
 
     @given(seeds, st.integers(1, 6))
     @example(210, 1)  # the largest member lies nearly across the leading direction: slow to turn
     @settings(max_examples=30, deadline=None)
     def test_against_the_svd_of_the_dense_mean(self, seed, k):
-        A, B, Z = self.setup(seed, k)
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, Z)
+        A, B, labels = self.setup(seed, k)
+        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, labels, k)
         a, b = alpha.mT @ A, B @ beta
         for m in range(2):
             for c in range(k):
-                member = Z[m, :, c] > 0
+                member = labels[m] == c
                 mean = B[m][:, member] @ A[m][member] / int(member.sum())
                 ours = torch.linalg.norm(mean - b[m][:, c : c + 1] @ a[m][c : c + 1])
                 exact = torch.linalg.norm(mean - best(mean, 1))
@@ -316,12 +316,30 @@ class TestBestRankOne:
         lead_a, lead_b = torch.randn(1, 1, 8, generator=g).double(), torch.randn(1, 7, 1, generator=g).double()
         A = lead_a + 0.2 * torch.randn(1, 4, 8, generator=g).double()
         B = lead_b + 0.2 * torch.randn(1, 7, 4, generator=g).double()
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, torch.ones(1, 4, 1).double())
+        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, torch.zeros(1, 4).long(), 1)
         assert close((B @ beta) @ (alpha.mT @ A), best(B @ A / 4, 1), 1e-10)
+
+    @pytest.mark.parametrize("sizes", [(1, 2, 9), (7, 130), (128, 3), (1, 200, 40)])
+    def test_clusters_of_every_size_at_once(self, sizes):
+        g = torch.Generator().manual_seed(0)
+        P, k = sum(sizes), len(sizes)
+        labels = torch.repeat_interleave(torch.tensor(sizes))[torch.randperm(P, generator=g)].repeat(2, 1)
+        lead_a, lead_b = torch.randn(2, k, 250, generator=g).double(), torch.randn(2, k, 240, generator=g).double()
+        rows = torch.arange(2)[:, None]
+        A = lead_a[rows, labels] + 0.3 * torch.randn(2, P, 250, generator=g).double()
+        B = (lead_b[rows, labels] + 0.3 * torch.randn(2, P, 240, generator=g).double()).mT
+        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, labels, k)
+        for m in range(2):
+            for c in range(k):
+                member = labels[m] == c
+                mean = B[m][:, member] @ A[m][member] / int(member.sum())
+                assert close((B @ beta)[m, :, c : c + 1] @ (alpha.mT @ A)[m, c : c + 1], best(mean, 1), 1e-8)
+                assert not alpha[m, ~member, c].any()
+                assert not beta[m, ~member, c].any()
 
     def test_one_unit_comes_back_as_it_is(self):
         A, B, _ = self.setup(0, 6)
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, torch.eye(6).double().repeat(2, 1, 1))
+        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, torch.arange(6).repeat(2, 1), 6)
         for j in range(6):
             ours = (B @ beta)[:, :, j : j + 1] @ (alpha.mT @ A)[:, j : j + 1]
             assert close(ours, B[:, :, j : j + 1] @ A[:, j : j + 1], 1e-12)
