@@ -151,29 +151,32 @@ def _block(G: Tensor, m: Tensor, units: Tensor) -> Tensor:
     return G[m[:, None], units].gather(2, units[:, None, :].expand(-1, units.shape[1], -1))
 
 
-def _top_pair(G_A: Tensor, G_B: Tensor, doublings: int = 6) -> tuple[Tensor, Tensor]:
+def _top_pair(G_A: Tensor, G_B: Tensor, steps: int = 64) -> tuple[Tensor, Tensor]:
     """Coefficients ``alpha, beta (C, s)`` of the best rank-one approximation of ``sum_j b_j a_j^T``.
 
     Power iteration on the coefficients: for ``v = sum_j alpha_j a_j`` the image is ``sum_j <a_j, v> b_j``, that is
     ``beta = G_A alpha``, and back alike with ``G_B``. It starts from the largest unit, so a single unit is returned as
-    it is, and makes ``2^doublings`` steps; of small matrices their power is taken instead.
+    it is. A small matrix is squared, which halves the `steps`, as long as that takes less time than they do.
     """
-    largest = (G_A * G_B).diagonal(dim1=1, dim2=2).argmax(1)
-    if G_A.shape[1] <= 128:
-        T = G_A @ G_B
-        for _ in range(doublings):
-            T /= _or_one(T.diagonal(dim1=1, dim2=2).sum(1))[:, None, None]  # the sum of its eigenvalues, none below 0
-            T = T @ T
-        alpha = T.gather(1, largest[:, None, None].expand(-1, 1, T.shape[2]))  # (C, 1, s)
-    else:
-        alpha = torch.nn.functional.one_hot(largest, G_A.shape[1]).to(G_A)[:, None]
-        for _ in range(2**doublings):
-            alpha = alpha @ G_A @ G_B
-            alpha = alpha / _or_one(alpha.abs().amax(2, keepdim=True))
+    start = (G_A * G_B).diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]
+    s = G_A.shape[1]
+    T = _scaled(G_A @ G_B)
+    while steps > 1 and s < 12 * steps:
+        T = _scaled(T @ T)
+        steps //= 2
+    alpha = T.gather(1, start.expand(-1, 1, s))  # (C, 1, s)
+    for _ in range(steps - 1):
+        alpha = alpha / _or_one(alpha.abs().amax(2, keepdim=True)) @ T
     alpha, image_A = _unit(alpha, G_A)
     beta, image_B = _unit(image_A, G_B)
     root = (image_B * image_A).sum(2).clamp_min(0).sqrt()  # of sigma = u^T (sum_j b_j a_j^T) v
     return alpha[:, 0] * root, beta[:, 0] * root
+
+
+def _scaled(T: Tensor) -> Tensor:
+    """`T`, in place, by the sum of its eigenvalues, of which none is below 0."""
+    T /= _or_one(T.diagonal(dim1=1, dim2=2).sum(1))[:, None, None]
+    return T
 
 
 def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
