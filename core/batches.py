@@ -73,6 +73,8 @@ class Work:
         with enough_memory():
             pool = self._pool(adapters, batch)
             merged = self._merged(pool)
+            if self.products is not None:
+                self.products.take(batch, pool)
             modules = dict(_unpack(adapters, pool, merged, self.dtype))
             return Done(modules, tuple(_module_reports(pool, merged)), dict(merged.remarks))
 
@@ -106,18 +108,18 @@ class Work:
             [[self.weights[i][name] for i in batch.adapters] for name in batch.names], dtype=torch.float64
         )
         scales = torch.tensor([[part.scale for part in row] for row in parts], dtype=torch.float64)
-        c = (weights * scales).repeat_interleave(torch.tensor(batch.ranks), 1)
+        scale = scales.repeat_interleave(torch.tensor(batch.ranks), 1)
         pool = Pool(
             names=batch.names,
             A=A.to(self.device),
             B=B.to(self.device),
-            c=c.to(self.device),
+            scale=scale.to(self.device),
             weights=weights.to(self.device),
             ranks=batch.ranks,
             adapters=batch.adapters,
         )
         if self.products is not None:
-            self.products.share(batch, pool)
+            self.products.give(batch, pool)
         # squares are sums of all that is in a unit, and in float64 those of no float32 overflow
         if not all(torch.isfinite(G.diagonal(dim1=1, dim2=2).sum()) for G in (pool.G_A, pool.G_B)):
             for i in batch.adapters:

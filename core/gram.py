@@ -30,6 +30,10 @@ class GramSVD:
     R_A: Tensor
     R_B: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        return self.S.nbytes + self.R_A.nbytes + self.R_B.nbytes
+
 
 def svd(G_A: Tensor, G_B: Tensor, c: Tensor) -> GramSVD:
     """Exact SVD of ``B diag(c) A`` from Gram matrices.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +25,8 @@ class Pool:
         names: The `M` module names.
         A: ``(M, P, d_in)`` float32, the adapters' rows one below the other.
         B: ``(M, d_out, P)`` float32, the columns alike.
-        c: ``(M, P)`` float64, weight * scale of each unit; may be negative.
-        weights: ``(M, N)`` float64, the user's weight of each adapter that takes part, the one contained in `c`;
-            not 0. Few methods need it apart.
+        scale: ``(M, P)`` float64, the file's scale of each unit, the same in a module of an adapter.
+        weights: ``(M, N)`` float64, the user's weight of each adapter that takes part; not 0, may be negative.
         ranks: Rank of each adapter that takes part; they add up to `P`.
         adapters: Which adapters these are (positions in the user's list).
     """
@@ -34,7 +34,7 @@ class Pool:
     names: tuple[str, ...]
     A: Tensor
     B: Tensor
-    c: Tensor
+    scale: Tensor
     weights: Tensor
     ranks: tuple[int, ...]
     adapters: tuple[int, ...]
@@ -59,10 +59,10 @@ class Pool:
         """``(P,)`` long: for each unit, which of `adapters` it came from (an index into that tuple)."""
         return torch.repeat_interleave(torch.tensor(self.ranks, device=self.A.device))
 
-    @property
-    def scale(self) -> Tensor:
-        """``(M, P)`` float64: `c` without the user's weight."""
-        return self.c / self.weights[:, self.owner]
+    @cached_property
+    def c(self) -> Tensor:
+        """``(M, P)`` float64: weight * scale of each unit."""
+        return self.weights[:, self.owner] * self.scale
 
     @property
     def spans(self) -> list[slice]:
@@ -85,9 +85,19 @@ class Pool:
         """``B^T B (M, P, P)`` float64."""
         return gram.product(self.B.mT)
 
-    def know(self, G_A: Tensor, G_B: Tensor) -> None:
-        """Take Gram matrices that were computed before, instead of computing them."""
-        self.__dict__.update(G_A=G_A, G_B=G_B)  # where a cached_property keeps its value
+    @cached_property
+    def own(self) -> tuple[gram.GramSVD, ...]:
+        """SVD of every adapter's delta without the user's weight, in terms of its own units."""
+        return tuple(gram.svd(self.G_A[:, at, at], self.G_B[:, at, at], self.scale[:, at]) for at in self.spans)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What was computed of the units so far and depends on no weight."""
+        return {name: self.__dict__[name] for name in ("G_A", "G_B", "own") if name in self.__dict__}
+
+    def know(self, known: Mapping[str, Any]) -> None:
+        """Take what was computed before of the same units, see `known`, instead of computing it."""
+        self.__dict__.update(known)  # where a cached_property keeps its value
 
     @cached_property
     def svd(self) -> gram.GramSVD:

@@ -1,11 +1,11 @@
-"""Gram matrices of a merge, kept for the next merge of the same adapters."""
+"""Gram matrices and decompositions of a merge, kept for the next merge of the same adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from threading import Lock
+from typing import Any
 
 from .pool import Pool
 
@@ -19,14 +19,19 @@ class Products:
     """
 
     limit: int = 512 << 20
-    _kept: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _kept: dict[Hashable, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    _sizes: dict[Hashable, int] = field(default_factory=dict, init=False, repr=False)
+    _one: Lock = field(default_factory=Lock, init=False, repr=False)
 
-    def share(self, batch: Hashable, pool: Pool) -> None:
-        """Give a batch's pool its Gram matrices, where they are known; else take them from it."""
-        known = self._kept.get(batch)
-        if known is not None:
-            pool.know(*known)
-            return
-        grams = (pool.G_A, pool.G_B)
-        if sum(G.nbytes for pair in [*self._kept.values(), grams] for G in pair) <= self.limit:
-            self._kept[batch] = grams
+    def give(self, batch: Hashable, pool: Pool) -> None:
+        """Tell a batch's pool what is known of it."""
+        pool.know(self._kept.get(batch, {}))
+
+    def take(self, batch: Hashable, pool: Pool) -> None:
+        """Keep what a batch's pool knows by now. Batches may come from several threads."""
+        known = pool.known
+        parts = [part for value in known.values() for part in (value if isinstance(value, tuple) else (value,))]
+        size = sum(part.nbytes for part in parts)
+        with self._one:
+            if sum(self._sizes.values()) - self._sizes.get(batch, 0) + size <= self.limit:
+                self._kept[batch], self._sizes[batch] = known, size

@@ -29,6 +29,10 @@ from .sampled import SAMPLED
 from .whole import WHOLE
 
 _HERE = Path(__file__).parent
+_IMPORTED = {
+    "legomole": ("scipy.cluster.hierarchy",),
+    "peft": ("peft",),
+}  # what the tools import when they first need it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,8 +70,8 @@ def _child(tool: str, case: Case, folder: Path) -> dict[str, Any]:
             done = SAMPLED[tool](case, folder)
             return {"seconds": done.seconds, "inertia": done.inertia}
         paths, out = case.write(folder), folder / "out.safetensors"
-        if tool.startswith("peft"):
-            importlib.import_module("peft")  # not counted
+        for library in _IMPORTED.get(tool.partition("-")[0], ()):
+            importlib.import_module(library)  # not counted
         start = time.perf_counter()
         WHOLE[tool](case, paths, out)
         return {"seconds": time.perf_counter() - start}

@@ -59,7 +59,8 @@ class Knots:
             part = partial(_part, pool.split(R_A, 1), pool.split(pool.A[m], 0), noise)
             A[m, :n] = ties(part, pool.weights[m].tolist(), self.density) / root[0]
             B[m, :, :n] = pool.B[m].double() @ R_B * root[0]
-        return SVD(self.rank)(replace(pool, A=A, B=B, c=torch.ones_like(pool.c)))
+        ones = {"scale": torch.ones_like(pool.scale), "weights": torch.ones_like(pool.weights)}
+        return SVD(self.rank)(replace(pool, A=A, B=B, **ones))
 
 
 def _part(R: Sequence[Tensor], A: Sequence[Tensor], noise: float, i: int) -> Tensor:

@@ -105,9 +105,9 @@ def folded(pool: Pool) -> Mixing:
 def balanced(pool: Pool) -> Mixing:
     """Every adapter in balanced SVD form, ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included."""
     R_A, R_B = torch.zeros_like(pool.G_A), torch.zeros_like(pool.G_B)
-    for at in pool.spans:
-        svd = gram.svd(pool.G_A[:, at, at], pool.G_B[:, at, at], pool.c[:, at])
-        R_A[:, at, at], R_B[:, at, at] = svd.R_A, svd.R_B
+    for at, svd, weight in zip(pool.spans, pool.own, pool.weights.mT[:, :, None, None], strict=True):
+        root = weight.abs().sqrt()
+        R_A[:, at, at], R_B[:, at, at] = root * svd.R_A, root * weight.sign() * svd.R_B
     return Mixing(R_A, R_B, torch.full((pool.batch,), pool.size))
 
 

@@ -27,7 +27,7 @@ def main() -> None:
             names=(LAYER,),
             A=torch.cat([part.A.float() for part in parts])[None],
             B=torch.cat([part.B.float() for part in parts], 1)[None],
-            c=scale,
+            scale=scale,
             weights=torch.ones(1, 2, dtype=torch.float64),
             ranks=tuple(part.rank for part in parts),
             adapters=(0, 1),

@@ -25,7 +25,7 @@ def make_pool(
         names=tuple(names or (f"m{m}" for m in range(M))),
         A=torch.cat([a.float() for a in A], 1),
         B=torch.cat([b.float() for b in B], 2),
-        c=(w * s).repeat_interleave(torch.tensor(ranks), 1),
+        scale=s.repeat(M, 1).repeat_interleave(torch.tensor(ranks), 1),
         weights=w,
         ranks=ranks,
         adapters=tuple(range(N)),

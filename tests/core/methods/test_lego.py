@@ -36,7 +36,7 @@ def column(*values: float) -> Tensor:
 
 def permuted(pool: Pool, order: Tensor) -> Pool:
     """Units in another order within their adapters."""
-    return replace(pool, A=pool.A[:, order], B=pool.B[:, :, order], c=pool.c[:, order])
+    return replace(pool, A=pool.A[:, order], B=pool.B[:, :, order], scale=pool.scale[:, order])
 
 
 def refactored(pool: Pool, seed: int) -> Pool:
@@ -183,7 +183,7 @@ class TestProperties:
         for m in range(4):
             at = slice(m, m + 1)
             alone = Pool(
-                (pool.names[m],), pool.A[at], pool.B[at], pool.c[at], pool.weights[at], pool.ranks, pool.adapters
+                (pool.names[m],), pool.A[at], pool.B[at], pool.scale[at], pool.weights[at], pool.ranks, pool.adapters
             )
             assert close(product(Lego(Rank(3), geometry, starts=3)(alone)), together[at], 1e-5)
 
