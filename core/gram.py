@@ -200,7 +200,7 @@ def lloyd(G: Tensor, labels: Tensor, k: Tensor, max_steps: int = 100) -> tuple[T
         best, nearest = distance.min(2)
         moved = best < current - 1e-12 * square.amax(1, keepdim=True)
         if not bool(moved.any()):
-            break
+            return labels, current.sum(1)
         labels = torch.where(moved, nearest, labels)
     labels = _refill(G, labels, live)
     return labels, _own_distance(G, labels, live).sum(1)

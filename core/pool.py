@@ -90,6 +90,12 @@ class Pool:
         """SVD of every adapter's delta without the user's weight, in terms of its own units."""
         return tuple(gram.svd(self.G_A[:, at, at], self.G_B[:, at, at], self.scale[:, at]) for at in self.spans)
 
+    @cached_property
+    def inner(self) -> Tensor:
+        """``<delta_i, delta_j> (M, N, N)`` float64, weights included: their sum is the squared norm of the sum."""
+        member = torch.nn.functional.one_hot(self.owner, len(self.ranks)) * self.c[:, :, None]  # (M, P, N)
+        return member.mT @ (self.G_A * self.G_B) @ member
+
     @property
     def known(self) -> dict[str, Any]:
         """What was computed of the units so far and depends on no weight."""
@@ -162,7 +168,7 @@ def relative_error(pool: Pool, merged: Merged) -> Tensor:
         G_A, G_B = R_A @ to_A, R_B.mT @ to_B
     own = (G_B * G_A).sum((1, 2))
     cross = (to_B * (pool.c[:, :, None] * to_A)).sum((1, 2))
-    total = squared_norm(pool)
+    total = pool.inner.sum((1, 2)).clamp_min(0)
     error = (own - 2 * cross + total).clamp_min(0)
     return (error / torch.where(total > 0, total, 1)).sqrt()
 
@@ -174,14 +180,6 @@ def overlap(pool: Pool) -> tuple[Tensor, Tensor]:
         ``norms (M, N)``: Frobenius norms. ``cosine (M, N, N)``: ``<delta_i, delta_j> / (|delta_i| |delta_j|)``,
         0 where one is zero.
     """
-    products = pool.c[:, :, None] * pool.G_A * pool.G_B * pool.c[:, None, :]
-    member = torch.nn.functional.one_hot(pool.owner, len(pool.ranks)).double()
-    inner = member.T @ products @ member
-    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    norms = pool.inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
-    return norms, torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1), 0)
-
-
-def squared_norm(pool: Pool) -> Tensor:
-    """``|sum_i delta_i|_F^2`` per module, ``(M,)`` float64."""
-    return (pool.c[:, :, None] * pool.G_A * pool.G_B * pool.c[:, None, :]).sum((1, 2)).clamp_min(0)
+    return norms, torch.where(scale > 0, pool.inner / torch.where(scale > 0, scale, 1), 0)

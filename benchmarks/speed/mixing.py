@@ -11,6 +11,8 @@ the same input in the same process:
 All gates stand at one, so all of them must give the merged model's output; they are compared before anything is timed.
 Models take turns, each round in another order, and a ratio is taken within a round: what else the machine does meets
 all of them alike. Ours and the peers share one copy of the base weights.
+
+`--profile` shows what a step with the gates that cost most is made of, beside the merged model's.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,6 +255,27 @@ def summary(seconds: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
         yield {"model": name, "seconds": statistics.median(values), "ratio": middle, "low": low, "high": high}
 
 
+def profile(step: Step, rounds: int = 10) -> Counter[str]:
+    """Milliseconds of a step by operation, those that an operation calls not included."""
+    with torch.profiler.profile() as found:
+        for _ in range(rounds):
+            step()
+    spent: Counter[str] = Counter()
+    for event in found.key_averages():
+        time_us = event.self_cpu_time_total + event.self_device_time_total
+        spent[event.key.removeprefix("aten::")] += time_us / 1000 / rounds
+    return spent
+
+
+def show_profile(steps: Mapping[str, Step], mixed: str, lines: int = 10) -> None:
+    """Print the operations on which a mixed step and the merged one differ most."""
+    ours, merged = profile(steps[mixed]), profile(steps[MERGED])
+    print(f"{'ms a step':32}{MERGED:>10}{'mixed':>10}   ({mixed})")
+    for name in sorted(ours.keys() | merged.keys(), key=lambda name: -abs(ours[name] - merged[name]))[:lines]:
+        print(f"  {name:30}{merged[name]:10.2f}{ours[name]:10.2f}")
+    print(f"  {'all':30}{merged.total():10.2f}{ours.total():10.2f}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -264,6 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--profile", action="store_true", help="what a step is made of")
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")  # proj_out also ends another layer's name
@@ -285,7 +310,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             steps = models(case, loras(case, n, options.rank), Path(folder))
             check(steps, _step(case.model, inputs)(), dtype)  # warms up, too
             seconds = measure(steps, options.rounds, torch.cuda.synchronize if cuda else lambda: None)
-        for row in summary(seconds):
+            found = list(summary(seconds))
+            if options.profile:
+                mixed = max((row for row in found if "gates" in row["model"]), key=lambda row: row["ratio"])
+                show_profile(steps, mixed["model"])
+        for row in found:
             rows.append({"case": name, "experts": n, **row})
             text = "{case:6}{experts:8}  {model:26}{seconds:8.3f}{ratio:8.2f}   {low:.2f} .. {high:.2f}"
             print(text.format(**rows[-1]), flush=True)

@@ -107,3 +107,16 @@ def test_a_mixed_layer_runs_two_products_and_one_scaling_and_never_waits_for_the
     # beside the two products and the scaling: what all gates share, and what each needs to read, open and spread
     shared, each = {"text": (12, 1), "hidden": (0, 12), "experts": (0, 20)}[reads]
     assert more.total() <= 3 * layers + shared + each * len(gates.names), more
+
+
+def test_a_profile_tells_what_a_mixed_step_is_made_of(mixing: ModuleType, capsys: pytest.CaptureFixture[str]):
+    mixing.main([*SMALL, "--cases", "llm", "--experts", "2", "--rounds", "1", "--profile"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    spent = {line[0]: (float(line[1]), float(line[2])) for line in lines if len(line) == 3 and line[1][0].isdigit()}
+    merged, mixed = spent["all"]
+    assert merged > 0
+    assert mixed > 0
+    assert len(spent) == 11
+    spent = mixing.profile(lambda: torch.ones(3) @ torch.ones(3))
+    assert spent["dot"] > 0
+    assert spent["mm"] == 0
