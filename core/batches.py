@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,9 +97,8 @@ class Work:
         A = first.A.new_empty(M, P, first.d_in, dtype=torch.float32)
         B = first.B.new_empty(M, first.d_out, P, dtype=torch.float32)
         for m, row in enumerate(parts):
-            ends = itertools.accumulate(batch.ranks)
-            for part, end in zip(row, ends, strict=True):  # cast in the same pass
-                A[m, end - part.rank : end] = part.A
+            for part, rows in zip(row, A[m].split(batch.ranks), strict=True):  # cast in the same pass
+                rows.copy_(part.A)
             # columns side by side first: casting a few columns at a time is several times as slow
             columns = [part.B for part in row]
             B[m] = torch.cat(columns if len({b.dtype for b in columns}) == 1 else [b.float() for b in columns], 1)

@@ -101,6 +101,10 @@ class Pool:
         """What was computed of the units so far and depends on no weight."""
         return {name: self.__dict__[name] for name in ("G_A", "G_B", "own") if name in self.__dict__}
 
+    def with_units(self, A: Tensor, B: Tensor) -> Pool:
+        """Other units of the same adapters, which contain the weights and scales."""
+        return replace(self, A=A, B=B, scale=torch.ones_like(self.scale), weights=torch.ones_like(self.weights))
+
     def know(self, known: Mapping[str, Any]) -> None:
         """Take what was computed before of the same units, see `known`, instead of computing it."""
         self.__dict__.update(known)  # where a cached_property keeps its value

@@ -29,10 +29,7 @@ from .sampled import SAMPLED
 from .whole import WHOLE
 
 _HERE = Path(__file__).parent
-_IMPORTED = {
-    "legomole": ("scipy.cluster.hierarchy",),
-    "peft": ("peft",),
-}  # what the tools import when they first need it
+_IMPORTED = {"legomole": "scipy.cluster.hierarchy", "peft": "peft"}  # what tools import when they first need it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -70,7 +67,8 @@ def _child(tool: str, case: Case, folder: Path) -> dict[str, Any]:
             done = SAMPLED[tool](case, folder)
             return {"seconds": done.seconds, "inertia": done.inertia}
         paths, out = case.write(folder), folder / "out.safetensors"
-        for library in _IMPORTED.get(tool.partition("-")[0], ()):
+        library = _IMPORTED.get(tool.partition("-")[0])
+        if library is not None:
             importlib.import_module(library)  # not counted
         start = time.perf_counter()
         WHOLE[tool](case, paths, out)

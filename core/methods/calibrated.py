@@ -89,7 +89,7 @@ def respond(
             unmeasured.append(name)
         else:
             A[m] = _solve(name, moments, A[m].double(), pool, lam, mu, joint_scale).to(A)
-    return replace(pool, A=A, scale=torch.ones_like(pool.scale), weights=torch.ones_like(pool.weights)), unmeasured
+    return pool.with_units(A, pool.B), unmeasured
 
 
 def _solve(name: str, moments: Moments, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -59,8 +59,7 @@ class Knots:
             part = partial(_part, pool.split(R_A, 1), pool.split(pool.A[m], 0), noise)
             A[m, :n] = ties(part, pool.weights[m].tolist(), self.density) / root[0]
             B[m, :, :n] = pool.B[m].double() @ R_B * root[0]
-        ones = {"scale": torch.ones_like(pool.scale), "weights": torch.ones_like(pool.weights)}
-        return SVD(self.rank)(replace(pool, A=A, B=B, **ones))
+        return SVD(self.rank)(pool.with_units(A, B))
 
 
 def _part(R: Sequence[Tensor], A: Sequence[Tensor], noise: float, i: int) -> Tensor:

@@ -72,12 +72,13 @@ class Lego:
 
         Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
         n = Z.sum(1).clamp_min(1)  # (M, k)
-        a, b = (Z / n[:, None, :], Z / n[:, None, :]) if published else best_rank_one(G_A, G_B, labels, int(k.max()))
+        mean = Z / n[:, None, :]
+        a, b = (mean, mean) if published else best_rank_one(G_A, G_B, labels, Z.shape[2])
         merged = Mixing(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
 
         size = torch.ones_like(n)
         if self.parameter_reweight if self.parameter_reweight is not None else published:
-            size = size * self._norm_ratio(pool, gauge, merged, Z / n[:, None, :])
+            size = size * self._norm_ratio(pool, gauge, merged, mean)
         if (self.centroid or ("mean" if published else "sum")) == "sum":
             size = size * n
         root = size.sqrt()  # on both factors alike
@@ -91,7 +92,7 @@ class Lego:
         """Mean norm of a cluster's members over the norm of its centroid, per unit matrix: ``(M, k)``."""
         members = (unit_norms(gauge.apply(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
         centroids = unit_norms(merged.apply(pool), self.geometry, self.norm)
-        ratio = torch.where(centroids > 0, members / torch.where(centroids > 0, centroids, 1), 1)
+        ratio = torch.where(centroids > 0, members / _or_one(centroids), 1)
         return ratio.square() if self.geometry == "paper" else ratio  # x scales by sqrt(size), b a^T by size
 
 
@@ -140,7 +141,8 @@ def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Ten
         units = order[m[:, None], (start[m, c, None] + place).clamp_max(labels.shape[1] - 1)]
         both = (inside[:, :, None] & inside[:, None, :]).to(G_A)
         a, b = _top_pair(*(_block(G, m, units).mul_(both) for G in (G_A, G_B)))
-        at = (m[:, None].expand_as(units)[inside], units[inside], c[:, None].expand_as(units)[inside])
+        which = inside.nonzero()[:, 0]
+        at = (m[which], units[inside], c[which])
         root = n[m, c, None].to(G_A).rsqrt()  # of the mean, shared evenly by the two factors
         alpha[at], beta[at] = (a * root)[inside], (b * root)[inside]
     return alpha, beta
