@@ -10,6 +10,7 @@ import torch
 
 from .adapter import Adapter
 from .errors import MergeError, name_some
+from .factors import Opened
 from .lowrank import LowRank
 from .memory import enough_memory
 from .methods import MergeMethod
@@ -17,7 +18,7 @@ from .pool import Merged, Pool, overlap, relative_error
 from .products import Products
 from .report import ModuleReport
 
-# Numbers of one batch's float32 factors held at a time; bounds the memory beside inputs and output.
+# Numbers in the factors of a batch; bounds the memory beside inputs and output.
 _BATCH_NUMBERS = 16_000_000
 
 
@@ -90,18 +91,8 @@ class Work:
             ) from error
 
     def _pool(self, adapters: Sequence[Adapter], batch: Batch) -> Pool:
-        """The factors of a batch; read, checked and cast here."""
+        """The units of a batch, whose products are found and checked here."""
         parts = [[adapters[i].modules[name] for i in batch.adapters] for name in batch.names]
-        M, P = len(parts), sum(batch.ranks)
-        first = parts[0][0]
-        A = first.A.new_empty(M, P, first.d_in, dtype=torch.float32)
-        B = first.B.new_empty(M, first.d_out, P, dtype=torch.float32)
-        for m, row in enumerate(parts):
-            for part, rows in zip(row, A[m].split(batch.ranks), strict=True):  # cast in the same pass
-                rows.copy_(part.A)
-            # columns side by side first: casting a few columns at a time is several times as slow
-            columns = [part.B for part in row]
-            B[m] = torch.cat(columns if len({b.dtype for b in columns}) == 1 else [b.float() for b in columns], 1)
         weights = torch.tensor(
             [[self.weights[i][name] for i in batch.adapters] for name in batch.names], dtype=torch.float64
         )
@@ -109,8 +100,7 @@ class Work:
         scale = scales.repeat_interleave(torch.tensor(batch.ranks), 1)
         pool = Pool(
             names=batch.names,
-            A=A.to(self.device),
-            B=B.to(self.device),
+            factors=Opened(parts, self.device),
             scale=scale.to(self.device),
             weights=weights.to(self.device),
             ranks=batch.ranks,

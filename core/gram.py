@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .factors import Factors
+
 # Relative size below which a direction is rounding noise of the float32 factors.
 _TINY = 1e-7
-# Numbers held in float64 at a time on a CPU: what fits its caches, and what memory is reused for.
-_WORKSPACE = 500_000
+# Sine of the angle between a unit and the others' span from which float32 tells them apart for certain.
+_CLEAR = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,30 +78,62 @@ def _root(G: Tensor) -> tuple[Tensor, Tensor]:
     return L, L_inverse
 
 
-def product(X: Tensor, rows: int = 256, part: int = 64) -> Tensor:
-    """``X X^T (M, P, P)`` in float64 of ``X (M, P, d)``: exactly symmetric, its lower half computed once.
+def products(factors: Factors) -> tuple[Tensor, Tensor]:
+    """``A A^T`` and ``B^T B``, ``(M, P, P)`` float64, in one pass over the factors.
 
-    Only `rows` of `X` are held in float64 beside `X`; `part` of them are multiplied at a time.
+    In general the products are float64, so that the square of a condition number does not reach the results. Of
+    numbers stored in 16 bits float32 will do as long as no unit is nearly in the span of others: products with an
+    error of about 1e-6 are the exact ones of factors that differ from these by ``1e-6 / 2 _CLEAR``, a fraction of what
+    the file rounds (2^-12 in float16).
     """
-    M, P, d = X.shape
-    G = torch.empty(M, P, P, dtype=torch.float64, device=X.device)
-    step = M if X.is_cuda else max(1, _WORKSPACE // (min(P, rows) * d))
-    for at in range(0, M, step):
-        X_at, G_at = X[at : at + step], G[at : at + step]
-        for start in range(0, P, rows):
-            some = X_at[:, start : start + rows].double()
-            for i in range(0, some.shape[1], part):
-                _put(G_at, start + i, start, some[:, i : i + part] @ some[:, : i + part].mT)
-            for other in range(0, start, rows):
-                _put(G_at, start, other, some @ X_at[:, other : other + rows].double().mT)
-    return G
+    if factors.short and factors.device.type == "cpu" and torch.get_float32_matmul_precision() == "highest":
+        G_A, G_B = _products(factors, torch.float32)
+        unclear = (~(_clear(G_A) & _clear(G_B))).nonzero()[:, 0].tolist()
+        if unclear:
+            G_A[unclear], G_B[unclear] = _products(factors.only(unclear), torch.float64)
+        return G_A, G_B
+    return _products(factors, torch.float64)
+
+
+def _products(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    M, P, _, _ = factors.shape
+    G_A, G_B = torch.empty(2, M, P, P, dtype=torch.float64, device=factors.device)
+    part = 64 if dtype == torch.float64 else 256  # in float32 small blocks are no faster
+    for at, A, B in factors.pieces():
+        square(A, dtype, G_A[at], part=part)
+        square(B.mT, dtype, G_B[at], part=part)
+    return G_A, G_B
+
+
+def _clear(G: Tensor) -> Tensor:
+    """``(M,)`` bool: whether products in float32 tell all units apart, and none is too small or large for it."""
+    L, failed = torch.linalg.cholesky_ex(G)
+    square = G.diagonal(dim1=1, dim2=2)
+    sine = L.diagonal(dim1=1, dim2=2) > _CLEAR * square.sqrt()
+    limits = torch.finfo(torch.float32)
+    return (failed == 0) & (sine & (square > limits.tiny / limits.eps)).all(1)
+
+
+def square(X: Tensor, dtype: torch.dtype, out: Tensor, *, rows: int = 256, part: int = 64) -> None:
+    """Put ``X X^T``, multiplied in `dtype`, into ``out (M, P, P)``; most of the upper half is mirrored.
+
+    Args:
+        X: ``(M, P, d)``. rows: Held in `dtype` beside `X` at a time. part: Of these multiplied at a time.
+    """
+    for start in range(0, X.shape[1], rows):
+        some = X[:, start : start + rows].to(dtype)
+        for other in range(0, start, rows):
+            _put(out, start, other, some @ X[:, other : other + rows].to(dtype).mT)
+        for i in range(0, some.shape[1], part):
+            _put(out, start + i, start, some[:, i : i + part] @ some[:, : i + part].mT)
 
 
 def _put(G: Tensor, row: int, column: int, block: Tensor) -> None:
-    """Write a block of a symmetric matrix, and its mirror image."""
+    """Write a block of a symmetric matrix, and the mirror image of its columns before `row`."""
     down, across = slice(row, row + block.shape[1]), slice(column, column + block.shape[2])
     G[:, down, across] = block
-    G[:, across, down] = block.mT
+    left = min(row - column, block.shape[2])
+    G[:, column : column + left, down] = block[:, :, :left].mT
 
 
 def distances(G: Tensor) -> Tensor:
@@ -244,7 +278,7 @@ def renumber(labels: Tensor) -> Tensor:
     return (leader.cumsum(1) - 1).gather(1, first)
 
 
-def kmeans(G: Tensor, k: Tensor, *, starts: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+def kmeans(G: Tensor, k: Tensor, *, starts: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Cluster points given by their Gram matrices: Ward's tree cut at `k`, then Lloyd; the best of several starts.
 
     Minimises the same objective as scikit-learn's ``KMeans``. The partition depends neither on the order of the

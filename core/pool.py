@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gram
+from .factors import Factors, Held
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +24,7 @@ class Pool:
 
     Args:
         names: The `M` module names.
-        A: ``(M, P, d_in)`` float32, the adapters' rows one below the other.
-        B: ``(M, d_out, P)`` float32, the columns alike.
+        factors: The adapters' rows of `A` one below the other, the columns of `B` alike.
         scale: ``(M, P)`` float64, the file's scale of each unit, the same in a module of an adapter.
         weights: ``(M, N)`` float64, the user's weight of each adapter that takes part; not 0, may be negative.
         ranks: Rank of each adapter that takes part; they add up to `P`.
@@ -32,8 +32,7 @@ class Pool:
     """
 
     names: tuple[str, ...]
-    A: Tensor
-    B: Tensor
+    factors: Factors
     scale: Tensor
     weights: Tensor
     ranks: tuple[int, ...]
@@ -42,22 +41,36 @@ class Pool:
     @property
     def size(self) -> int:
         """Number of pooled units `P`."""
-        return self.A.shape[1]
+        return self.factors.shape[1]
 
     @property
     def batch(self) -> int:
         """Number of modules `M`."""
-        return self.A.shape[0]
+        return self.factors.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.factors.device
+
+    @property
+    def A(self) -> Tensor:
+        """All rows at once, ``(M, P, d_in)`` float32; `factors.pieces` gives those of a few modules at a time."""
+        return self.factors.whole[0]
+
+    @property
+    def B(self) -> Tensor:
+        """All columns at once, ``(M, d_out, P)`` float32."""
+        return self.factors.whole[1]
 
     @property
     def max_rank(self) -> int:
         """The highest rank a sum of the deltas can have."""
-        return min(self.size, self.A.shape[2], self.B.shape[1])
+        return min(self.factors.shape[1:])
 
     @cached_property
     def owner(self) -> Tensor:
         """``(P,)`` long: for each unit, which of `adapters` it came from (an index into that tuple)."""
-        return torch.repeat_interleave(torch.tensor(self.ranks, device=self.A.device))
+        return torch.repeat_interleave(torch.tensor(self.ranks, device=self.device))
 
     @cached_property
     def c(self) -> Tensor:
@@ -74,16 +87,19 @@ class Pool:
         """Cut a dimension of length `P` into one part per adapter."""
         return values.split(self.ranks, dim)
 
-    # float64: the square of a factor's condition number must not reach the results (exact SVD through Gram matrices)
+    @cached_property
+    def _products(self) -> tuple[Tensor, Tensor]:
+        return gram.products(self.factors)
+
     @cached_property
     def G_A(self) -> Tensor:
         """``A A^T (M, P, P)`` float64."""
-        return gram.product(self.A)
+        return self._products[0]
 
     @cached_property
     def G_B(self) -> Tensor:
         """``B^T B (M, P, P)`` float64."""
-        return gram.product(self.B.mT)
+        return self._products[1]
 
     @cached_property
     def own(self) -> tuple[gram.GramSVD, ...]:
@@ -103,7 +119,8 @@ class Pool:
 
     def with_units(self, A: Tensor, B: Tensor) -> Pool:
         """Other units of the same adapters, which contain the weights and scales."""
-        return replace(self, A=A, B=B, scale=torch.ones_like(self.scale), weights=torch.ones_like(self.weights))
+        ones = torch.ones_like(self.scale), torch.ones_like(self.weights)
+        return replace(self, factors=Held(A, B), scale=ones[0], weights=ones[1])
 
     def know(self, known: Mapping[str, Any]) -> None:
         """Take what was computed before of the same units, see `known`, instead of computing it."""
@@ -131,8 +148,13 @@ class Mixing:
     labels: Tensor | None = None
 
     def apply(self, pool: Pool) -> Merged:
-        R_A, R_B = self.R_A.to(pool.A.dtype), self.R_B.to(pool.B.dtype)
-        return Merged(R_A @ pool.A, pool.B @ R_B, self.ranks, self.labels, mixing=replace(self, R_A=R_A, R_B=R_B))
+        R_A, R_B = self.R_A.float(), self.R_B.float()
+        (M, _, d_in, d_out), k = pool.factors.shape, R_A.shape[1]
+        A, B = R_A.new_empty(M, k, d_in), R_B.new_empty(M, d_out, k)
+        for at, A_at, B_at in pool.factors.pieces():
+            torch.bmm(R_A[at], A_at, out=A[at])
+            torch.bmm(B_at, R_B[at], out=B[at])
+        return Merged(A, B, self.ranks, self.labels, mixing=replace(self, R_A=R_A, R_B=R_B))
 
 
 @dataclass(frozen=True, eq=False)

@@ -70,5 +70,5 @@ class Rank:
             k = enough.int().argmax(1) + 1
         else:
             wanted = self.value if self.unit == "" else round(self.value * pool.size / len(pool.ranks))
-            k = torch.full((pool.batch,), int(wanted), device=pool.A.device)
+            k = torch.full((pool.batch,), int(wanted), device=pool.device)
         return k.clamp(1, pool.size)

@@ -113,7 +113,7 @@ def test_every_option_reaches_the_recipe():
         "parameter_reweight": False,
         "output_reweight": True,
         "norm": "l2",
-        "starts": 1,
+        "starts": 0,
         "seed": 5,
     }
     assert (recipe.normalize, recipe.dtype, recipe.convert_rank) == (True, "bfloat16", 4)

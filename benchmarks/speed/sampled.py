@@ -130,7 +130,7 @@ def sklearn_lego(case: Case, folder: Path) -> Sampled:
         torch.from_numpy(found.cluster_centers_).contiguous()
         seconds += count * (time.perf_counter() - start)
         theirs += count * float(found.inertia_)
-        own += count * float(gram.kmeans(gram.product(X[None]), torch.tensor([case.rank]))[1])
+        own += count * float(gram.kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
     return Sampled(seconds, own / theirs)
 
 

@@ -28,8 +28,8 @@ def merge_dense(pool: Pool, rank: Rank, build: Callable[[int], Tensor]) -> Merge
         build: Module's position in the pool -> ``(d_out, d_in)`` float32.
     """
     k = rank.resolve(pool).clamp_max(pool.max_rank)
-    A = pool.A.new_zeros(pool.batch, int(k.max()), pool.A.shape[2])
-    B = pool.B.new_zeros(pool.batch, pool.B.shape[1], int(k.max()))
+    (M, _, d_in, d_out), n = pool.factors.shape, int(k.max())
+    A, B = pool.A.new_zeros(M, n, d_in), pool.B.new_zeros(M, d_out, n)
     for m, k_m in enumerate(k.tolist()):
         A[m, :k_m], B[m, :, :k_m] = nearest(build(m), k_m)
     return Merged(A, B, k)

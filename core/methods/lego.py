@@ -39,7 +39,8 @@ class Lego:
             variance growth). ``None``: on for ``"paper"``, off for ``"rank-one"``.
         norm: Which norm parameter reweighting compares: of the vector x_j in the paper's geometry, of the matrix
             ``b_j a_j^T`` (largest entry, Frobenius) in the other.
-        starts: k-means++ starts beside Ward's tree.
+        starts: k-means++ starts beside Ward's tree. One found fewer than 1 in 1000 better partitions of rank-one units,
+            in the paper's geometry up to 7 in 100, better by at most 1 %.
         seed: Of the k-means++ draws.
         statistics: With these, the units are first made to respond to what their LoRA is for and to leave the rest of
             the model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
@@ -51,7 +52,7 @@ class Lego:
     parameter_reweight: bool | None = None
     output_reweight: bool | None = None
     norm: Norm = "inf"
-    starts: int = 1
+    starts: int = 0
     seed: int = 0
     statistics: Statistics | None = None
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from legomole.core import formats
+from legomole.core.factors import Opened
 from legomole.core.methods.lego import Lego, balanced
 from legomole.core.pool import Pool
 from legomole.core.rank import Rank
@@ -25,8 +26,7 @@ def main() -> None:
         scale = torch.tensor([[part.scale for part in parts for _ in range(part.rank)]], dtype=torch.float64)
         pool = Pool(
             names=(LAYER,),
-            A=torch.cat([part.A.float() for part in parts])[None],
-            B=torch.cat([part.B.float() for part in parts], 1)[None],
+            factors=Opened([parts], torch.device("cpu")),
             scale=scale,
             weights=torch.ones(1, 2, dtype=torch.float64),
             ranks=tuple(part.rank for part in parts),

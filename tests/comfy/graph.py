@@ -44,7 +44,7 @@ class Graph:
             "parameter_reweight": "auto",
             "output_reweight": "auto",
             "norm": "inf",
-            "starts": 1,
+            "starts": 0,
             "seed": 0,
         }
         host = {"model": self.model, "clip": self.clip} if with_model else {}

@@ -70,9 +70,9 @@ def count(method: MergeMethod, modules: int, **sizes: int) -> Operations:
 LEGO, EXACT = Lego(Rank(8)), SVD(Rank(8))
 
 
-@pytest.mark.parametrize(("method", "batch", "module"), [(LEGO, 1010, 15), (EXACT, 173, 15), (Concat(), 123, 15)])
+@pytest.mark.parametrize(("method", "batch", "module"), [(LEGO, 790, 13), (EXACT, 200, 13), (Concat(), 150, 13)])
 def test_a_batch_takes_so_many_operations_and_a_module_of_it_a_few_more(method: MergeMethod, batch: int, module: int):
-    """Counted: 840, 144 and 102 for a batch of any size, and 12 to read and write each of its modules."""
+    """Counted: 657, 168 and 126 for a batch of any size, and 11 to read and write each of its modules."""
     few, many = count(method, 4).seen, count(method, 12).seen
     more = (many.total() - few.total()) / 8
     assert more <= module, many - few
@@ -86,8 +86,8 @@ def test_no_tensor_is_as_large_as_a_weight(method: MergeMethod):
     assert count(method, 1, width=1024).largest <= 24 * 1024
 
 
-def test_the_factors_are_cast_once_and_read_by_four_products():
-    """Two Gram products, and two that make the result; errors, overlaps and clusters come from small matrices."""
+def test_the_factors_are_cast_twice_and_read_by_four_products():
+    """A pass for two Gram products, and one for two that make the result; the rest comes from small matrices."""
     width = 4096
     inputs = adapters(1, width=width)
     large: list[str] = []
@@ -101,4 +101,4 @@ def test_the_factors_are_cast_once_and_read_by_four_products():
 
     with Large():
         merge(inputs, LEGO)
-    assert Counter(large) == {"copy_": 1, "bmm": 4, "_to_copy": 2}  # to float32, and float64 for the Gram products
+    assert Counter(large) == {"copy_": 4, "bmm": 4}  # float16 to float32; no copy in float64

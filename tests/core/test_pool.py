@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from legomole.core.factors import Held
 from legomole.core.pool import Merged, Mixing, overlap, relative_error
 
 from .pools import close, deltas, make_pool, product, random_pool, total
@@ -77,5 +78,6 @@ def test_max_rank_is_bounded_by_the_matrix():
 def test_gram_matrices_are_double_so_that_nearly_parallel_units_stay_apart():
     # two units that differ by 2^-12: |a_1 - a_2|^2 = 2^-24 is below float32's resolution next to |a|^2 = 1
     A = torch.tensor([[[1.0, 0.0], [1.0, 2.0**-12]]])
-    pool = replace(random_pool((2,), d_in=2, batch=1), A=A)
+    pool = random_pool((2,), d_in=2, batch=1)
+    pool = replace(pool, factors=Held(A, pool.B))
     assert float(torch.linalg.det(pool.G_A[0])) == pytest.approx(2.0**-24, rel=1e-9)

@@ -110,7 +110,7 @@ def test_a_method_from_settings():
 
 def test_settings_of_spells_out_defaults_and_reads_back():
     plain = settings_of(Lego(Rank(16)))
-    assert plain == {"rank": 16, "geometry": "rank-one", "norm": "inf", "starts": 1, "seed": 0}
+    assert plain == {"rank": 16, "geometry": "rank-one", "norm": "inf", "starts": 0, "seed": 0}
     assert build_method("lego", plain) == Lego(Rank(16))
     assert settings_of(SVD(Rank(95, "%"))) == {"rank": "95%"}
 

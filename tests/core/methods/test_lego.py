@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from legomole.core.factors import Held
 from legomole.core.methods.calibrated import Calibrated
 from legomole.core.methods.concat import Concat
 from legomole.core.methods.lego import Lego, balanced, best_rank_one, folded, unit_norms
@@ -36,7 +37,7 @@ def column(*values: float) -> Tensor:
 
 def permuted(pool: Pool, order: Tensor) -> Pool:
     """Units in another order within their adapters."""
-    return replace(pool, A=pool.A[:, order], B=pool.B[:, :, order], scale=pool.scale[:, order])
+    return replace(pool, factors=Held(pool.A[:, order], pool.B[:, :, order]), scale=pool.scale[:, order])
 
 
 def refactored(pool: Pool, seed: int) -> Pool:
@@ -49,7 +50,7 @@ def refactored(pool: Pool, seed: int) -> Pool:
         size = 0.5 + 2 * torch.rand(r, generator=g)
         A.append(Q1 @ (size[:, None] * Q2) @ a)
         B.append(b @ Q2.mT @ (Q1.mT / size[:, None]))
-    return replace(pool, A=torch.cat(A, 1), B=torch.cat(B, 2))
+    return replace(pool, factors=Held(torch.cat(A, 1), torch.cat(B, 2)))
 
 
 class TestPaper:
@@ -182,9 +183,8 @@ class TestProperties:
         together = product(Lego(Rank(3), geometry, starts=3)(pool))
         for m in range(4):
             at = slice(m, m + 1)
-            alone = Pool(
-                (pool.names[m],), pool.A[at], pool.B[at], pool.scale[at], pool.weights[at], pool.ranks, pool.adapters
-            )
+            factors = Held(pool.A[at], pool.B[at])
+            alone = Pool((pool.names[m],), factors, pool.scale[at], pool.weights[at], pool.ranks, pool.adapters)
             assert close(product(Lego(Rank(3), geometry, starts=3)(alone)), together[at], 1e-5)
 
     @geometries
@@ -231,7 +231,7 @@ class TestRankOne:
         pool = random_pool((3, 4), seed=seed)
         g = torch.Generator().manual_seed(seed)
         factor = (0.1 + 10 * torch.rand(7, generator=g)) * torch.randn(7, generator=g).sign()
-        other = replace(pool, A=pool.A * factor[:, None], B=pool.B / factor)
+        other = replace(pool, factors=Held(pool.A * factor[:, None], pool.B / factor))
         assume(_gap(pool) > 1e-2)
         assert close(product(Lego(Rank(3))(other)), product(Lego(Rank(3))(pool)), 1e-2)
 
@@ -240,7 +240,7 @@ class TestRankOne:
         one = random_pool((4,))
         copies = [one, one, one]
         if kind == "flipped":
-            copies = [one, replace(one, A=-one.A, B=-one.B), one]
+            copies = [one, replace(one, factors=Held(-one.A, -one.B)), one]
         if kind == "refactored":
             copies = [refactored(one, seed) for seed in range(3)]
         pool = make_pool([copy.A for copy in copies], [copy.B for copy in copies])
