@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(PLAIN))
     parser.add_argument("--large", action="store_true", help=f"{LARGE} too: 5 GB of files, and our tools alone")
     parser.add_argument("--tools", nargs="+", choices=[*WHOLE, *SAMPLED], default=[*WHOLE, *SAMPLED])
-    parser.add_argument("--rounds", type=int, default=3, help="of the tools that are run as a whole")
+    parser.add_argument("--rounds", type=int, default=3, help="that every tool is run; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, help="keep the LoRAs there; default a temporary folder")
     parser.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the plot go")
@@ -85,8 +85,6 @@ def _measured(
     inertia: float | None = None
     for i in range(rounds):
         for tool in tools if i % 2 == 0 else reversed(tools):
-            if tool in SAMPLED and i:
-                continue
             command = ["-m", "benchmarks.speed", "--threads", str(threads), "--child", tool, case.name, str(work)]
             done = measure(command, threads)
             found = json.loads(done.output.splitlines()[-1])

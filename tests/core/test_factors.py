@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -119,6 +121,24 @@ class TestProducts:
             assert self.off(rows)[0] < 1e-15
         finally:
             torch.set_float32_matmul_precision("highest")
+        assert self.off(rows)[0] > 1e-9
+
+    @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch knows one setting for all")
+    def test_are_float64_where_one_backend_is_allowed_to_be_sloppy(self) -> None:
+        code = """
+import torch
+from legomole.core import gram
+from legomole.core.factors import Opened
+from legomole.core.lowrank import LowRank
+
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+A, B = torch.randn(4, 900).half(), torch.randn(900, 4).half()
+G_A, G_B = gram.products(Opened([[LowRank(A, B)]], torch.device("cpu")))
+torch.testing.assert_close(G_A[0], A.double() @ A.double().T, rtol=1e-13, atol=1e-10)
+torch.testing.assert_close(G_B[0], B.double().T @ B.double(), rtol=1e-13, atol=1e-10)
+"""
+        # in a process of its own: torch remembers that it was said
+        subprocess.run([sys.executable, "-c", code], check=True)
 
     def test_a_number_that_is_none_reaches_the_products(self) -> None:
         rows = parts(2, (4,), torch.float16)
