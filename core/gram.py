@@ -279,11 +279,10 @@ def _refill(G: Tensor, labels: Tensor, live: Tensor) -> Tensor:
 
 def renumber(labels: Tensor) -> Tensor:
     """Number clusters by their first unit, so that equal partitions have equal labels. ``(M, P)`` long."""
-    same = labels[:, :, None] == labels[:, None, :]
-    first = same.int().argmax(2)  # (M, P): first unit of each unit's cluster
     P = labels.shape[1]
-    leader = first == torch.arange(P, device=labels.device)
-    return (leader.cumsum(1) - 1).gather(1, first)
+    unit = torch.arange(P, device=labels.device).expand_as(labels)
+    first = labels.new_full((len(labels), int(labels.max()) + 1), P).scatter_reduce_(1, labels, unit, "amin")
+    return first.argsort(1).argsort(1).gather(1, labels)
 
 
 def kmeans(G: Tensor, k: Tensor, *, starts: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:

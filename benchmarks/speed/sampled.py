@@ -22,7 +22,7 @@ from .whole import peft_model
 
 _LARGEST = 1_700_000  # 1280 x 1280 fits
 _ONE = "lora_unet_layer"
-_ROUNDS = 1  # of which the fastest counts
+_ROUNDS = 3  # the fastest counts
 
 Units = Sequence[LowRank]
 
