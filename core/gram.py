@@ -106,10 +106,9 @@ def _float32_is_exact() -> bool:
 def _products(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     M, P, _, _ = factors.shape
     G_A, G_B = torch.empty(2, M, P, P, dtype=torch.float64, device=factors.device)
-    part = 64 if dtype == torch.float64 else 256  # in float32 small blocks are no faster
     for at, A, B in factors.pieces():
-        square(A, dtype, G_A[at], part=part)
-        square(B.mT, dtype, G_B[at], part=part)
+        square(A, dtype, G_A[at])
+        square(B.mT, dtype, G_B[at])
     return G_A, G_B
 
 

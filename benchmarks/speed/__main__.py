@@ -26,7 +26,7 @@ from ..llm.many import measure
 from . import report
 from .cases import CASES, LARGE, PLAIN, Case
 from .sampled import SAMPLED
-from .whole import WHOLE
+from .whole import WHOLE, weights_of
 
 _HERE = Path(__file__).parent
 _IMPORTED = {"legomole": "scipy.cluster.hierarchy", "peft": "peft"}  # what tools import when they first need it
@@ -79,7 +79,9 @@ def _measured(
     case: Case, tools: Sequence[str], rounds: int, threads: int, work: Path
 ) -> tuple[list[report.Row], float | None]:
     """The rows of a case, and our inertia over scikit-learn's on the same units."""
-    case.write(work)
+    for path in case.write(work):
+        weights_of(path).read_bytes()  # into the system's cache
+    os.sync()  # what is still to be written would disturb the first tool
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
     peak = dict.fromkeys(tools, 0.0)
     inertia: float | None = None
