@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..common import write
+from .cases import CASES
 
 _OURS = "legomole-lego"
 _FLOOR = "floor"
@@ -55,7 +56,8 @@ class Results:
 
     def replace(self, case: str, rows: Sequence[Row], inertia: float | None) -> None:
         """Put a case's rows in the place of those it had of the same tools: times of one run are comparable."""
-        self.rows = [row for row in self.rows if row.case != case] + list(rows)
+        rows = [row for row in self.rows if row.case != case] + list(rows)
+        self.rows = sorted(rows, key=lambda row: list(CASES).index(row.case))  # tools stay in their order
         if inertia is not None:
             self.inertia[case] = inertia
 

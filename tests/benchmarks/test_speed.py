@@ -99,19 +99,27 @@ def test_the_sampled_tools_run(tmp_path: Path):
 def test_the_table_has_the_ratios(tmp_path: Path):
     results = report.Results("a machine")
     rows = [
-        report.Row("c", "floor", 2.0, 100, False),
-        report.Row("c", "legomole-lego", 5.0, 200, False),
-        report.Row("c", "sklearn-lego", 500.0, 300, True),
+        report.Row("smoke", "floor", 2.0, 100, False),
+        report.Row("smoke", "legomole-lego", 5.0, 200, False),
+        report.Row("smoke", "sklearn-lego", 500.0, 300, True),
     ]
-    results.replace("c", rows, 0.98)
+    results.replace("smoke", rows, 0.98)
     results.publish(tmp_path)
     assert "| sklearn-lego (extrapolated) | 500 | 250 | 100 | 300 |" in results.table()
     assert "0.9800" in results.table()
     again = report.Results.load(tmp_path, "a machine")
-    assert (again.rows, again.inertia) == (rows, {"c": 0.98})
+    assert (again.rows, again.inertia) == (rows, {"smoke": 0.98})
     assert report.Results.load(tmp_path, "another").rows == []
-    again.replace("c", rows[:1], None)
+    again.replace("smoke", rows[:1], None)
     assert again.rows == rows[:1]
+
+
+def test_cases_come_in_their_order_whichever_was_run_last():
+    results = report.Results("a machine")
+    for case in ("llm-3x16", "sdxl-3x32", "flux-3x16", "sdxl-3x32"):
+        results.replace(case, [report.Row(case, tool, 1.0, 1, False) for tool in ("floor", "legomole-lego")], None)
+    assert [row.case for row in results.rows[::2]] == ["sdxl-3x32", "flux-3x16", "llm-3x16"]
+    assert [row.tool for row in results.rows[:2]] == ["floor", "legomole-lego"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's memory from /proc")
