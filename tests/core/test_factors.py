@@ -67,6 +67,15 @@ def test_pieces_use_the_same_memory_again_and_read_nothing_twice_once_the_whole_
     assert [piece.data_ptr() for _, piece, _ in some.pieces()] == [A[m].data_ptr() for m in range(3)]
 
 
+def test_another_device_gets_everything_at_once_and_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "_PIECE", 1)
+    some = Opened(parts(3, (2,), torch.float16), torch.device("meta"))
+    ((at, A, B),) = some.pieces()
+    assert (at, A.device.type, A.shape, B.shape) == (slice(0, 3), "meta", (3, 2, 40), (3, 30, 2))
+    ((_, again, _),) = some.pieces()
+    assert again._base is A._base is some.whole[0]
+
+
 @pytest.mark.parametrize(
     ("dtypes", "short"),
     [
