@@ -9,8 +9,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 from legomole.core import factors, gram
+from legomole.core.adapter import Adapter
 from legomole.core.factors import Held, Opened
 from legomole.core.lowrank import LowRank
+from legomole.core.merge import merge
+from legomole.core.methods import METHODS
+from legomole.core.rank import Rank
 
 CPU = torch.device("cpu")
 
@@ -156,3 +160,30 @@ torch.testing.assert_close(G_B[0], B.double().T @ B.double(), rtol=1e-13, atol=1
         assert torch.isfinite(G_A[0]).all()
         assert torch.isnan(G_A[1, 2]).all()
         assert torch.isfinite(G_B).all()
+
+
+@pytest.mark.parametrize("method", ["lego", "svd", "knots"])
+def test_a_merge_of_16_bits_differs_from_the_exact_one_by_less_than_its_file_rounds(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """LoRAs as training leaves them: the directions of B fade to a tenth."""
+    fade = torch.logspace(0, -1, 8)
+    adapters = [
+        Adapter(
+            {
+                f"layer{m}": LowRank(row[i].A.half(), (row[i].B * fade @ row[i].A[:, :8]).half())
+                for m, row in enumerate(parts(3, (8, 8), torch.float32, torch.float32, d_in=300, d_out=200))
+            }
+        )
+        for i in range(2)
+    ]
+
+    def merged() -> list[LowRank]:
+        return list(merge(adapters, METHODS[method](Rank(8)), dtype=torch.float32).adapter.modules.values())
+
+    fast = merged()
+    monkeypatch.setattr(gram, "_float32_is_exact", lambda: False)
+    for one, other in zip(fast, merged(), strict=True):
+        exact = other.B.double() @ other.A.double()
+        off = float((one.B.double() @ one.A.double() - exact).norm() / exact.norm())
+        assert 0 < off < 2**-12
