@@ -37,7 +37,7 @@ _TOOLTIPS = {
     "output_reweight": "Multiply the result by sqrt(inputs' rank / merged rank), against growing variance. auto: on "
     "for paper, off for rank-one.",
     "norm": "How parameter_reweight measures size: by the largest entry (inf) or by length (l2).",
-    "starts": "Random starts of the clustering beside the deterministic one. More can find a slightly better one.",
+    "starts": "Random starts of the clustering beside the deterministic one. They rarely find a better one.",
     "seed": "Of the random draws. The same seed gives the same file.",
     "density": "Share of each LoRA's entries that is kept; 1 keeps all.",
     "lam": "How much leaving the base model alone counts.",
