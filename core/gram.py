@@ -107,8 +107,8 @@ def _products(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     M, P, _, _ = factors.shape
     G_A, G_B = torch.empty(2, M, P, P, dtype=torch.float64, device=factors.device)
     for at, A, B in factors.pieces():
-        square(A, dtype, G_A[at])
-        square(B.mT, dtype, G_B[at])
+        product(A, dtype, G_A[at])
+        product(B.mT, dtype, G_B[at])
     return G_A, G_B
 
 
@@ -121,7 +121,7 @@ def _clear(G: Tensor) -> Tensor:
     return (failed == 0) & (sine & (square > limits.tiny / limits.eps)).all(1)
 
 
-def square(X: Tensor, dtype: torch.dtype, out: Tensor, *, rows: int = 256, part: int = 64) -> None:
+def product(X: Tensor, dtype: torch.dtype, out: Tensor, *, rows: int = 256, part: int = 64) -> None:
     """Put ``X X^T``, multiplied in `dtype`, into ``out (M, P, P)``; most of the upper half is mirrored.
 
     Args:

@@ -291,8 +291,9 @@ def test_products_in_blocks_are_the_product(size):
     """Blocks that divide the number of rows, and that do not."""
     X = torch.randn(2, 6, 9, generator=torch.Generator().manual_seed(0))
     G = torch.full((2, 6, 6), torch.nan, dtype=torch.float64)
-    gram.square(X, torch.float64, G, rows=size // 2, part=2)
+    gram.product(X, torch.float64, G, rows=size // 2, part=2)
     torch.testing.assert_close(G, X.double() @ X.double().mT, rtol=1e-14, atol=1e-14)
+    assert torch.equal(G, G.mT)
 
 
 def test_ward_where_most_points_lose_their_nearest():
