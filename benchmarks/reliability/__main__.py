@@ -1,8 +1,9 @@
-"""``python -m benchmarks.reliability fuzz | kills | faults | soak | versions | licences``, from the project's root."""
+"""``python -m benchmarks.reliability COMMAND``, from the project's root; ``--help`` lists the commands."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def main() -> None:
         "environments", nargs="*", metavar="ENVIRONMENT", help="default all: oldest-core, oldest, newest-10 .."
     )
     commands.add_parser("licences", help="of all that is installed for legomole; exits with 1 where one is not known")
+    hashing = commands.add_parser("hashes", help="of merges and gates; exits with 1 where --check finds a change")
+    hashing.add_argument("--write", type=Path, default=None, metavar="FILE")
+    hashing.add_argument("--check", type=Path, default=None, metavar="FILE")
     chosen = parser.parse_args()
     if chosen.command == "child":
         fuzz.child(chosen.seed, chosen.start, chosen.stop, chosen.seconds)
@@ -64,6 +68,15 @@ def main() -> None:
         told, missing = licences.licences()
         print(licences.text(told, missing))
         sys.exit(bool(missing) or not all(licence.known for licence in told))
+    if chosen.command == "hashes":
+        from . import hashes
+
+        now = hashes.hashes()
+        if chosen.write is not None:
+            chosen.write.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        changed = [] if chosen.check is None else hashes.differences(json.loads(chosen.check.read_text()), now)
+        print("\n".join([f"{len(now)} cases, {len(changed)} changed", *changed]))
+        sys.exit(bool(changed))
     if chosen.command == "versions":
         from . import versions
 

@@ -183,7 +183,8 @@ def test_a_merge_of_16_bits_differs_from_the_exact_one_by_less_than_its_file_rou
 
     fast = merged()
     monkeypatch.setattr(gram, "_float32_is_exact", lambda: False)
+    off: list[float] = []
     for one, other in zip(fast, merged(), strict=True):
         exact = other.B.double() @ other.A.double()
-        off = float((one.B.double() @ one.A.double() - exact).norm() / exact.norm())
-        assert 0 < off < 2**-12
+        off.append(float((one.B.double() @ one.A.double() - exact).norm() / exact.norm()))
+    assert 0 < max(off) < 2**-12  # a module whose units are nearly dependent is multiplied in float64 either way
