@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
-
 WEB_DIRECTORY = "./web"
 
 _PUBLIC = {
@@ -23,6 +21,7 @@ _PUBLIC = {
     "Mixture": "mixture",
     "Rank": "rank",
     "TrainedGates": "trained",
+    "__version__": "version",
     "align": "align",
     "attach": "attach",
     "freeze": "freeze",

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
+from ..core.version import __version__
 from . import demo, files, gates, merge, text_gates
 from .console import Commands
 

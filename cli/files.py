@@ -125,7 +125,7 @@ def _plain(summary: Summary) -> dict[str, Any]:
 
 def _made(text: str, path: str) -> Any:
     """Recipe and report as plain data."""
-    from ..core.plain import from_json
+    from ..core.json_text import from_json
 
     try:
         return from_json(text)

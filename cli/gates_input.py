@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from ..core.errors import FormatError
-from ..core.plain import from_json
+from ..core.json_text import from_json
 from .arguments import parse_input
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .json_text import from_json
 from .lowrank import LowRank
-from .plain import from_json
 
 CONFIG_KEY = "adapter_config"  # where the metadata of an adapter from a PEFT folder holds its configuration
 

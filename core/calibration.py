@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attach import Attachment
 from .errors import MergeError, name_some
 from .gather import gather, observe
-from .merge import Progress
+from .progress import Progress
 from .statistics import Moments, Statistics
 from .train.denoiser import Denoiser
 from .train.examples import teacher

@@ -12,9 +12,10 @@ from torch import Tensor
 from .bank import Bank
 from .errors import MergeError, name_some
 from .formats.peft_config import CONFIG_KEY, combined
-from .merge import MergeResult, Progress, merge
+from .merge import MergeResult, merge
 from .methods import MergeMethod
 from .mixture import Mixture
+from .progress import Progress
 from .record import Record
 
 

@@ -18,10 +18,10 @@ from .lowrank import LowRank
 from .memory import enough_memory
 from .methods import METHODS, MergeMethod
 from .products import Products
+from .progress import Progress
 from .report import MergeReport, ModuleReport
 from .threads import beside
 
-Progress = Callable[[int, int, str], None]
 Each = Callable[[Work, Sequence[Batch]], Iterable[Done]]
 """Does the work on every batch and gives the results in their order."""
 

@@ -10,7 +10,7 @@ from typing import Any
 from .adapter import CONFIG_KEY, Adapter
 from .errors import name_some
 from .formats.peft_config import combined, configs
-from .plain import from_json
+from .json_text import from_json
 from .recipe import HUB, Recipe
 from .report import MANY, MergeReport, ModuleReport
 

@@ -10,19 +10,20 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
-from .. import __version__
 from .adapter import Adapter, Source
 from .align import align
 from .errors import name_some
 from .formats import FORMATS, detect, hashes, load, summarise, weights_of
 from .formats.unchanged import unchanged
+from .json_text import from_json
 from .keymap import KeyMap
 from .library import Library, Spread
-from .merge import Each, MergeResult, Progress, matching, merge
+from .merge import Each, MergeResult, matching, merge
 from .metadata import KEY, disagreements, file_metadata
-from .plain import from_json
+from .progress import Progress
 from .recipe import HUB, MAX_TEXT, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
 from .statistics import Statistics
+from .version import __version__
 
 
 def read_recipe(path: Path, *, to_show: bool = False) -> Recipe:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from .adapter import Adapter
+from .digest import identity
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
-from .plain import from_json
-from .trained import identity
+from .json_text import from_json
 
 _KIND = "legomole.statistics.1"
 

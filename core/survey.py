@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .merge import Progress, merge
+from .merge import merge
 from .methods.lego import Lego, balanced, in_gauge
 from .parts import FIRST, LAST, MIDDLE, Part, parts
 from .pool import Merged, Pool
+from .progress import Progress
 from .rank import Rank
 from .report import MergeReport
 from .scatter import pca, tsne

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from .adapter import Adapter, check_finite
-from .digest import raw
+from .digest import identity
 from .errors import FormatError, MergeError
 from .formats.files import read_tensors, write_tensors
 from .gates import Gate, GateSet, GateSettings
-from .plain import from_json
+from .json_text import from_json
 
 _KIND = "legomole.gates.1"
 _NETWORK = "(network)"  # a tensor's name needs something before the slash
@@ -40,18 +39,6 @@ class Expert(BaseModel):
     @classmethod
     def of(cls, adapter: Adapter) -> Expert:
         return cls(label=adapter.label, sha256=identity(adapter))
-
-
-def identity(adapter: Adapter) -> str:
-    """sha256 of the adapter's file, or of its factors where it never was a file."""
-    if adapter.source.sha256:
-        return adapter.source.sha256
-    digest = hashlib.sha256()
-    for name, part in sorted(adapter.modules.items()):
-        digest.update(f"{name} {part.scale!r}".encode())
-        for factor in (part.A, part.B):
-            digest.update(raw(factor))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..core.errors import FormatError
-from ..core.places import relative
+from ..core.safe_paths import relative
 
 # an adapter's own files; other files of a repository need not be there
 _FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]

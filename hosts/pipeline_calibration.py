@@ -10,13 +10,13 @@ from ..core.adapter import Adapter, is_text_encoder
 from ..core.align import align
 from ..core.attach import attach
 from ..core.calibration import CalibrationSettings, calibrate
-from ..core.merge import Progress
+from ..core.digest import identity
 from ..core.mixture import Mixture
+from ..core.progress import Progress
 from ..core.router import check_concepts
 from ..core.statistics import Statistics
 from ..core.train import prompts_for
 from ..core.train.frozen import frozen
-from ..core.trained import identity
 from .diffusers import key_map
 from .pipeline import experts, model_of
 from .pipeline_denoiser import PipelineDenoiser

@@ -18,8 +18,8 @@ from transformers.utils import logging as transformers_logging
 from ..core.attach import Attachment, attach
 from ..core.digest import digest, some_of
 from ..core.errors import FormatError, MergeError
-from ..core.merge import Progress
 from ..core.mixture import Mixture
+from ..core.progress import Progress
 from ..core.record import Record
 from ..core.router import check_concepts, named
 from ..core.train import Devices, Images, Prompt, Training, TrainSettings, prompts_for, train

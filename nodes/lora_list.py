@@ -7,8 +7,8 @@ from typing import Any
 from comfy_api.latest import io
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ..core.about import of_file
 from ..core.errors import FormatError, MergeError
+from ..core.file_info import of_file
 from . import program
 from .sockets import CATEGORY, LORA_STACK
 

@@ -18,7 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..core.errors import FormatError, SaveError
-from ..core.places import inside, relative
+from ..core.safe_paths import inside, relative
 
 _TELL_EVERY = 0.5  # seconds
 

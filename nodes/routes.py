@@ -10,8 +10,8 @@ from pathlib import Path
 from aiohttp import web
 from server import PromptServer
 
-from ..core.about import About, of_file
 from ..core.errors import LegoMoleError
+from ..core.file_info import About, of_file
 from . import program
 
 

@@ -17,11 +17,10 @@ from ..core.attach import attach
 from ..core.bank import Bank
 from ..core.calibration import AT_ONCE, CalibrationSettings
 from ..core.calibration import calibrate as calibrate_model
-from ..core.digest import digest, some_of
+from ..core.digest import digest, identity, some_of
 from ..core.errors import MergeError
 from ..core.statistics import Statistics
 from ..core.train import Images, Prompt, Training, TrainSettings, train
-from ..core.trained import identity
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
 from .sampling import encode

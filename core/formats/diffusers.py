@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source
 from ..errors import FormatError
-from ..plain import from_json
+from ..json_text import from_json
 from . import reading, writing
 from .peft_config import PeftScale
 

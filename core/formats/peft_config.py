@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, MergeError
-from ..plain import from_json
+from ..json_text import from_json
 from .patterns import Patterns
 from .peft_folder import CONFIG
 

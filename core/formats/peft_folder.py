@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import FormatError, name_some
-from ..plain import from_json
+from ..json_text import from_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

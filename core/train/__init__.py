@@ -14,8 +14,8 @@ from ..attach import Attachment
 from ..digest import digest
 from ..errors import MergeError
 from ..gates import GateSet
-from ..merge import Progress
 from ..mixture import Mixture
+from ..progress import Progress
 from ..router import check_concepts, named, route_gates
 from ..trained import Expert
 from .calibrate import calibrate, for_training

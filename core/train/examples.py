@@ -12,7 +12,7 @@ from torch import Tensor
 from ..attach import Attachment
 from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
-from ..merge import Progress
+from ..progress import Progress
 from .denoiser import Denoiser
 from .prompts import Prompt, shares
 from .settings import TrainSettings

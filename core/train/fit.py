@@ -17,8 +17,8 @@ from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
 from ..gates import balance_loss, entropy
 from ..gating import Collected
-from ..merge import Progress
-from ..plain import from_json
+from ..json_text import from_json
+from ..progress import Progress
 from ..recompute import exact_gradients
 from .settings import FitSettings
 

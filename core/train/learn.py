@@ -10,8 +10,8 @@ from typing import Any
 from ..attach import Attachment
 from ..errors import MergeError
 from ..gates import GateSet
-from ..merge import Progress
 from ..mixture import Mixture
+from ..progress import Progress
 from ..trained import Expert, TrainedGates
 from .fit import Devices, Fit, Objective, fit
 from .settings import FitSettings

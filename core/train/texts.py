@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ..attach import Attachment
 from ..digest import digest
 from ..errors import MergeError
-from ..merge import Progress
 from ..mixture import Mixture
+from ..progress import Progress
 from ..trained import Expert
 from .calibrate import calibrate
 from .fit import Devices, read_state

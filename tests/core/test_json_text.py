@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from legomole.core.plain import from_json, shallow
+from legomole.core.json_text import from_json, shallow
 
 
 def test_ordinary_data_comes_back_as_json_has_it() -> None:

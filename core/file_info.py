@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .adapter import base_model
 from .formats.files import read_header
-from .plain import from_json
+from .json_text import from_json
 
 # What trainers write of the model, and its short name; the first that fits. Letters and digits only, lower case.
 _FAMILIES = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from legomole.core.places import inside, relative
+from legomole.core.safe_paths import inside, relative
 
 
 @pytest.mark.parametrize(

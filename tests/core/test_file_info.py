@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from legomole.core.about import About, about, of_file
 from legomole.core.errors import FormatError
+from legomole.core.file_info import About, about, of_file
 from safetensors.torch import save_file
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="

@@ -1,0 +1,8 @@
+"""The signature of progress callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, name of the current step). It may raise an exception to cancel the work."""
