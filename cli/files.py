@@ -194,8 +194,8 @@ def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
 
 def _merged(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
     """LoRAs under common names, and the report of their sum."""
-    from ..core.align import align
     from ..core.formats import load
+    from ..core.layers.align import align
     from ..core.merge import merge
     from ..core.methods.concat import Concat
 

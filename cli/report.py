@@ -33,9 +33,9 @@ def check_plot(path: Path, *, overwrite: bool) -> None:
 
 def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: bool) -> tuple[Survey, list[Adapter]]:
     """Look at LoRAs together; also gives them, under common names."""
-    from ..core.align import align
     from ..core.formats import load
     from ..core.formats.unchanged import unchanged
+    from ..core.layers.align import align
     from ..core.rank import Rank
     from ..core.survey import survey
 

@@ -10,7 +10,7 @@ from torch import nn
 from .adapter import is_text_encoder
 from .errors import MergeError, name_some
 from .gates import GateSet
-from .keymap import Spans
+from .layers.keymap import Spans
 from .mixture import Mixture
 from .scopes import Scope, scopes, uncompiled
 from .stack import rows_of, stacks

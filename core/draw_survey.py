@@ -10,7 +10,7 @@ import torch
 
 from .draw import _GRID, _INK, _LINES, _PALE, _PAPER
 from .figure import Colour, Sheet
-from .parts import short_names
+from .layers.blocks import short_names
 from .survey import Survey, UnitMap
 from .verdict import sentences, signed, title
 

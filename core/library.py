@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .adapter import Adapter
-from .align import align
 from .batches import Batch, Done, Work
 from .errors import FormatError
 from .formats import fingerprint, load
-from .keymap import KeyMap
+from .layers.align import align
+from .layers.keymap import KeyMap
 
 
 @dataclass(frozen=True)

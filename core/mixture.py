@@ -11,7 +11,7 @@ from typing import Literal
 from .adapter import Adapter
 from .errors import MergeError
 from .gates import GateSet
-from .keymap import Place
+from .layers.keymap import Place
 
 Mixing = Literal["delta", "output"]
 
@@ -25,7 +25,7 @@ class Mixture:
     the block per expert; layers outside of blocks, or around other blocks, are mixed by their deltas.
 
     Args:
-        experts: The LoRAs, with common module names (see `core.align`).
+        experts: The LoRAs, with common module names (see `core.layers.align`).
         gates: Default untrained ones, which mix evenly.
         strengths: Per expert, default 1; negative subtracts, 0 silences.
         scale: Multiplies all of them.

@@ -11,12 +11,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from .adapter import Adapter, Source
-from .align import align
 from .errors import name_some
 from .formats import FORMATS, detect, hashes, load, summarise, weights_of
 from .formats.unchanged import unchanged
 from .json_text import from_json
-from .keymap import KeyMap
+from .layers.align import align
+from .layers.keymap import KeyMap
 from .library import Library, Spread
 from .merge import Each, MergeResult, matching, merge
 from .metadata import KEY, disagreements, file_metadata

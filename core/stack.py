@@ -18,7 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .errors import MergeError
 from .gates import wide
-from .keymap import Spans
+from .layers.keymap import Spans
 from .lowrank import LowRank
 from .mixture import Mixture
 
@@ -31,7 +31,7 @@ class Part:
         expert: Position of the expert.
         update: Its factors; ``B`` has one row per output row ``start .. stop``.
         weight: Strength of the expert, multiplied into the stacked factors together with its ``alpha / rank``.
-        order: Row permutation, see `core.keymap.Place`.
+        order: Row permutation, see `core.layers.keymap.Place`.
     """
 
     expert: int

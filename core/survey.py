@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
+from .layers.blocks import FIRST, LAST, MIDDLE, Part, parts
 from .merge import merge
 from .methods.lego import Lego, balanced, in_gauge
-from .parts import FIRST, LAST, MIDDLE, Part, parts
 from .pool import Merged, Pool
 from .progress import Progress
 from .rank import Rank

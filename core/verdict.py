@@ -13,7 +13,7 @@ from itertools import combinations
 
 import torch
 
-from .parts import FIRST, LAST, MIDDLE, TEXT
+from .layers.blocks import FIRST, LAST, MIDDLE, TEXT
 from .report import SAME, SHARED
 from .survey import Survey
 

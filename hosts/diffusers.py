@@ -23,7 +23,7 @@ from ..core.adapter import Adapter
 from ..core.errors import MergeError, name_some
 from ..core.formats import FORMATS
 from ..core.formats.suffixes import classify
-from ..core.keymap import KeyMap, Piece, Spans, rename, spans_of
+from ..core.layers.keymap import KeyMap, Piece, Spans, rename, spans_of
 
 _PATCHED_BLOCKS = SimpleNamespace(layers_per_block=2)  # all of Stability's U-Nets
 _STYLES = (("lora_A", "lora_B", False), ("lora_down", "lora_up", True), ("lora_down", "lora_up", False))
@@ -37,7 +37,7 @@ def key_map(adapters: Sequence[Adapter]) -> KeyMap:
     """The diffusers names of the adapters' modules.
 
     Modules that diffusers cannot convert, or only by changing their values, are not in the map (see
-    `core.keymap.unmapped`) and keep their names.
+    `core.layers.keymap.unmapped`) and keep their names.
 
     Args:
         adapters: LoRAs of one base model, in any dialects.

@@ -10,11 +10,11 @@ from ..core.errors import MergeError
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..core.keymap import KeyMap
+    from ..core.layers.keymap import KeyMap
 
 
 def key_map(adapters: Sequence[Adapter]) -> KeyMap:
-    """What `core.align.align` asks for.
+    """What `core.layers.align.align` asks for.
 
     Raises:
         MergeError: diffusers is not installed.

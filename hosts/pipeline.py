@@ -18,7 +18,7 @@ from ..core.attach import Attachment, attach
 from ..core.errors import MergeError, name_some
 from ..core.gates import GateSet
 from ..core.guidance import Rows
-from ..core.keymap import rename
+from ..core.layers.keymap import rename
 from ..core.mixture import Mixture
 from ..core.router import check_concepts, named, routed_values
 from ..core.scopes import uncompiled

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.adapter import Adapter, is_text_encoder
-from ..core.align import align
 from ..core.attach import attach
 from ..core.calibration import CalibrationSettings, calibrate
 from ..core.digest import identity
+from ..core.layers.align import align
 from ..core.mixture import Mixture
 from ..core.progress import Progress
 from ..core.router import check_concepts

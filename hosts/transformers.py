@@ -12,7 +12,7 @@ from ..core.adapter import Adapter
 from ..core.attach import Attachment, attach
 from ..core.errors import MergeError, name_some
 from ..core.gates import GateSet
-from ..core.keymap import Piece, rename
+from ..core.layers.keymap import Piece, rename
 from ..core.mixture import Mixture
 from ..core.scopes import uncompiled
 from ..core.trained import TrainedGates

@@ -20,7 +20,7 @@ from ..core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ..core.errors import FormatError, MergeError, name_some
 from ..core.formats import files
 from ..core.formats.hashes import sha256
-from ..core.keymap import Place, rename
+from ..core.layers.keymap import Place, rename
 from ..core.lowrank import LowRank, nearest
 from .lora import Lora
 from .patches import Names, Sites, Target, common_names, fuse_unnamed, kind_of, low_rank, parts, place

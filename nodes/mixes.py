@@ -20,7 +20,7 @@ from ..core.bank import Bank
 from ..core.errors import MergeError, name_some
 from ..core.gates import GateSet, GateSettings
 from ..core.guidance import Following, PromptFirst
-from ..core.keymap import Place
+from ..core.layers.keymap import Place
 from ..core.merge import merge
 from ..core.methods import MergeMethod
 from ..core.mixture import Mixing, Mixture

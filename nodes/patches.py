@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Source
-from ..core.keymap import KeyMap, Place, Spans, refine, spans_of
+from ..core.layers.keymap import KeyMap, Place, Spans, refine, spans_of
 from ..core.lowrank import LowRank, fold_tucker
 
 Target = Any  # str | tuple[str, tuple[int, int, int] | None] | tuple[str, tuple[int, int, int] | None, Callable]
@@ -140,7 +140,7 @@ class Common:
     """Module names under which several LoRAs of one model line up, all of them read by the stock loader.
 
     Args:
-        key_map: For `core.keymap.rename`.
+        key_map: For `core.layers.keymap.rename`.
         places: The common names -> where they are.
         unnamed: Those of our own making among them, for row ranges that no loader has a name for.
     """

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ..core import formats
 from ..core.adapter import Adapter, Source
-from ..core.align import align
-from ..core.keymap import Place
+from ..core.layers.align import align
+from ..core.layers.keymap import Place
 from ..core.products import Products
 from .lora import Lora
 

@@ -11,7 +11,7 @@ import legomole
 import pytest
 import torch
 from legomole.core.attach import attach
-from legomole.core.keymap import Piece, rename
+from legomole.core.layers.keymap import Piece, rename
 from legomole.core.mixture import Mixture
 from safetensors.torch import load_file
 from torch import Tensor, nn

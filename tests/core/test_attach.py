@@ -14,7 +14,7 @@ from legomole.core.attach import Attachment, attach
 from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
 from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss
-from legomole.core.keymap import Place
+from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
 from legomole.core.mixture import Mixture
 from legomole.core.recompute import exact_gradients

@@ -10,7 +10,7 @@ from legomole.core.adapter import Adapter, Source
 from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
 from legomole.core.gates import Gate, GateSet, GateSettings
-from legomole.core.keymap import Place
+from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
 from legomole.core.mixture import Mixture
 from torch import nn

@@ -12,7 +12,7 @@ from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
 from legomole.core.freeze import freeze
 from legomole.core.gates import GateSet, GateSettings
-from legomole.core.keymap import Place
+from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
 from legomole.core.methods import METHODS
 from legomole.core.mixture import Mixture

@@ -14,11 +14,11 @@ diffusers = pytest.importorskip("diffusers")
 
 from diffusers.loaders import lora_pipeline  # noqa: E402
 from legomole.core.adapter import Adapter  # noqa: E402
-from legomole.core.align import align  # noqa: E402
 from legomole.core.errors import MergeError  # noqa: E402
 from legomole.core.formats import from_state_dict, load, save  # noqa: E402
 from legomole.core.formats.suffixes import classify  # noqa: E402
-from legomole.core.keymap import rename  # noqa: E402
+from legomole.core.layers.align import align  # noqa: E402
+from legomole.core.layers.keymap import rename  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.recipe import Input, Recipe  # noqa: E402
 from legomole.core.run import run  # noqa: E402

@@ -53,7 +53,7 @@ def test_files_of_two_dialects_are_measured_under_their_merged_names():
     pipe = tiny.build("SD 1.5")
     kohya, diffusers = to_kohya(tiny.lora(pipe, 1)), tiny.lora(pipe, 2)
     statistics = measured(pipe, kohya, diffusers)
-    from legomole.core.align import align
+    from legomole.core.layers.align import align
 
     names = {name for adapter in align([kohya, diffusers], key_map=key_map) for name in adapter.modules}
     assert set(statistics.modules) == names

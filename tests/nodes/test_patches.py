@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.keymap import Place, rename
+from legomole.core.layers.keymap import Place, rename
 from legomole.core.lowrank import LowRank
 from legomole.nodes.patches import Names, common_names, fuse_unnamed, low_rank, place
 

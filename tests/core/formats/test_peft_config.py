@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from legomole.core.adapter import CONFIG_KEY, Adapter, Source, base_model
-from legomole.core.align import align
 from legomole.core.errors import FormatError, MergeError, SaveError
 from legomole.core.formats import FORMATS, from_state_dict, to_state_dict
 from legomole.core.formats.peft import Peft
 from legomole.core.formats.peft_config import combined
-from legomole.core.keymap import Piece
+from legomole.core.layers.align import align
+from legomole.core.layers.keymap import Piece
 from legomole.core.lowrank import LowRank
 from legomole.core.merge import merge
 from legomole.core.metadata import disagreements

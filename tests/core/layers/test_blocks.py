@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from legomole.core import parts as p
-from legomole.core.parts import Part, parts, short_names
+from legomole.core.layers import blocks as p
+from legomole.core.layers.blocks import Part, parts, short_names
 
-from .. import lora_files as files
+from ... import lora_files as files
 
 
 def named(layers) -> dict[str, str]:

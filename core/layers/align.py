@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from .adapter import Adapter, base_model, is_text_encoder
-from .errors import LegoMoleError, MergeError, name_some
-from .formats.peft_config import check_together
+from ..adapter import Adapter, base_model, is_text_encoder
+from ..errors import LegoMoleError, MergeError, name_some
+from ..formats.peft_config import check_together
 from .keymap import KeyMap, rename, unmapped
 from .spelling import respelled
 

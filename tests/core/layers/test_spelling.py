@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.align import align
 from legomole.core.errors import MergeError
+from legomole.core.layers.align import align
+from legomole.core.layers.spelling import respelled
 from legomole.core.lowrank import LowRank
-from legomole.core.spelling import respelled
 
 
 def lora(*names: str, diffs: tuple[str, ...] = ()) -> Adapter:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .adapter import is_text_encoder
+from ..adapter import is_text_encoder
 
 MANY = 48
 """With more blocks of the model than this, those inside of others (of a U-Net) are told of together."""

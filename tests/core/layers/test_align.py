@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
-from legomole.core.align import align
 from legomole.core.errors import MergeError
-from legomole.core.keymap import KeyMap, Piece
+from legomole.core.layers.align import align
+from legomole.core.layers.keymap import KeyMap, Piece
 from legomole.core.lowrank import LowRank
 
 

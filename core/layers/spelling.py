@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .adapter import Adapter, is_text_encoder
+from ..adapter import Adapter, is_text_encoder
 from .keymap import Piece, rename
 
 _DOTTED = ("diffusion_model.", "transformer.", "unet.")

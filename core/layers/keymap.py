@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
-from .errors import MergeError
-from .lowrank import LowRank, concat
+from ..adapter import Adapter
+from ..errors import MergeError
+from ..lowrank import LowRank, concat
 
 Spans = tuple[tuple[int, int], ...]  # (start, stop) row ranges, concatenated in this order
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import FormatError, MergeError
-from legomole.core.keymap import Piece, Place, refine, rename, unmapped
+from legomole.core.layers.keymap import Piece, Place, refine, rename, unmapped
 from legomole.core.lowrank import LowRank
 
 
