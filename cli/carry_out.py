@@ -24,7 +24,7 @@ def check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) ->
 
 def ranked(recipe: Any) -> Any:
     """The recipe with the default rank, where its method has one and it says none."""
-    from ..core.methods import METHODS
+    from ..core.merge.methods import METHODS
 
     fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
     if "rank" not in fields or "rank" in recipe.settings:

@@ -21,7 +21,7 @@ from .report import check_plot, surveyed, tell_plot, write_plot
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..core.formats import Summary
-    from ..core.report import MergeReport
+    from ..core.merge.report import MergeReport
 
 INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
@@ -196,8 +196,8 @@ def _merged(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
     """LoRAs under common names, and the report of their sum."""
     from ..core.formats import load
     from ..core.layers.align import align
-    from ..core.merge import merge
-    from ..core.methods.concat import Concat
+    from ..core.merge.engine import merge
+    from ..core.merge.methods.concat import Concat
 
     adapters = align([load(path) for path in paths], key_map=key_map)
     return adapters, merge(adapters, Concat()).report

@@ -197,9 +197,9 @@ def merge(
     Ranks, file formats and number formats may differ; a layer that only some of them have is merged from those.
     The result says in its metadata how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
+    from ..core.merge.statistics import Statistics
     from ..core.recipe import build_method, from_dict
     from ..core.run import read_recipe
-    from ..core.statistics import Statistics
 
     if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
         raise typer.BadParameter(

@@ -36,7 +36,7 @@ def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: b
     from ..core.formats import load
     from ..core.formats.unchanged import unchanged
     from ..core.layers.align import align
-    from ..core.rank import Rank
+    from ..core.merge.rank import Rank
     from ..core.survey import survey
 
     chosen = None if rank is None else Rank.parse(rank)

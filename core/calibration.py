@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .attach import Attachment
 from .errors import MergeError, name_some
 from .gather import gather, observe
+from .merge.statistics import Moments, Statistics
 from .progress import Progress
-from .statistics import Moments, Statistics
 from .train.denoiser import Denoiser
 from .train.examples import teacher
 from .train.prompts import Prompt

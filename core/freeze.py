@@ -12,8 +12,8 @@ from torch import Tensor
 from .bank import Bank
 from .errors import MergeError, name_some
 from .formats.peft_config import CONFIG_KEY, combined
-from .merge import MergeResult, merge
-from .methods import MergeMethod
+from .merge.engine import MergeResult, merge
+from .merge.methods import MergeMethod
 from .mixture import Mixture
 from .progress import Progress
 from .record import Record

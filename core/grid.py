@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import MergeError
-from .methods import METHODS
-from .rank import Rank
+from .merge.methods import METHODS
+from .merge.rank import Rank
 
 PLAIN, MIX, CALIBRATED_LEGO = "none", "mole", "lego calibrated"
 CHOICES = (PLAIN, *METHODS, CALIBRATED_LEGO, MIX)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .adapter import Adapter
-from .batches import Batch, Done, Work
 from .errors import FormatError
 from .formats import fingerprint, load
 from .layers.align import align
 from .layers.keymap import KeyMap
+from .merge.tasks import Batch, Done, Work
 
 
 @dataclass(frozen=True)

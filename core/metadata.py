@@ -11,8 +11,8 @@ from .adapter import CONFIG_KEY, Adapter
 from .errors import name_some
 from .formats.peft_config import combined, configs
 from .json_text import from_json
+from .merge.report import MANY, MergeReport, ModuleReport
 from .recipe import HUB, Recipe
-from .report import MANY, MergeReport, ModuleReport
 
 KEY = "legomole"  # the metadata entry that holds recipe and report
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import LegoMoleError
 from .json_text import shallow
-from .methods import METHODS, MergeMethod
-from .rank import Rank
-from .statistics import Statistics
+from .merge.methods import METHODS, MergeMethod
+from .merge.rank import Rank
+from .merge.statistics import Statistics
 from .version import __version__
 
 if sys.version_info >= (3, 11):

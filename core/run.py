@@ -18,11 +18,11 @@ from .json_text import from_json
 from .layers.align import align
 from .layers.keymap import KeyMap
 from .library import Library, Spread
-from .merge import Each, MergeResult, matching, merge
+from .merge.engine import Each, MergeResult, matching, merge
+from .merge.statistics import Statistics
 from .metadata import KEY, disagreements, file_metadata
 from .progress import Progress
 from .recipe import HUB, MAX_TEXT, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
-from .statistics import Statistics
 from .version import __version__
 
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .layers.blocks import FIRST, LAST, MIDDLE, Part, parts
-from .merge import merge
-from .methods.lego import Lego, balanced, in_gauge
-from .pool import Merged, Pool
+from .merge.engine import merge
+from .merge.methods.lego import Lego, balanced, in_gauge
+from .merge.pool import Merged, Pool
+from .merge.rank import Rank
+from .merge.report import MergeReport
 from .progress import Progress
-from .rank import Rank
-from .report import MergeReport
 from .scatter import pca, tsne
 
 Drawn = Literal["pca", "tsne"]

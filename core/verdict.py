@@ -14,7 +14,7 @@ from itertools import combinations
 import torch
 
 from .layers.blocks import FIRST, LAST, MIDDLE, TEXT
-from .report import SAME, SHARED
+from .merge.report import SAME, SHARED
 from .survey import Survey
 
 _LITTLE = 0.1

@@ -11,10 +11,10 @@ from ..core.attach import attach
 from ..core.calibration import CalibrationSettings, calibrate
 from ..core.digest import identity
 from ..core.layers.align import align
+from ..core.merge.statistics import Statistics
 from ..core.mixture import Mixture
 from ..core.progress import Progress
 from ..core.router import check_concepts
-from ..core.statistics import Statistics
 from ..core.train import prompts_for
 from ..core.train.frozen import frozen
 from .diffusers import key_map

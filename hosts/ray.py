@@ -13,9 +13,9 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from ..core.adapter import Adapter
-from ..core.batches import Batch, Done, Work
 from ..core.errors import LegoMoleError, MergeError
 from ..core.library import Library, Spread
+from ..core.merge.tasks import Batch, Done, Work
 
 ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..core.attach import attach
 from ..core.formats import load, save
-from ..core.merge import merge
-from ..core.methods.lego import Lego
+from ..core.merge.engine import merge
+from ..core.merge.methods.lego import Lego
+from ..core.merge.rank import Rank
 from ..core.mixture import Mixture
-from ..core.rank import Rank
 from ..core.trained import TrainedGates
 from .model import Prompts
 from .oracle import judge

@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.calibration import CalibrationSettings
-from ..core.methods import METHODS
+from ..core.merge.methods import METHODS
 from ..core.train import prompts_for
 from . import mixes, program, training
 from .lora import flatten

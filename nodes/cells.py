@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..core.gates import GateSettings
 from ..core.grid import MIX, PLAIN, Cell, Setup
-from ..core.methods import METHODS
-from ..core.statistics import Statistics
+from ..core.merge.methods import METHODS
+from ..core.merge.statistics import Statistics
 from ..core.trained import TrainedGates
 from . import mixes
 from .again import read

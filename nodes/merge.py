@@ -12,11 +12,11 @@ from comfy_api.latest import io
 from ..core import formats, recipe
 from ..core.adapter import Adapter, Source
 from ..core.errors import MergeError
-from ..core.merge import merge
+from ..core.merge.engine import merge
+from ..core.merge.methods import METHODS, MergeMethod
+from ..core.merge.report import MergeReport
+from ..core.merge.statistics import Statistics
 from ..core.metadata import file_metadata
-from ..core.methods import METHODS, MergeMethod
-from ..core.report import MergeReport
-from ..core.statistics import Statistics
 from . import program
 from .again import read
 from .lora import Lora, flatten
@@ -90,10 +90,10 @@ def merged(
         values: With their strengths. reading: What was read of them.
         chosen: The method. model: The MODEL they were read with, if any.
         rules: Weights per layer, see `settings.module_weights`.
-        progress: See `core.merge.merge`.
+        progress: See `core.merge.engine.merge`.
 
     Raises:
-        MergeError: See `core.merge.merge`.
+        MergeError: See `core.merge.engine.merge`.
     """
     per_module = module_weights(rules, reading.adapters)
     result = merge(

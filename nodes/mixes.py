@@ -21,8 +21,8 @@ from ..core.errors import MergeError, name_some
 from ..core.gates import GateSet, GateSettings
 from ..core.guidance import Following, PromptFirst
 from ..core.layers.keymap import Place
-from ..core.merge import merge
-from ..core.methods import MergeMethod
+from ..core.merge.engine import merge
+from ..core.merge.methods import MergeMethod
 from ..core.mixture import Mixing, Mixture
 from ..core.record import Record
 from ..core.trained import TrainedGates

@@ -14,7 +14,7 @@ from ..core.course import gate_map
 from ..core.errors import MergeError
 from ..core.freeze import freeze
 from ..core.gates import GateSettings
-from ..core.methods import METHODS
+from ..core.merge.methods import METHODS
 from ..core.mixture import Mixing
 from ..core.trained import TrainedGates
 from . import mixes, program, sampling

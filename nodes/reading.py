@@ -11,7 +11,7 @@ from ..core import formats
 from ..core.adapter import Adapter, Source
 from ..core.layers.align import align
 from ..core.layers.keymap import Place
-from ..core.products import Products
+from ..core.merge.cache import Products
 from .lora import Lora
 
 

@@ -8,9 +8,9 @@ from comfy_api.latest import io, ui
 
 from ..core.draw_survey import draw_survey
 from ..core.formats.files import write_bytes
-from ..core.methods import METHODS
+from ..core.merge.methods import METHODS
+from ..core.merge.rank import Rank
 from ..core.page import page
-from ..core.rank import Rank
 from ..core.survey import Drawn, survey
 from ..core.verdict import sentences
 from . import program

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 from ..core import formats
 from ..core.adapter import Adapter
-from ..core.merge import merge
-from ..core.methods import METHODS
+from ..core.merge.engine import merge
+from ..core.merge.methods import METHODS
 from . import program
 from .lora import Lora
 from .reading import adapter_of

@@ -12,10 +12,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..core import recipe
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
-from ..core.merge import matching
-from ..core.methods import MergeMethod
-from ..core.rank import Rank
-from ..core.statistics import Statistics
+from ..core.merge.engine import matching
+from ..core.merge.methods import MergeMethod
+from ..core.merge.rank import Rank
+from ..core.merge.statistics import Statistics
 
 AUTO, ON, OFF = "auto", "on", "off"
 

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..core.draw import curves
 from ..core.errors import MergeError
 from ..core.gates import GateSettings
-from ..core.methods import METHODS
+from ..core.merge.methods import METHODS
 from ..core.train import Training, TrainSettings, prompts_for
 from . import comfy, mixes, program, training
 from .lora import Lora, flatten

@@ -19,7 +19,7 @@ from ..core.calibration import AT_ONCE, CalibrationSettings
 from ..core.calibration import calibrate as calibrate_model
 from ..core.digest import digest, identity, some_of
 from ..core.errors import MergeError
-from ..core.statistics import Statistics
+from ..core.merge.statistics import Statistics
 from ..core.train import Images, Prompt, Training, TrainSettings, train
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix

@@ -9,8 +9,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..core.grid import AXES, CHOICES, NOTHING, Axis, account, cells, groups
+from ..core.merge.statistics import Statistics
 from ..core.sheet import sheet
-from ..core.statistics import Statistics
 from ..core.trained import TrainedGates
 from . import program
 from .cells import Bench, paint

@@ -24,7 +24,7 @@ from legomole.cli.options import DtypeName, FormatName, MethodName
 from legomole.core.adapter import Adapter
 from legomole.core.formats import FORMATS, load, save
 from legomole.core.lowrank import LowRank
-from legomole.core.methods import METHODS
+from legomole.core.merge.methods import METHODS
 from legomole.core.recipe import from_text
 from PIL import Image
 from rich.console import Console

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from legomole.core.formats import load, save
-from legomole.core.statistics import Statistics
+from legomole.core.merge.statistics import Statistics
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")

@@ -13,17 +13,17 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.formats import load
 from legomole.core.gates import GateSet, GateSettings
-from legomole.core.merge import merge
-from legomole.core.methods.calibrated import Calibrated
-from legomole.core.methods.concat import Concat
-from legomole.core.methods.dare import Dare
-from legomole.core.methods.knots import Knots
-from legomole.core.methods.lego import Lego
-from legomole.core.methods.svd import SVD
-from legomole.core.methods.ties import Ties
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods.calibrated import Calibrated
+from legomole.core.merge.methods.concat import Concat
+from legomole.core.merge.methods.dare import Dare
+from legomole.core.merge.methods.knots import Knots
+from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.methods.svd import SVD
+from legomole.core.merge.methods.ties import Ties
+from legomole.core.merge.rank import Rank
+from legomole.core.merge.statistics import Moments, Statistics
 from legomole.core.mixture import Mixture
-from legomole.core.rank import Rank
-from legomole.core.statistics import Moments, Statistics
 from legomole.core.train import FitSettings
 from legomole.hosts.transformers import experts, mixed
 from peft import PeftModel

@@ -15,18 +15,18 @@ from legomole.core.calibration import CalibrationSettings, calibrate
 from legomole.core.formats import load
 from legomole.core.gates import GateSet, GateSettings
 from legomole.core.guidance import Rows
-from legomole.core.merge import merge
-from legomole.core.methods.calibrated import Calibrated
-from legomole.core.methods.concat import Concat
-from legomole.core.methods.dare import Dare
-from legomole.core.methods.knots import Knots
-from legomole.core.methods.lego import Lego
-from legomole.core.methods.svd import SVD
-from legomole.core.methods.ties import Ties
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods.calibrated import Calibrated
+from legomole.core.merge.methods.concat import Concat
+from legomole.core.merge.methods.dare import Dare
+from legomole.core.merge.methods.knots import Knots
+from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.methods.svd import SVD
+from legomole.core.merge.methods.ties import Ties
+from legomole.core.merge.rank import Rank
+from legomole.core.merge.statistics import Statistics
 from legomole.core.mixture import Mixing, Mixture
-from legomole.core.rank import Rank
 from legomole.core.router import named, routed_values
-from legomole.core.statistics import Statistics
 from legomole.core.train import Prompt, TrainSettings, train
 from legomole.core.trained import TrainedGates
 from legomole.nano.denoiser import NanoDenoiser

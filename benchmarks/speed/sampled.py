@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from legomole.core import gram
 from legomole.core.lowrank import LowRank
+from legomole.core.merge import gram
 from torch import Tensor
 
 from .cases import Case

@@ -8,10 +8,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from legomole.core import formats
-from legomole.core.factors import Opened
-from legomole.core.methods.lego import Lego, balanced
-from legomole.core.pool import Pool
-from legomole.core.rank import Rank
+from legomole.core.merge.factors import Opened
+from legomole.core.merge.methods.lego import Lego, balanced
+from legomole.core.merge.pool import Pool
+from legomole.core.merge.rank import Rank
 from pair import write_pair
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

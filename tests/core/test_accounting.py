@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.formats import load
 from legomole.core.formats.suffixes import role_of
-from legomole.core.merge import MergeResult, merge
-from legomole.core.methods import METHODS
+from legomole.core.merge.engine import MergeResult, merge
+from legomole.core.merge.methods import METHODS
 from legomole.core.recipe import Input, Recipe
 from legomole.core.run import run
 from safetensors.torch import load_file

@@ -20,6 +20,7 @@ from legomole.core.mixture import Mixture
 from legomole.core.recompute import exact_gradients
 from torch import Tensor, nn
 
+from .merge.pools import close
 from .mole import (
     FEATURES,
     D,
@@ -37,7 +38,6 @@ from .mole import (
     trained,
     untouched,
 )
-from .pools import close
 
 MODELS = {"transformer": lambda: Transformer(1), "u-net": UNet, "in place": lambda: InPlace(1)}
 READS = ("text", "hidden", "experts", "flat")

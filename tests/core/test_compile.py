@@ -11,8 +11,8 @@ from legomole.core.gates import GateSettings
 from legomole.core.mixture import Mixture
 from torch import Tensor, nn
 
+from .merge.pools import close
 from .mole import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
-from .pools import close
 
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # PyTorch's, on Python 3.13.0
 

@@ -14,13 +14,13 @@ from legomole.core.freeze import freeze
 from legomole.core.gates import GateSet, GateSettings
 from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
-from legomole.core.methods import METHODS
+from legomole.core.merge.methods import METHODS
 from legomole.core.mixture import Mixture
 from legomole.core.record import Record
 from torch import nn
 
+from .merge.pools import close
 from .mole import D, InPlace, Transformer, UNet, call, inputs, lora, merged, trained
-from .pools import close
 
 CONCAT = METHODS["concat"]()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from legomole.core.errors import MergeError
 from legomole.core.grid import AXES, CHOICES, Axis, Cell, Setup, account, cells, groups
-from legomole.core.methods import METHODS
+from legomole.core.merge.methods import METHODS
 
 ONE = Axis("nothing", ("",))
 

@@ -11,8 +11,8 @@ from legomole.core.gates import GateSettings
 from legomole.core.guidance import Following, PromptFirst
 from torch import Tensor
 
+from .merge.pools import close
 from .mole import Transformer, Values, call, inputs, lora, trained
-from .pools import close
 
 
 def following(*own: int) -> Following:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.lowrank import LowRank, concat, merge_dtype, nearest, truncate
 
-from .pools import best, close
+from .merge.pools import best, close
 
 seeds = st.integers(0, 10_000)
 

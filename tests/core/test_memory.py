@@ -8,8 +8,8 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.memory import enough_memory
-from legomole.core.merge import merge
-from legomole.core.pool import Merged, Pool
+from legomole.core.merge.engine import merge
+from legomole.core.merge.pool import Merged, Pool
 
 TOO_MUCH = 1 << 60  # bytes; no machine has them
 

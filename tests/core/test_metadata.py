@@ -9,9 +9,9 @@ import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.lowrank import LowRank
+from legomole.core.merge.report import MergeReport, ModuleReport
 from legomole.core.metadata import KEY, compact, disagreements, file_metadata
 from legomole.core.recipe import Input, Recipe, from_dict
-from legomole.core.report import MergeReport, ModuleReport
 
 MODULE = ModuleReport(
     name="m",

@@ -11,8 +11,8 @@ from legomole.core.mixture import Mixture
 from legomole.core.reading import Reading
 from torch import Tensor
 
+from .merge.pools import close
 from .mole import Transformer, Values, inputs, lora, trained
-from .pools import close
 
 X = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]], [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]])
 OWN = torch.tensor([[True, True, False], [False, True, True]])

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from legomole.core.errors import MergeError
-from legomole.core.methods import METHODS
-from legomole.core.methods.lego import Lego
-from legomole.core.methods.svd import SVD
-from legomole.core.rank import Rank
+from legomole.core.merge.methods import METHODS
+from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.methods.svd import SVD
+from legomole.core.merge.rank import Rank
 from legomole.core.recipe import Input, Recipe, RecipeError, build_method, from_text, settings_of, to_text
 
 if sys.version_info >= (3, 11):

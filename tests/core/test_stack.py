@@ -17,7 +17,7 @@ from legomole.core.stack import Part, Stack, fit_batch, rows_of, stacks
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .pools import close
+from .merge.pools import close
 
 CONVS = {
     "1d": (nn.Conv1d(3, 6, 3, padding=1), (3, 9)),

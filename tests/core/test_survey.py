@@ -9,9 +9,9 @@ import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
-from legomole.core.merge import merge
-from legomole.core.methods.svd import SVD
-from legomole.core.rank import Rank
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods.svd import SVD
+from legomole.core.merge.rank import Rank
 from legomole.core.scatter import pca, tsne
 from legomole.core.survey import survey
 

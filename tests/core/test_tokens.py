@@ -19,8 +19,8 @@ from legomole.core.train.calibrate import calibrate
 from legomole.core.trained import Expert, TrainedGates
 from torch import Tensor, nn
 
+from .merge.pools import close
 from .mole import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged, rms_normalised
-from .pools import close
 from .test_reading import names, trained_without_text
 
 GRANULARITIES = ("network", "block", "layer", "matrix")

@@ -19,8 +19,8 @@ from legomole.core.gates import GateSettings
 from legomole.core.mixture import Mixture
 from legomole.core.trained import Expert, TrainedGates
 
+from .merge.pools import close
 from .mole import InPlace, Transformer, call, inputs, lora, trained
-from .pools import close
 
 
 def file_of(model: torch.nn.Module, seed: int, **kw) -> Adapter:

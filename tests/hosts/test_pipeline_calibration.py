@@ -11,9 +11,9 @@ pytest.importorskip("peft")
 from legomole.core.adapter import Adapter
 from legomole.core.calibration import CalibrationSettings
 from legomole.core.errors import MergeError
-from legomole.core.merge import merge
-from legomole.core.methods.calibrated import Calibrated
-from legomole.core.rank import Rank
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods.calibrated import Calibrated
+from legomole.core.merge.rank import Rank
 from legomole.hosts.diffusers import key_map, to_kohya
 from legomole.hosts.pipeline_calibration import calibrate_pipeline
 

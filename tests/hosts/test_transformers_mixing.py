@@ -20,7 +20,7 @@ from legomole.core.errors import MergeError
 from legomole.core.freeze import freeze
 from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss
 from legomole.core.lowrank import LowRank
-from legomole.core.methods import METHODS
+from legomole.core.merge.methods import METHODS
 from legomole.core.mixture import Mixture
 from legomole.core.record import Record
 from legomole.hosts.transformers import experts, mixed

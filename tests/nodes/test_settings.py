@@ -10,7 +10,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
-from legomole.core.methods import METHODS
+from legomole.core.merge.methods import METHODS
 from legomole.core.recipe import build_method
 from legomole.nodes.lora import Lora, flatten
 from legomole.nodes.settings import chosen, has_widgets, module_weights, settings

@@ -15,11 +15,11 @@ from legomole.core.errors import FormatError, MergeError
 from legomole.core.formats import load, save, summarise
 from legomole.core.formats.suffixes import role_of
 from legomole.core.lowrank import LowRank
-from legomole.core.merge import merge
-from legomole.core.methods import METHODS
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods import METHODS
+from legomole.core.merge.statistics import Statistics
 from legomole.core.recipe import Input, Recipe
 from legomole.core.run import run
-from legomole.core.statistics import Statistics
 from legomole.core.trained import TrainedGates
 from safetensors.torch import save_file
 from torch import Tensor

@@ -15,9 +15,9 @@ from legomole.core.formats.peft_config import combined
 from legomole.core.layers.align import align
 from legomole.core.layers.keymap import Piece
 from legomole.core.lowrank import LowRank
-from legomole.core.merge import merge
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods import METHODS
 from legomole.core.metadata import disagreements
-from legomole.core.methods import METHODS
 from torch import Tensor
 
 from ... import lora_files as files

@@ -11,8 +11,8 @@ from legomole.core.mixture import Mixture
 from legomole.core.router import standardisation
 from legomole.core.train.calibrate import calibrate
 
+from ..merge.pools import close
 from ..mole import FEATURES, Transformer, UNet, Values, call, inputs, lora
-from ..pools import close
 
 
 def mixture(model, reads: str, granularity: str = "layer", activation: str = "softmax") -> Mixture:

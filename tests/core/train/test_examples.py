@@ -16,8 +16,8 @@ from legomole.core.train import Images, TrainSettings, prompts_for
 from legomole.core.train.examples import Examples, make_examples, teacher
 from legomole.core.train.prompts import Prompt
 
+from ..merge.pools import close
 from ..mole import ToyDenoiser, Transformer, call, lora, merged, trained
-from ..pools import close
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])

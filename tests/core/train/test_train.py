@@ -15,8 +15,8 @@ from legomole.core.mixture import Mixture
 from legomole.core.train import Images, Training, TrainSettings, prompts_for, train
 from legomole.core.trained import TrainedGates
 
+from ..merge.pools import close
 from ..mole import FEATURES, ToyDenoiser, Transformer, Values, lora
-from ..pools import close
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])

@@ -1,0 +1,1 @@
+"""Adapters in, one adapter and a report out."""

@@ -1,0 +1,124 @@
+"""The factors of like modules, read in pieces that fit a processor's cache, or held as a whole."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..lowrank import LowRank
+
+# Numbers of each factor in a piece, on a CPU: what its caches hold while a piece is worked on.
+_PIECE = 250_000
+
+
+class Factors(ABC):
+    """Factors of `M` modules of one shape, in float32: ``A (M, P, d_in)`` and ``B (M, d_out, P)``.
+
+    Args:
+        shape: ``(M, P, d_in, d_out)``.
+        device: Where they are.
+        short: Whether every number was stored in 16 bits or fewer.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, short: bool) -> None:
+        self.shape, self.device, self.short = shape, device, short
+
+    @cached_property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """`A` and `B` of all modules."""
+        return self._all()
+
+    @abstractmethod
+    def _all(self) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def only(self, modules: Sequence[int]) -> Factors:
+        """Those of some modules."""
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """A few modules after the other: where they are among all, and their `A` and `B`.
+
+        These may be written over when the next piece is asked for.
+        """
+        A, B = self.whole
+        for at in self._spans():
+            yield at, A[at], B[at]
+
+    def _spans(self) -> list[slice]:
+        M, P, d_in, d_out = self.shape
+        step = M if self.device.type != "cpu" else max(1, _PIECE // (P * max(d_in, d_out)))
+        return [slice(start, min(start + step, M)) for start in range(0, M, step)]
+
+
+class Held(Factors):
+    """Factors that were computed: ``A (M, P, d_in)``, ``B (M, d_out, P)``, float32."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        M, P, d_in = A.shape
+        super().__init__((M, P, d_in, B.shape[1]), A.device, short=False)
+        self._held = A, B
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        return self._held
+
+    def only(self, modules: Sequence[int]) -> Held:
+        A, B = self._held
+        return Held(A[modules], B[modules])
+
+
+class Opened(Factors):
+    """Factors of adapters' files, read and cast whenever they are asked for.
+
+    Args:
+        parts: For each module the updates of the adapters that have it, whose rows of `A` come one below the other, the
+            columns of `B` beside each other.
+        device: Where they are wanted.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[LowRank]], device: torch.device) -> None:
+        first = parts[0]
+        shape = (len(parts), sum(part.rank for part in first), first[0].d_in, first[0].d_out)
+        short = all(x.dtype.itemsize <= 2 for row in parts for part in row for x in (part.A, part.B))
+        super().__init__(shape, device, short)
+        self.parts = parts
+
+    def _all(self) -> tuple[Tensor, Tensor]:
+        A, B = self._space(len(self.parts))
+        _read(self.parts, A, B)
+        return A.to(self.device), B.to(self.device)
+
+    def only(self, modules: Sequence[int]) -> Opened:
+        return Opened([self.parts[m] for m in modules], self.device)
+
+    def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        if self.device.type != "cpu" or "whole" in self.__dict__:
+            yield from super().pieces()
+            return
+        spans = self._spans()
+        A, B = self._space(spans[0].stop)
+        for at in spans:
+            A, B = A[: at.stop - at.start], B[: at.stop - at.start]
+            _read(self.parts[at], A, B)
+            yield at, A, B
+
+    def _space(self, modules: int) -> tuple[Tensor, Tensor]:
+        _, P, d_in, d_out = self.shape
+        like = self.parts[0][0]
+        A = like.A.new_empty(modules, P, d_in, dtype=torch.float32)
+        return A, like.B.new_empty(modules, d_out, P, dtype=torch.float32)
+
+
+def _read(parts: Sequence[Sequence[LowRank]], A: Tensor, B: Tensor) -> None:
+    """Cast the factors of modules into ``A (M, P, d_in)`` and ``B (M, d_out, P)``."""
+    # put together first: casting a few rows or columns at a time is several times as slow
+    A.flatten(0, 1).copy_(_cat([part.A for row in parts for part in row], 0))
+    for row, B_m in zip(parts, B, strict=True):
+        B_m.copy_(_cat([part.B for part in row], 1))
+
+
+def _cat(factors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(factors if len({x.dtype for x in factors}) == 1 else [x.float() for x in factors], dim)

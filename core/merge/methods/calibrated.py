@@ -1,0 +1,127 @@
+"""Calibrated merge: the one update that, on measured inputs, acts most like every LoRA it replaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...errors import MergeError
+from ..pool import Merged, Pool
+from ..rank import Rank
+from ..statistics import Moments, Statistics
+from .svd import SVD
+
+# Weight of the plain sum in directions that were never measured, relative to the mean measured one.
+_RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Least squares on second moments `C` of the inputs, then the best rank-k approximation.
+
+    Over the moments ``C_i`` where concept i was asked for alone, ``C_S`` where the concepts S were asked for together
+    and ``C_0`` where none was, `W` minimises (with ``|E|_C^2 = tr(E C E^T)``)
+
+        sum_i |W - delta_i|^2_{C_i} + mu sum_S |W - joint_scale sum_{i in S} delta_i|^2_{C_S}
+            + lam |W|^2_{C_0} + tau |W - sum_i delta_i|^2
+
+    hence ``W = sum_i delta_i M_i G^-1`` with ``M_i = C_i + mu joint_scale sum_{S with i} C_S + tau I`` and
+    ``G = sum_i C_i + mu sum_S C_S + lam C_0 + tau I``; tau is a thousandth of the mean eigenvalue of the rest of `G`.
+    It is ``B`` times a ``(P, d_in)`` matrix, so its rank is at most `P` and nothing of size ``d_out * d_in`` is formed.
+    The cost is a float64 Cholesky factorisation of `G (d_in, d_in)` per module.
+
+    A module without statistics gets the plain SVD of the sum, and a remark in the report.
+
+    Args:
+        rank: The merged rank; a share of energy refers to `W`.
+        statistics: Their positions refer to the merge's list of adapters (`Statistics.of`). A concept's inputs count
+            also in a module that its adapter does not have, where they ask for no change.
+        lam: Weight of leaving the base model alone, at least 0.
+        mu: Weight of the prompts that name several concepts, at least 0.
+        joint_scale: How much louder than their sum several LoRAs should be together.
+
+    Source: RegMean, arXiv:2212.09849, extended by the joint and the base term.
+    """
+
+    rank: Rank
+    statistics: Statistics
+    lam: float = 0.3
+    mu: float = 3.0
+    joint_scale: float = 1.2
+
+    def __post_init__(self) -> None:
+        if not (self.lam >= 0 and self.mu >= 0):
+            raise MergeError(
+                "A weight of the calibrated merge is negative.",
+                expected="lam and mu of 0 or more",
+                found=f"lam {self.lam:g}, mu {self.mu:g}",
+            )
+
+    def __call__(self, pool: Pool) -> Merged:
+        responsive, unmeasured = respond(pool, self.statistics, self.lam, self.mu, self.joint_scale)
+        merged = SVD(self.rank)(responsive)
+        remarks = dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum")
+        return replace(merged, remarks=remarks, mixing=None)  # it was one of other units
+
+
+def respond(
+    pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 3.0, joint_scale: float = 1.2
+) -> tuple[Pool, list[str]]:
+    """Units that respond to what their LoRA is for: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
+
+    Args:
+        pool: The units as they are. statistics, lam, mu, joint_scale: See `Calibrated`.
+
+    Returns:
+        The pool with the new rows, weights and scales folded into them; and the names of modules without statistics,
+        whose units are as they were.
+
+    Raises:
+        MergeError: Statistics of other layers, or numbers that are no second moments.
+    """
+    A = pool.c[:, :, None].to(pool.A) * pool.A
+    unmeasured: list[str] = []
+    for m, name in enumerate(pool.names):
+        moments = statistics.modules.get(name)
+        if moments is None:
+            unmeasured.append(name)
+        else:
+            A[m] = _solve(name, moments, A[m].double(), pool, lam, mu, joint_scale).to(A)
+    return pool.with_units(A, pool.B), unmeasured
+
+
+def _solve(name: str, moments: Moments, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float) -> Tensor:
+    """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
+    if moments.d_in != A.shape[1]:
+        raise MergeError(
+            "The statistics belong to another model.",
+            module=name,
+            expected=f"inputs of width {A.shape[1]}",
+            found=moments.d_in,
+            remedy="measure the statistics with the base model of these LoRAs",
+        )
+    # (C, its weight in the objective, scale of the wanted sum, the adapters in that sum)
+    terms = [(C, 1.0, 1.0, (i,)) for i, C in moments.own.items()]
+    terms += [(C, mu, joint_scale, group) for group, C in moments.joint.items()]
+    terms += [] if moments.base is None else [(moments.base, lam, 0.0, ())]
+    G, rows = A.new_zeros(A.shape[1], A.shape[1]), torch.zeros_like(A)
+    for C, weight, scale, group in terms:
+        C = weight * C.to(A)
+        G += C
+        wanted = torch.tensor([pool.adapters[i] in group for i in pool.owner.tolist()], device=A.device)
+        rows[wanted] += scale * A[wanted] @ C
+    tau = float(_RIDGE * G.diagonal().mean()) or 1.0
+    rows += tau * A
+    G.diagonal().add_(tau)
+    factor, fault = torch.linalg.cholesky_ex(G)
+    if int(fault) or not torch.isfinite(factor.sum()):
+        raise MergeError(
+            "The statistics are not second moments of a module's inputs.",
+            module=name,
+            expected="finite positive semidefinite matrices",
+            found="NaN, infinity or a negative eigenvalue",
+            remedy="measure the statistics again, in float32",
+        )
+    return torch.cholesky_solve(rows.mT, factor).mT

@@ -1,0 +1,101 @@
+"""Batches beside each other give what they give one after the other, and stop when nobody wants the rest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator
+
+import pytest
+import torch
+from legomole.core.adapter import Adapter
+from legomole.core.errors import MergeError
+from legomole.core.lowrank import LowRank
+from legomole.core.merge.engine import merge
+from legomole.core.merge.methods.concat import Concat
+from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.pool import Merged, Pool
+from legomole.core.merge.rank import Rank
+from legomole.core.merge.tasks import Batch, Work
+from legomole.core.merge.threads import beside
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Generator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def adapters(n: int = 2, shapes: int = 6) -> list[Adapter]:
+    """Every module of another shape: as many batches as modules."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return [Adapter({f"layer{i}": LowRank(random(3, 8 + i), random(12, 3)) for i in range(shapes)}) for _ in range(n)]
+
+
+class Recorder(Concat):
+    """Concat that remembers what it merged, in which thread, and with how many threads."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "seen", [])
+
+    def __call__(self, pool: Pool) -> Merged:
+        self.seen.append((pool.names, threading.current_thread(), torch.get_num_threads()))  # type: ignore[attr-defined]
+        if pool.names == ("layer3",):
+            raise MergeError("This one fails.")
+        return super().__call__(pool)
+
+
+def work(method: Recorder, inputs: list[Adapter]) -> tuple[Work, list[Batch]]:
+    weights = [dict.fromkeys(adapter.modules, 1.0) for adapter in inputs]
+    todo = [Batch((name,), (0, 1), (3, 3)) for name in inputs[0].modules]
+    return Work(method, weights, torch.float32, torch.device("cpu")), todo
+
+
+def test_the_numbers_are_those_of_one_thread():
+    two = merge(adapters(), Lego(Rank(4)))
+    torch.set_num_threads(1)
+    one = merge(adapters(), Lego(Rank(4)))
+    assert list(one.adapter.modules) == list(two.adapter.modules)
+    for name, part in one.adapter.modules.items():
+        assert torch.equal(part.A, two.adapter.modules[name].A)
+        assert torch.equal(part.B, two.adapter.modules[name].B)
+    assert one.report == two.report
+
+
+def test_results_come_in_order_an_error_with_its_batch_and_threads_are_as_before():
+    method, inputs = Recorder(), adapters()
+    results = beside(*work(method, inputs)[:1], inputs, work(method, inputs)[1])
+    assert [list(next(results).modules) for _ in range(3)] == [["layer0"], ["layer1"], ["layer2"]]
+    with pytest.raises(MergeError, match="This one fails"):
+        next(results)
+    assert torch.get_num_threads() == 2
+    seen = method.seen  # type: ignore[attr-defined]
+    assert {threads for _, _, threads in seen} == {1}
+    assert threading.main_thread() not in {thread for _, thread, _ in seen}
+
+
+def test_a_merge_that_is_cancelled_leaves_the_rest_undone():
+    method = Recorder()
+
+    def cancel(done: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(adapters(shapes=3), method, progress=cancel)
+    names = [names for names, _, _ in method.seen]  # type: ignore[attr-defined]
+    assert ("layer0",) in names
+    assert torch.get_num_threads() == 2
+    assert not [thread for _, thread, _ in method.seen if thread.is_alive()]  # type: ignore[attr-defined]
+
+
+def test_one_thread_needs_no_other():
+    torch.set_num_threads(1)
+    method, inputs = Recorder(), adapters(shapes=2)
+    made, todo = work(method, inputs)
+    assert len(list(beside(made, inputs, todo))) == 2
+    assert {thread for _, thread, _ in method.seen} == {threading.main_thread()}  # type: ignore[attr-defined]
