@@ -14,7 +14,7 @@ from .options import check_free, size_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..core.recipe import Recipe
+    from ..core.recipes.recipe import Recipe
 
 
 def measure(
@@ -50,7 +50,7 @@ def measure(
     from ..core.calibration import CalibrationSettings
     from ..core.formats import load
     from ..core.memory import enough_memory
-    from ..core.run import place
+    from ..core.recipes.run import place
 
     concepts = parse_words(words, len(recipe.inputs))
     pixels = None if size is None else parse_size(size)

@@ -16,7 +16,7 @@ from .options import DEFAULT_RANK, check_output, size_of
 def check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:
     """The path that will be written, see `check_output`."""
     from ..core.formats import summarise
-    from ..core.run import place
+    from ..core.recipes.run import place
 
     paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
@@ -44,7 +44,7 @@ def carry_out(
 ) -> None:
     """Merge, save and tell what came of it."""
     from ..core.formats import save
-    from ..core.run import run
+    from ..core.recipes.run import run
 
     check_device(device)
     recipe = ranked(recipe)

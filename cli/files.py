@@ -141,7 +141,7 @@ def base_model(summary: Summary) -> str:
 
 
 def _show(summary: Summary) -> None:
-    from ..core.run import recipe_in
+    from ..core.recipes.run import recipe_in
     from ..core.trained import TrainedGates
 
     if _holds_gates(summary):
@@ -181,8 +181,8 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 
 def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
-    from ..core.recipe import to_text
-    from ..core.run import read_recipe
+    from ..core.recipes.recipe import to_text
+    from ..core.recipes.run import read_recipe
 
     for summary in summaries:
         recipe = read_recipe(Path(summary.path), to_show=True)

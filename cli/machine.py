@@ -69,7 +69,7 @@ def named(text: str) -> str:
 
     What is a file or folder here, or would lie in a folder that is, is taken for a path.
     """
-    from ..core.recipe import HUB
+    from ..core.recipes.recipe import HUB
 
     match = _HUB_NAME.fullmatch(text)
     local = Path(text).exists() or Path(text).parent.is_dir() or text.endswith(".safetensors")
@@ -82,6 +82,6 @@ def located(path: Path) -> Path:
     Raises:
         FormatError: There is no such name.
     """
-    from ..core.run import place
+    from ..core.recipes.run import place
 
     return place(named(str(path)), Path(), cached)

@@ -198,8 +198,8 @@ def merge(
     The result says in its metadata how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
     from ..core.merge.statistics import Statistics
-    from ..core.recipe import build_method, from_dict
-    from ..core.run import read_recipe
+    from ..core.recipes.recipe import build_method, from_dict
+    from ..core.recipes.run import read_recipe
 
     if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
         raise typer.BadParameter(
@@ -278,7 +278,7 @@ def compress(
     json: Json = False,
 ) -> None:
     """Make one LoRA smaller: fewer units that do (almost) the same."""
-    from ..core.recipe import from_dict
+    from ..core.recipes.recipe import from_dict
 
     data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     settings = _given({"rank": rank or "95%", "seed": seed})

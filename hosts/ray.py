@@ -14,8 +14,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from ..core.adapter import Adapter
 from ..core.errors import LegoMoleError, MergeError
-from ..core.library import Library, Spread
 from ..core.merge.tasks import Batch, Done, Work
+from ..core.recipes.remote import Library, Spread
 
 ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
 
@@ -25,7 +25,7 @@ _opened = lru_cache(maxsize=1)(Library.open)
 
 @contextmanager
 def cluster(address: str) -> Generator[Spread]:
-    """A cluster that does the work of merges, see `core.run.run`.
+    """A cluster that does the work of merges, see `core.recipes.run.run`.
 
     A batch is a task, which takes as many processors as this process has threads: sums come out the same to the last
     bit only if as many threads share them.

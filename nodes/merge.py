@@ -9,14 +9,15 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core import formats, recipe
+from ..core import formats
 from ..core.adapter import Adapter, Source
 from ..core.errors import MergeError
 from ..core.merge.engine import merge
 from ..core.merge.methods import METHODS, MergeMethod
 from ..core.merge.report import MergeReport
 from ..core.merge.statistics import Statistics
-from ..core.metadata import file_metadata
+from ..core.recipes import recipe
+from ..core.recipes.metadata import file_metadata
 from . import program
 from .again import read
 from .lora import Lora, flatten

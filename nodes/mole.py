@@ -8,7 +8,6 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..core import recipe
 from ..core.adapter import Source
 from ..core.course import gate_map
 from ..core.errors import MergeError
@@ -16,6 +15,7 @@ from ..core.freeze import freeze
 from ..core.gates import GateSettings
 from ..core.merge.methods import METHODS
 from ..core.mixture import Mixing
+from ..core.recipes import recipe
 from ..core.trained import TrainedGates
 from . import mixes, program, sampling
 from .lora import Lora, flatten

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..core import recipe
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
 from ..core.merge.engine import matching
 from ..core.merge.methods import MergeMethod
 from ..core.merge.rank import Rank
 from ..core.merge.statistics import Statistics
+from ..core.recipes import recipe
 
 AUTO, ON, OFF = "auto", "on", "off"
 

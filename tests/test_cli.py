@@ -25,7 +25,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.formats import FORMATS, load, save
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
-from legomole.core.recipe import from_text
+from legomole.core.recipes.recipe import from_text
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
@@ -568,7 +568,7 @@ def test_cancelling_exits_with_130(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("legomole.core.formats.load", interrupt)
-    monkeypatch.setattr("legomole.core.run.load", interrupt)
+    monkeypatch.setattr("legomole.core.recipes.run.load", interrupt)
     result = run("merge", "a.safetensors", "-o", "out.safetensors")
     assert result.exit_code == 130
     assert "Nothing was written" in result.stderr
@@ -579,7 +579,7 @@ def test_a_bug_is_called_one_and_exits_with_1(monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("legomole.core.run.merge", fail)
+    monkeypatch.setattr("legomole.core.recipes.run.merge", fail)
     result = run("merge", "a.safetensors", "-o", "out.safetensors")
     assert result.exit_code == 1
     assert "ZeroDivisionError: oops" in result.stderr

@@ -12,8 +12,8 @@ import torch
 from legomole.cli import app
 from legomole.cli.console import clean, progress_bar
 from legomole.core.formats import load, save
-from legomole.core.recipe import RecipeError, from_dict, from_text
-from legomole.core.run import read_recipe
+from legomole.core.recipes.recipe import RecipeError, from_dict, from_text
+from legomole.core.recipes.run import read_recipe
 from legomole.core.trained import TrainedGates
 from legomole.nano.store import FOLDER
 from safetensors.torch import save_file

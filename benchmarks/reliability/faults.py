@@ -16,8 +16,8 @@ from pathlib import Path
 
 from legomole.core.errors import FormatError, LegoMoleError, MergeError, SaveError
 from legomole.core.formats import load, save
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 
 from .kills import digest, lora, prepare
 

@@ -23,8 +23,8 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.formats import save
 from legomole.core.lowrank import LowRank
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 
 _LEFT_OVER = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 _AUDITED = ("open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "shutil.rmtree", "ctypes.dlsym")

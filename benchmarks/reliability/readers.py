@@ -10,11 +10,11 @@ from legomole.cli import app
 from legomole.cli.gates_input import read_texts
 from legomole.core.errors import LegoMoleError
 from legomole.core.formats import FORMATS, load, save, summarise
-from legomole.core.library import Library
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.statistics import Statistics
-from legomole.core.recipe import Input, Recipe, to_text
-from legomole.core.run import read_recipe, run
+from legomole.core.recipes.recipe import Input, Recipe, to_text
+from legomole.core.recipes.remote import Library
+from legomole.core.recipes.run import read_recipe, run
 from legomole.core.train.fit import Fit, _resume
 from legomole.core.trained import TrainedGates
 from legomole.hosts.hub import cached

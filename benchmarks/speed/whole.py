@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from legomole.core.formats import save
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 

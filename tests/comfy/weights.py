@@ -21,9 +21,9 @@ comfy.options.enable_args_parsing()
 import comfy.lora  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
-from legomole.core import recipe  # noqa: E402
 from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.merge.engine import merge  # noqa: E402
+from legomole.core.recipes import recipe  # noqa: E402
 from legomole.nodes import comfy as host  # noqa: E402
 from legomole.nodes.lora import Lora  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402

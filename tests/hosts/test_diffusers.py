@@ -20,8 +20,8 @@ from legomole.core.formats.suffixes import classify  # noqa: E402
 from legomole.core.layers.align import align  # noqa: E402
 from legomole.core.layers.keymap import rename  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
-from legomole.core.recipe import Input, Recipe  # noqa: E402
-from legomole.core.run import run  # noqa: E402
+from legomole.core.recipes.recipe import Input, Recipe  # noqa: E402
+from legomole.core.recipes.run import run  # noqa: E402
 from legomole.hosts.diffusers import key_map, to_diffusers, to_kohya  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 

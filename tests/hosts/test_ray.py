@@ -23,11 +23,11 @@ from legomole.cli import app  # noqa: E402
 from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.errors import FormatError, MergeError  # noqa: E402
 from legomole.core.formats import load, save  # noqa: E402
-from legomole.core.library import Library  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.merge.engine import merge  # noqa: E402
 from legomole.core.merge.methods import METHODS  # noqa: E402
 from legomole.core.merge.pool import Merged, Pool  # noqa: E402
+from legomole.core.recipes.remote import Library  # noqa: E402
 from legomole.hosts.ray import cluster  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 

@@ -13,8 +13,8 @@ from legomole.core.errors import FormatError, SaveError
 from legomole.core.formats import FORMATS, detect, from_state_dict, load, save, summarise, to_state_dict
 from legomole.core.formats.suffixes import role_of
 from legomole.core.lowrank import LowRank
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 from safetensors.torch import load_file
 from torch import Tensor
 

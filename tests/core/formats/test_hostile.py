@@ -18,8 +18,8 @@ from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.statistics import Statistics
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 from legomole.core.trained import TrainedGates
 from safetensors.torch import save_file
 from torch import Tensor

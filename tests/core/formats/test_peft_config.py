@@ -17,7 +17,7 @@ from legomole.core.layers.keymap import Piece
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
-from legomole.core.metadata import disagreements
+from legomole.core.recipes.metadata import disagreements
 from torch import Tensor
 
 from ... import lora_files as files

@@ -12,8 +12,8 @@ from legomole.core.errors import FormatError
 from legomole.core.formats import load, save
 from legomole.core.formats.unchanged import unchanged
 from legomole.core.lowrank import LowRank
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 
 
 def lora(value: float, rank: int = 2) -> Adapter:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.lowrank import LowRank
+from legomole.core.merge import tasks
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.methods.concat import Concat

@@ -140,7 +140,7 @@ class TestProducts:
     def test_are_float64_where_one_backend_is_allowed_to_be_sloppy(self) -> None:
         code = """
 import torch
-from legomole.core import gram
+from legomole.core.merge import gram
 from legomole.core.merge.factors import Opened
 from legomole.core.lowrank import LowRank
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapter import Adapter
-from .errors import FormatError
-from .formats import fingerprint, load
-from .layers.align import align
-from .layers.keymap import KeyMap
-from .merge.tasks import Batch, Done, Work
+from ..adapter import Adapter
+from ..errors import FormatError
+from ..formats import fingerprint, load
+from ..layers.align import align
+from ..layers.keymap import KeyMap
+from ..merge.tasks import Batch, Done, Work
 
 
 @dataclass(frozen=True)

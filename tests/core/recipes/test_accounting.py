@@ -13,12 +13,12 @@ from legomole.core.formats import load
 from legomole.core.formats.suffixes import role_of
 from legomole.core.merge.engine import MergeResult, merge
 from legomole.core.merge.methods import METHODS
-from legomole.core.recipe import Input, Recipe
-from legomole.core.run import run
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.run import run
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import lora_files as files
+from ... import lora_files as files
 
 LAYERS: files.Shapes = {"lora_unet_a": (4, 3), "lora_unet_b": (4, 3), "lora_te_x": (4, 3)}
 EXTRA = st.one_of(

@@ -14,7 +14,7 @@ from legomole.core.merge.methods import METHODS
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
-from legomole.core.recipe import Input, Recipe, RecipeError, build_method, from_text, settings_of, to_text
+from legomole.core.recipes.recipe import Input, Recipe, RecipeError, build_method, from_text, settings_of, to_text
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -12,9 +12,9 @@ from legomole.core.errors import FormatError, MergeError
 from legomole.core.formats import load, save
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.statistics import Moments, Statistics
-from legomole.core.metadata import KEY
-from legomole.core.recipe import Input, Recipe, RecipeError, to_text
-from legomole.core.run import read_recipe, recipe_in, run
+from legomole.core.recipes.metadata import KEY
+from legomole.core.recipes.recipe import Input, Recipe, RecipeError, to_text
+from legomole.core.recipes.run import read_recipe, recipe_in, run
 from safetensors.torch import save_file
 
 NAMES = [f"lora_unet_down_blocks_0_{kind}_to_{x}" for kind in ("attn1", "attn2") for x in "qk"]

@@ -10,20 +10,20 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
-from .adapter import Adapter, Source
-from .errors import name_some
-from .formats import FORMATS, detect, hashes, load, summarise, weights_of
-from .formats.unchanged import unchanged
-from .json_text import from_json
-from .layers.align import align
-from .layers.keymap import KeyMap
-from .library import Library, Spread
-from .merge.engine import Each, MergeResult, matching, merge
-from .merge.statistics import Statistics
+from ..adapter import Adapter, Source
+from ..errors import name_some
+from ..formats import FORMATS, detect, hashes, load, summarise, weights_of
+from ..formats.unchanged import unchanged
+from ..json_text import from_json
+from ..layers.align import align
+from ..layers.keymap import KeyMap
+from ..merge.engine import Each, MergeResult, matching, merge
+from ..merge.statistics import Statistics
+from ..progress import Progress
+from ..version import __version__
 from .metadata import KEY, disagreements, file_metadata
-from .progress import Progress
 from .recipe import HUB, MAX_TEXT, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
-from .version import __version__
+from .remote import Library, Spread
 
 
 def read_recipe(path: Path, *, to_show: bool = False) -> Recipe:

@@ -10,8 +10,8 @@ import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.report import MergeReport, ModuleReport
-from legomole.core.metadata import KEY, compact, disagreements, file_metadata
-from legomole.core.recipe import Input, Recipe, from_dict
+from legomole.core.recipes.metadata import KEY, compact, disagreements, file_metadata
+from legomole.core.recipes.recipe import Input, Recipe, from_dict
 
 MODULE = ModuleReport(
     name="m",

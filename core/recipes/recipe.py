@@ -13,12 +13,12 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from .errors import LegoMoleError
-from .json_text import shallow
-from .merge.methods import METHODS, MergeMethod
-from .merge.rank import Rank
-from .merge.statistics import Statistics
-from .version import __version__
+from ..errors import LegoMoleError
+from ..json_text import shallow
+from ..merge.methods import METHODS, MergeMethod
+from ..merge.rank import Rank
+from ..merge.statistics import Statistics
+from ..version import __version__
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from .adapter import CONFIG_KEY, Adapter
-from .errors import name_some
-from .formats.peft_config import combined, configs
-from .json_text import from_json
-from .merge.report import MANY, MergeReport, ModuleReport
+from ..adapter import CONFIG_KEY, Adapter
+from ..errors import name_some
+from ..formats.peft_config import combined, configs
+from ..json_text import from_json
+from ..merge.report import MANY, MergeReport, ModuleReport
 from .recipe import HUB, Recipe
 
 KEY = "legomole"  # the metadata entry that holds recipe and report
