@@ -113,7 +113,7 @@ def _holds_gates(summary: Summary) -> bool:
 
 def _plain(summary: Summary) -> dict[str, Any]:
     if _holds_gates(summary):
-        from ..core.trained import TrainedGates
+        from ..core.mole.trained import TrainedGates
 
         with told(summary.path):
             return {"path": summary.path, "format": "gates", **gates_facts(TrainedGates.load(summary.path))}
@@ -141,8 +141,8 @@ def base_model(summary: Summary) -> str:
 
 
 def _show(summary: Summary) -> None:
+    from ..core.mole.trained import TrainedGates
     from ..core.recipes.run import recipe_in
-    from ..core.trained import TrainedGates
 
     if _holds_gates(summary):
         with told(summary.path):

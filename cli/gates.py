@@ -177,9 +177,9 @@ def train_gates(
     import torch
 
     from ..core.formats import load
-    from ..core.gates import GateSet
     from ..core.memory import enough_memory
-    from ..core.mixture import Mixture
+    from ..core.mole.gates import GateSet
+    from ..core.mole.mixture import Mixture
 
     devices, first, device = launched(device)
     number = getattr(torch, dtype or computing(device))

@@ -14,7 +14,7 @@ from ..core.json_text import from_json
 from .arguments import parse_input
 
 if TYPE_CHECKING:
-    from ..core.gates import GateSettings
+    from ..core.mole.gates import GateSettings
     from ..core.train import FitSettings
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -53,7 +53,7 @@ def read_settings(
     """Settings of a training and of the gates, checked."""
     from pydantic import ValidationError
 
-    from ..core.gates import GateSettings
+    from ..core.mole.gates import GateSettings
 
     try:
         return kind.model_validate(training), GateSettings.model_validate(gates)

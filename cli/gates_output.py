@@ -14,7 +14,7 @@ from .console import out, plain
 from .options import size_of
 
 if TYPE_CHECKING:
-    from ..core.trained import TrainedGates
+    from ..core.mole.trained import TrainedGates
     from ..hosts.pipeline_training import PipelineTraining
 
 

@@ -132,9 +132,9 @@ def train_text_gates(
     import torch
 
     from ..core.formats import load
-    from ..core.gates import GateSet
     from ..core.memory import enough_memory
-    from ..core.mixture import Mixture
+    from ..core.mole.gates import GateSet
+    from ..core.mole.mixture import Mixture
 
     devices, first, device = launched(device)
     trainer = host("transformers_training")

@@ -13,10 +13,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .attach import Attachment
 from .errors import MergeError, name_some
 from .gather import gather, observe
 from .merge.statistics import Moments, Statistics
+from .mole.attach import Attachment
 from .progress import Progress
 from .train.denoiser import Denoiser
 from .train.examples import teacher

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .draw import _GRID, _INK, _LINES, _PALE, _right, _sheet, _short, heat_map, stacked
-from .gates import entropy
+from .mole.gates import entropy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +28,7 @@ def course(table: Tensor) -> tuple[Tensor, Tensor]:
         table: ``(passes, scopes, N)``, see `Record.table`.
 
     Returns:
-        Mean gate of each expert ``(passes, N)``, and entropy ``(passes,)`` in nats, as `core.gates.entropy` of a pass.
+        Mean gate of each expert ``(passes, N)``, and entropy ``(passes,)`` in nats, as `mole.gates.entropy` of a pass.
     """
     return table.mean(1), torch.stack([entropy([one]) for one in table])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MergeError
-from .forwards import first_given
+from .mole.forwards import first_given
 
 
 class Moment:

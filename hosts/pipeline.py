@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, is_text_encoder
-from ..core.attach import Attachment, attach
 from ..core.errors import MergeError, name_some
-from ..core.gates import GateSet
-from ..core.guidance import Rows
 from ..core.layers.keymap import rename
-from ..core.mixture import Mixture
-from ..core.router import check_concepts, named, routed_values
-from ..core.scopes import uncompiled
-from ..core.trained import TrainedGates
+from ..core.mole.attach import Attachment, attach
+from ..core.mole.gates import GateSet
+from ..core.mole.guidance import Rows
+from ..core.mole.mixture import Mixture
+from ..core.mole.router import check_concepts, named, routed_values
+from ..core.mole.scopes import uncompiled
+from ..core.mole.trained import TrainedGates
 from .diffusers import key_map
 
 
@@ -112,7 +112,7 @@ def mixed(pipe: Any, mixture: Mixture) -> Attachment:
         with mixed(pipe, mixture):
             pipe("a heart in ember style")
 
-    Negative prompts take the gates of the prompt, see `core.guidance`; not where the pipeline runs them in a pass of
+    Negative prompts take the gates of the prompt, see `mole.guidance`; not where the pipeline runs them in a pass of
     their own (``true_cfg_scale``), there they go by their own words.
 
     Raises:

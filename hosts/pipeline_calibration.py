@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.adapter import Adapter, is_text_encoder
-from ..core.attach import attach
 from ..core.calibration import CalibrationSettings, calibrate
 from ..core.digest import identity
 from ..core.layers.align import align
 from ..core.merge.statistics import Statistics
-from ..core.mixture import Mixture
+from ..core.mole.attach import attach
+from ..core.mole.mixture import Mixture
+from ..core.mole.router import check_concepts
 from ..core.progress import Progress
-from ..core.router import check_concepts
 from ..core.train import prompts_for
 from ..core.train.frozen import frozen
 from .diffusers import key_map

@@ -15,17 +15,17 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ..core.attach import Attachment, attach
 from ..core.digest import digest, some_of
 from ..core.errors import FormatError, MergeError
-from ..core.mixture import Mixture
+from ..core.mole.attach import Attachment, attach
+from ..core.mole.mixture import Mixture
+from ..core.mole.record import Record
+from ..core.mole.router import check_concepts, named
+from ..core.mole.trained import TrainedGates
 from ..core.progress import Progress
-from ..core.record import Record
-from ..core.router import check_concepts, named
 from ..core.train import Devices, Images, Prompt, Training, TrainSettings, prompts_for, train
 from ..core.train.fit import Fit
 from ..core.train.frozen import frozen
-from ..core.trained import TrainedGates
 from .pipeline import base_of, model_of
 from .pipeline_clip import PipelineClip
 from .pipeline_denoiser import PipelineDenoiser

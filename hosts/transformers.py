@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.attach import Attachment, attach
 from ..core.errors import MergeError, name_some
-from ..core.gates import GateSet
 from ..core.layers.keymap import Piece, rename
-from ..core.mixture import Mixture
-from ..core.scopes import uncompiled
-from ..core.trained import TrainedGates
+from ..core.mole.attach import Attachment, attach
+from ..core.mole.gates import GateSet
+from ..core.mole.mixture import Mixture
+from ..core.mole.scopes import uncompiled
+from ..core.mole.trained import TrainedGates
 from .transformers_texts import PromptTexts
 
 

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..core.attach import Attachment
 from ..core.errors import MergeError
-from ..core.reading import Reading
+from ..core.mole.attach import Attachment
+from ..core.mole.texts import Reading
 
 _IGNORED = -100  # the label of a token that is not to be predicted
 _CACHES = ("cache", "past_key_values")  # of keys and values: since transformers 5.24, and before
@@ -21,7 +21,7 @@ _OTHER_CACHES = ("cache_params",)  # states of models without keys and values
 
 
 class PromptTexts:
-    """Implements `core.reading.Texts`.
+    """Implements `core.mole.texts.Texts`.
 
     Args:
         model: Its forward's arguments are understood. tokens: Whether gates read each token.
@@ -60,7 +60,7 @@ class PromptTexts:
             self.generating, self.asked = outer
 
     def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Reading:
-        """See `core.reading.Texts`.
+        """See `core.mole.texts.Texts`.
 
         Raises:
             MergeError: A cache that was begun without the mixture, or by another number of texts.

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..core.digest import digest, some_of
 from ..core.errors import FormatError, MergeError
-from ..core.mixture import Mixture
+from ..core.mole.mixture import Mixture
 from ..core.progress import Progress
 from ..core.train import Devices, FitSettings, Text, Training, train_on_texts
 from ..core.train.frozen import frozen

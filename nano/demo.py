@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.attach import attach
 from ..core.formats import load, save
 from ..core.merge.engine import merge
 from ..core.merge.methods.lego import Lego
 from ..core.merge.rank import Rank
-from ..core.mixture import Mixture
-from ..core.trained import TrainedGates
+from ..core.mole.attach import attach
+from ..core.mole.mixture import Mixture
+from ..core.mole.trained import TrainedGates
 from .model import Prompts
 from .oracle import judge
 from .sampling import first_half, sample

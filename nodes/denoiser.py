@@ -12,7 +12,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..core.attach import Attachment
+from ..core.mole.attach import Attachment
 
 Conditioning = Sequence[Any]  # ComfyUI's: [[tensor, {"pooled_output": ..}], ..]
 

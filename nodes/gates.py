@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.trained import TrainedGates
+from ..core.mole.trained import TrainedGates
 from . import program
 from .sockets import CATEGORY, LEGOMOLE_GATES
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-from ..core.record import Record
+from ..core.mole.record import Record
 
 EVENT = "legomole.gates"  # web/gate_map.js listens
 _EVERY = 0.15  # seconds

@@ -15,17 +15,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
 from ..core.adapter import Adapter, is_text_encoder
-from ..core.attach import Attachment
-from ..core.bank import Bank
 from ..core.errors import MergeError, name_some
-from ..core.gates import GateSet, GateSettings
-from ..core.guidance import Following, PromptFirst
 from ..core.layers.keymap import Place
 from ..core.merge.engine import merge
 from ..core.merge.methods import MergeMethod
-from ..core.mixture import Mixing, Mixture
-from ..core.record import Record
-from ..core.trained import TrainedGates
+from ..core.mole.attach import Attachment
+from ..core.mole.bank import Bank
+from ..core.mole.gates import GateSet, GateSettings
+from ..core.mole.guidance import Following, PromptFirst
+from ..core.mole.mixture import Mixing, Mixture
+from ..core.mole.record import Record
+from ..core.mole.trained import TrainedGates
 from . import comfy
 from .live import telling
 from .lora import Lora

@@ -11,12 +11,12 @@ from comfy_api.latest import io, ui
 from ..core.adapter import Source
 from ..core.course import gate_map
 from ..core.errors import MergeError
-from ..core.freeze import freeze
-from ..core.gates import GateSettings
 from ..core.merge.methods import METHODS
-from ..core.mixture import Mixing
+from ..core.mole.freeze import freeze
+from ..core.mole.gates import GateSettings
+from ..core.mole.mixture import Mixing
+from ..core.mole.trained import TrainedGates
 from ..core.recipes import recipe
-from ..core.trained import TrainedGates
 from . import mixes, program, sampling
 from .lora import Lora, flatten
 from .settings import built, has_widgets

@@ -11,7 +11,7 @@ from ..core.merge.methods import MergeMethod
 from .settings import Setting, settings
 
 LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `Lora`
-LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.trained.TrainedGates`
+LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.mole.trained.TrainedGates`
 LEGOMOLE_STATISTICS = io.Custom("LEGOMOLE_STATISTICS")  # `core.merge.statistics.Statistics`
 LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train LoRA returns
 LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]

@@ -13,13 +13,13 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ..core.attach import attach
-from ..core.bank import Bank
 from ..core.calibration import AT_ONCE, CalibrationSettings
 from ..core.calibration import calibrate as calibrate_model
 from ..core.digest import digest, identity, some_of
 from ..core.errors import MergeError
 from ..core.merge.statistics import Statistics
+from ..core.mole.attach import attach
+from ..core.mole.bank import Bank
 from ..core.train import Images, Prompt, Training, TrainSettings, train
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix

@@ -21,8 +21,8 @@ from legomole.cli import gates
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
-from legomole.core.router import named, route_gates
-from legomole.core.trained import TrainedGates
+from legomole.core.mole.router import named, route_gates
+from legomole.core.mole.trained import TrainedGates
 from legomole.hosts.diffusers import to_kohya
 from PIL import Image
 

@@ -12,9 +12,9 @@ import torch
 from legomole.cli import app
 from legomole.cli.console import clean, progress_bar
 from legomole.core.formats import load, save
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.recipes.recipe import RecipeError, from_dict, from_text
 from legomole.core.recipes.run import read_recipe
-from legomole.core.trained import TrainedGates
 from legomole.nano.store import FOLDER
 from safetensors.torch import save_file
 from typer.testing import CliRunner

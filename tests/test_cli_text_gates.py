@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 import legomole
 from legomole.cli import text_gates
 from legomole.cli.gates_input import read_texts
-from legomole.core.trained import TrainedGates
+from legomole.core.mole.trained import TrainedGates
 
 from .hosts.test_accelerate import free_port
 from .hosts.tiny_language import llama, lora, tokenizer

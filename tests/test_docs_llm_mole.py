@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("peft")
 
 import legomole
-from legomole.core.trained import TrainedGates
+from legomole.core.mole.trained import TrainedGates
 
 from .test_docs import blocks, merge
 

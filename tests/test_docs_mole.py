@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 import diffusers
 import legomole
 from legomole.core.lowrank import LowRank
-from legomole.core.trained import TrainedGates
+from legomole.core.mole.trained import TrainedGates
 from legomole.hosts.diffusers import to_kohya
 from legomole.hosts.pipeline import _Router
 

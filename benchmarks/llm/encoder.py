@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from legomole.core.gates import GateSet
 from legomole.core.gather import gather
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import GateSet
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
 from legomole.core.train.calibrate import calibrate
 from legomole.core.train.fit import fit

@@ -7,9 +7,9 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from legomole.core.gates import GateSet
 from legomole.core.gather import gather
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import GateSet
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
 from legomole.hosts.transformers_training import train_gates
 from torch import Tensor

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from legomole.core.adapter import Adapter
 from legomole.core.formats import load
-from legomole.core.gates import GateSet, GateSettings
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
@@ -23,7 +22,8 @@ from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import Moments, Statistics
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
 from legomole.hosts.transformers import experts, mixed
 from peft import PeftModel

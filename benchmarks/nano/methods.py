@@ -10,11 +10,8 @@ from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.attach import attach
 from legomole.core.calibration import CalibrationSettings, calibrate
 from legomole.core.formats import load
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.guidance import Rows
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
@@ -25,10 +22,13 @@ from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import Statistics
-from legomole.core.mixture import Mixing, Mixture
-from legomole.core.router import named, routed_values
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.guidance import Rows
+from legomole.core.mole.mixture import Mixing, Mixture
+from legomole.core.mole.router import named, routed_values
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, train
-from legomole.core.trained import TrainedGates
 from legomole.nano.denoiser import NanoDenoiser
 from legomole.nano.model import Prompts, short_prompts
 from legomole.nano.sampling import first_half

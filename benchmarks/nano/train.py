@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from legomole.core.formats import save
 from legomole.core.formats.files import write_tensors
-from legomole.core.gates import GateSettings
+from legomole.core.mole.gates import GateSettings
 from legomole.nano.comfyui import CONCEPTS
 from legomole.nano.demo import STYLE, SUBJECT
 from legomole.nano.model import Prompts

@@ -12,11 +12,11 @@ from legomole.core.errors import LegoMoleError
 from legomole.core.formats import FORMATS, load, save, summarise
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.statistics import Statistics
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.recipes.recipe import Input, Recipe, to_text
 from legomole.core.recipes.remote import Library
 from legomole.core.recipes.run import read_recipe, run
 from legomole.core.train.fit import Fit, _resume
-from legomole.core.trained import TrainedGates
 from legomole.hosts.hub import cached
 from legomole.hosts.names import key_map, spelled_for
 from legomole.hosts.transformers_training import load_model

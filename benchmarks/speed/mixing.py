@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.attach import Attachment, attach
 from legomole.core.formats import save
-from legomole.core.gates import GateSet, GateSettings
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train.calibrate import calibrate
 from torch import Tensor, nn
 

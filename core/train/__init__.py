@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..attach import Attachment
 from ..digest import digest
 from ..errors import MergeError
-from ..gates import GateSet
-from ..mixture import Mixture
+from ..mole.attach import Attachment
+from ..mole.gates import GateSet
+from ..mole.mixture import Mixture
+from ..mole.router import check_concepts, named, route_gates
+from ..mole.trained import Expert
 from ..progress import Progress
-from ..router import check_concepts, named, route_gates
-from ..trained import Expert
 from .calibrate import calibrate, for_training
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..attach import Attachment
 from ..errors import MergeError
-from ..gates import Gate, GateSet
-from ..router import standardisation
+from ..mole.attach import Attachment
+from ..mole.gates import Gate, GateSet
+from ..mole.router import standardisation
 
 _FEATURES = 64  # as many as there were where the default learning rate was found
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..attach import Attachment
 from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
+from ..mole.attach import Attachment
 from ..progress import Progress
 from .denoiser import Denoiser
 from .prompts import Prompt, shares

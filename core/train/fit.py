@@ -12,14 +12,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..attach import Attachment
 from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
-from ..gates import balance_loss, entropy
-from ..gating import Collected
 from ..json_text import from_json
+from ..mole.attach import Attachment
+from ..mole.gates import balance_loss, entropy
+from ..mole.gating import Collected
+from ..mole.recompute import exact_gradients
 from ..progress import Progress
-from ..recompute import exact_gradients
 from .settings import FitSettings
 
 _KIND = "legomole.training.1"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..attach import Attachment
 from ..errors import MergeError
-from ..gates import GateSet
-from ..mixture import Mixture
+from ..mole.attach import Attachment
+from ..mole.gates import GateSet
+from ..mole.mixture import Mixture
+from ..mole.trained import Expert, TrainedGates
 from ..progress import Progress
-from ..trained import Expert, TrainedGates
 from .fit import Devices, Fit, Objective, fit
 from .settings import FitSettings
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations, cycle, islice
 
 from ..errors import MergeError, name_some
-from ..router import named
+from ..mole.router import named
 
 # How the kinds of prompts share the training examples: several concepts at once, one alone, none, the empty prompt.
 JOINT, SINGLE, BASE, EMPTY = 0.35, 0.40, 0.10, 0.15

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attach import Attachment
 from ..digest import digest
 from ..errors import MergeError
-from ..mixture import Mixture
+from ..mole.attach import Attachment
+from ..mole.mixture import Mixture
+from ..mole.trained import Expert
 from ..progress import Progress
-from ..trained import Expert
 from .calibrate import calibrate
 from .fit import Devices, read_state
 from .learn import Training, check_trainable, learn

@@ -14,11 +14,11 @@ import matplotlib.pyplot as plt
 import torch
 from diffusers import FluxTransformer2DModel
 from legomole.core.adapter import Adapter
-from legomole.core.attach import attach
-from legomole.core.gates import GateSet, GateSettings
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
-from legomole.core.record import Record
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.record import Record
 from legomole.core.train import Prompt, Training, TrainSettings, prompts_for, train
 from torch import Tensor, nn
 

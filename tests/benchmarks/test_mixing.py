@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from legomole.core.attach import attach
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train.calibrate import calibrate
 from torch.utils._python_dispatch import TorchDispatchMode
 

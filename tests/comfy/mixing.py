@@ -30,12 +30,12 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
-from legomole.core.attach import attach  # noqa: E402
-from legomole.core.bank import Bank  # noqa: E402
-from legomole.core.gates import Gate, GateSet, GateSettings  # noqa: E402
-from legomole.core.guidance import Following  # noqa: E402
-from legomole.core.recompute import exact_gradients  # noqa: E402
-from legomole.core.trained import Expert, TrainedGates  # noqa: E402
+from legomole.core.mole.attach import attach  # noqa: E402
+from legomole.core.mole.bank import Bank  # noqa: E402
+from legomole.core.mole.gates import Gate, GateSet, GateSettings  # noqa: E402
+from legomole.core.mole.guidance import Following  # noqa: E402
+from legomole.core.mole.recompute import exact_gradients  # noqa: E402
+from legomole.core.mole.trained import Expert, TrainedGates  # noqa: E402
 from legomole.nodes import mixes  # noqa: E402
 from legomole.nodes.denoiser import ComfyDenoiser  # noqa: E402
 from legomole.nodes.lora import Lora  # noqa: E402

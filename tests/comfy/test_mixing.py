@@ -10,9 +10,9 @@ from typing import Any
 import legomole
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.layers.keymap import Piece, rename
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.mixture import Mixture
 from safetensors.torch import load_file
 from torch import Tensor, nn
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("diffusers")
 
-from legomole.core.attach import attach
 from legomole.core.formats import load
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.rank import Rank
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.mixture import Mixture
 from legomole.nano import sampling
 from legomole.nano.comfyui import SCALE, SHIFT, folded
 from legomole.nano.model import Prompts

@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.train.fit import Devices
-from legomole.core.trained import TrainedGates
 
 # A toy network, its prompts' conditioning and a mixture of two LoRAs; trained in this process or with the others. Then
 # the like with a language model as `train_gates` asks for one, whole and sharded.
@@ -29,10 +29,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from legomole.core.adapter import Adapter
-from legomole.core.attach import attach
+from legomole.core.mole.attach import attach
 from legomole.core.lowrank import LowRank
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings, TrainSettings, prompts_for, train
 from legomole.hosts.transformers_training import train_gates
 

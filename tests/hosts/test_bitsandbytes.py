@@ -14,8 +14,8 @@ pytest.importorskip("bitsandbytes")
 import bitsandbytes
 import transformers
 from legomole.core.adapter import Adapter
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
 from legomole.hosts.transformers import mixed
 from legomole.hosts.transformers_training import train_gates

@@ -14,14 +14,14 @@ pytest.importorskip("peft")
 
 import diffusers
 from legomole.core.adapter import Adapter
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
 from legomole.core.formats import load, save
-from legomole.core.gates import Gate, GateSet, GateSettings
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
-from legomole.core.record import Record
-from legomole.core.trained import Expert, TrainedGates
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.record import Record
+from legomole.core.mole.trained import Expert, TrainedGates
 from legomole.hosts.diffusers import to_kohya
 from legomole.hosts.pipeline import base_of, experts, load_gates, model_of, prompt_rows, routed
 from torch import Tensor

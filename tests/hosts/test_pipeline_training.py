@@ -11,10 +11,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 import diffusers
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import TrainSettings
 from legomole.hosts.pipeline_clip import PipelineClip
 from legomole.hosts.pipeline_denoiser import PipelineDenoiser

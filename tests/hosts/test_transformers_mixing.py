@@ -17,18 +17,18 @@ import legomole
 import transformers
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
-from legomole.core.freeze import freeze
-from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
-from legomole.core.mixture import Mixture
-from legomole.core.record import Record
+from legomole.core.mole.freeze import freeze
+from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.record import Record
 from legomole.hosts.transformers import experts, mixed
 from legomole.hosts.transformers_texts import _own
 from torch import Tensor, nn
 
-from ..core.mole import gradients, untouched
-from ..core.test_tokens import Loop
+from ..core.mole.models import gradients, untouched
+from ..core.mole.test_tokens import Loop
 from .tiny_language import (
     CAUSAL,
     MODELS,

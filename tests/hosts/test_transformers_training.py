@@ -13,15 +13,15 @@ pytest.importorskip("transformers")
 
 import legomole
 from legomole.core.errors import FormatError, MergeError
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import FitSettings, Training
-from legomole.core.trained import TrainedGates
 from legomole.hosts.transformers import experts, load_gates, mixed
 from legomole.hosts.transformers_training import train_gates
 from torch import Tensor
 
-from ..core.mole import untouched
+from ..core.mole.models import untouched
 from ..test_docs import blocks
 from .tiny_language import MODELS, bert, generate, lora, merged, opened
 

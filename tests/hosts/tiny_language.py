@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import transformers
 from legomole.core.adapter import Adapter
-from legomole.core.attach import attach
-from legomole.core.gates import Gate, GateSet, GateSettings
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.hosts.transformers import mixed
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D

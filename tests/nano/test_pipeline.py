@@ -10,9 +10,9 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from legomole.core.attach import attach
 from legomole.core.formats import load
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.mixture import Mixture
 from legomole.nano import sampling
 from legomole.nano.model import Prompts
 from legomole.nano.pipeline import pipeline

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
-from legomole.core.attach import attach
 from legomole.core.formats import load
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.mixture import Mixture
 from legomole.nano.comfyui import CONCEPTS
 from legomole.nano.model import Prompts, short_prompts
 from legomole.nano.oracle import Verdict, judge

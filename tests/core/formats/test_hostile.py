@@ -18,9 +18,9 @@ from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.statistics import Statistics
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.run import run
-from legomole.core.trained import TrainedGates
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
-from legomole.core.router import standardisation
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.router import standardisation
 from legomole.core.train.calibrate import calibrate
 
 from ..merge.pools import close
-from ..mole import FEATURES, Transformer, UNet, Values, call, inputs, lora
+from ..mole.models import FEATURES, Transformer, UNet, Values, call, inputs, lora
 
 
 def mixture(model, reads: str, granularity: str = "layer", activation: str = "softmax") -> Mixture:

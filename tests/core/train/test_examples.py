@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.attach import Attachment, attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSettings
+from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.gates import GateSettings
 from legomole.core.train import Images, TrainSettings, prompts_for
 from legomole.core.train.examples import Examples, make_examples, teacher
 from legomole.core.train.prompts import Prompt
 
 from ..merge.pools import close
-from ..mole import ToyDenoiser, Transformer, call, lora, merged, trained
+from ..mole.models import ToyDenoiser, Transformer, call, lora, merged, trained
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])

@@ -18,11 +18,11 @@ import legomole
 import pytest
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.attach import Attachment, attach
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.formats.files import read_tensors, write_tensors
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import TrainSettings, prompts_for
 from legomole.core.train.calibrate import calibrate
 from legomole.core.train.examples import Examples, make_examples
@@ -30,7 +30,7 @@ from legomole.core.train.fit import Fit, _stale, _step, batch_of, fit, schedule
 from legomole.core.train.objectives import Regression
 from torch import Tensor, nn
 
-from ..mole import InPlace, ToyDenoiser, Transformer, lora
+from ..mole.models import InPlace, ToyDenoiser, Transformer, lora
 
 PROMPTS = prompts_for([["ember"], ["heart"]], ["ember", "heart", "ember heart", "a dog"])
 SETTINGS = TrainSettings(steps=12, batch=8, examples=32, samples=16, warmup=2, learning_rate=0.03)

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings, Text, train_on_texts
 from legomole.core.train.texts import NextToken, answers
 from torch import Tensor, nn
 
-from ..mole import Block, D, lora, seeded
+from ..mole.models import Block, D, lora, seeded
 
 
 def text(*ids: int, start: int = 1, expert: int | None = 0) -> Text:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.formats.files import read_tensors
-from legomole.core.gates import GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Images, Training, TrainSettings, prompts_for, train
-from legomole.core.trained import TrainedGates
 
 from ..merge.pools import close
-from ..mole import FEATURES, ToyDenoiser, Transformer, Values, lora
+from ..mole.models import FEATURES, ToyDenoiser, Transformer, Values, lora
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from ..errors import MergeError, name_some
+from ..formats.peft_config import CONFIG_KEY, combined
+from ..merge.engine import MergeResult, merge
+from ..merge.methods import MergeMethod
+from ..progress import Progress
 from .bank import Bank
-from .errors import MergeError, name_some
-from .formats.peft_config import CONFIG_KEY, combined
-from .merge.engine import MergeResult, merge
-from .merge.methods import MergeMethod
 from .mixture import Mixture
-from .progress import Progress
 from .record import Record
 
 
@@ -34,7 +34,7 @@ def freeze(
 
     Args:
         mixture: The mixture. bank: What was built of it for the model that ran.
-        record: Of the run, see `core.record`.
+        record: Of the run, see `core.mole.record`.
         method: How the experts are merged; ``concat`` keeps exactly what the mean gates say, at the ranks' sum.
         text_encoder_weights: Of the experts' text encoder parts, which no gate rules; default the strengths.
         progress: See `merge`.

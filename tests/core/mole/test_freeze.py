@@ -7,20 +7,20 @@ import json
 import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
-from legomole.core.attach import attach
-from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
-from legomole.core.freeze import freeze
-from legomole.core.gates import GateSet, GateSettings
 from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
-from legomole.core.mixture import Mixture
-from legomole.core.record import Record
+from legomole.core.mole.attach import attach
+from legomole.core.mole.bank import Bank
+from legomole.core.mole.freeze import freeze
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.record import Record
 from torch import nn
 
-from .merge.pools import close
-from .mole import D, InPlace, Transformer, UNet, call, inputs, lora, merged, trained
+from ..merge.pools import close
+from .models import D, InPlace, Transformer, UNet, call, inputs, lora, merged, trained
 
 CONCAT = METHODS["concat"]()
 

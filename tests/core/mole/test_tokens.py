@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
-from legomole.core.recompute import exact_gradients
-from legomole.core.stack import Part, Stack, fit_batch
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.recompute import exact_gradients
+from legomole.core.mole.stack import Part, Stack, fit_batch
+from legomole.core.mole.trained import Expert, TrainedGates
 from legomole.core.train.calibrate import calibrate
-from legomole.core.trained import Expert, TrainedGates
 from torch import Tensor, nn
 
-from .merge.pools import close
-from .mole import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged, rms_normalised
-from .test_reading import names, trained_without_text
+from ..merge.pools import close
+from .models import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged, rms_normalised
+from .test_texts import names, trained_without_text
 
 GRANULARITIES = ("network", "block", "layer", "matrix")
 
@@ -225,7 +225,7 @@ class TestWatchingAndTraining:
 
         class Padding:
             def begin(self, arguments, named):
-                from legomole.core.reading import Reading
+                from legomole.core.mole.texts import Reading
 
                 return Reading(own)
 

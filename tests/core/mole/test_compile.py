@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from legomole.core.attach import attach
-from legomole.core.gates import GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.mixture import Mixture
 from torch import Tensor, nn
 
-from .merge.pools import close
-from .mole import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
+from ..merge.pools import close
+from .models import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
 
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # PyTorch's, on Python 3.13.0
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSettings
-from legomole.core.mixture import Mixture
-from legomole.core.reading import Reading
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.texts import Reading
 from torch import Tensor
 
-from .merge.pools import close
-from .mole import Transformer, Values, inputs, lora, trained
+from ..merge.pools import close
+from .models import Transformer, Values, inputs, lora, trained
 
 X = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]], [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]])
 OWN = torch.tensor([[True, True, False], [False, True, True]])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from .errors import MergeError
+from ..errors import MergeError
 from .forwards import Arguments, Forward
 from .gates import INPUT, normalised, wide
 from .gating import Site, State

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
 
-from .adapter import Adapter
-from .errors import MergeError
+from ..adapter import Adapter
+from ..errors import MergeError
+from ..layers.keymap import Place
 from .gates import GateSet
-from .layers.keymap import Place
 
 Mixing = Literal["delta", "output"]
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """LoRAs as experts. Immutable; `core.attach.attach` puts it on a model, `core.freeze.freeze` makes one LoRA of it.
+    """LoRAs as experts. Immutable; `attach` puts it on a model, `freeze` makes one LoRA of it.
 
     ``delta`` mixing: every adapted layer gives ``W x + sum_i g_i strength_i scale_i B_i A_i x``. ``output`` mixing:
     every block gives ``F(x) + sum_i g_i (F_i(x) - F(x))`` with ``F_i`` the block under LoRA `i` alone, one more pass of

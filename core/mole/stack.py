@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .errors import MergeError
+from ..errors import MergeError
+from ..layers.keymap import Spans
+from ..lowrank import LowRank
 from .gates import wide
-from .layers.keymap import Spans
-from .lowrank import LowRank
 from .mixture import Mixture
 
 

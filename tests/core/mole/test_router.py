@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSettings
-from legomole.core.router import named, route_gates, routed_values, standardisation
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.router import named, route_gates, routed_values, standardisation
 
 ASKED = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
 

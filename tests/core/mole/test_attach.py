@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.attach import Attachment, attach
-from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
-from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss
 from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
-from legomole.core.recompute import exact_gradients
+from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.bank import Bank
+from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.recompute import exact_gradients
 from torch import Tensor, nn
 
-from .merge.pools import close
-from .mole import (
+from ..merge.pools import close
+from .models import (
     FEATURES,
     D,
     InPlace,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from legomole.core.errors import MergeError
-from legomole.core.gates import Gate, GateSet, GateSettings, balance_loss, entropy, normalised
+from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss, entropy, normalised
 from pydantic import ValidationError
 
 ACTIVATIONS = ("sigmoid", "softmax", "softmax-null")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import MergeError
+from ..errors import MergeError
 from .gates import Gate, GateSet, GateSettings
 
 _OFF = -4.0  # logit of a closed gate: 0.018 of the ceiling

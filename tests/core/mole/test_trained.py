@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
-from legomole.core.attach import attach
 from legomole.core.errors import FormatError, MergeError, SaveError
 from legomole.core.formats.files import read_tensors, write_tensors
-from legomole.core.gates import GateSettings
-from legomole.core.mixture import Mixture
-from legomole.core.trained import Expert, TrainedGates
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.trained import Expert, TrainedGates
 
-from .merge.pools import close
-from .mole import InPlace, Transformer, call, inputs, lora, trained
+from ..merge.pools import close
+from .models import InPlace, Transformer, call, inputs, lora, trained
 
 
 def file_of(model: torch.nn.Module, seed: int, **kw) -> Adapter:

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .errors import MergeError
+from ..errors import MergeError
 
 Granularity = Literal["network", "block", "layer", "matrix"]
 Activation = Literal["sigmoid", "softmax", "softmax-null"]
@@ -163,7 +163,7 @@ class GateSet(nn.Module):
     Args:
         experts: Number of experts `N`.
         settings: Of all gates.
-        gates: Scope (see `core.scopes`) -> gate. Empty for an untrained set.
+        gates: Scope (see `core.mole.scopes`) -> gate. Empty for an untrained set.
 
     Raises:
         MergeError: A gate for another number of experts.

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from .adapter import is_text_encoder
-from .errors import MergeError, name_some
+from ..adapter import is_text_encoder
+from ..errors import MergeError, name_some
+from ..layers.keymap import Spans
 from .gates import GateSet
-from .layers.keymap import Spans
 from .mixture import Mixture
 from .scopes import Scope, scopes, uncompiled
 from .stack import rows_of, stacks

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from .errors import MergeError
+from ..errors import MergeError
 from .gating import Collected, State
 
 
 class Recomputable(Protocol):
-    """A block's forward method, see `core.blocks.Block`."""
+    """A block's forward method, see `core.mole.block_mixing.Block`."""
 
     path: str
     module: nn.Module

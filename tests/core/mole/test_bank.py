@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
-from legomole.core.bank import Bank
 from legomole.core.errors import MergeError
-from legomole.core.gates import Gate, GateSet, GateSettings
 from legomole.core.layers.keymap import Place
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
+from legomole.core.mole.bank import Bank
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from torch import nn
 
-from .mole import InPlace, Transformer, UNet, lora
+from .models import InPlace, Transformer, UNet, lora
 
 
 def renamed(adapter: Adapter, prefix: str, path: str = "") -> Adapter:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
-from legomole.core.stack import Part, Stack, fit_batch, rows_of, stacks
+from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.stack import Part, Stack, fit_batch, rows_of, stacks
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .merge.pools import close
+from ..merge.pools import close
 
 CONVS = {
     "1d": (nn.Conv1d(3, 6, 3, padding=1), (3, 9)),

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from legomole.core.attach import attach
-from legomole.core.gates import GateSettings
-from legomole.core.gating import Collected
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.gating import Collected
 from torch.utils.checkpoint import checkpoint
 
-from .mole import Transformer, call, inputs, lora, seeded, trained
+from .models import Transformer, call, inputs, lora, seeded, trained
 
 
 @pytest.mark.parametrize("by", ["us", "the model"])

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from legomole.core.attach import attach
 from legomole.core.errors import MergeError
-from legomole.core.gates import GateSettings
-from legomole.core.record import Record
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.record import Record
 
-from .mole import Transformer, inputs, lora, trained
+from .models import Transformer, inputs, lora, trained
 
 
 def record(*passes: dict[str, list[list[float]]], rows=None, sizes=None) -> Record:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.gates import Gate, GateSet, GateSettings
-from legomole.core.mixture import Mixture
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 
-from .mole import Transformer, lora
+from .models import Transformer, lora
 
 
 @pytest.fixture(scope="module")

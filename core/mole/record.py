@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import MergeError
+from ..errors import MergeError
 from .gates import entropy
 from .guidance import Rows
 
 
 @dataclass(eq=False)
 class Record:
-    """Gate values by pass of the model and scope. A `core.gating.Watcher`.
+    """Gate values by pass of the model and scope. A `core.mole.gating.Watcher`.
 
     Args:
         rows: Which samples of a batch to keep; default all. A host tells the prompt's from the negative prompt's.
@@ -77,5 +77,5 @@ class Record:
         return dict(zip(self.scopes, self.table().std(0, unbiased=False), strict=True))
 
     def entropy(self) -> float:
-        """Mean entropy of the gates in nats, see `core.gates.entropy`."""
+        """Mean entropy of the gates in nats, see `core.mole.gates.entropy`."""
         return float(entropy([self.table().flatten(0, 1)]))

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import MergeError
 from .bank import Bank
-from .errors import MergeError
 from .gates import INPUT, Gate, GateSet, normalised, wide
 from .guidance import Following
-from .reading import Reading, Texts
 from .stack import Stack
+from .texts import Reading, Texts
 
 TEXT = ("encoder_hidden_states", "context")  # what models call their text conditioning (B, tokens, features)
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from legomole.core.attach import attach
-from legomole.core.gates import GateSettings
-from legomole.core.guidance import Following, PromptFirst
+from legomole.core.mole.attach import attach
+from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.guidance import Following, PromptFirst
 from torch import Tensor
 
-from .merge.pools import close
-from .mole import Transformer, Values, call, inputs, lora, trained
+from ..merge.pools import close
+from .models import Transformer, Values, call, inputs, lora, trained
 
 
 def following(*own: int) -> Following:

@@ -13,12 +13,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from .adapter import Adapter, check_finite
-from .digest import identity
-from .errors import FormatError, MergeError
-from .formats.files import read_tensors, write_tensors
+from ..adapter import Adapter, check_finite
+from ..digest import identity
+from ..errors import FormatError, MergeError
+from ..formats.files import read_tensors, write_tensors
+from ..json_text import from_json
 from .gates import Gate, GateSet, GateSettings
-from .json_text import from_json
 
 _KIND = "legomole.gates.1"
 _NETWORK = "(network)"  # a tensor's name needs something before the slash

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MergeError
 from .bank import Bank
-from .blocks import Block
-from .errors import MergeError
+from .block_mixing import Block
 from .forwards import Forward, Layer, Reader, Root
 from .gates import INPUT, GateSet
 from .gating import Measure, State, Watcher
 from .guidance import Following, Rows
 from .mixture import Mixture
-from .reading import Texts
 from .recompute import repeatable
 from .scopes import NETWORK, uncompiled
+from .texts import Texts
 
 
 def attach(
@@ -43,8 +43,8 @@ def attach(
         mixture: The experts and gates; a `Bank` where one was built for this model already.
         checkpointing: Recompute blocks in the backward pass instead of keeping what they computed (for training).
         prompt_rows: Tells which samples of a batch are the prompt's, for models that are called with a negative prompt
-            too: its samples take the gates of the prompt's, see `core.guidance`. Without it each goes by its own.
-        texts: Tells a language model's padding and prompts, see `core.reading`. Without it gates read all positions.
+            too: its samples take the gates of the prompt's, see `core.mole.guidance`. Without it each goes by its own.
+        texts: Tells a language model's padding and prompts, see `core.mole.texts`. Without it gates read all positions.
 
     Raises:
         MergeError: The experts or gates are for another model.
@@ -150,7 +150,7 @@ class Attachment:
             self._state.prompt = before
 
     def repeatable(self, part: Callable[..., Any]) -> Callable[..., Any]:
-        """A part of a pass that the model itself runs again in the backward pass, see `core.recompute.repeatable`."""
+        """A part of a pass that the model itself runs again in the backward pass, see `recompute.repeatable`."""
         return repeatable(self._state, part, lambda: bool(self._forwards))
 
     def at_detach(self, undo: Callable[[], None]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from legomole.core.scopes import NETWORK, Scope, scopes, uncompiled
+from legomole.core.mole.scopes import NETWORK, Scope, scopes, uncompiled
 from torch import nn
 
-from .mole import InPlace, Transformer, UNet
+from .models import InPlace, Transformer, UNet
 
 
 def layers(model: nn.Module) -> list[str]:

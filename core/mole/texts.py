@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .errors import MergeError
+from ..errors import MergeError
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from legomole.core.adapter import Adapter, Source
-from legomole.core.attach import Attachment, attach
-from legomole.core.gates import Gate, GateSet, GateSettings
 from legomole.core.lowrank import LowRank
-from legomole.core.mixture import Mixture
+from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.train import Prompt
 from torch import Tensor, nn
 
