@@ -47,10 +47,10 @@ def measure(
     """
     import torch
 
-    from ..core.calibration import CalibrationSettings
     from ..core.formats import load
     from ..core.memory import enough_memory
     from ..core.recipes.run import place
+    from ..core.train.measure import CalibrationSettings
 
     concepts = parse_words(words, len(recipe.inputs))
     pixels = None if size is None else parse_size(size)

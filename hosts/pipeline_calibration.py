@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.adapter import Adapter, is_text_encoder
-from ..core.calibration import CalibrationSettings, calibrate
 from ..core.digest import identity
 from ..core.layers.align import align
 from ..core.merge.statistics import Statistics
@@ -17,6 +16,7 @@ from ..core.mole.router import check_concepts
 from ..core.progress import Progress
 from ..core.train import prompts_for
 from ..core.train.frozen import frozen
+from ..core.train.measure import CalibrationSettings, calibrate
 from .diffusers import key_map
 from .pipeline import experts, model_of
 from .pipeline_denoiser import PipelineDenoiser

@@ -1,4 +1,4 @@
-"""The small model as `core.train` and `core.calibration` see a model."""
+"""The small model as `core.train` and `core.train.measure` see a model."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.calibration import CalibrationSettings
 from ..core.merge.methods import METHODS
 from ..core.train import prompts_for
+from ..core.train.measure import CalibrationSettings
 from . import mixes, program, training
 from .lora import flatten
 from .sockets import CATEGORY, LEGOMOLE_STATISTICS, loras_input, painting_inputs, seed_input, words_input

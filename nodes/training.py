@@ -13,14 +13,14 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ..core.calibration import AT_ONCE, CalibrationSettings
-from ..core.calibration import calibrate as calibrate_model
 from ..core.digest import digest, identity, some_of
 from ..core.errors import MergeError
 from ..core.merge.statistics import Statistics
 from ..core.mole.attach import attach
 from ..core.mole.bank import Bank
 from ..core.train import Images, Prompt, Training, TrainSettings, train
+from ..core.train.measure import AT_ONCE, CalibrationSettings
+from ..core.train.measure import calibrate as calibrate_model
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
 from .sampling import encode

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from legomole.core.gather import gather
 from legomole.core.mole.gates import GateSet
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
-from legomole.core.train.calibrate import calibrate
+from legomole.core.train.features import calibrate
 from legomole.core.train.fit import fit
+from legomole.core.train.moments import gather
 from legomole.hosts.transformers import mixed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -7,10 +7,10 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from legomole.core.gather import gather
 from legomole.core.mole.gates import GateSet
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
+from legomole.core.train.moments import gather
 from legomole.hosts.transformers_training import train_gates
 from torch import Tensor
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.calibration import CalibrationSettings, calibrate
 from legomole.core.formats import load
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
@@ -29,6 +28,7 @@ from legomole.core.mole.mixture import Mixing, Mixture
 from legomole.core.mole.router import named, routed_values
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, train
+from legomole.core.train.measure import CalibrationSettings, calibrate
 from legomole.nano.denoiser import NanoDenoiser
 from legomole.nano.model import Prompts, short_prompts
 from legomole.nano.sampling import first_half

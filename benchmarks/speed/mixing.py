@@ -40,7 +40,7 @@ from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
-from legomole.core.train.calibrate import calibrate
+from legomole.core.train.features import calibrate
 from torch import Tensor, nn
 
 Step = Callable[[], Tensor]

@@ -18,9 +18,9 @@ from ..mole.mixture import Mixture
 from ..mole.router import check_concepts, named, route_gates
 from ..mole.trained import Expert
 from ..progress import Progress
-from .calibrate import calibrate, for_training
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples
+from .features import calibrate, for_training
 from .fit import Devices, Fit, read_state
 from .learn import Training, check_trainable, learn
 from .objectives import Clip, Guidance, Regression

@@ -76,7 +76,7 @@ def fit(
     """Train the attachment's gates in place.
 
     Args:
-        attachment: A mixture on its model, with gates (see `core.train.calibrate`).
+        attachment: A mixture on its model, with gates (see `core.train.features`).
         objective: What to learn. settings: How.
         key: Tells this training from others; a state in `folder` under another key is refused.
         folder: Where to keep the state: written every few steps and when interrupted, read at the start.

@@ -18,7 +18,7 @@ from ..mole.attach import Attachment
 from ..mole.mixture import Mixture
 from ..mole.trained import Expert
 from ..progress import Progress
-from .calibrate import calibrate
+from .features import calibrate
 from .fit import Devices, read_state
 from .learn import Training, check_trainable, learn
 from .settings import FitSettings

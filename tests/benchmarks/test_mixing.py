@@ -16,7 +16,7 @@ import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
-from legomole.core.train.calibrate import calibrate
+from legomole.core.train.features import calibrate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")

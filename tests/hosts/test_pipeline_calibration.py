@@ -9,11 +9,11 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from legomole.core.adapter import Adapter
-from legomole.core.calibration import CalibrationSettings
 from legomole.core.errors import MergeError
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.rank import Rank
+from legomole.core.train.measure import CalibrationSettings
 from legomole.hosts.diffusers import key_map, to_kohya
 from legomole.hosts.pipeline_calibration import calibrate_pipeline
 

@@ -16,7 +16,7 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.recompute import exact_gradients
 from legomole.core.mole.stack import Part, Stack, fit_batch
 from legomole.core.mole.trained import Expert, TrainedGates
-from legomole.core.train.calibrate import calibrate
+from legomole.core.train.features import calibrate
 from torch import Tensor, nn
 
 from ..merge.pools import close

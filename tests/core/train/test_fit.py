@@ -24,8 +24,8 @@ from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import TrainSettings, prompts_for
-from legomole.core.train.calibrate import calibrate
 from legomole.core.train.examples import Examples, make_examples
+from legomole.core.train.features import calibrate
 from legomole.core.train.fit import Fit, _stale, _step, batch_of, fit, schedule
 from legomole.core.train.objectives import Regression
 from torch import Tensor, nn

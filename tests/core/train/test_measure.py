@@ -7,15 +7,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from legomole.core import calibration
-from legomole.core.calibration import CalibrationSettings, calibrate
 from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import Prompt
+from legomole.core.train.measure import CalibrationSettings, calibrate
 from torch import Tensor
 
-from .mole.models import FEATURES, Transformer, lora, merged, untouched
+from ..mole.models import FEATURES, Transformer, lora, merged, untouched
 
 PROMPTS = [Prompt("a", (0,)), Prompt("b", (1,)), Prompt("a b", (0, 1)), Prompt("c", ()), Prompt("", ())]
 

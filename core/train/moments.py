@@ -12,8 +12,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .errors import MergeError
-from .mole.forwards import first_given
+from ..errors import MergeError
+from ..mole.forwards import first_given
 
 
 class Moment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.gather import Moment, _patches, gather, observe
+from legomole.core.train.moments import Moment, _patches, gather, observe
 from torch import nn
 
 

@@ -9,7 +9,7 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.router import standardisation
-from legomole.core.train.calibrate import calibrate
+from legomole.core.train.features import calibrate
 
 from ..merge.pools import close
 from ..mole.models import FEATURES, Transformer, UNet, Values, call, inputs, lora

@@ -13,14 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from .errors import MergeError, name_some
-from .gather import gather, observe
-from .merge.statistics import Moments, Statistics
-from .mole.attach import Attachment
-from .progress import Progress
-from .train.denoiser import Denoiser
-from .train.examples import teacher
-from .train.prompts import Prompt
+from ..errors import MergeError, name_some
+from ..merge.statistics import Moments, Statistics
+from ..mole.attach import Attachment
+from ..progress import Progress
+from .denoiser import Denoiser
+from .examples import teacher
+from .moments import gather, observe
+from .prompts import Prompt
 
 _EARLIEST = 0.05  # times are drawn from here to 1: nearer to 0 nothing is left to predict
 AT_ONCE = 2 << 30  # bytes of moments on the model's device at a time; for more, the pictures are shown again
