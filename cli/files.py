@@ -68,7 +68,7 @@ def inspect(
     Of gates (train-gates) it tells the LoRAs, the settings and the training.
     """
     from ..core.formats import summarise
-    from ..core.verdict import sentences
+    from ..core.survey.findings import sentences
 
     if plot is not None:
         if modules or recipe:

@@ -169,8 +169,8 @@ def draw(done: PipelineTraining, labels: Sequence[str], path: Path) -> None:
     Raises:
         SaveError: It could not be written.
     """
-    from ..core.draw import curves, heat_map, png, stacked
     from ..core.formats.files import write_bytes
+    from ..core.pictures.charts import curves, heat_map, png, stacked
 
     parts = [
         heat_map(

@@ -15,7 +15,7 @@ from .options import check_free, size_of
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..core.survey import Survey
+    from ..core.survey.survey import Survey
 
 
 def check_plot(path: Path, *, overwrite: bool) -> None:
@@ -37,7 +37,7 @@ def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: b
     from ..core.formats.unchanged import unchanged
     from ..core.layers.align import align
     from ..core.merge.rank import Rank
-    from ..core.survey import survey
+    from ..core.survey.survey import survey
 
     chosen = None if rank is None else Rank.parse(rank)
     with unchanged(paths), progress_bar("looking", quiet=quiet) as progress:
@@ -52,10 +52,10 @@ def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
     Raises:
         SaveError: It could not be written.
     """
-    from ..core.draw import png
-    from ..core.draw_survey import draw_survey
     from ..core.formats.files import write_bytes
-    from ..core.page import page
+    from ..core.pictures.charts import png
+    from ..core.survey.page import page
+    from ..core.survey.picture import draw_survey
 
     if path.suffix.lower() == ".html":
         write_bytes(path, page(survey, adapters).encode(errors="xmlcharrefreplace"))
@@ -65,7 +65,7 @@ def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
 
 def tell_plot(survey: Survey, path: Path) -> None:
     """Print the summary, and what was written."""
-    from ..core.verdict import sentences
+    from ..core.survey.findings import sentences
 
     out().print("\n".join(sentences(survey)), markup=False)
     out().print(f"wrote {path} ({size_of(path)})", markup=False)

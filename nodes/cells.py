@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.grid import MIX, PLAIN, Cell, Setup
 from ..core.merge.methods import METHODS
 from ..core.merge.statistics import Statistics
 from ..core.mole.gates import GateSettings
 from ..core.mole.trained import TrainedGates
+from ..core.pictures.grid import MIX, PLAIN, Cell, Setup
 from . import mixes
 from .again import read
 from .comfy import apply

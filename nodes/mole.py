@@ -9,13 +9,13 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ..core.adapter import Source
-from ..core.course import gate_map
 from ..core.errors import MergeError
 from ..core.merge.methods import METHODS
 from ..core.mole.freeze import freeze
 from ..core.mole.gates import GateSettings
 from ..core.mole.mixture import Mixing
 from ..core.mole.trained import TrainedGates
+from ..core.pictures.gate_map import gate_map
 from ..core.recipes import recipe
 from . import mixes, program, sampling
 from .lora import Lora, flatten

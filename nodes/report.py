@@ -6,13 +6,13 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..core.draw_survey import draw_survey
 from ..core.formats.files import write_bytes
 from ..core.merge.methods import METHODS
 from ..core.merge.rank import Rank
-from ..core.page import page
-from ..core.survey import Drawn, survey
-from ..core.verdict import sentences
+from ..core.survey.findings import sentences
+from ..core.survey.page import page
+from ..core.survey.picture import draw_survey
+from ..core.survey.survey import Drawn, survey
 from . import program
 from .again import read
 from .lora import flatten

@@ -8,10 +8,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..core.draw import curves
 from ..core.errors import MergeError
 from ..core.merge.methods import METHODS
 from ..core.mole.gates import GateSettings
+from ..core.pictures.charts import curves
 from ..core.train import Training, TrainSettings, prompts_for
 from . import comfy, mixes, program, training
 from .lora import Lora, flatten

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..core.grid import AXES, CHOICES, NOTHING, Axis, account, cells, groups
 from ..core.merge.statistics import Statistics
 from ..core.mole.trained import TrainedGates
-from ..core.sheet import sheet
+from ..core.pictures.grid import AXES, CHOICES, NOTHING, Axis, account, cells, groups
+from ..core.pictures.sheet import sheet
 from . import program
 from .cells import Bench, paint
 from .lora import flatten

@@ -10,7 +10,7 @@ import torch
 from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
 from legomole.core.mole.mixture import Mixture
-from legomole.core.train import Prompt
+from legomole.core.train import Prompt, measure
 from legomole.core.train.measure import CalibrationSettings, calibrate
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def test_layers_that_read_one_tensor_share_their_moments():
 def test_measuring_some_layers_at_a_time_gives_the_same(monkeypatch):
     settings = CalibrationSettings(samples=3, noised=2, batch=2)
     whole, flow, _ = run(settings)
-    monkeypatch.setattr(calibration, "AT_ONCE", 4 * 2 * 8 * 8)  # two layers of width 8
+    monkeypatch.setattr(measure, "AT_ONCE", 4 * 2 * 8 * 8)  # two layers of width 8
     parts, again, _ = run(settings)
     assert len(again.calls) > 4 * len(flow.calls)
     assert list(parts.modules) == list(whole.modules)

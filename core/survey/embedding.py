@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .errors import MergeError
-from .merge import gram
+from ..errors import MergeError
+from ..merge import gram
 
 
 def pca(G: Tensor) -> Tensor:

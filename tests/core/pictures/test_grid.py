@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from legomole.core.errors import MergeError
-from legomole.core.grid import AXES, CHOICES, Axis, Cell, Setup, account, cells, groups
 from legomole.core.merge.methods import METHODS
+from legomole.core.pictures.grid import AXES, CHOICES, Axis, Cell, Setup, account, cells, groups
 
 ONE = Axis("nothing", ("",))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .draw import _INK, _PALE, _PAPER
+from .charts import _INK, _PALE, _PAPER
 
 if TYPE_CHECKING:
     from PIL.Image import Image

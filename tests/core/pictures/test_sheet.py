@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from legomole.core.sheet import _broken, sheet
+from legomole.core.pictures.sheet import _broken, sheet
 
 pytest.importorskip("PIL")
 

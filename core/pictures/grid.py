@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import MergeError
-from .merge.methods import METHODS
-from .merge.rank import Rank
+from ..errors import MergeError
+from ..merge.methods import METHODS
+from ..merge.rank import Rank
 
 PLAIN, MIX, CALIBRATED_LEGO = "none", "mole", "lego calibrated"
 CHOICES = (PLAIN, *METHODS, CALIBRATED_LEGO, MIX)

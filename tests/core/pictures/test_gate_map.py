@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from legomole.core.course import course, gate_map, lines
 from legomole.core.mole.record import Record
+from legomole.core.pictures.gate_map import course, gate_map, lines
 
 pytest.importorskip("PIL")
 BLUE, ORANGE, GREEN = (31, 119, 180), (214, 102, 0), (44, 140, 60)

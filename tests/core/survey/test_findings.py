@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from legomole.core.survey import survey
-from legomole.core.verdict import _percent, sentences
+from legomole.core.survey.findings import _percent, sentences
+from legomole.core.survey.survey import survey
 
 from .test_survey import adapter, layers, part
 

@@ -6,11 +6,11 @@ import base64
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from .adapter import Adapter, base_model
-from .draw import png
-from .draw_survey import draw_survey
+from ..adapter import Adapter, base_model
+from ..pictures.charts import png
+from .findings import sentences, signed, title
+from .picture import draw_survey
 from .survey import Survey
-from .verdict import sentences, signed, title
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #28282d; background: #fff; max-width: 1060px; margin: 2em auto;

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 
 import pytest
 from legomole.core.adapter import Adapter, Source
-from legomole.core.page import page
-from legomole.core.survey import survey
+from legomole.core.survey.page import page
+from legomole.core.survey.survey import survey
 
 from .test_survey import A, B, adapter, layers, part
 

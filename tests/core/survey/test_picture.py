@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from legomole.core.draw import _LINES
-from legomole.core.draw_survey import draw_survey
-from legomole.core.figure import Sheet
 from legomole.core.lowrank import LowRank
-from legomole.core.survey import survey
+from legomole.core.pictures.canvas import Sheet
+from legomole.core.pictures.charts import _LINES
+from legomole.core.survey.picture import draw_survey
+from legomole.core.survey.survey import survey
 
 from .test_survey import A, B, adapter, layers, part
 

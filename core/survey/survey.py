@@ -15,15 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .adapter import Adapter
-from .layers.blocks import FIRST, LAST, MIDDLE, Part, parts
-from .merge.engine import merge
-from .merge.methods.lego import Lego, balanced, in_gauge
-from .merge.pool import Merged, Pool
-from .merge.rank import Rank
-from .merge.report import MergeReport
-from .progress import Progress
-from .scatter import pca, tsne
+from ..adapter import Adapter
+from ..layers.blocks import FIRST, LAST, MIDDLE, Part, parts
+from ..merge.engine import merge
+from ..merge.methods.lego import Lego, balanced, in_gauge
+from ..merge.pool import Merged, Pool
+from ..merge.rank import Rank
+from ..merge.report import MergeReport
+from ..progress import Progress
+from .embedding import pca, tsne
 
 Drawn = Literal["pca", "tsne"]
 

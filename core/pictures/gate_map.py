@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .draw import _GRID, _INK, _LINES, _PALE, _right, _sheet, _short, heat_map, stacked
-from .mole.gates import entropy
+from ..mole.gates import entropy
+from .charts import _GRID, _INK, _LINES, _PALE, _right, _sheet, _short, heat_map, stacked
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .draw import _GRID, _INK, _PALE, _PAPER
+from .charts import _GRID, _INK, _PALE, _PAPER
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .draw import _GRID, _INK, _LINES, _PALE, _PAPER
-from .figure import Colour, Sheet
-from .layers.blocks import short_names
+from ..layers.blocks import short_names
+from ..pictures.canvas import Colour, Sheet
+from ..pictures.charts import _GRID, _INK, _LINES, _PALE, _PAPER
+from .findings import sentences, signed, title
 from .survey import Survey, UnitMap
-from .verdict import sentences, signed, title
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,8 +13,8 @@ from itertools import combinations
 
 import torch
 
-from .layers.blocks import FIRST, LAST, MIDDLE, TEXT
-from .merge.report import SAME, SHARED
+from ..layers.blocks import FIRST, LAST, MIDDLE, TEXT
+from ..merge.report import SAME, SHARED
 from .survey import Survey
 
 _LITTLE = 0.1

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from legomole.core.draw import curves, heat_map
+from legomole.core.pictures.charts import curves, heat_map
 
 pytest.importorskip("PIL")
 DARK, BRIGHT = (48, 18, 80), (253, 231, 37)

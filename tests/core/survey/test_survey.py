@@ -12,8 +12,8 @@ from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
-from legomole.core.scatter import pca, tsne
-from legomole.core.survey import survey
+from legomole.core.survey.embedding import pca, tsne
+from legomole.core.survey.survey import survey
 
 WIDTH = 6
 

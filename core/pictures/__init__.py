@@ -1,0 +1,1 @@
+"""Pictures: a canvas, charts, gate maps, and sheets of pictures with the grid behind them."""

@@ -1,0 +1,1 @@
+"""Several adapters, examined together: numbers, findings in sentences, a picture and a page."""
