@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..core.version import __version__
-from . import demo, files, gates, merge, text_gates
+from . import demo, files, merge, text_gates, train_gates
 from .console import Commands
 
 app = typer.Typer(
@@ -45,6 +45,6 @@ app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("compress", epilog=merge.COMPRESS_EXAMPLES)(merge.compress)
 app.command("inspect", epilog=files.INSPECT_EXAMPLES)(files.inspect)
 app.command("convert", epilog=files.CONVERT_EXAMPLES)(files.convert)
-app.command("train-gates", epilog=gates.EXAMPLES)(gates.train_gates)
+app.command("train-gates", epilog=train_gates.EXAMPLES)(train_gates.train_gates)
 app.command("train-text-gates", epilog=text_gates.EXAMPLES)(text_gates.train_text_gates)
 app.command("demo")(demo.demo)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..hosts.hub import cached
 from .console import out, progress_bar
+from .environment import computing, host
 from .gates_input import parse_size, parse_words, read_lines
-from .machine import computing, host
 from .options import check_free, size_of
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def measure(
     check_free(target, overwrite=overwrite)
     adapters = [load(place(entry.path, folder, cached), convert_rank=recipe.convert_rank) for entry in recipe.inputs]
     whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
-    pipe = host("pipeline_training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
+    pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
     with (
         progress_bar("measuring", quiet=json, telling=True) as progress,
         enough_memory("try a smaller --size, or --device cpu"),
     ):
-        statistics = host("pipeline_calibration").calibrate_pipeline(
+        statistics = host("diffusers.calibration").calibrate_pipeline(
             pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
             strengths=[entry.weight / (whole or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
             paint_steps=paint_steps, progress=progress,

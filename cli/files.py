@@ -13,8 +13,8 @@ from rich.table import Table
 from ..core.errors import FormatError, name_some
 from ..hosts.names import key_map, spelled_for
 from .console import clean, out, plain, print_json
+from .environment import located
 from .gates_output import gates_facts, show, told
-from .machine import located
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 from .report import check_plot, surveyed, tell_plot, write_plot
 

@@ -15,7 +15,7 @@ from .options import size_of
 
 if TYPE_CHECKING:
     from ..core.mole.trained import TrainedGates
-    from ..hosts.pipeline_training import PipelineTraining
+    from ..hosts.diffusers.training import PipelineTraining
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def python(pipeline: str, loras: Sequence[tuple[str, float]], output: Path, conc
     lines = [
         "import legomole",
         "from diffusers import DiffusionPipeline",
-        "from legomole.hosts.pipeline import experts, load_gates, mixed",
+        "from legomole.hosts.diffusers.mixing import experts, load_gates, mixed",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
         f"loras = experts(pipe, [{loads}])",

@@ -10,8 +10,7 @@ import typer
 
 from .arguments import add_module_weights, parse_input, parse_setting
 from .calibration import measure
-from .carry_out import carry_out, check_target, ranked
-from .machine import check_device, named
+from .environment import check_device, named
 from .options import (
     CALIBRATION,
     GUIDANCE_HELP,
@@ -32,6 +31,7 @@ from .options import (
     RankOption,
     Seed,
 )
+from .run_recipe import carry_out, check_target, ranked
 
 EXAMPLES = """[bold]Examples[/bold]
 

@@ -10,9 +10,9 @@ import typer
 
 from .arguments import parse_setting
 from .console import out, print_json, progress_bar
+from .environment import check_device, computing, host, launched, located
 from .gates_input import parse_expert, read_settings, read_texts
 from .gates_output import gates_facts, interrupted, tell_course
-from .machine import check_device, computing, host, launched, located
 from .options import (
     GATES,
     TRAINING,
@@ -137,9 +137,9 @@ def train_text_gates(
     from ..core.mole.mixture import Mixture
 
     devices, first, device = launched(device)
-    trainer = host("transformers_training")
+    trainer = host("transformers.training")
     language, tokenizer = trainer.load_model(model, device=device, dtype=getattr(torch, dtype or computing(device)))
-    adapters = host("transformers").experts(language, [load(path) for path in paths])
+    adapters = host("transformers.mixing").experts(language, [load(path) for path in paths])
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
     with (
         progress_bar("training", quiet=json or not first, telling=True) as progress,
@@ -171,7 +171,7 @@ def _python(model: str, loras: Sequence[tuple[Path, float]], output: Path) -> st
     lines = [
         "import legomole",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "from legomole.hosts.transformers import experts, load_gates, mixed",
+        "from legomole.hosts.transformers.mixing import experts, load_gates, mixed",
         "",
         f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
         f"model = AutoModelForCausalLM.from_pretrained({model!r})",

@@ -37,7 +37,7 @@ def spelled_for(adapter: Adapter, format: str) -> Adapter:
 
 def _diffusers() -> Any:
     try:
-        return importlib.import_module("..diffusers", __name__)
+        return importlib.import_module("..diffusers.layer_names", __name__)
     except ImportError as error:
         raise MergeError(
             "The layer names must be translated, and diffusers, which knows them, is not installed.",

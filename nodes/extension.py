@@ -12,7 +12,10 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import apply, calibrate, gates, load, lora_list, merge, mole, report, routes, save, train_gates, xy
+            from .comfy import routes
+            from .compare import report, xy
+            from .merge import apply, load, lora_list, merge, save
+            from .mole import calibrate, gates, mole, train_gates
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
             raise

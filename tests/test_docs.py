@@ -45,7 +45,7 @@ def language_model(tmp_path, monkeypatch) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_calibrating_on_a_pipeline_goes_as_the_page_says(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    from .hosts import tiny_pipelines as tiny
+    from .hosts.diffusers import tiny_pipelines as tiny
 
     monkeypatch.chdir(tmp_path)
     pipe = tiny.build("SD 1.5")

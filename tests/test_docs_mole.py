@@ -17,11 +17,11 @@ import diffusers
 import legomole
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.trained import TrainedGates
-from legomole.hosts.diffusers import to_kohya
-from legomole.hosts.pipeline import _Router
+from legomole.hosts.diffusers.layer_names import to_kohya
+from legomole.hosts.diffusers.mixing import _Router
 
-from .hosts import tiny_pipelines as tiny
-from .test_cli_gates import SMALL
+from .cli.test_gates import SMALL
+from .hosts.diffusers import tiny_pipelines as tiny
 from .test_docs import blocks, merge
 
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"

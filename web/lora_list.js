@@ -1,4 +1,4 @@
-// The list of LoRAs on the node LoRA List. Its value is a JSON text, see nodes/lora_list.py.
+// The list of LoRAs on the node LoRA List. Its value is a JSON text, see nodes/merge/lora_list.py.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { changed, fit, h, mount, short, text, widen } from "./page.js";

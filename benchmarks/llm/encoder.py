@@ -17,7 +17,7 @@ from legomole.core.train import FitSettings
 from legomole.core.train.features import calibrate
 from legomole.core.train.fit import fit
 from legomole.core.train.moments import gather
-from legomole.hosts.transformers import mixed
+from legomole.hosts.transformers.mixing import mixed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

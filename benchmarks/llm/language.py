@@ -11,7 +11,7 @@ from legomole.core.mole.gates import GateSet
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
 from legomole.core.train.moments import gather
-from legomole.hosts.transformers_training import train_gates
+from legomole.hosts.transformers.training import train_gates
 from torch import Tensor
 
 from .tasks import BASE, Batch, Task, accuracy, draw, examples, scores

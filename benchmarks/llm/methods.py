@@ -25,7 +25,7 @@ from legomole.core.merge.statistics import Moments, Statistics
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
-from legomole.hosts.transformers import experts, mixed
+from legomole.hosts.transformers.mixing import experts, mixed
 from peft import PeftModel
 from torch import Tensor
 

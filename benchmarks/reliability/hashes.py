@@ -149,7 +149,7 @@ def _gated(folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Training of gates and calibrated merges, on a tiny random pipeline."""
     from legomole.core.formats import save
 
-    from tests.hosts import tiny_pipelines as tiny
+    from tests.hosts.diffusers import tiny_pipelines as tiny
 
     pipe = tiny.build("SD 1.5")
     pipe.save_pretrained(folder / "pipe")

@@ -19,7 +19,7 @@ from legomole.core.recipes.run import read_recipe, run
 from legomole.core.train.fit import Fit, _resume
 from legomole.hosts.hub import cached
 from legomole.hosts.names import key_map, spelled_for
-from legomole.hosts.transformers_training import load_model
+from legomole.hosts.transformers.training import load_model
 from typer.testing import CliRunner
 
 from .cases import Case, sound

@@ -111,7 +111,7 @@ def _places(model: nn.Module, mixture: Mixture) -> dict[str, Site]:
             expected=f"layers like {name_some(sorted(_adaptable(model)), 3)}",
             found=f"{len(names)} layers such as {name_some(names, 3)}",
             remedy="use the base model the LoRA was trained for; for a file in another program's names, let "
-            "`legomole.hosts.pipeline.experts` (diffusers) or the MoLE Mix node (ComfyUI) find the layers",
+            "`legomole.hosts.diffusers.mixing.experts` (diffusers) or the MoLE Mix node (ComfyUI) find the layers",
         )
     return found
 

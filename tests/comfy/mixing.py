@@ -36,8 +36,8 @@ from legomole.core.mole.gates import Gate, GateSet, GateSettings  # noqa: E402
 from legomole.core.mole.guidance import Following  # noqa: E402
 from legomole.core.mole.recompute import exact_gradients  # noqa: E402
 from legomole.core.mole.trained import Expert, TrainedGates  # noqa: E402
-from legomole.nodes import mixes  # noqa: E402
-from legomole.nodes.denoiser import ComfyDenoiser  # noqa: E402
+from legomole.nodes.comfy import mixes  # noqa: E402
+from legomole.nodes.comfy.denoiser import ComfyDenoiser  # noqa: E402
 from legomole.nodes.lora import Lora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402

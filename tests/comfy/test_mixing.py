@@ -209,7 +209,7 @@ def run_sd3(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, y: Tensor) 
 def test_gradients_are_those_of_diffusers(comfy: Server, measured: dict[str, Any], base: str) -> None:
     """The same weights, LoRAs, inputs and gates in another implementation; ComfyUI's Flux works in place."""
     pytest.importorskip("diffusers")
-    from legomole.hosts.diffusers import key_map
+    from legomole.hosts.diffusers.layer_names import key_map
 
     left = load_file(comfy.base / f"gradients_{base}.safetensors")
     model = (flux_of_diffusers() if base == "flux" else sd3_of_diffusers()).requires_grad_(False)

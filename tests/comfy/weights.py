@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.merge.engine import merge  # noqa: E402
 from legomole.core.recipes import recipe  # noqa: E402
-from legomole.nodes import comfy as host  # noqa: E402
+from legomole.nodes.comfy import lora_loader as host  # noqa: E402
 from legomole.nodes.lora import Lora  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 

@@ -34,7 +34,7 @@ from legomole.core.lowrank import LowRank
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings, TrainSettings, prompts_for, train
-from legomole.hosts.transformers_training import train_gates
+from legomole.hosts.transformers.training import train_gates
 
 out, alone = Path(sys.argv[1]), sys.argv[2] == "alone"
 devices = None

@@ -13,12 +13,12 @@ import torch
 pytest.importorskip("diffusers")
 
 from legomole.core.errors import FormatError
-from legomole.hosts.pipeline_clip import load_clip
-from legomole.hosts.pipeline_training import load_pipeline
-from legomole.hosts.transformers_training import load_model
+from legomole.hosts.diffusers.clip import load_clip
+from legomole.hosts.diffusers.training import load_pipeline
+from legomole.hosts.transformers.training import load_model
 
-from .tiny_language import llama, tokenizer
-from .tiny_pipelines import build, clip
+from .diffusers.tiny_pipelines import build, clip
+from .transformers.tiny_language import llama, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
 

@@ -1,0 +1,1 @@
+"""diffusers: layer names across dialects, and MoLE on its pipelines."""

@@ -1,0 +1,1 @@
+"""transformers: MoLE on language models."""

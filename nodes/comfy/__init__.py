@@ -1,0 +1,1 @@
+"""ComfyUI itself: everything in the pack that touches more of it than the node schemas."""

@@ -1,0 +1,1 @@
+"""Nodes that compare: a report of LoRAs, and a sheet of pictures."""

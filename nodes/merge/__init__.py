@@ -1,0 +1,1 @@
+"""Nodes that load, merge, apply and save LoRAs."""

@@ -1,0 +1,1 @@
+"""Nodes that mix LoRAs by gates, train the gates and measure statistics."""
