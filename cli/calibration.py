@@ -48,7 +48,7 @@ def measure(
     import torch
 
     from ..core.formats import load
-    from ..core.memory import enough_memory
+    from ..core.memory import report_out_of_memory
     from ..core.recipes.run import place
     from ..core.train.measure import CalibrationSettings
 
@@ -61,7 +61,7 @@ def measure(
     pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
     with (
         progress_bar("measuring", quiet=json, telling=True) as progress,
-        enough_memory("try a smaller --size, or --device cpu"),
+        report_out_of_memory("try a smaller --size, or --device cpu"),
     ):
         statistics = host("diffusers.calibration").calibrate_pipeline(
             pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),

@@ -31,7 +31,7 @@ from .options import (
     RankOption,
     Seed,
 )
-from .run_recipe import carry_out, check_target, ranked
+from .run_recipe import check_target, ranked, run_recipe
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -254,7 +254,7 @@ def merge(
             calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
             paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
-    carry_out(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
+    run_recipe(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
 
 
 def compress(
@@ -283,7 +283,7 @@ def compress(
     data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     settings = _given({"rank": rank or "95%", "seed": seed})
     recipe = from_dict({**data, "inputs": [{"path": named(input)}], "settings": settings})
-    carry_out(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
+    run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:

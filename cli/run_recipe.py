@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hosts.hub import cached
-from ..hosts.names import key_map, spelled_for
+from ..hosts.names import key_map, names_for_format
 from .console import out, print_json, progress_bars
 from .environment import check_device, host
 from .options import DEFAULT_RANK, check_output, size_of
@@ -32,7 +32,7 @@ def ranked(recipe: Any) -> Any:
     return recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
 
 
-def carry_out(
+def run_recipe(
     recipe: Any,
     folder: Path,
     output: Path,
@@ -54,8 +54,8 @@ def carry_out(
         progress_bars("reading", "merging", quiet=json) as (reading, progress),
     ):
         result = run(
-            recipe, folder=folder, key_map=key_map, spell=spelled_for, cached=cached, device=device, reading=reading,
-            progress=progress, spread=spread,
+            recipe, folder=folder, key_map=key_map, spell=names_for_format, cached=cached, device=device,
+            reading=reading, progress=progress, spread=spread,
         )  # fmt: skip
     written = save(result.adapter, target)
     if json:

@@ -132,7 +132,7 @@ def train_text_gates(
     import torch
 
     from ..core.formats import load
-    from ..core.memory import enough_memory
+    from ..core.memory import report_out_of_memory
     from ..core.mole.gates import GateSet
     from ..core.mole.mixture import Mixture
 
@@ -143,7 +143,7 @@ def train_text_gates(
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
     with (
         progress_bar("training", quiet=json or not first, telling=True) as progress,
-        enough_memory("try --checkpointing, a smaller --batch, or --set accumulation=4"),
+        report_out_of_memory("try --checkpointing, a smaller --batch, or --set accumulation=4"),
     ):
         try:
             done = trainer.train_gates(

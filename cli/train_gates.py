@@ -177,7 +177,7 @@ def train_gates(
     import torch
 
     from ..core.formats import load
-    from ..core.memory import enough_memory
+    from ..core.memory import report_out_of_memory
     from ..core.mole.gates import GateSet
     from ..core.mole.mixture import Mixture
 
@@ -192,7 +192,7 @@ def train_gates(
     critic = None if clip is None else host("diffusers.clip").load_clip(clip)
     with (
         progress_bar("training", quiet=json or not first, telling=True) as progress,
-        enough_memory("try --checkpointing, a smaller --batch or --size, or --set accumulation=4"),
+        report_out_of_memory("try --checkpointing, a smaller --batch or --size, or --set accumulation=4"),
     ):
         try:
             done = host("diffusers.training").train_gates(

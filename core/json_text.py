@@ -23,7 +23,7 @@ def from_json(text: str) -> Any:
         data = None
         too_deep = True
     else:
-        too_deep = not shallow(data, _DEEPEST)
+        too_deep = not is_shallow(data, _DEEPEST)
     if too_deep:
         raise ValueError(f"nested more than {_DEEPEST} levels deep")
     if _HALF.search(text):  # half a character can be escaped in JSON, but neither written nor shown
@@ -31,10 +31,10 @@ def from_json(text: str) -> Any:
     return data
 
 
-def shallow(data: object, levels: int) -> bool:
+def is_shallow(data: object, levels: int) -> bool:
     """Whether mappings and lists lie within each other at most so many levels deep."""
     if isinstance(data, Mapping):
         data = list(cast("Mapping[object, object]", data).values())
     if not isinstance(data, list):
         return True
-    return levels > 0 and all(shallow(value, levels - 1) for value in cast("list[object]", data))
+    return levels > 0 and all(is_shallow(value, levels - 1) for value in cast("list[object]", data))

@@ -11,7 +11,7 @@ from .errors import MergeError
 
 
 @contextmanager
-def enough_memory(remedy: str | None = None) -> Generator[None]:
+def report_out_of_memory(remedy: str | None = None) -> Generator[None]:
     """Turn a lack of memory inside the block into an error of ours.
 
     Args:
@@ -30,13 +30,13 @@ def enough_memory(remedy: str | None = None) -> Generator[None]:
             raise
         raise _short(str(error).partition("\n")[0], remedy) from error
     except RuntimeError as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         found = str(error).partition("DefaultCPUAllocator: ")[2].partition(". Error code")[0]
         raise _short(found, remedy) from error
 
 
-def ran_out(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not get main memory (it has no class of its own for that)."""
     return "DefaultCPUAllocator" in str(error)
 

@@ -22,7 +22,7 @@ def key_map(adapters: Sequence[Adapter]) -> KeyMap:
     return _diffusers().key_map(adapters)
 
 
-def spelled_for(adapter: Adapter, format: str) -> Adapter:
+def names_for_format(adapter: Adapter, format: str) -> Adapter:
     """The adapter under names the format can say; unchanged where it has them.
 
     Raises:

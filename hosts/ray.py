@@ -14,17 +14,17 @@ from ray.exceptions import RayError, RayTaskError
 
 from ..core.adapter import Adapter
 from ..core.errors import LegoMoleError, MergeError
-from ..core.merge.tasks import Batch, Done, Work
-from ..core.recipes.remote import Library, Spread
+from ..core.merge.tasks import Batch, BatchMerger, BatchResult
+from ..core.recipes.remote import RemoteInputs, RemoteRunner
 
 ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
 
 # Adapters stay open in a worker between its tasks: those of the merge at hand.
-_opened = lru_cache(maxsize=1)(Library.open)
+_opened = lru_cache(maxsize=1)(RemoteInputs.open)
 
 
 @contextmanager
-def cluster(address: str) -> Generator[Spread]:
+def cluster(address: str) -> Generator[RemoteRunner]:
     """A cluster that does the work of merges, see `core.recipes.run.run`.
 
     A batch is a task, which takes as many processors as this process has threads: sums come out the same to the last
@@ -65,7 +65,9 @@ def _connected(address: str) -> Generator[None]:
         ray.shutdown()
 
 
-def _spread(waiting: list[Any], library: Library, work: Work, batches: Sequence[Batch]) -> Iterator[Done]:
+def _spread(
+    waiting: list[Any], library: RemoteInputs, work: BatchMerger, batches: Sequence[Batch]
+) -> Iterator[BatchResult]:
     """The results of all batches, in order; `waiting` keeps the tasks that are not done.
 
     Raises:
@@ -85,7 +87,7 @@ def _spread(waiting: list[Any], library: Library, work: Work, batches: Sequence[
     waiting += [task.remote(shared, batch, threads) for batch in batches]
     while waiting:
         try:
-            done: Done | LegoMoleError = ray.get(waiting[0])
+            done: BatchResult | LegoMoleError = ray.get(waiting[0])
         except RayTaskError:  # a bug of ours, not of the cluster
             raise
         except RayError as error:
@@ -104,7 +106,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _merge(shared: tuple[Library, Work], batch: Batch, threads: int) -> Done | LegoMoleError:
+def _merge(shared: tuple[RemoteInputs, BatchMerger], batch: Batch, threads: int) -> BatchResult | LegoMoleError:
     """A task. Errors of ours are values: as exceptions they would arrive inside another."""
     torch.set_num_threads(threads)
     library, work = shared

@@ -10,13 +10,13 @@ from pathlib import Path
 from ..core import formats
 from ..core.adapter import Adapter, Source
 from ..core.layers.align import align
-from ..core.layers.keymap import Place
-from ..core.merge.cache import Products
+from ..core.layers.keymap import ParameterSlice
+from ..core.merge.cache import GramCache
 from .lora import Lora
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class LoadedLoras:
     """LoRAs as the engine merges them: under common module names.
 
     Args:
@@ -32,8 +32,8 @@ class Reading:
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
-    places: Mapping[str, Place] = field(default_factory=dict)
-    products: Products = field(default_factory=Products)
+    places: Mapping[str, ParameterSlice] = field(default_factory=dict)
+    cache: GramCache = field(default_factory=GramCache)
 
 
 def adapter_of(lora: Lora) -> Adapter:
@@ -46,7 +46,7 @@ def adapter_of(lora: Lora) -> Adapter:
     return formats.from_state_dict(lora.content, {}, source=Source(lora.label), convert_rank=rank)
 
 
-def read_files(loras: Sequence[Lora]) -> Reading:
+def read_files(loras: Sequence[Lora]) -> LoadedLoras:
     """Read LoRAs and bring them to common names, with diffusers' key maps where it is installed.
 
     Raises:
@@ -56,4 +56,4 @@ def read_files(loras: Sequence[Lora]) -> Reading:
         key_map = importlib.import_module("...hosts.diffusers.layer_names", __name__).key_map
     except (ImportError, RuntimeError):  # RuntimeError: a diffusers that does not fit the installed torch
         key_map = None
-    return Reading(align([adapter_of(lora) for lora in loras], key_map=key_map))
+    return LoadedLoras(align([adapter_of(lora) for lora in loras], key_map=key_map))

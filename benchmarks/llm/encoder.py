@@ -14,7 +14,7 @@ import torch
 from legomole.core.mole.gates import GateSet
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
-from legomole.core.train.features import calibrate
+from legomole.core.train.features import standardise_features
 from legomole.core.train.fit import fit
 from legomole.core.train.moments import gather
 from legomole.hosts.transformers.mixing import mixed
@@ -162,7 +162,7 @@ class Sentences:
         """Trained on the tasks' own loss, with their heads; on questions the embeddings are to stay."""
         objective = Answers(self, tasks, shown, others, settings.seed)
         with mixed(self.model, mixture) as attachment:
-            calibrate(attachment, objective.show)
+            standardise_features(attachment, objective.show)
             fit(attachment, objective, settings)
             return attachment.bank.gates.copy()
 

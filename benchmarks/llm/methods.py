@@ -21,7 +21,7 @@ from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
@@ -122,7 +122,9 @@ def statistics(given: Adapters) -> Statistics:
         with merged_in(given.model, adapter, 1.0):
             own.append(given.world.moments(given.model, names, task, given.seed))
     base = given.world.moments(given.model, names, None, given.seed)
-    return Statistics({name: Moments({i: C[name] for i, C in enumerate(own)}, base=base[name]) for name in names})
+    return Statistics(
+        {name: ModuleStatistics({i: C[name] for i, C in enumerate(own)}, base=base[name]) for name in names}
+    )
 
 
 def _peft(combination: str, **options: Any) -> Use:

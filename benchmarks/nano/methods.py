@@ -24,11 +24,11 @@ from legomole.core.merge.statistics import Statistics
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.guidance import Rows
-from legomole.core.mole.mixture import Mixing, Mixture
+from legomole.core.mole.mixture import MixMode, Mixture
 from legomole.core.mole.router import named, routed_values
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, train
-from legomole.core.train.measure import CalibrationSettings, calibrate
+from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from legomole.nano.denoiser import NanoDenoiser
 from legomole.nano.model import Prompts, short_prompts
 from legomole.nano.sampling import first_half
@@ -122,7 +122,7 @@ def statistics(loras: Loras) -> Statistics:
     denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
     modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
     with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
-        return calibrate(attachment, denoiser, asked, modules, CalibrationSettings(seed=loras.seed))
+        return measure_statistics(attachment, denoiser, asked, modules, CalibrationSettings(seed=loras.seed))
 
 
 def trained_gates(loras: Loras, settings: GateSettings, training: TrainSettings) -> TrainedGates:
@@ -141,7 +141,7 @@ def _training(settings: GateSettings, training: TrainSettings) -> Callable[[Lora
 
 
 def _mole(
-    settings: GateSettings, training: TrainSettings, *, times_n: bool = False, mixing: Mixing = "delta",
+    settings: GateSettings, training: TrainSettings, *, times_n: bool = False, mixing: MixMode = "delta",
     rows: Rows | None = first_half,
 ) -> Use:  # fmt: skip
     @contextmanager

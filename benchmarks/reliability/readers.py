@@ -14,11 +14,11 @@ from legomole.core.merge.methods import METHODS
 from legomole.core.merge.statistics import Statistics
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.recipes.recipe import Input, Recipe, to_text
-from legomole.core.recipes.remote import Library
+from legomole.core.recipes.remote import RemoteInputs
 from legomole.core.recipes.run import read_recipe, run
-from legomole.core.train.fit import Fit, _resume
+from legomole.core.train.fit import FitRecord, _resume
 from legomole.hosts.hub import cached
-from legomole.hosts.names import key_map, spelled_for
+from legomole.hosts.names import key_map, names_for_format
 from legomole.hosts.transformers.training import load_model
 from typer.testing import CliRunner
 
@@ -43,7 +43,7 @@ def readings(case: Case, number: int) -> Iterator[tuple[str, Callable[[], object
         yield "merge", lambda: _merged(path, method, None)
         yield "convert", lambda: _saved(path, format, folder)
         yield "merge converted", lambda: _merged(path, "svd", 4)
-        yield "open on a cluster", lambda: Library.of([load(path)], [path], None, None).open()
+        yield "open on a cluster", lambda: RemoteInputs.of([load(path)], [path], None, None).open()
     elif case.kind == "gates":
         yield "load gates", lambda: TrainedGates.load(path).gates.copy()
     elif case.kind == "statistics":
@@ -73,7 +73,7 @@ def _merged(path: Path, method: str, convert_rank: int | None) -> object:
     entries = [Input(path=path.name), Input(path=other.name, weight=-0.5)]
     recipe = Recipe(method=method if method != "calibrated" else "lego", settings=rank, inputs=entries,
                     convert_rank=convert_rank)  # fmt: skip
-    result = run(recipe, folder=path.parent, key_map=key_map, spell=spelled_for)
+    result = run(recipe, folder=path.parent, key_map=key_map, spell=names_for_format)
     written = save(result.adapter, path.parent / "merged", dtype=torch.float32)
     read = load(written)  # what was written must be sound
     if set(read.modules) != set(result.adapter.modules):
@@ -83,7 +83,7 @@ def _merged(path: Path, method: str, convert_rank: int | None) -> object:
 
 def _saved(path: Path, format: str, folder: Path) -> object:
     adapter = load(path, convert_rank=4)
-    return load(save(spelled_for(adapter, format), folder / "saved", format=format))
+    return load(save(names_for_format(adapter, format), folder / "saved", format=format))
 
 
 def _calibrated(path: Path) -> object:
@@ -98,7 +98,7 @@ def _calibrated(path: Path) -> object:
 def _resumed(folder: Path) -> object:
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([p])
-    found = Fit()
+    found = FitRecord()
     steps = _resume(folder, "k", [p], optimizer, found)
     p.grad = torch.ones(3)
     optimizer.step()

@@ -40,7 +40,7 @@ from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
-from legomole.core.train.features import calibrate
+from legomole.core.train.features import standardise_features
 from torch import Tensor, nn
 
 Step = Callable[[], Tensor]
@@ -190,7 +190,7 @@ def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None
     step = _step(model, case.inputs)
     attachment: Attachment = attach(model, Mixture(tuple(adapters), GateSet(len(adapters), settings)))
     if settings is not None:
-        calibrate(attachment, step)  # type: ignore[arg-type] # gates of the right size, all still at one
+        standardise_features(attachment, step)  # type: ignore[arg-type] # gates of the right size, all still at one
     return step
 
 

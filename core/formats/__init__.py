@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, SaveError
-from ..memory import enough_memory
+from ..memory import report_out_of_memory
 from . import files, hashes, peft_folder
 from .base import Format
 from .comfy import Comfy
@@ -73,7 +73,7 @@ def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
     if folder is not None:
         folder.demand_all(tensors)
         metadata[CONFIG_KEY] = folder.config
-    with enough_memory(), hashes.beside([] if known else [weights]) as hashed:
+    with report_out_of_memory(), hashes.hash_in_background([] if known else [weights]) as hashed:
         adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
         if known:
             return adapter

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import FormatError, SaveError, name_some
-from .temporary import alone, exchanged, remove, temporary_name
+from .temporary import exclusive_lock, remove, swap_folders, temporary_name
 
 Writer = Callable[[BinaryIO, Path], None]  # (open file, the name it will have, for errors)
 
@@ -172,7 +172,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         SaveError: A folder that is missing or not writable, a full disk, a dtype the format does not know.
     """
-    with _beside(path) as temporary:
+    with _temporary_sibling(path) as temporary:
         with temporary.open("xb") as file:
             _serialise(file, path, tensors, metadata)
             _sync(file)
@@ -181,7 +181,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write any file, atomically, see `write_tensors`."""
-    with _beside(path) as temporary:
+    with _temporary_sibling(path) as temporary:
         with temporary.open("xb") as file:
             file.write(content)
             _sync(file)
@@ -191,11 +191,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
     """Write the named files of a folder; a folder that does not exist yet appears whole or not at all.
 
-    A folder that exists is exchanged for the new one as a whole, with its other files. Where the system cannot do that,
+    A folder that exists is swapped for the new one as a whole, with its other files. Where the system cannot do that,
     its files are replaced in turn, all of them written before; the last one is taken away first and comes last: a
     folder that has it is of one piece, whenever the work is interrupted.
     """
-    with _beside(path) as temporary:
+    with _temporary_sibling(path) as temporary:
         temporary.mkdir()
         for name, write in writers.items():
             with (temporary / name).open("xb") as file:
@@ -203,8 +203,8 @@ def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
                 _sync(file)
         if not path.is_dir():
             temporary.replace(path)
-        elif not exchanged(temporary, path):
-            with alone(path):  # or the weights of one process could meet the configuration of another
+        elif not swap_folders(temporary, path):
+            with exclusive_lock(path):  # or the weights of one process could meet the configuration of another
                 _replace_files(temporary, path, list(writers))
 
 
@@ -237,7 +237,7 @@ def text_writer(text: str) -> Writer:
 
 
 @contextmanager
-def _beside(path: Path) -> Generator[Path]:
+def _temporary_sibling(path: Path) -> Generator[Path]:
     """A temporary name beside `path`, gone at the end whatever happens; errors of the system become `SaveError`."""
     if not path.parent.is_dir():
         raise SaveError(

@@ -23,7 +23,7 @@ def sha256(*paths: Path) -> str:
 
 
 @contextmanager
-def beside(files: Sequence[Sequence[Path]]) -> Generator[list[Future[str]]]:
+def hash_in_background(files: Sequence[Sequence[Path]]) -> Generator[list[Future[str]]]:
     """The hashes of LoRAs, each of one or several files, made in a thread of their own beside the block."""
     pool = ThreadPoolExecutor(1)
     try:

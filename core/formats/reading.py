@@ -10,7 +10,7 @@ from torch import Tensor
 from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
 from ..lowrank import LowRank, concat, fold_tucker, within_width
-from ..memory import ran_out
+from ..memory import is_out_of_memory
 from . import convert
 from .suffixes import UNSUPPORTED, classify, role_of
 
@@ -65,7 +65,7 @@ def assemble(
             diffs.update(_diffs(module, parts, updates))
         except (FormatError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
             # a product of tensors that do not fit, or are empty; numbers that are no numbers
-            if isinstance(error, RuntimeError) and ran_out(error):
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise _located(error, source, keys) from error
     if not modules and not diffs:

@@ -48,7 +48,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Generator[None]:
+def exclusive_lock(folder: Path) -> Generator[None]:
     """Wait until no other process is inside such a block for the folder.
 
     The system lets go of the lock when a process dies. Windows does not lock folders: there nobody waits.
@@ -64,7 +64,7 @@ def alone(folder: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def exchanged(new: Path, old: Path) -> bool:
+def swap_folders(new: Path, old: Path) -> bool:
     """Let two folders change places in one step, so that nobody ever finds `old` half written.
 
     What `old` holds beside the files of `new` is linked into `new` first.

@@ -20,7 +20,7 @@ ALL, TEXT, REST = "the blocks", "the text encoders", "the layers outside of bloc
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelBlock:
     """A block of the model.
 
     Args:
@@ -35,7 +35,7 @@ class Part:
     layers: tuple[str, ...]
 
 
-def parts(layers: Iterable[str]) -> list[Part]:
+def blocks_of(layers: Iterable[str]) -> list[ModelBlock]:
     """Layers by blocks, in the order of the model.
 
     A block is the innermost numbered part of a name below which there are several kinds of layers
@@ -54,10 +54,12 @@ def parts(layers: Iterable[str]) -> list[Part]:
     ordered = sorted(grouped, key=_order)
     numbered = [name for name in ordered if name != _OUTSIDE and not is_text_encoder(name)]
     region = {name: _third(i, len(numbered)) for i, name in enumerate(numbered)}
-    return [Part(name, region.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name])) for name in ordered]
+    return [
+        ModelBlock(name, region.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name])) for name in ordered
+    ]
 
 
-def short_names(parts_: Sequence[Part]) -> list[str]:
+def short_names(parts_: Sequence[ModelBlock]) -> list[str]:
     """What to call the parts in a picture: ``down 0 attentions 1 transformer 0``; whole names where those are alike."""
     short = [_short(part.name) for part in parts_]
     return short if len(set(short)) == len(short) else [part.name for part in parts_]

@@ -41,7 +41,7 @@ KeyMap = Mapping[str, tuple[Piece, ...]]
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterSlice:
     """Where a module sits in a host's parameter: rows ``start .. stop`` of `key`.
 
     Args:
@@ -54,7 +54,7 @@ class Place:
     order: Spans | None = None
 
 
-def refine(places: Mapping[str, Place], leaf: Callable[[str, int, int], str]) -> KeyMap:
+def refine(places: Mapping[str, ParameterSlice], leaf: Callable[[str, int, int], str]) -> KeyMap:
     """Cut every place at every boundary any other place of the same key has, so that all pieces line up.
 
     Args:
@@ -77,7 +77,7 @@ def refine(places: Mapping[str, Place], leaf: Callable[[str, int, int], str]) ->
     return key_map
 
 
-def _compose(order: Spans | None, start: int, stop: int, place: Place) -> Spans | None:
+def _compose(order: Spans | None, start: int, stop: int, place: ParameterSlice) -> Spans | None:
     whole = (start, stop) == (0, place.stop - place.start)
     if order is None:
         return None if whole else ((start, stop),)

@@ -11,7 +11,7 @@ from .pool import Pool
 
 
 @dataclass
-class Products:
+class GramCache:
     """What does not change with rank, method and weights: it belongs to one list of adapters.
 
     Args:
@@ -23,13 +23,13 @@ class Products:
     _sizes: dict[Hashable, int] = field(default_factory=dict, init=False, repr=False)
     _one: Lock = field(default_factory=Lock, init=False, repr=False)
 
-    def give(self, batch: Hashable, pool: Pool) -> None:
+    def restore(self, batch: Hashable, pool: Pool) -> None:
         """Tell a batch's pool what is known of it."""
-        pool.know(self._kept.get(batch, {}))
+        pool.load_cache(self._kept.get(batch, {}))
 
-    def take(self, batch: Hashable, pool: Pool) -> None:
+    def store(self, batch: Hashable, pool: Pool) -> None:
         """Keep what a batch's pool knows by now. Batches may come from several threads."""
-        known = pool.known
+        known = pool.cacheable
         parts = [part for value in known.values() for part in (value if isinstance(value, tuple) else (value,))]
         size = sum(part.nbytes for part in parts)
         with self._one:

@@ -14,15 +14,15 @@ from torch import Tensor
 from ..adapter import Adapter, check_finite, is_text_encoder
 from ..errors import MergeError, name_some
 from ..lowrank import LowRank
-from ..memory import enough_memory
+from ..memory import report_out_of_memory
 from ..progress import Progress
-from .cache import Products
+from .cache import GramCache
 from .methods import METHODS, MergeMethod
 from .report import MergeReport, ModuleReport
-from .tasks import Batch, Done, Work, batches, overflow
-from .threads import beside
+from .tasks import Batch, BatchMerger, BatchResult, batches, overflow
+from .threads import run_in_threads
 
-Each = Callable[[Work, Sequence[Batch]], Iterable[Done]]
+BatchRunner = Callable[[BatchMerger, Sequence[Batch]], Iterable[BatchResult]]
 """Does the work on every batch and gives the results in their order."""
 
 
@@ -45,8 +45,8 @@ def merge(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-    each: Each | None = None,
-    products: Products | None = None,
+    each: BatchRunner | None = None,
+    cache: GramCache | None = None,
 ) -> MergeResult:
     """Merge adapters that name their modules alike (see `align`) into one.
 
@@ -61,8 +61,8 @@ def merge(
         dtype: Of the merged factors; default the widest of the inputs'.
         device: Where to compute. The result is on the CPU.
         progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
-        each: Does the work elsewhere; default here, see `threads.beside`.
-        products: Kept by the caller from merge to merge of the same adapters, on the same device: the next is faster.
+        each: Does the work elsewhere; default here, see `threads.run_in_threads`.
+        cache: Kept by the caller from merge to merge of the same adapters, on the same device: the next is faster.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
@@ -92,8 +92,8 @@ def merge(
         raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
     todo = batches(adapters, per_module, getattr(method, "batch", None))
     _check_rank(method, todo)
-    work = Work(method, per_module, dtype or _widest(adapters), torch.device(device), products)
-    own = beside(work, adapters, todo)
+    work = BatchMerger(method, per_module, dtype or _widest(adapters), torch.device(device), cache)
+    own = run_in_threads(work, adapters, todo)
 
     total = sum(len(batch.names) for batch in todo)
     modules: dict[str, LowRank] = {}
@@ -106,7 +106,7 @@ def merge(
             reports.update((report.name, report) for report in done.reports)
             if progress is not None:
                 progress(len(modules), total, batch.names[-1])
-    with torch.no_grad(), enough_memory():
+    with torch.no_grad(), report_out_of_memory():
         diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),

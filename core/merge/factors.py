@@ -54,7 +54,7 @@ class Factors(ABC):
         return [slice(start, min(start + step, M)) for start in range(0, M, step)]
 
 
-class Held(Factors):
+class InMemoryFactors(Factors):
     """Factors that were computed: ``A (M, P, d_in)``, ``B (M, d_out, P)``, float32."""
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
@@ -65,12 +65,12 @@ class Held(Factors):
     def _all(self) -> tuple[Tensor, Tensor]:
         return self._held
 
-    def only(self, modules: Sequence[int]) -> Held:
+    def only(self, modules: Sequence[int]) -> InMemoryFactors:
         A, B = self._held
-        return Held(A[modules], B[modules])
+        return InMemoryFactors(A[modules], B[modules])
 
 
-class Opened(Factors):
+class FileFactors(Factors):
     """Factors of adapters' files, read and cast whenever they are asked for.
 
     Args:
@@ -91,8 +91,8 @@ class Opened(Factors):
         _read(self.parts, A, B)
         return A.to(self.device), B.to(self.device)
 
-    def only(self, modules: Sequence[int]) -> Opened:
-        return Opened([self.parts[m] for m in modules], self.device)
+    def only(self, modules: Sequence[int]) -> FileFactors:
+        return FileFactors([self.parts[m] for m in modules], self.device)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         if self.device.type != "cpu" or "whole" in self.__dict__:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import gram
-from .factors import Factors, Held
+from .factors import Factors, InMemoryFactors
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +113,16 @@ class Pool:
         return member.mT @ (self.G_A * self.G_B) @ member
 
     @property
-    def known(self) -> dict[str, Any]:
+    def cacheable(self) -> dict[str, Any]:
         """What was computed of the units so far and depends on no weight."""
         return {name: self.__dict__[name] for name in ("G_A", "G_B", "own") if name in self.__dict__}
 
     def with_units(self, A: Tensor, B: Tensor) -> Pool:
         """Other units of the same adapters, which contain the weights and scales."""
         ones = torch.ones_like(self.scale), torch.ones_like(self.weights)
-        return replace(self, factors=Held(A, B), scale=ones[0], weights=ones[1])
+        return replace(self, factors=InMemoryFactors(A, B), scale=ones[0], weights=ones[1])
 
-    def know(self, known: Mapping[str, Any]) -> None:
+    def load_cache(self, known: Mapping[str, Any]) -> None:
         """Take what was computed before of the same units, see `known`, instead of computing it."""
         self.__dict__.update(known)  # where a cached_property keeps its value
 
@@ -133,7 +133,7 @@ class Pool:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixing:
+class LinearCombination:
     """Merged units as linear combinations of pooled ones: ``A' = R_A @ A``, ``B' = B @ R_B``.
 
     Args:
@@ -154,7 +154,7 @@ class Mixing:
         for at, A_at, B_at in pool.factors.pieces():
             torch.bmm(R_A[at], A_at, out=A[at])
             torch.bmm(B_at, R_B[at], out=B[at])
-        return Merged(A, B, self.ranks, self.labels, mixing=replace(self, R_A=R_A, R_B=R_B))
+        return Merged(A, B, self.ranks, self.labels, combination=replace(self, R_A=R_A, R_B=R_B))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ class Merged:
     Args:
         A: ``(M, k, d_in)``. B: ``(M, d_out, k)``. Both float32, scale 1; rows (columns) past `ranks` are zero.
         ranks: ``(M,)`` long.
-        labels: ``(M, P)`` long or ``None``, see `Mixing`.
+        labels: ``(M, P)`` long or ``None``, see `LinearCombination`.
         remarks: Module name -> what the user should know about its merge; equal remarks are reported together.
         mixing: How they follow from the pool's own units, where they do; saves reading the factors once more.
     """
@@ -174,7 +174,7 @@ class Merged:
     ranks: Tensor
     labels: Tensor | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
-    mixing: Mixing | None = None
+    combination: LinearCombination | None = None
 
 
 def relative_error(pool: Pool, merged: Merged) -> Tensor:
@@ -184,12 +184,12 @@ def relative_error(pool: Pool, merged: Merged) -> Tensor:
 
     ``|B' A' - B C A|^2 = <B'^T B', A' A'^T> - 2 <B^T B' , C A A'^T> + |sum|^2``.
     """
-    if merged.mixing is None:
+    if merged.combination is None:
         A, B = merged.A.double(), merged.B.double()
         G_A, G_B = A @ A.mT, B.mT @ B
         to_A, to_B = pool.A.double() @ A.mT, pool.B.double().mT @ B
     else:
-        R_A, R_B = merged.mixing.R_A.double(), merged.mixing.R_B.double()
+        R_A, R_B = merged.combination.R_A.double(), merged.combination.R_B.double()
         to_A, to_B = pool.G_A @ R_A.mT, pool.G_B @ R_B
         G_A, G_B = R_A @ to_A, R_B.mT @ to_B
     own = (G_B * G_A).sum((1, 2))

@@ -21,7 +21,7 @@ _KIND = "legomole.statistics.1"
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class ModuleStatistics:
     """Second moments ``C = X^T X / n`` of one module's inputs, ``(d_in, d_in)`` each, by what the prompts named.
 
     Args:
@@ -67,9 +67,9 @@ class Moments:
     def d_in(self) -> int:
         return next(self.tensors()).shape[0]
 
-    def at(self, place: Mapping[int, int]) -> Moments:
+    def at(self, place: Mapping[int, int]) -> ModuleStatistics:
         """The same with adapters renumbered by `place`; what was measured with an adapter not in it is left out."""
-        return Moments(
+        return ModuleStatistics(
             {place[i]: C for i, C in self.own.items() if i in place},
             {
                 tuple(sorted(place[i] for i in group)): C
@@ -82,7 +82,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Moments of all modules, measured with the adapters of one merge.
+    """ModuleStatistics of all modules, measured with the adapters of one merge.
 
     Args:
         modules: Module name, as the aligned adapters have it -> its moments.
@@ -91,7 +91,7 @@ class Statistics:
         metadata: What was measured, in words: model, prompts, steps.
     """
 
-    modules: Mapping[str, Moments]
+    modules: Mapping[str, ModuleStatistics]
     adapters: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -176,7 +176,7 @@ class Statistics:
             if strengths and len(strengths) != len(adapters):
                 raise ValueError(f"{len(adapters)} adapters, {len(strengths)} strengths")
             tables |= {name: tables[first] for name, first in from_json(header.get("same", "{}")).items()}
-            modules = {name: Moments(**table) for name, table in tables.items()}
+            modules = {name: ModuleStatistics(**table) for name, table in tables.items()}
         except MergeError:
             raise
         except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:

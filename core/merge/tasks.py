@@ -11,9 +11,9 @@ import torch
 from ..adapter import Adapter
 from ..errors import MergeError, name_some
 from ..lowrank import LowRank
-from ..memory import enough_memory
-from .cache import Products
-from .factors import Opened
+from ..memory import report_out_of_memory
+from .cache import GramCache
+from .factors import FileFactors
 from .methods import MergeMethod
 from .pool import Merged, Pool, overlap, relative_error
 from .report import ModuleReport
@@ -36,7 +36,7 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
+class BatchResult:
     """What came of a batch: updates and reports of its modules, and remarks on some, see `pool.Merged`."""
 
     modules: Mapping[str, LowRank]
@@ -45,7 +45,7 @@ class Done:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class BatchMerger:
     """What is to be done with a batch. Holds no adapter, so that it can be sent to where the adapters are opened anew.
 
     Args:
@@ -59,10 +59,10 @@ class Work:
     weights: Sequence[Mapping[str, float]]
     dtype: torch.dtype
     device: torch.device
-    products: Products | None = None
+    cache: GramCache | None = None
 
     @torch.no_grad()
-    def __call__(self, adapters: Sequence[Adapter], batch: Batch) -> Done:
+    def __call__(self, adapters: Sequence[Adapter], batch: Batch) -> BatchResult:
         """Merge a batch. The same adapters and the same batch give the same numbers.
 
         Raises:
@@ -70,13 +70,13 @@ class Work:
                 the method says.
             FormatError: NaN in an input.
         """
-        with enough_memory():
+        with report_out_of_memory():
             pool = self._pool(adapters, batch)
             merged = self._merged(pool)
-            if self.products is not None:
-                self.products.take(batch, pool)
+            if self.cache is not None:
+                self.cache.store(batch, pool)
             modules = dict(_unpack(adapters, pool, merged, self.dtype))
-            return Done(modules, tuple(_module_reports(pool, merged)), dict(merged.remarks))
+            return BatchResult(modules, tuple(_module_reports(pool, merged)), dict(merged.remarks))
 
     def _merged(self, pool: Pool) -> Merged:
         try:
@@ -100,14 +100,14 @@ class Work:
         scale = scales.repeat_interleave(torch.tensor(batch.ranks), 1)
         pool = Pool(
             names=batch.names,
-            factors=Opened(parts, self.device),
+            factors=FileFactors(parts, self.device),
             scale=scale.to(self.device),
             weights=weights.to(self.device),
             ranks=batch.ranks,
             adapters=batch.adapters,
         )
-        if self.products is not None:
-            self.products.give(batch, pool)
+        if self.cache is not None:
+            self.cache.restore(batch, pool)
         # squares are sums of all that is in a unit, and in float64 those of no float32 overflow
         if not all(torch.isfinite(G.diagonal(dim1=1, dim2=2).sum()) for G in (pool.G_A, pool.G_B)):
             for i in batch.adapters:

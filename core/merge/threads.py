@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from ..adapter import Adapter
-from .tasks import Batch, Done, Work
+from .tasks import Batch, BatchMerger, BatchResult
 
 
-def beside(work: Work, adapters: Sequence[Adapter], todo: Sequence[Batch]) -> Generator[Done]:
+def run_in_threads(work: BatchMerger, adapters: Sequence[Adapter], todo: Sequence[Batch]) -> Generator[BatchResult]:
     """Do the work on every batch, as many at a time as torch has threads, and give the results in their order.
 
     The operations of a merge are small: split over threads, each of them would wait for the slowest, and where other
@@ -23,7 +23,7 @@ def beside(work: Work, adapters: Sequence[Adapter], todo: Sequence[Batch]) -> Ge
     if threads < 2 or work.device.type != "cpu":
         yield from (work(adapters, batch) for batch in todo)
         return
-    waiting: deque[Future[Done]] = deque()
+    waiting: deque[Future[BatchResult]] = deque()
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:

@@ -18,12 +18,12 @@ from .bank import Bank
 from .block_mixing import Block
 from .forwards import Forward, Layer, Reader, Root
 from .gates import INPUT, GateSet
-from .gating import Measure, State, Watcher
-from .guidance import Following, Rows
+from .gating import GateObserver, Measure, State
+from .guidance import PromptFollowing, Rows
 from .mixture import Mixture
 from .recompute import repeatable
 from .scopes import NETWORK, uncompiled
-from .texts import Texts
+from .texts import TextReader
 
 
 def attach(
@@ -32,7 +32,7 @@ def attach(
     *,
     checkpointing: bool = False,
     prompt_rows: Rows | None = None,
-    texts: Texts | None = None,
+    texts: TextReader | None = None,
 ) -> Attachment:
     """Put a mixture on a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
 
@@ -54,7 +54,7 @@ def attach(
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             mixture.to(parameter.device)
-    following = None if prompt_rows is None else Following(prompt_rows)
+    following = None if prompt_rows is None else PromptFollowing(prompt_rows)
     return Attachment(model, mixture, checkpointing=checkpointing, following=following, texts=texts)
 
 
@@ -71,8 +71,8 @@ class Attachment:
         bank: Bank,
         *,
         checkpointing: bool = False,
-        following: Following | None = None,
-        texts: Texts | None = None,
+        following: PromptFollowing | None = None,
+        texts: TextReader | None = None,
     ) -> None:
         self.model, self.bank = uncompiled(model), bank
         self._state = state = State(bank)
@@ -158,7 +158,7 @@ class Attachment:
         self._at_detach.append(undo)
 
     @contextmanager
-    def watch(self, watcher: Watcher) -> Generator[None]:
+    def watch(self, watcher: GateObserver) -> Generator[None]:
         """Tell `watcher` what the gates do inside the block."""
         before, self._state.watch = self._state.watch, watcher
         try:

@@ -19,7 +19,7 @@ from .stack import rows_of, stacks
 _PREFIXES = ("diffusion_model.", "transformer.", "unet.", "base_model.model.")
 _STACKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-Site = tuple[str, int, int, Spans | None]  # path of the layer, first row, last row, row order
+LayerSlice = tuple[str, int, int, Spans | None]  # path of the layer, first row, last row, row order
 
 
 class Bank(nn.Module):
@@ -86,10 +86,10 @@ class Bank(nn.Module):
         return [p for p in self.gates.parameters() if p.requires_grad]
 
 
-def _places(model: nn.Module, mixture: Mixture) -> dict[str, Site]:
+def _places(model: nn.Module, mixture: Mixture) -> dict[str, LayerSlice]:
     """Where every module of the experts sits in the model."""
     paths = {name for name, _ in model.named_modules()}
-    found: dict[str, Site] = {}
+    found: dict[str, LayerSlice] = {}
     missing: dict[str, list[str]] = {}
     for adapter in mixture.experts:
         for name, update in adapter.modules.items():

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..errors import MergeError
 from .forwards import Arguments, Forward
 from .gates import INPUT, normalised, wide
-from .gating import Site, State
+from .gating import GateScope, State
 from .recompute import copied, recomputed
 from .stack import fit_batch
 
@@ -23,7 +23,7 @@ _CACHE = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 class Block(Forward):
-    def __init__(self, module: nn.Module, state: State, path: str, inside: Sequence[Site], checkpointing: bool):
+    def __init__(self, module: nn.Module, state: State, path: str, inside: Sequence[GateScope], checkpointing: bool):
         self.path, self.inside, self.checkpointing = path, inside, checkpointing
         self.own = next((site for site in inside if site.name == path), None)
         # a block around other blocks (of a U-Net) would run them once more per LoRA for each of its own passes

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .gating import TEXT, Site, State
+from .gating import TEXT, GateScope, State
 from .stack import Stack
 
 
@@ -67,7 +67,7 @@ def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 class Layer(Forward):
     """Adds the gated experts to a layer's output."""
 
-    def __init__(self, module: nn.Module, state: State, path: str, stack: Stack, site: Site) -> None:
+    def __init__(self, module: nn.Module, state: State, path: str, stack: Stack, site: GateScope) -> None:
         self.path, self.stack, self.site = path, stack, site
         super().__init__(module, state)
 
@@ -86,7 +86,7 @@ class Layer(Forward):
 class Reader(Forward):
     """Opens a gate where it read in training, at a layer that only experts changed which are switched off now."""
 
-    def __init__(self, module: nn.Module, state: State, path: str, site: Site) -> None:
+    def __init__(self, module: nn.Module, state: State, path: str, site: GateScope) -> None:
         self.path, self.site, self.image = path, site, isinstance(module, _ConvNd)
         super().__init__(module, state)
 

@@ -12,16 +12,16 @@ from torch import Tensor
 from ..errors import MergeError
 from .bank import Bank
 from .gates import INPUT, Gate, GateSet, normalised, wide
-from .guidance import Following
+from .guidance import PromptFollowing
 from .stack import Stack
-from .texts import Reading, Texts
+from .texts import TextPositions, TextReader
 
 TEXT = ("encoder_hidden_states", "context")  # what models call their text conditioning (B, tokens, features)
 
 Measure = Callable[[str, Tensor, "Tensor | None"], None]
 
 
-class Watcher(Protocol):
+class GateObserver(Protocol):
     """Is told what the gates do. Never from inside a compiled model."""
 
     def start(self, arguments: Mapping[str, Any]) -> None:
@@ -36,8 +36,8 @@ class Watcher(Protocol):
         ...
 
 
-class Collected:
-    """The values of the gates that open, by scope. A `Watcher`."""
+class CollectedGates:
+    """The values of the gates that open, by scope. A `GateObserver`."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -49,7 +49,7 @@ class Collected:
         self.values[scope] = value
 
 
-class Site:
+class GateScope:
     """One scope at work: its gate, and the gate's value in the call that is going on."""
 
     def __init__(self, name: str, gate: Gate | None) -> None:
@@ -58,12 +58,12 @@ class Site:
         self.value: Tensor | None = None
 
 
-class Moment(NamedTuple):
+class PassSnapshot(NamedTuple):
     """Where a pass stands: the gates that are open, by scope, those held by hand, and what gates read."""
 
     values: Mapping[str, Tensor | None]
     held: Tensor | None
-    reading: Reading
+    reading: TextPositions
 
 
 class State:
@@ -71,14 +71,14 @@ class State:
 
     def __init__(self, bank: Bank) -> None:
         self.bank, self.reads = bank, bank.gates.settings.reads
-        self.sites = {scope.name: Site(scope.name, None) for scope in bank.scopes.values()}
+        self.sites = {scope.name: GateScope(scope.name, None) for scope in bank.scopes.values()}
         self.use(bank.gates)
         self.held: Tensor | None = None
-        self.following: Following | None = None
-        self.texts: Texts | None = None
+        self.following: PromptFollowing | None = None
+        self.texts: TextReader | None = None
         self.prompt: Tensor | None = None
-        self.reading = Reading()
-        self.watch: Watcher | None = None
+        self.reading = TextPositions()
+        self.watch: GateObserver | None = None
         self.measure: Measure | None = None
         self.spreads: dict[Any, tuple[Tensor, Tensor]] = {}
 
@@ -87,7 +87,7 @@ class State:
         for name, site in self.sites.items():
             site.gate = gates.get(name)
 
-    def set(self, site: Site, value: Tensor) -> Tensor:
+    def set(self, site: GateScope, value: Tensor) -> Tensor:
         if self.following is not None:
             value = self.following(site.name, value)
         site.value = value
@@ -95,7 +95,7 @@ class State:
             self.watch.seen(site.name, self.reading.mean(value) if value.ndim > 2 else value)
         return value
 
-    def fixed(self, site: Site, like: Tensor) -> Tensor | None:
+    def fixed(self, site: GateScope, like: Tensor) -> Tensor | None:
         """The value of a gate that reads nothing: held by hand, kept from the prompt, or the even one if untrained."""
         if self.held is not None:
             return self.held.to(like.device)
@@ -105,7 +105,7 @@ class State:
             return self.bank.gates.even(like)
         return None
 
-    def read(self, site: Site, features: Tensor, owner: Tensor | None = None) -> Tensor:
+    def read(self, site: GateScope, features: Tensor, owner: Tensor | None = None) -> Tensor:
         """The value of a gate for features ``(B, F)``, or ``(B, T, F)`` of each position."""
         if self.measure is not None:
             self.measure(site.name, self.reading.rows(features) if features.ndim > 2 else features, owner)
@@ -124,13 +124,13 @@ class State:
             )
         return site.gate(features)
 
-    def hidden(self, site: Site, path: str, x: Tensor, *, image: bool) -> Tensor:
+    def hidden(self, site: GateScope, path: str, x: Tensor, *, image: bool) -> Tensor:
         """Open a gate that reads `x`, what a block or the layer at `path` gets; `image`: with channels first."""
         site.layer = path
         value = self.fixed(site, x)
         return self.set(site, self.read_input(site, x, image=image) if value is None else value)
 
-    def read_input(self, site: Site, x: Tensor, *, image: bool) -> Tensor:
+    def read_input(self, site: GateScope, x: Tensor, *, image: bool) -> Tensor:
         """The value of a gate that reads `x`, normalised: its mean over positions, or every position (``token``)."""
         if self.reads == "token":
             if image:
@@ -145,7 +145,7 @@ class State:
             return self.read(site, f.flatten(2).mean(2) if f.ndim > 2 else f)
         return self.read(site, self.reading.mean(normalised(x)))
 
-    def open(self, site: Site, path: str, stack: Stack, x: Tensor, z: Tensor) -> Tensor:
+    def open(self, site: GateScope, path: str, stack: Stack, x: Tensor, z: Tensor) -> Tensor:
         """The first adapted layer of a scope runs: find the gate's value for the rest of the call."""
         if self.reads in INPUT:
             return self.hidden(site, path, x, image=bool(stack.kernel))
@@ -167,7 +167,7 @@ class State:
         for site in self.sites.values():
             site.value = None
         self.spreads.clear()
-        self.reading = Reading()
+        self.reading = TextPositions()
 
     def spread(self, g: Tensor, stack: Stack, z: Tensor) -> Tensor:
         """`Stack.spread`, once a pass for all layers that ask for the same: small layers wait for every operation."""
@@ -196,23 +196,25 @@ class State:
         """Whether any gate reads something."""
         return self.held is None and (self.measure is not None or self.bank.gates.trained)
 
-    def moment(self) -> Moment:
-        return Moment({name: site.value for name, site in self.sites.items()}, self.held, self.reading)
+    def snapshot(self) -> PassSnapshot:
+        return PassSnapshot({name: site.value for name, site in self.sites.items()}, self.held, self.reading)
 
     @contextmanager
-    def again(self, moment: Moment, watch: Watcher | None = None, measure: Measure | None = None) -> Generator[None]:
+    def again(
+        self, snapshot: PassSnapshot, watch: GateObserver | None = None, measure: Measure | None = None
+    ) -> Generator[None]:
         """Inside the block a part of an earlier pass runs once more, from where it stood; then all is as before."""
-        outer = self.moment(), self.watch, self.measure
-        self._go_to(moment, watch, measure)
+        outer = self.snapshot(), self.watch, self.measure
+        self._go_to(snapshot, watch, measure)
         try:
             yield
         finally:
             self._go_to(*outer)
 
-    def _go_to(self, moment: Moment, watch: Watcher | None, measure: Measure | None) -> None:
-        for name, value in moment.values.items():
+    def _go_to(self, snapshot: PassSnapshot, watch: GateObserver | None, measure: Measure | None) -> None:
+        for name, value in snapshot.values.items():
             self.sites[name].value = value
-        self.held, self.reading, self.watch, self.measure = moment.held, moment.reading, watch, measure
+        self.held, self.reading, self.watch, self.measure = snapshot.held, snapshot.reading, watch, measure
 
     def start(self, text: Tensor | None, arguments: Mapping[str, Any]) -> None:
         """A pass of the whole model begins."""

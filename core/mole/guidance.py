@@ -21,7 +21,7 @@ class PromptFirst(Exception):
     """A negative prompt came before the prompt whose gates it takes: compute the prompt, and then ask again."""
 
 
-class Following:
+class PromptFollowing:
     """Gives the samples of a negative prompt the gates of the prompt.
 
     Args:

@@ -10,10 +10,10 @@ from typing import Literal
 
 from ..adapter import Adapter
 from ..errors import MergeError
-from ..layers.keymap import Place
+from ..layers.keymap import ParameterSlice
 from .gates import GateSet
 
-Mixing = Literal["delta", "output"]
+MixMode = Literal["delta", "output"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +43,8 @@ class Mixture:
     gates: GateSet = None  # type: ignore[assignment]
     strengths: tuple[float, ...] = ()
     scale: float = 1.0
-    mixing: Mixing = "delta"
-    places: Mapping[str, Place] = field(default_factory=dict)
+    mixing: MixMode = "delta"
+    places: Mapping[str, ParameterSlice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "experts", tuple(self.experts))

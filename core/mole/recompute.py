@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import MergeError
-from .gating import Collected, State
+from .gating import CollectedGates, State
 
 
 class Recomputable(Protocol):
@@ -34,7 +34,7 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
     watch, measure = block.state.watch, block.state.measure
     # the graph keeps `run`: if that kept a watcher, who keeps gates of the graph, neither would ever be freed
     watched = watch is not None
-    before = block.state.moment()._replace(values={})  # their tensors go through the library, below
+    before = block.state.snapshot()._replace(values={})  # their tensors go through the library, below
     opened: dict[str, Tensor] = {}  # the gates that open inside: with a graph only as outputs, too
     shape: Any = None
 
@@ -42,7 +42,7 @@ def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any
         nonlocal opened, shape
         if not block.active:
             raise _taken_off(block.path)
-        state, seen = block.state, Collected()
+        state, seen = block.state, CollectedGates()
         values = list(flat)
         for i, value in zip(at, tensors[len(sites) :], strict=True):
             values[i] = value.clone()
@@ -80,7 +80,7 @@ def repeatable(state: State, part: Callable[..., Any], at_work: Callable[[], boo
         state: Of the mixture. part: What runs. at_work: Whether the mixture still is on the model.
     """
     # not the watcher itself: a graph that keeps who keeps its gates would never be freed
-    moment, watched, again = state.moment(), state.watch is not None, False
+    snapshot, watched, again = state.snapshot(), state.watch is not None, False
 
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal again
@@ -89,7 +89,7 @@ def repeatable(state: State, part: Callable[..., Any], at_work: Callable[[], boo
             return part(*args, **kwargs)
         if not at_work():
             raise _taken_off(None)
-        with state.again(moment, Collected() if watched else None):  # the same operations again
+        with state.again(snapshot, CollectedGates() if watched else None):  # the same operations again
             return part(*args, **kwargs)
 
     return run

@@ -16,7 +16,7 @@ from .guidance import Rows
 
 @dataclass(eq=False)
 class Record:
-    """Gate values by pass of the model and scope. A `core.mole.gating.Watcher`.
+    """Gate values by pass of the model and scope. A `core.mole.gating.GateObserver`.
 
     Args:
         rows: Which samples of a batch to keep; default all. A host tells the prompt's from the negative prompt's.

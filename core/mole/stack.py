@@ -24,14 +24,14 @@ from .mixture import Mixture
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ExpertSlice:
     """One expert's update of some output rows of a layer.
 
     Args:
         expert: Position of the expert.
         update: Its factors; ``B`` has one row per output row ``start .. stop``.
         weight: Strength of the expert, multiplied into the stacked factors together with its ``alpha / rank``.
-        order: Row permutation, see `core.layers.keymap.Place`.
+        order: Row permutation, see `core.layers.keymap.ParameterSlice`.
     """
 
     expert: int
@@ -61,7 +61,12 @@ class Stack(nn.Module):
     owner: Tensor
 
     def __init__(
-        self, parts: Sequence[Part], d_out: int, kernel: tuple[int, ...] = (), *, dtype: torch.dtype | None = None
+        self,
+        parts: Sequence[ExpertSlice],
+        d_out: int,
+        kernel: tuple[int, ...] = (),
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         parts = sorted(parts, key=lambda part: (part.start, part.stop, part.expert))
@@ -217,13 +222,13 @@ def stacks(
     Raises:
         MergeError: An update that does not fit its layer, or a layer of a kind that cannot be mixed.
     """
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[ExpertSlice]] = {}
     for i, (adapter, strength) in enumerate(zip(mixture.experts, mixture.strengths, strict=True)):
         for name, update in adapter.modules.items():
             if name in place_of:
                 path, start, stop, order = place_of[name]
                 _check(layers[path], update, start, stop, f"{path} ({adapter.label})")
-                parts.setdefault(path, []).append(Part(i, update, start, stop, strength * mixture.scale, order))
+                parts.setdefault(path, []).append(ExpertSlice(i, update, start, stop, strength * mixture.scale, order))
     built: dict[str, Stack] = {}
     for path, layer in layers.items():
         if path not in parts:
@@ -269,7 +274,7 @@ def _check(layer: nn.Module, update: LowRank, start: int, stop: int, module: str
         )
 
 
-def _widest(parts: Sequence[Part]) -> torch.dtype:
+def _widest(parts: Sequence[ExpertSlice]) -> torch.dtype:
     dtype = parts[0].update.dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.update.dtype)

@@ -1,4 +1,4 @@
-"""Reading: which positions of a batch of texts the gates read, and what they decided at the prompt.
+"""TextPositions: which positions of a batch of texts the gates read, and what they decided at the prompt.
 
 The gate of a text reads the mean over its own positions, without the padding. Tokens that a language model generates
 take the gates of their prompt: what was decided before they came, so that no gate looks ahead.
@@ -16,7 +16,7 @@ from ..errors import MergeError
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class TextPositions:
     """What the gates go by in one pass of the model.
 
     Args:
@@ -27,7 +27,7 @@ class Reading:
     own: Tensor | None = None
     kept: Mapping[str, Tensor] | None = None
 
-    def only(self, prompt: Tensor) -> Reading:
+    def only(self, prompt: Tensor) -> TextPositions:
         """Of the positions that count, those among `prompt`, ``(B, T)`` bool."""
         if self.own is None:
             return replace(self, own=prompt)
@@ -74,10 +74,10 @@ class Reading:
         return self.own.to(x.device)
 
 
-class Texts(Protocol):
+class TextReader(Protocol):
     """Knows what a language model's arguments mean. A host's."""
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Reading:
+    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> TextPositions:
         """A pass of the model begins, called with these: what do gates go by?"""
         ...
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import LegoMoleError
-from ..json_text import shallow
+from ..json_text import is_shallow
 from ..merge.methods import METHODS, MergeMethod
 from ..merge.rank import Rank
 from ..merge.statistics import Statistics
@@ -224,7 +224,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def from_dict(data: object, file: object = None) -> Recipe:
     """A recipe from plain data, see `from_text`."""
-    if not shallow(data, _DEEPEST):
+    if not is_shallow(data, _DEEPEST):
         raise RecipeError("This is not a recipe.", file=file, found="data that is nested too deeply")
     try:
         return Recipe.model_validate(data)

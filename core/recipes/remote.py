@@ -12,11 +12,11 @@ from ..errors import FormatError
 from ..formats import fingerprint, load
 from ..layers.align import align
 from ..layers.keymap import KeyMap
-from ..merge.tasks import Batch, Done, Work
+from ..merge.tasks import Batch, BatchMerger, BatchResult
 
 
 @dataclass(frozen=True)
-class Library:
+class RemoteInputs:
     """The inputs of a merge, to be opened on another machine that sees the same files.
 
     Args:
@@ -37,7 +37,7 @@ class Library:
         paths: Sequence[Path],
         convert_rank: int | None,
         key_map: Callable[[Sequence[Adapter]], KeyMap] | None,
-    ) -> Library:
+    ) -> RemoteInputs:
         names = tuple(adapter.source.path for adapter in adapters)
         return cls(tuple(paths), names, tuple(map(fingerprint, paths)), convert_rank, key_map)
 
@@ -64,5 +64,5 @@ class Library:
         return align(adapters, key_map=self.key_map)
 
 
-Spread = Callable[[Library, Work, Sequence[Batch]], Iterable[Done]]
+RemoteRunner = Callable[[RemoteInputs, BatchMerger, Sequence[Batch]], Iterable[BatchResult]]
 """Does the work of a merge elsewhere, where the inputs are opened anew."""

@@ -17,13 +17,13 @@ from ..formats.unchanged import unchanged
 from ..json_text import from_json
 from ..layers.align import align
 from ..layers.keymap import KeyMap
-from ..merge.engine import Each, MergeResult, matching, merge
+from ..merge.engine import BatchRunner, MergeResult, matching, merge
 from ..merge.statistics import Statistics
 from ..progress import Progress
 from ..version import __version__
 from .metadata import KEY, disagreements, file_metadata
 from .recipe import HUB, MAX_TEXT, Input, Recipe, RecipeError, build_method, from_dict, from_text, settings_of
-from .remote import Library, Spread
+from .remote import RemoteInputs, RemoteRunner
 
 
 def read_recipe(path: Path, *, to_show: bool = False) -> Recipe:
@@ -99,7 +99,7 @@ def run(
     device: torch.device | str = "cpu",
     reading: Progress | None = None,
     progress: Progress | None = None,
-    spread: Spread | None = None,
+    spread: RemoteRunner | None = None,
 ) -> MergeResult:
     """Load the inputs, bring them to common names, merge them.
 
@@ -127,7 +127,7 @@ def run(
     paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
     statistics = folder / str(settings["statistics"]) if "statistics" in settings else None
     inputs = paths if statistics is None else [*paths, statistics]
-    with unchanged(inputs), hashes.beside([weights_of(path) for path in paths]) as hashed:
+    with unchanged(inputs), hashes.hash_in_background([weights_of(path) for path in paths]) as hashed:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
             adapters.append(_load(entry, path, recipe.convert_rank))
@@ -145,9 +145,11 @@ def run(
         method = build_method(recipe.method, settings)
         aligned = align(adapters, key_map=key_map)
         translated = any(before is not after for before, after in zip(adapters, aligned, strict=True))
-        each: Each | None = None
+        each: BatchRunner | None = None
         if spread is not None:
-            each = partial(spread, Library.of(adapters, [*map(Path.absolute, paths)], recipe.convert_rank, key_map))
+            each = partial(
+                spread, RemoteInputs.of(adapters, [*map(Path.absolute, paths)], recipe.convert_rank, key_map)
+            )
         result = merge(
             aligned,
             method,

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter
-from ..layers.blocks import FIRST, LAST, MIDDLE, Part, parts
+from ..layers.blocks import FIRST, LAST, MIDDLE, ModelBlock, blocks_of
 from ..merge.engine import merge
-from ..merge.methods.lego import Lego, balanced, in_gauge
+from ..merge.methods.lego import Lego, balance_units, transform_gram
 from ..merge.pool import Merged, Pool
 from ..merge.rank import Rank
 from ..merge.report import MergeReport
@@ -51,7 +51,7 @@ class UnitMap:
     """The units of one layer as points in the plane.
 
     Args:
-        layer: Its name. region: The stretch of the model it was chosen for, see `parts.Part`.
+        layer: Its name. region: The stretch of the model it was chosen for, see `ModelBlock`.
         points: ``(P, 2)``. owner: ``(P,)`` long, positions of the adapters. sizes: ``(P,)``, Frobenius norms.
     """
 
@@ -74,7 +74,7 @@ class Survey:
     """
 
     report: MergeReport
-    parts: tuple[Part, ...]
+    parts: tuple[ModelBlock, ...]
     layers: dict[str, Layer]
     maps: tuple[UnitMap, ...]
     drawn: Drawn
@@ -194,7 +194,7 @@ def survey(
         MergeError: See `merge`; or t-SNE without scikit-learn.
     """
     rank = rank or Rank(1, "x")
-    blocks = parts(name for adapter in adapters for name in adapter.modules)
+    blocks = blocks_of(name for adapter in adapters for name in adapter.modules)
     watch = _Watch(Lego(rank), {name: part.region for part in blocks for name in part.layers})
     result = merge(adapters, watch, weights, text_encoder_weights=text_encoder_weights, progress=progress)
     there = set(watch.layers)
@@ -241,8 +241,8 @@ class _Watch:
         return self.lego.rank
 
     def __call__(self, pool: Pool) -> Merged:
-        gauge = balanced(pool)
-        G_A, G_B = in_gauge(pool, pool.G_A, gauge.R_A), in_gauge(pool, pool.G_B, gauge.R_B.mT)
+        gauge = balance_units(pool)
+        G_A, G_B = transform_gram(pool, pool.G_A, gauge.R_A), transform_gram(pool, pool.G_B, gauge.R_B.mT)
         # balanced units are orthogonal within their adapter, of length sqrt(S) on both sides
         S = (G_A.diagonal(dim1=1, dim2=2) * G_B.diagonal(dim1=1, dim2=2)).clamp_min(0).sqrt()  # (M, P)
         total = pool.svd.S

@@ -20,16 +20,16 @@ from ..mole.trained import Expert
 from ..progress import Progress
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples
-from .features import calibrate, for_training
-from .fit import Devices, Fit, read_state
-from .learn import Training, check_trainable, learn
-from .objectives import Clip, Guidance, Regression
+from .features import scale_features, standardise_features
+from .fit import Devices, FitRecord, read_state
+from .learn import TrainingResult, check_trainable, learn
+from .objectives import Clip, ClipGuidance, Regression
 from .prompts import Prompt, prompts_for
 from .settings import FitSettings, TrainSettings
 from .texts import Text, train_on_texts
 
 __all__ = [
-    "Clip", "Denoiser", "Devices", "FitSettings", "Images", "Prompt", "Text", "TrainSettings", "Training",
+    "Clip", "Denoiser", "Devices", "FitSettings", "Images", "Prompt", "Text", "TrainSettings", "TrainingResult",
     "prompts_for", "train", "train_on_texts",
 ]  # fmt: skip
 
@@ -51,8 +51,8 @@ def train(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
-    keep: Callable[[Training], None] | None = None,
-) -> Training:
+    keep: Callable[[TrainingResult], None] | None = None,
+) -> TrainingResult:
     """Train gates for a mixture. The base model and the LoRAs are not changed.
 
     Args:
@@ -87,22 +87,22 @@ def train(
     )
     key = digest([], described)
 
-    trained = partial(Training.of, experts=experts, base=base, record=record)
+    trained = partial(TrainingResult.of, experts=experts, base=base, record=record)
     if settings.objective == "router":
         gates = _routed(attachment, denoiser, prompts, concepts, settings, progress)
         attachment.use(gates)
-        return trained(gates, Fit())
+        return trained(gates, FitRecord())
     if folder is not None:
         read_state(folder, key)  # another training's folder is refused before anything is painted
     examples = _examples(attachment, denoiser, prompts, settings, images, folder, key, devices, progress)
     rows = list(range(min(len(examples), _CALIBRATED_ON)))
-    calibrate(attachment, _predicting(denoiser, examples, rows, settings.batch))
+    standardise_features(attachment, _predicting(denoiser, examples, rows, settings.batch))
     if settings.objective == "distil" and mixture.gates.settings.reads == "text":
         # from even gates the few directions in which prompts differ are found late or never
-        attachment.use(for_training(_routed(attachment, denoiser, prompts, concepts, settings, progress)))
+        attachment.use(scale_features(_routed(attachment, denoiser, prompts, concepts, settings, progress)))
     if settings.objective == "clip":
         assert clip is not None
-        objective = Guidance(denoiser, examples, prompts, concepts, clip)
+        objective = ClipGuidance(denoiser, examples, prompts, concepts, clip)
     else:
         objective = Regression(denoiser, examples)
     return learn(

@@ -26,7 +26,7 @@ class _Moments:
         self.sum, self.square = self.sum + f.sum(0), self.square + f.square().sum(0)
 
 
-def calibrate(attachment: Attachment, run: Callable[[], None]) -> GateSet:
+def standardise_features(attachment: Attachment, run: Callable[[], None]) -> GateSet:
     """Gates of the mean and spread that `run` shows them, all still even; the attachment goes on with them.
 
     Args:
@@ -72,12 +72,12 @@ def calibrate(attachment: Attachment, run: Callable[[], None]) -> GateSet:
             owner=m.owner,
             layer=attachment.layers_read.get(scope, ""),
         )
-    made = for_training(GateSet(bank.experts, bank.gates.settings, gates)).to(device)
+    made = scale_features(GateSet(bank.experts, bank.gates.settings, gates)).to(device)
     attachment.use(made)
     return made
 
 
-def for_training(gates: GateSet) -> GateSet:
+def scale_features(gates: GateSet) -> GateSet:
     """The same gates in place, their features scaled so that one learning rate suits any number of them.
 
     AdamW moves every weight by the learning rate, so a logit by that times the number of features: they are made to

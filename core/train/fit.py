@@ -17,7 +17,7 @@ from ..formats.files import read_tensors, write_tensors
 from ..json_text import from_json
 from ..mole.attach import Attachment
 from ..mole.gates import balance_loss, entropy
-from ..mole.gating import Collected
+from ..mole.gating import CollectedGates
 from ..mole.recompute import exact_gradients
 from ..progress import Progress
 from .settings import FitSettings
@@ -49,7 +49,7 @@ class Devices(Protocol):
 
 
 @dataclass
-class Fit:
+class FitRecord:
     """What came of it.
 
     Attributes:
@@ -71,8 +71,8 @@ def fit(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
-    run: Fit | None = None,
-) -> Fit:
+    run: FitRecord | None = None,
+) -> FitRecord:
     """Train the attachment's gates in place.
 
     Args:
@@ -92,7 +92,7 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, foreach=False, eps=_EPSILON
     )
-    run = run or Fit()
+    run = run or FitRecord()
     start = _resume(folder, key, parameters, optimizer, run) if folder is not None else 0
     good = _snapshot(parameters)
     done = start
@@ -154,7 +154,7 @@ def _step(
     parts = [part for part in torch.tensor(batch, dtype=torch.long).chunk(settings.accumulation) if len(part)]
     total, spread = torch.zeros(()), 0.0
     for part in parts:
-        seen = Collected()
+        seen = CollectedGates()
         share = len(part) * share_of_one
         with torch.enable_grad(), attachment.watch(seen), exact_gradients():
             loss = objective.loss(part.tolist())
@@ -222,7 +222,7 @@ def _save(
     key: str,
     parameters: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
-    run: Fit,
+    run: FitRecord,
     devices: Devices | None,
 ) -> None:
     if devices is not None and devices.rank != 0:
@@ -238,7 +238,7 @@ def _save(
 
 
 def _resume(
-    folder: Path, key: str, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, run: Fit
+    folder: Path, key: str, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, run: FitRecord
 ) -> int:
     """Take up the state in the folder; the number of steps it has done, 0 if there is none."""
     if (state := read_state(folder, key)) is None:

@@ -13,19 +13,21 @@ from ..mole.gates import GateSet
 from ..mole.mixture import Mixture
 from ..mole.trained import Expert, TrainedGates
 from ..progress import Progress
-from .fit import Devices, Fit, Objective, fit
+from .fit import Devices, FitRecord, Objective, fit
 from .settings import FitSettings
 
 
 @dataclass(frozen=True, eq=False)
-class Training:
+class TrainingResult:
     """Trained gates, and how it went."""
 
     gates: TrainedGates
-    fit: Fit
+    fit: FitRecord
 
     @classmethod
-    def of(cls, gates: GateSet, run: Fit, experts: Sequence[Expert], base: str, record: Mapping[str, Any]) -> Training:
+    def of(
+        cls, gates: GateSet, run: FitRecord, experts: Sequence[Expert], base: str, record: Mapping[str, Any]
+    ) -> TrainingResult:
         """What came of a run.
 
         Args:
@@ -40,14 +42,14 @@ def learn(
     attachment: Attachment,
     objective: Objective,
     settings: FitSettings,
-    trained: Callable[[GateSet, Fit], Training],
+    trained: Callable[[GateSet, FitRecord], TrainingResult],
     *,
     key: str,
     folder: Path | None,
     devices: Devices | None,
     progress: Progress | None,
-    keep: Callable[[Training], None] | None,
-) -> Training:
+    keep: Callable[[TrainingResult], None] | None,
+) -> TrainingResult:
     """Fit the attachment's gates.
 
     Args:
@@ -60,7 +62,7 @@ def learn(
     Raises:
         MergeError: See `fit`.
     """
-    run = Fit()
+    run = FitRecord()
     try:
         fit(attachment, objective, settings, key=key, folder=folder, devices=devices, progress=progress, run=run)
     except BaseException:

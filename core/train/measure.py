@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..errors import MergeError, name_some
-from ..merge.statistics import Moments, Statistics
+from ..merge.statistics import ModuleStatistics, Statistics
 from ..mole.attach import Attachment
 from ..progress import Progress
 from .denoiser import Denoiser
@@ -49,7 +49,7 @@ class CalibrationSettings(BaseModel):
     seed: int = Field(default=0, ge=0)
 
 
-def calibrate(
+def measure_statistics(
     attachment: Attachment,
     denoiser: Denoiser,
     prompts: Sequence[Prompt],
@@ -110,7 +110,7 @@ def calibrate(
         measured[named] = found
         _check_finite(found)
     statistics = {
-        name: Moments(
+        name: ModuleStatistics(
             {named[0]: found[name] for named, found in measured.items() if len(named) == 1},
             {named: found[name] for named, found in measured.items() if len(named) > 1},
             measured[()][name] if () in measured else None,

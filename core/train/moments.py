@@ -16,7 +16,7 @@ from ..errors import MergeError
 from ..mole.forwards import first_given
 
 
-class Moment:
+class SecondMoments:
     """Accumulates ``C = X^T X / n`` over batches of inputs."""
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Moment:
         self._sum = product if self._sum is None else self._sum.add_(product)
         self.n += X.shape[0]
 
-    def merge(self, other: Moment) -> None:
+    def merge(self, other: SecondMoments) -> None:
         """Count in what another one has counted."""
         if other._sum is not None:
             self._sum = other._sum if self._sum is None else self._sum.add_(other._sum)
@@ -54,7 +54,7 @@ class Moment:
 
 
 @contextmanager
-def gather(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Moment]]:
+def gather(modules: Mapping[str, nn.Module]) -> Generator[dict[str, SecondMoments]]:
     """Measure the inputs of modules while the model runs inside the ``with`` block.
 
     Args:
@@ -62,7 +62,7 @@ def gather(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Moment]]:
             whose input is unfolded to the patches that its flattened kernel sees.
 
     Yields:
-        Name -> `Moment`. The hooks are removed at the end, whatever happens.
+        Name -> `SecondMoments`. The hooks are removed at the end, whatever happens.
 
     Raises:
         MergeError: A grouped convolution: its factors see only part of the channels.
@@ -70,7 +70,7 @@ def gather(modules: Mapping[str, nn.Module]) -> Generator[dict[str, Moment]]:
     for name, module in modules.items():
         if getattr(module, "groups", 1) != 1:
             raise MergeError("Grouped convolutions cannot be measured.", module=name)
-    moments = {name: Moment() for name in modules}
+    moments = {name: SecondMoments() for name in modules}
     with _hooked([(module, _hook(moments[name])) for name, module in modules.items()]):
         yield moments
 
@@ -144,7 +144,7 @@ def _noting(name: str, seen: dict[str, Seen], numbers: _Numbers) -> Any:
     return note
 
 
-def _hook(moment: Moment) -> Any:
+def _hook(moment: SecondMoments) -> Any:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_given(args, kwargs)
         moment.add(_patches(module, x) if isinstance(module, nn.modules.conv._ConvNd) else x)

@@ -37,7 +37,7 @@ class Clip(Protocol):
         ...
 
 
-class Guidance:
+class ClipGuidance:
     """CLIP guidance: ``1 - cos(image, prompt)`` (global) plus the mean of ``1 - cos(image, concept)`` (local).
 
     The image is the clean one that the gated model's prediction implies.

@@ -18,9 +18,9 @@ from ..mole.attach import Attachment
 from ..mole.mixture import Mixture
 from ..mole.trained import Expert
 from ..progress import Progress
-from .features import calibrate
+from .features import standardise_features
 from .fit import Devices, read_state
-from .learn import Training, check_trainable, learn
+from .learn import TrainingResult, check_trainable, learn
 from .settings import FitSettings
 
 _CALIBRATED_ON = 64  # texts
@@ -90,8 +90,8 @@ def train_on_texts(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
-    keep: Callable[[Training], None] | None = None,
-) -> Training:
+    keep: Callable[[TrainingResult], None] | None = None,
+) -> TrainingResult:
     """Train gates for a mixture on a language model. The model and the LoRAs are not changed.
 
     Args:
@@ -135,7 +135,7 @@ def train_on_texts(
         for i in range(0, len(some), settings.batch):
             logits(some[i : i + settings.batch])
 
-    calibrate(attachment, show)
+    standardise_features(attachment, show)
     wanted: list[Tensor | None] = []
     with torch.no_grad(), attachment.hold([0.0] * len(experts)):
         for part in parts:
@@ -144,7 +144,7 @@ def train_on_texts(
             wanted += [next(found).cpu() if text.expert is None else None for text in part]
     return learn(
         attachment, NextToken(logits, texts, wanted), settings,
-        partial(Training.of, experts=experts, base=base, record=record),
+        partial(TrainingResult.of, experts=experts, base=base, record=record),
         key=key, folder=folder, devices=devices, progress=progress, keep=keep,
     )  # fmt: skip
 

@@ -19,7 +19,7 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.record import Record
-from legomole.core.train import Prompt, Training, TrainSettings, prompts_for, train
+from legomole.core.train import Prompt, TrainingResult, TrainSettings, prompts_for, train
 from torch import Tensor, nn
 
 CONCEPTS = (("ember style",), ("heart",))

@@ -8,8 +8,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from legomole.core import formats
-from legomole.core.merge.factors import Opened
-from legomole.core.merge.methods.lego import Lego, balanced
+from legomole.core.merge.factors import FileFactors
+from legomole.core.merge.methods.lego import Lego, balance_units
 from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
 from pair import write_pair
@@ -26,13 +26,13 @@ def main() -> None:
         scale = torch.tensor([[part.scale for part in parts for _ in range(part.rank)]], dtype=torch.float64)
         pool = Pool(
             names=(LAYER,),
-            factors=Opened([parts], torch.device("cpu")),
+            factors=FileFactors([parts], torch.device("cpu")),
             scale=scale,
             weights=torch.ones(1, 2, dtype=torch.float64),
             ranks=tuple(part.rank for part in parts),
             adapters=(0, 1),
         )
-        units = balanced(pool).apply(pool)
+        units = balance_units(pool).apply(pool)
         merged = Lego(Rank(K))(pool)
         size_in = _sizes(units.A[0], units.B[0])
         size_out = _sizes(merged.A[0], merged.B[0])

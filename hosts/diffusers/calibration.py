@@ -16,7 +16,7 @@ from ...core.mole.router import check_concepts
 from ...core.progress import Progress
 from ...core.train import prompts_for
 from ...core.train.frozen import frozen
-from ...core.train.measure import CalibrationSettings, calibrate
+from ...core.train.measure import CalibrationSettings, measure_statistics
 from .denoiser import PipelineDenoiser
 from .layer_names import key_map
 from .mixing import experts, model_of
@@ -62,7 +62,7 @@ def calibrate_pipeline(
     with frozen(pipe.components.values()), attach(model, mixture) as attachment:
         denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=paint_steps)
         hashes = list(map(identity, adapters))
-        return calibrate(
+        return measure_statistics(
             attachment, denoiser, prompts, paths, settings,
             adapters=hashes, strengths=mixture.strengths, progress=progress,
         )  # fmt: skip

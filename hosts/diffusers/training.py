@@ -23,8 +23,8 @@ from ...core.mole.record import Record
 from ...core.mole.router import check_concepts, named
 from ...core.mole.trained import TrainedGates
 from ...core.progress import Progress
-from ...core.train import Devices, Images, Prompt, Training, TrainSettings, prompts_for, train
-from ...core.train.fit import Fit
+from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, prompts_for, train
+from ...core.train.fit import FitRecord
 from ...core.train.frozen import frozen
 from .clip import PipelineClip
 from .denoiser import PipelineDenoiser
@@ -43,7 +43,7 @@ class PipelineTraining:
     """
 
     gates: TrainedGates
-    fit: Fit
+    fit: FitRecord
     prompts: tuple[Prompt, ...]
     scopes: tuple[str, ...]
     values: Tensor
@@ -92,7 +92,7 @@ def train_gates(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
-    keep: Callable[[Training], None] | None = None,
+    keep: Callable[[TrainingResult], None] | None = None,
 ) -> PipelineTraining:
     """Train the gates of a mixture on a pipeline, which is left as it was.
 

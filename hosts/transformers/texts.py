@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...core.errors import MergeError
 from ...core.mole.attach import Attachment
-from ...core.mole.texts import Reading
+from ...core.mole.texts import TextPositions
 
 _IGNORED = -100  # the label of a token that is not to be predicted
 _CACHES = ("cache", "past_key_values")  # of keys and values: since transformers 5.24, and before
@@ -59,7 +59,7 @@ class PromptTexts:
         finally:
             self.generating, self.asked = outer
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> Reading:
+    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> TextPositions:
         """See `core.mole.texts.Texts`.
 
         Raises:
@@ -70,21 +70,21 @@ class PromptTexts:
         self.cache = next((v for name in _CACHES if (v := given.get(name)) is not None), None)
         ids = next((v for k in ("input_ids", "inputs_embeds") if isinstance(v := given.get(k), Tensor)), None)
         if ids is None:
-            return Reading()
+            return TextPositions()
         B, T = ids.shape[:2]
         past = _length(self.cache)
         own = _own(given.get("attention_mask"), B, T, past).to(ids.device)
         if self.tokens:
-            return Reading(own)
+            return TextPositions(own)
         if past or any(given.get(name) is not None for name in _OTHER_CACHES):
-            return Reading(kept=self._kept(B))
+            return TextPositions(kept=self._kept(B))
         if self.generating:
             asked = self.asked = own if self.asked is None else self.asked
-            return Reading(asked)
+            return TextPositions(asked)
         labels: Any = given.get("labels") if self.predicts else None
         if labels is not None and labels.shape == own.shape:
             own = own & _before_labels(labels.to(own.device), own)
-        return Reading(own)
+        return TextPositions(own)
 
     def end(self, output: Any, values: Mapping[str, Tensor]) -> None:
         made = next((v for name in _CACHES if (v := getattr(output, name, None)) is not None), None)

@@ -18,7 +18,7 @@ from ...core.digest import digest, some_of
 from ...core.errors import FormatError, MergeError
 from ...core.mole.mixture import Mixture
 from ...core.progress import Progress
-from ...core.train import Devices, FitSettings, Text, Training, train_on_texts
+from ...core.train import Devices, FitSettings, Text, TrainingResult, train_on_texts
 from ...core.train.frozen import frozen
 from ..hub import cached
 from .mixing import base_of, check_reads, mixed
@@ -66,8 +66,8 @@ def train_gates(
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
-    keep: Callable[[Training], None] | None = None,
-) -> Training:
+    keep: Callable[[TrainingResult], None] | None = None,
+) -> TrainingResult:
     """Train the gates of a mixture on a causal language model, which is left as it was.
 
     The loss is the model's own: how well it predicts the answers. The gates of a text read its prompt, see `mixed`.

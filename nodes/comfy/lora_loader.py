@@ -20,9 +20,9 @@ from ...core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
 from ...core.formats.hashes import sha256
-from ...core.layers.keymap import Place, rename
+from ...core.layers.keymap import ParameterSlice, rename
 from ...core.lowrank import LowRank, nearest
-from ..loaded_loras import Reading
+from ..loaded_loras import LoadedLoras
 from ..lora import Lora
 from .patches import Names, Sites, Target, common_names, fuse_unnamed, kind_of, low_rank, parts, place
 from .program import progress
@@ -31,7 +31,7 @@ from .program import progress
 _ADDITIVE = ("lora", "loha", "lokr")
 
 
-def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
+def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
     """Read LoRAs through ComfyUI's own key maps and loader: whatever it can load into `model` can be merged.
 
     Args:
@@ -45,7 +45,7 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
     sites = [host.sites(lora) for lora in loras]
     common = common_names({name: at for site in sites for name, at in site.places.items()}, host.names, host.rows)
     names, rows = host.names, host.rows
-    return Reading(
+    return LoadedLoras(
         [rename(site.adapter(), common.key_map) for site in sites],
         tuple(line for site in sites for line in site.dropped),
         tuple(line for site in sites for line in site.notes),
@@ -193,7 +193,7 @@ class _Host:
             f"which keeps {kept / (whole or 1):.1%} of their energy"
         )
 
-    def _delta(self, target: Target, patch: Any, file: str) -> tuple[Tensor, Place]:
+    def _delta(self, target: Target, patch: Any, file: str) -> tuple[Tensor, ParameterSlice]:
         """What a patch adds to the model's own weight: after minus before, as ComfyUI computes it."""
         key, offset, fn = parts(target)
         # what is added does not depend on the weight, unless magnitudes (DoRA) are rescaled along with it
@@ -216,7 +216,7 @@ class _Host:
                 found=str(error),
                 remedy="the stock loader cannot use this file either: train or export it in another form",
             ) from error
-        return (after[start : start + size] - before).float(), Place(key, start, start + size)
+        return (after[start : start + size] - before).float(), ParameterSlice(key, start, start + size)
 
     def _own_weight(self, key: str) -> Tensor:
         """The weight without any LoRA that is patched in, in float64 so that after - before keeps its digits."""

@@ -16,17 +16,17 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
 
 from ...core.adapter import Adapter, is_text_encoder
 from ...core.errors import MergeError, name_some
-from ...core.layers.keymap import Place
+from ...core.layers.keymap import ParameterSlice
 from ...core.merge.engine import merge
 from ...core.merge.methods import MergeMethod
 from ...core.mole.attach import Attachment
 from ...core.mole.bank import Bank
 from ...core.mole.gates import GateSet, GateSettings
-from ...core.mole.guidance import Following, PromptFirst
-from ...core.mole.mixture import Mixing, Mixture
+from ...core.mole.guidance import PromptFirst, PromptFollowing
+from ...core.mole.mixture import MixMode, Mixture
 from ...core.mole.record import Record
 from ...core.mole.trained import TrainedGates
-from ..loaded_loras import Reading
+from ..loaded_loras import LoadedLoras
 from ..lora import Lora
 from . import lora_loader
 from .live import telling
@@ -50,9 +50,9 @@ class Mix:
     mixture: Mixture
     bank: Bank
     record: Record
-    following: Following
+    following: PromptFollowing
     text_encoder_weights: tuple[float, ...]
-    reading: Reading
+    reading: LoadedLoras
     base: str
 
     def text(self) -> str:
@@ -99,11 +99,11 @@ def build(
     model: Any,
     clip: Any,
     *,
-    reading: Reading | None = None,
+    reading: LoadedLoras | None = None,
     gates: TrainedGates | None = None,
     settings: GateSettings | None = None,
     scale: float = 1.0,
-    mixing: Mixing = "delta",
+    mixing: MixMode = "delta",
     off: Sequence[int] = (),
 ) -> Mix:
     """Read LoRAs as experts for a model.
@@ -122,7 +122,7 @@ def build(
     """
     reading = reading or lora_loader.read(loras, model, clip)
     places = {
-        name: Place(place.key.removeprefix(_MODEL).removesuffix(".weight"), place.start, place.stop)
+        name: ParameterSlice(place.key.removeprefix(_MODEL).removesuffix(".weight"), place.start, place.stop)
         for name, place in reading.places.items()
         if place.key.startswith(_MODEL)
     }
@@ -143,7 +143,7 @@ def build(
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     kept = [i for i in range(len(loras)) if i not in off]
     weights = tuple(loras[i].strength_clip for i in kept)
-    following = Following(_prompt_rows, apart=True)
+    following = PromptFollowing(_prompt_rows, apart=True)
     return Mix(mixture, bank, _Record(_prompt_rows), following, weights, reading, base)
 
 
@@ -166,14 +166,14 @@ def on_model(mix: Mix, model: Any) -> Any:
 
 
 def _guided(
-    following: Following, tell: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+    following: PromptFollowing, tell: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
 ) -> Any:
     predictions = _followed(following, calculate, model, conds, *rest)
     tell()
     return predictions
 
 
-def _followed(following: Following, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
+def _followed(following: PromptFollowing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
     """ComfyUI's own guidance asks for two predictions, the prompt's first; other guidance goes by its own words."""
     following.on = len(conds) == 2
     if not following.on:

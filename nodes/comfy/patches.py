@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import Adapter, Source
-from ...core.layers.keymap import KeyMap, Place, Spans, refine, spans_of
+from ...core.layers.keymap import KeyMap, ParameterSlice, Spans, refine, spans_of
 from ...core.lowrank import LowRank, fold_tucker
 
 Target = Any  # str | tuple[str, tuple[int, int, int] | None] | tuple[str, tuple[int, int, int] | None, Callable]
@@ -45,13 +45,13 @@ class Sites:
     metadata: Mapping[str, str]
     source: Source
     modules: dict[str, LowRank] = field(default_factory=dict)
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, ParameterSlice] = field(default_factory=dict)
     diffs: dict[str, Tensor] = field(default_factory=dict)
     extras: dict[str, Tensor] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, part: LowRank, at: Place) -> None:
+    def add(self, part: LowRank, at: ParameterSlice) -> None:
         site = f"{at.key}[{at.start}:{at.stop}]{'' if at.order is None else at.order}"
         self.modules[site], self.places[site] = part, at
 
@@ -100,7 +100,7 @@ def _preference(name: str) -> tuple[int, int]:
     return rank, len(name)
 
 
-def place(target: Target, d_out: int) -> Place | None:
+def place(target: Target, d_out: int) -> ParameterSlice | None:
     """Where a target's update goes. ``None``: its `fn` is not a reordering of rows.
 
     Args:
@@ -112,7 +112,7 @@ def place(target: Target, d_out: int) -> Place | None:
     order = None if fn is None else _order(fn, d_out)
     if (fn is not None and order is None) or (offset is not None and (offset[0] != 0 or offset[2] != d_out)):
         return None
-    return Place(key, start, start + d_out, order)
+    return ParameterSlice(key, start, start + d_out, order)
 
 
 def _order(fn: Callable[[Tensor], Tensor], rows: int) -> Spans | None:
@@ -146,11 +146,11 @@ class Common:
     """
 
     key_map: KeyMap
-    places: Mapping[str, Place]
-    unnamed: Mapping[str, Place]
+    places: Mapping[str, ParameterSlice]
+    unnamed: Mapping[str, ParameterSlice]
 
 
-def common_names(places: Mapping[str, Place], names: Names, rows: Callable[[str], int]) -> Common:
+def common_names(places: Mapping[str, ParameterSlice], names: Names, rows: Callable[[str], int]) -> Common:
     """Cut fused layers where another LoRA splits them, and only there.
 
     Args:
@@ -160,17 +160,17 @@ def common_names(places: Mapping[str, Place], names: Names, rows: Callable[[str]
     """
     cut = {p.key for p in places.values() if p.stop - p.start < rows(p.key)}
     # once a layer is cut, cut it into ranges that have names
-    named = {f"{key}{span}": Place(key, *span) for key in cut for span in names.slices(key)}
-    known: dict[str, Place] = {}
-    unnamed: dict[str, Place] = {}
+    named = {f"{key}{span}": ParameterSlice(key, *span) for key in cut for span in names.slices(key)}
+    known: dict[str, ParameterSlice] = {}
+    unnamed: dict[str, ParameterSlice] = {}
 
     def leaf(key: str, start: int, stop: int) -> str:
         whole = stop - start >= rows(key)
         name = names.whole(key) if whole else names.rows(key, start, stop)
         if name is None:
             name = f"{names.whole(key)}[{start}:{stop}]"
-            unnamed[name] = Place(key, start, stop)
-        known[name] = Place(key, start, stop)
+            unnamed[name] = ParameterSlice(key, start, stop)
+        known[name] = ParameterSlice(key, start, stop)
         return name
 
     key_map = refine({**named, **places}, leaf)

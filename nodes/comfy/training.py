@@ -18,9 +18,8 @@ from ...core.errors import MergeError
 from ...core.merge.statistics import Statistics
 from ...core.mole.attach import attach
 from ...core.mole.bank import Bank
-from ...core.train import Images, Prompt, Training, TrainSettings, train
-from ...core.train.measure import AT_ONCE, CalibrationSettings
-from ...core.train.measure import calibrate as calibrate_model
+from ...core.train import Images, Prompt, TrainingResult, TrainSettings, train
+from ...core.train.measure import AT_ONCE, CalibrationSettings, measure_statistics
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
 from .sampling import encode
@@ -42,8 +41,8 @@ def train_gates(
     captions: Mapping[int, Conditioning],
     folder: Path,
     progress: Callable[[int, int, str], None],
-    keep: Callable[[Training], None],
-) -> Training:
+    keep: Callable[[TrainingResult], None],
+) -> TrainingResult:
     """Train the gates of a mix on its model.
 
     Args:
@@ -108,7 +107,7 @@ def calibrate(
         _loaded(model, latent, settings.batch) as patcher,
         _mixed(mix, patcher, encoded, latent, cfg, sampling_steps) as denoiser,
     ):
-        return calibrate_model(
+        return measure_statistics(
             denoiser.attachment, denoiser, prompts, modules, settings,
             adapters=list(map(identity, mix.mixture.experts)), strengths=mix.mixture.strengths, progress=progress,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from ...core.pictures.grid import MIX, PLAIN, Cell, Setup
 from ..comfy import mixes
 from ..comfy.lora_loader import apply
 from ..comfy.sampling import decode, encode, sample
-from ..loaded_loras import Reading
+from ..loaded_loras import LoadedLoras
 from ..lora import Lora
 from ..merge.merge import merged
 from ..merge.read_cache import read
@@ -66,7 +66,7 @@ class Bench:
     ) -> None:
         self.model, self.clip, self.negative, self.loras = model, clip, negative, loras
         self.gates, self.statistics, self.progress = gates, statistics, progress
-        self._reading: Reading | None = None
+        self._reading: LoadedLoras | None = None
         self._plain: dict[str, Any] = {}  # conditioning by text, of the text encoders as they are
 
     def ready(self, groups: Mapping[Setup, Sequence[Cell]]) -> dict[Setup, Ready]:

@@ -19,7 +19,7 @@ from ...core.merge.statistics import Statistics
 from ...core.recipes import recipe
 from ...core.recipes.metadata import file_metadata
 from ..comfy import program
-from ..loaded_loras import Reading
+from ..loaded_loras import LoadedLoras
 from ..lora import Lora, flatten
 from ..settings import built, module_weights, settings
 from ..sockets import (
@@ -79,7 +79,7 @@ def _merge(
 
 def merged(
     values: Sequence[Lora],
-    reading: Reading,
+    reading: LoadedLoras,
     chosen: MergeMethod,
     model: Any,
     rules: str = "",
@@ -104,7 +104,7 @@ def merged(
         text_encoder_weights=[value.strength_clip for value in values],
         module_weights=per_module,
         progress=progress,
-        products=reading.products,
+        cache=reading.cache,
     )
     report = replace(
         result.report,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.formats.unchanged import states
-from ..loaded_loras import Reading, read_files
+from ..loaded_loras import LoadedLoras, read_files
 from ..lora import Lora
 
 _Key = tuple[object, ...]
@@ -20,10 +20,10 @@ class _NoModel:
 
 _NO_MODEL = _NoModel()
 # The last reading for every model, which dies with it; of files mapped into memory, so that little is held.
-_last: weakref.WeakKeyDictionary[Any, tuple[_Key, Sequence[Lora], Reading]] = weakref.WeakKeyDictionary()
+_last: weakref.WeakKeyDictionary[Any, tuple[_Key, Sequence[Lora], LoadedLoras]] = weakref.WeakKeyDictionary()
 
 
-def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
+def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
     """Read LoRAs, through the model if there is one (see `lora_loader.read`); strengths play no part in it.
 
     Raises:
@@ -39,7 +39,7 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
     return reading
 
 
-def _read_for(loras: Sequence[Lora], model: Any, clip: Any) -> Reading:
+def _read_for(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
     from ..comfy import lora_loader  # here: without a model nothing of ComfyUI is needed
 
     return lora_loader.read(loras, model, clip)

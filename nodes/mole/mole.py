@@ -13,7 +13,7 @@ from ...core.errors import MergeError
 from ...core.merge.methods import METHODS
 from ...core.mole.freeze import freeze
 from ...core.mole.gates import GateSettings
-from ...core.mole.mixture import Mixing
+from ...core.mole.mixture import MixMode
 from ...core.mole.trained import TrainedGates
 from ...core.pictures.gate_map import gate_map
 from ...core.recipes import recipe
@@ -109,7 +109,7 @@ class MoLEMix(io.ComfyNode):
         model: Any,
         loras: dict[str, Any],
         scale: float,
-        mixing: Mixing,
+        mixing: MixMode,
         granularity: str,
         clip_method: str,
         gates: TrainedGates | None = None,

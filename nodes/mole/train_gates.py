@@ -12,7 +12,7 @@ from ...core.errors import MergeError
 from ...core.merge.methods import METHODS
 from ...core.mole.gates import GateSettings
 from ...core.pictures.charts import curves
-from ...core.train import Training, TrainSettings, prompts_for
+from ...core.train import TrainingResult, TrainSettings, prompts_for
 from ..comfy import lora_loader, mixes, program, training
 from ..lora import Lora, flatten
 from ..sockets import CATEGORY, LEGOMOLE_GATES, loras_input, painting_inputs, seed_input, words_input
@@ -89,7 +89,7 @@ class TrainGates(io.ComfyNode):
                     tooltip="What a gate decides by: the prompt (text), the layer's input (hidden), what the LoRAs add "
                     "(experts, the paper's), the same of every position apart (flat, fixed size).",
                 ),
-                io.Int.Input("steps", default=200, min=1, max=100000, tooltip="Training steps."),
+                io.Int.Input("steps", default=200, min=1, max=100000, tooltip="TrainingResult steps."),
                 io.Int.Input("batch_size", default=8, min=1, max=1024, tooltip="Examples per step. Costs memory."),
                 io.Float.Input(
                     "learning_rate", default=0.01, min=1e-7, max=1.0, step=1e-4, tooltip="At its peak; falls to 0."
@@ -222,11 +222,11 @@ class TrainGates(io.ComfyNode):
         )
         fit = done.fit
         text = told(done)
-        drawn = curves({"loss": fit.losses, "entropy": fit.entropies}, f"Training the gates: {objective}")
+        drawn = curves({"loss": fit.losses, "entropy": fit.entropies}, f"TrainingResult the gates: {objective}")
         return io.NodeOutput(done.gates, program.picture(drawn), text, ui=program.show(text))
 
 
-def _keep(partly: Training) -> None:
+def _keep(partly: TrainingResult) -> None:
     """A cancelled training: what it learnt becomes a file of its own, beside the state it can go on from."""
     path = program.save_path("interrupted", program.GATES)
     partly.gates.save(path)
@@ -235,7 +235,7 @@ def _keep(partly: Training) -> None:
     program.show(text)
 
 
-def told(done: Training) -> str:
+def told(done: TrainingResult) -> str:
     """How a training went, for people."""
     fit, labels = done.fit, [expert.label for expert in done.gates.experts]
     names = done.gates.gates.names

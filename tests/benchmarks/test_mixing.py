@@ -16,7 +16,7 @@ import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
-from legomole.core.train.features import calibrate
+from legomole.core.train.features import standardise_features
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("peft")
@@ -93,7 +93,7 @@ def test_a_mixed_layer_runs_two_products_and_one_scaling_and_never_waits_for_the
     with torch.no_grad():
         plain = copy.deepcopy(model).to("meta")
         attachment = attach(model, Mixture(tuple(adapters), GateSet(3, settings)))
-        gates = calibrate(attachment, lambda: model(**case.inputs))
+        gates = standardise_features(attachment, lambda: model(**case.inputs))
         model.to("meta")
         attachment.bank.to("meta")
         inputs = {name: x.to("meta") for name, x in case.inputs.items()}

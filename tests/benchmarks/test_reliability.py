@@ -62,7 +62,7 @@ def test_killed_at_every_stage_and_faults_of_the_machine() -> None:
         "    while kills._killed(job, toll, at_call=stage): stage += 1\n"
         "    return [stage, toll.found[job.name], toll.defects]\n"
         "exchanged = stages()\n"
-        "files.exchanged = lambda new, old: False\n"
+        "files.swap_folders = lambda new, old: False\n"
         "in_turn = stages()\n"
         "faults._FAULTS = [row for row in faults._FAULTS if 'three' not in row[0]]\n"
         "print(json.dumps([exchanged, in_turn, faults.faults()]))"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from legomole.core.json_text import from_json, shallow
+from legomole.core.json_text import from_json, is_shallow
 
 
 def test_ordinary_data_comes_back_as_json_has_it() -> None:
@@ -29,10 +29,10 @@ def test_too_deep(levels: int, opening: str, closing: str) -> None:
 
 
 def test_levels_are_counted() -> None:
-    assert shallow(1, 0)
-    assert not shallow([], 0)
-    assert shallow([{"a": 1}], 2)
-    assert not shallow([{"a": [1]}], 2)
+    assert is_shallow(1, 0)
+    assert not is_shallow([], 0)
+    assert is_shallow([{"a": 1}], 2)
+    assert not is_shallow([{"a": [1]}], 2)
 
 
 def test_half_a_character_is_replaced() -> None:

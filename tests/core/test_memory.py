@@ -7,7 +7,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
-from legomole.core.memory import enough_memory
+from legomole.core.memory import report_out_of_memory
 from legomole.core.merge.engine import merge
 from legomole.core.merge.pool import Merged, Pool
 
@@ -17,19 +17,19 @@ TOO_MUCH = 1 << 60  # bytes; no machine has them
 def test_what_torch_says() -> None:
     with (
         pytest.raises(MergeError, match=r"not enough memory[\s\S]*1152921504606846976 bytes[\s\S]*to do:"),
-        enough_memory(),
+        report_out_of_memory(),
     ):
         torch.empty(TOO_MUCH, dtype=torch.uint8)
 
 
 def test_what_python_says() -> None:
-    with pytest.raises(MergeError, match="not enough memory"), enough_memory():
+    with pytest.raises(MergeError, match="not enough memory"), report_out_of_memory():
         bytearray(TOO_MUCH)
 
 
 def test_other_errors_and_those_of_a_graphics_card_pass() -> None:
     for error in (RuntimeError("mat1 and mat2"), torch.cuda.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(type(error)) as caught, enough_memory():
+        with pytest.raises(type(error)) as caught, report_out_of_memory():
             raise error
         assert caught.value is error
 
@@ -37,10 +37,10 @@ def test_other_errors_and_those_of_a_graphics_card_pass() -> None:
 def test_with_a_remedy_a_graphics_card_is_told_of_too() -> None:
     with (
         pytest.raises(MergeError, match=r"not enough memory[\s\S]*found: *CUDA full\n  to do: *smaller"),
-        enough_memory("smaller"),
+        report_out_of_memory("smaller"),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA full\nDetails")
-    with pytest.raises(MergeError, match=r"not enough memory[\s\S]*to do: *smaller"), enough_memory("smaller"):
+    with pytest.raises(MergeError, match=r"not enough memory[\s\S]*to do: *smaller"), report_out_of_memory("smaller"):
         torch.empty(TOO_MUCH, dtype=torch.uint8)
 
 

@@ -27,7 +27,7 @@ from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.merge.engine import merge  # noqa: E402
 from legomole.core.merge.methods import METHODS  # noqa: E402
 from legomole.core.merge.pool import Merged, Pool  # noqa: E402
-from legomole.core.recipes.remote import Library  # noqa: E402
+from legomole.core.recipes.remote import RemoteInputs  # noqa: E402
 from legomole.hosts.ray import cluster  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -63,8 +63,8 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def library(paths: list[Path]) -> Library:
-    return Library.of([load(path) for path in paths], [path.absolute() for path in paths], None, None)
+def library(paths: list[Path]) -> RemoteInputs:
+    return RemoteInputs.of([load(path) for path in paths], [path.absolute() for path in paths], None, None)
 
 
 def arguments(paths: list[Path], *more: str) -> list[str]:

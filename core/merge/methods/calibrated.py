@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import MergeError
 from ..pool import Merged, Pool
 from ..rank import Rank
-from ..statistics import Moments, Statistics
+from ..statistics import ModuleStatistics, Statistics
 from .svd import SVD
 
 # Weight of the plain sum in directions that were never measured, relative to the mean measured one.
@@ -60,13 +60,13 @@ class Calibrated:
             )
 
     def __call__(self, pool: Pool) -> Merged:
-        responsive, unmeasured = respond(pool, self.statistics, self.lam, self.mu, self.joint_scale)
+        responsive, unmeasured = calibrate_units(pool, self.statistics, self.lam, self.mu, self.joint_scale)
         merged = SVD(self.rank)(responsive)
         remarks = dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum")
-        return replace(merged, remarks=remarks, mixing=None)  # it was one of other units
+        return replace(merged, remarks=remarks, combination=None)  # it was one of other units
 
 
-def respond(
+def calibrate_units(
     pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 3.0, joint_scale: float = 1.2
 ) -> tuple[Pool, list[str]]:
     """Units that respond to what their LoRA is for: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
@@ -92,7 +92,9 @@ def respond(
     return pool.with_units(A, pool.B), unmeasured
 
 
-def _solve(name: str, moments: Moments, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float) -> Tensor:
+def _solve(
+    name: str, moments: ModuleStatistics, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float
+) -> Tensor:
     """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
     if moments.d_in != A.shape[1]:
         raise MergeError(

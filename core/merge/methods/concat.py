@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..pool import Merged, Mixing, Pool
+from ..pool import LinearCombination, Merged, Pool
 
 
 @dataclass(frozen=True)
@@ -19,4 +19,4 @@ class Concat:
     def __call__(self, pool: Pool) -> Merged:
         root = pool.c.abs().sqrt()
         ranks = torch.full((pool.batch,), pool.size)
-        return Mixing(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks).apply(pool)
+        return LinearCombination(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks).apply(pool)

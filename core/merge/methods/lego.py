@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import gram
-from ..pool import Merged, Mixing, Pool
+from ..pool import LinearCombination, Merged, Pool
 from ..rank import Rank
 from ..statistics import Statistics
-from .calibrated import respond
+from .calibrated import calibrate_units
 
 Geometry = Literal["rank-one", "paper"]
 Norm = Literal["inf", "l2"]
@@ -59,23 +59,23 @@ class Lego:
     def __call__(self, pool: Pool) -> Merged:
         if self.statistics is None:
             return self._merge(pool)
-        responsive, unmeasured = respond(pool, self.statistics)
+        responsive, unmeasured = calibrate_units(pool, self.statistics)
         remarks = dict.fromkeys(unmeasured, "have no statistics: their units were merged as they are")
-        return replace(self._merge(responsive), remarks=remarks, mixing=None)  # it was one of other units
+        return replace(self._merge(responsive), remarks=remarks, combination=None)  # it was one of other units
 
     def _merge(self, pool: Pool) -> Merged:
         published = self.geometry == "paper"
         k = self.rank.resolve(pool)
-        gauge = folded(pool) if published else balanced(pool)
+        gauge = fold_scales(pool) if published else balance_units(pool)
         # units in the chosen gauge: A_j rows of gauge.R_A @ A, B_j columns of B @ gauge.R_B
-        G_A, G_B = in_gauge(pool, pool.G_A, gauge.R_A), in_gauge(pool, pool.G_B, gauge.R_B.mT)
+        G_A, G_B = transform_gram(pool, pool.G_A, gauge.R_A), transform_gram(pool, pool.G_B, gauge.R_B.mT)
         labels, _ = gram.kmeans(G_A + G_B if published else G_A * G_B, k, starts=self.starts, seed=self.seed)
 
         Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
         n = Z.sum(1).clamp_min(1)  # (M, k)
         mean = Z / n[:, None, :]
         a, b = (mean, mean) if published else best_rank_one(G_A, G_B, labels, Z.shape[2])
-        merged = Mixing(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
+        merged = LinearCombination(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
 
         size = torch.ones_like(n)
         if self.parameter_reweight if self.parameter_reweight is not None else published:
@@ -87,9 +87,9 @@ class Lego:
         if self.output_reweight if self.output_reweight is not None else published:
             r = pool.size / len(pool.ranks)
             R_B = R_B * (r / k.to(R_B)).sqrt()[:, None, None]
-        return Mixing(R_A, R_B, k, labels).apply(pool)
+        return LinearCombination(R_A, R_B, k, labels).apply(pool)
 
-    def _norm_ratio(self, pool: Pool, gauge: Mixing, merged: Mixing, mean: Tensor) -> Tensor:
+    def _norm_ratio(self, pool: Pool, gauge: LinearCombination, merged: LinearCombination, mean: Tensor) -> Tensor:
         """Mean norm of a cluster's members over the norm of its centroid, per unit matrix: ``(M, k)``."""
         members = (unit_norms(gauge.apply(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
         centroids = unit_norms(merged.apply(pool), self.geometry, self.norm)
@@ -97,23 +97,23 @@ class Lego:
         return ratio.square() if self.geometry == "paper" else ratio  # x scales by sqrt(size), b a^T by size
 
 
-def folded(pool: Pool) -> Mixing:
-    """Step 1 of the paper: ``A <- sqrt|c| A``, ``B <- sign(c) sqrt|c| B``. Each unit carries its true size."""
+def fold_scales(pool: Pool) -> LinearCombination:
+    """Step 1 of the paper: ``A <- sqrt|c| A``, ``B <- sign(c) sqrt|c| B``. BatchRunner unit carries its true size."""
     root = pool.c.abs().sqrt()
     ranks = torch.full((pool.batch,), pool.size)
-    return Mixing(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks)
+    return LinearCombination(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks)
 
 
-def balanced(pool: Pool) -> Mixing:
+def balance_units(pool: Pool) -> LinearCombination:
     """Every adapter in balanced SVD form, ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included."""
     R_A, R_B = torch.zeros_like(pool.G_A), torch.zeros_like(pool.G_B)
     for at, svd, weight in zip(pool.spans, pool.own, pool.weights.mT[:, :, None, None], strict=True):
         root = weight.abs().sqrt()
         R_A[:, at, at], R_B[:, at, at] = root * svd.R_A, root * weight.sign() * svd.R_B
-    return Mixing(R_A, R_B, torch.full((pool.batch,), pool.size))
+    return LinearCombination(R_A, R_B, torch.full((pool.batch,), pool.size))
 
 
-def in_gauge(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
+def transform_gram(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
     """``R G R^T`` for an `R` that mixes only units of the same adapter."""
     blocks = [R[:, at, at] for at in pool.spans]
     G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)

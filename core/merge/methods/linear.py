@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..pool import Merged, Mixing, Pool
+from ..pool import LinearCombination, Merged, Pool
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class Linear:
         pick = torch.nn.functional.one_hot(place, k).to(pool.c)  # (P, k)
         root = pool.c.abs().sqrt()
         R_A, R_B = pick.T * root[:, None, :], (root * pool.c.sign())[:, :, None] * pick
-        return Mixing(R_A, R_B, torch.full((pool.batch,), k)).apply(pool)
+        return LinearCombination(R_A, R_B, torch.full((pool.batch,), k)).apply(pool)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..pool import Merged, Mixing, Pool
+from ..pool import LinearCombination, Merged, Pool
 from ..rank import Rank
 
 
@@ -28,4 +28,6 @@ class SVD:
         k = self.rank.resolve(pool).clamp_max(pool.max_rank)
         keep = torch.arange(int(k.max()), device=k.device) < k[:, None]  # (M, k)
         svd, width = pool.svd, keep.shape[1]
-        return Mixing(svd.R_A[:, :width] * keep[:, :, None], svd.R_B[:, :, :width] * keep[:, None], k).apply(pool)
+        return LinearCombination(svd.R_A[:, :width] * keep[:, :, None], svd.R_B[:, :, :width] * keep[:, None], k).apply(
+            pool
+        )

@@ -145,8 +145,8 @@ def lora(value: float) -> Adapter:
 
 @pytest.mark.parametrize("reached", range(4))
 def test_interrupted_while_a_folder_is_replaced(reached: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where folders cannot be exchanged: whenever the power goes, it is old, new, or says that it is neither."""
-    monkeypatch.setattr("legomole.core.formats.files.exchanged", lambda new, old: False)
+    """Where folders cannot be swapped: whenever the power goes, it is old, new, or says that it is neither."""
+    monkeypatch.setattr("legomole.core.formats.files.swap_folders", lambda new, old: False)
     folder = save(lora(1.0), tmp_path / "x", format="peft")
     renamed = 0
 
@@ -174,7 +174,7 @@ def test_interrupted_while_a_folder_is_replaced(reached: int, tmp_path: Path, mo
 
 def test_weights_that_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows, where somebody has them open: the old folder is as it was."""
-    monkeypatch.setattr("legomole.core.formats.files.exchanged", lambda new, old: False)
+    monkeypatch.setattr("legomole.core.formats.files.swap_folders", lambda new, old: False)
     folder = save(lora(1.0), tmp_path / "x", format="peft")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 

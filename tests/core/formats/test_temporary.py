@@ -1,4 +1,4 @@
-"""Temporary names, folders that are exchanged, and one writer at a time."""
+"""Temporary names, folders that are swapped, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_where_it_cannot_be_exchanged_its_files_are_replaced(
 def test_one_process_at_a_time_replaces_files(tmp_path: Path) -> None:
     import fcntl
 
-    with temporary.alone(tmp_path):
+    with temporary.exclusive_lock(tmp_path):
         descriptor = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,5 +97,5 @@ def test_one_process_at_a_time_replaces_files(tmp_path: Path) -> None:
 
 def test_without_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(temporary, "fcntl", None)
-    with temporary.alone(tmp_path), temporary.alone(tmp_path):
+    with temporary.exclusive_lock(tmp_path), temporary.exclusive_lock(tmp_path):
         pass

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from legomole.core.layers import blocks as p
-from legomole.core.layers.blocks import Part, parts, short_names
+from legomole.core.layers.blocks import ModelBlock, blocks_of, short_names
 
 from ... import lora_files as files
 
 
 def named(layers) -> dict[str, str]:
-    return {part.name: part.region for part in parts(layers)}
+    return {part.name: part.region for part in blocks_of(layers)}
 
 
 def test_dotted_and_underscored_names_have_the_same_blocks():
@@ -21,16 +21,16 @@ def test_dotted_and_underscored_names_have_the_same_blocks():
         for layer in ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ff.net.0.proj", "ff.net.2")
     ]
     flat = [f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}" for name in dotted]
-    assert [part.name for part in parts(dotted)] == [f"unet.down_blocks.{i}.{below}" for i in range(2)]
-    assert [part.name for part in parts(flat)] == [
+    assert [part.name for part in blocks_of(dotted)] == [f"unet.down_blocks.{i}.{below}" for i in range(2)]
+    assert [part.name for part in blocks_of(flat)] == [
         f"lora_unet_down_blocks_{i}_{below.replace('.', '_')}" for i in range(2)
     ]
-    assert [len(part.layers) for part in parts(flat)] == [5, 5]
+    assert [len(part.layers) for part in blocks_of(flat)] == [5, 5]
 
 
 def test_what_lies_around_a_block_is_a_block_too():
     layers = ["down.0.attentions.0.proj_in", *(f"down.0.attentions.0.blocks.0.{x}.q" for x in ("attn1", "attn2"))]
-    assert {part.name: len(part.layers) for part in parts(layers)} == {
+    assert {part.name: len(part.layers) for part in blocks_of(layers)} == {
         "down.0.attentions.0": 1,
         "down.0.attentions.0.blocks.0": 2,
     }
@@ -63,18 +63,18 @@ def test_layers_of_one_kind_belong_to_the_outermost_number():
         "model.layers.1": p.ALL,
     }
     assert named(["x", "y"]) == {"outside of blocks": p.REST}
-    assert parts([]) == []
+    assert blocks_of([]) == []
 
 
 def test_too_many_blocks_are_told_of_by_the_outermost():
     layers = [f"up.{i}.blocks.{j}.{x}.q" for i in range(7) for j in range(7) for x in ("a", "b")]
-    assert [part.name for part in parts(layers)] == [f"up.{i}" for i in range(7)]
-    assert len(parts(layers[:-14])) == 42
+    assert [part.name for part in blocks_of(layers)] == [f"up.{i}" for i in range(7)]
+    assert len(blocks_of(layers[:-14])) == 42
 
 
 @pytest.mark.parametrize("shapes", [files.KOHYA_SD15, files.DIFFUSERS_SDXL, files.KOHYA_FLUX, files.KOHYA_SD3])
 def test_every_layer_is_in_one_block(shapes):
-    found = [name for part in parts(shapes) for name in part.layers]
+    found = [name for part in blocks_of(shapes) for name in part.layers]
     assert sorted(found) == sorted(shapes)
 
 
@@ -94,9 +94,9 @@ def test_every_layer_is_in_one_block(shapes):
     ],
 )
 def test_short_names(name, short):
-    assert short_names([Part(name, p.ALL, ())]) == [short]
+    assert short_names([ModelBlock(name, p.ALL, ())]) == [short]
 
 
 def test_short_names_that_would_be_alike_stay_long():
     names = ["unet.blocks.0", "model.blocks.0"]
-    assert short_names([Part(name, p.ALL, ()) for name in names]) == names
+    assert short_names([ModelBlock(name, p.ALL, ()) for name in names]) == names

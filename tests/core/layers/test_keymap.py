@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import FormatError, MergeError
-from legomole.core.layers.keymap import Piece, Place, refine, rename, unmapped
+from legomole.core.layers.keymap import ParameterSlice, Piece, refine, rename, unmapped
 from legomole.core.lowrank import LowRank
 
 
@@ -64,7 +64,9 @@ def leaf(key: str, start: int, stop: int) -> str:
 
 
 def test_refine_cuts_the_fused_where_the_split_begins() -> None:
-    found = refine({"qkv": Place("w", 0, 6), "k": Place("w", 2, 4), "other": Place("u", 0, 3)}, leaf)
+    found = refine(
+        {"qkv": ParameterSlice("w", 0, 6), "k": ParameterSlice("w", 2, 4), "other": ParameterSlice("u", 0, 3)}, leaf
+    )
     assert found == {
         "qkv": (Piece("w[0:2]", ((0, 2),)), Piece("w[2:4]", ((2, 4),)), Piece("w[4:6]", ((4, 6),))),
         "k": (Piece("w[2:4]"),),
@@ -74,15 +76,15 @@ def test_refine_cuts_the_fused_where_the_split_begins() -> None:
 
 def test_a_permuted_layer_cannot_be_split() -> None:
     swap = ((2, 4), (0, 2))
-    assert refine({"m": Place("w", 0, 4, swap)}, leaf) == {"m": (Piece("w[0:4]", swap),)}
+    assert refine({"m": ParameterSlice("w", 0, 4, swap)}, leaf) == {"m": (Piece("w[0:4]", swap),)}
     with pytest.raises(MergeError, match="permuted"):
-        refine({"m": Place("w", 0, 4, swap), "n": Place("w", 0, 2)}, leaf)
+        refine({"m": ParameterSlice("w", 0, 4, swap), "n": ParameterSlice("w", 0, 2)}, leaf)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)), min_size=1, max_size=5))
 def test_refined_pieces_overlap_wholly_or_not_at_all(spans: list[tuple[int, int]]) -> None:
-    places = {f"m{i}": Place("w", a, min(12, a + n)) for i, (a, n) in enumerate(spans)}
+    places = {f"m{i}": ParameterSlice("w", a, min(12, a + n)) for i, (a, n) in enumerate(spans)}
     found = refine(places, leaf)
     targets: dict[str, set[int]] = {}
     for name, pieces in found.items():

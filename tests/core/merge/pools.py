@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from legomole.core.merge.factors import Held
+from legomole.core.merge.factors import InMemoryFactors
 from legomole.core.merge.pool import Merged, Pool
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def make_pool(
     s = torch.tensor(scales or [1.0] * N, dtype=torch.float64)
     return Pool(
         names=tuple(names or (f"m{m}" for m in range(M))),
-        factors=Held(torch.cat([a.float() for a in A], 1), torch.cat([b.float() for b in B], 2)),
+        factors=InMemoryFactors(torch.cat([a.float() for a in A], 1), torch.cat([b.float() for b in B], 2)),
         scale=s.repeat(M, 1).repeat_interleave(torch.tensor(ranks), 1),
         weights=w,
         ranks=ranks,

@@ -10,7 +10,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.lowrank import LowRank
 from legomole.core.merge import gram
-from legomole.core.merge.cache import Products
+from legomole.core.merge.cache import GramCache
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.rank import Rank
@@ -50,12 +50,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
 
 
 def test_other_ranks_methods_and_weights_need_no_new_products(counted: Callable[[], tuple[int, int]]) -> None:
-    inputs, products = adapters(), Products()
-    merge(inputs, METHODS["lego"](Rank(4)), products=products)
+    inputs, products = adapters(), GramCache()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=products)
     assert counted() == (1, 2)  # one batch: products, and every adapter's own decomposition
     lego, svd = METHODS["lego"](Rank(2)), METHODS["svd"](Rank(3))
     for method, weights, own, sums in ((lego, (1.0, 1.0), 2, 0), (lego, (0.3, -2.0), 2, 0), (svd, (0.5, -2.0), 0, 1)):
-        again = merge(inputs, method, weights, products=products)
+        again = merge(inputs, method, weights, cache=products)
         assert counted() == (0, sums)
         fresh = merge(inputs, method, weights)
         assert counted() == (1, own + sums)
@@ -66,10 +66,10 @@ def test_other_ranks_methods_and_weights_need_no_new_products(counted: Callable[
 
 
 def test_a_lora_left_out_is_another_batch(counted: Callable[[], tuple[int, int]]) -> None:
-    inputs, products = adapters(), Products()
-    merge(inputs, METHODS["lego"](Rank(2)), products=products)
+    inputs, products = adapters(), GramCache()
+    merge(inputs, METHODS["lego"](Rank(2)), cache=products)
     counted()
-    alone = merge(inputs, METHODS["lego"](Rank(2)), (1.0, 0.0), products=products).adapter.modules["layer0"]
+    alone = merge(inputs, METHODS["lego"](Rank(2)), (1.0, 0.0), cache=products).adapter.modules["layer0"]
     assert counted() == (1, 1)
     assert torch.equal(alone.A, merge(inputs[:1], METHODS["lego"](Rank(2))).adapter.modules["layer0"].A)
 
@@ -78,8 +78,8 @@ def test_no_more_is_kept_than_the_limit(counted: Callable[[], tuple[int, int]]) 
     # numbers of 8 bytes, 3 layers: A and B 8 x 8; of two adapters S 4, R_A and R_B 4 x 4
     kept = 3 * 8 * (2 * 8 * 8 + 2 * (4 + 2 * 4 * 4))
     for limit, anew in ((kept, (0, 0)), (kept - 1, (1, 2))):
-        inputs, products = adapters(), Products(limit)
-        merge(inputs, METHODS["lego"](Rank(4)), products=products)
+        inputs, products = adapters(), GramCache(limit)
+        merge(inputs, METHODS["lego"](Rank(4)), cache=products)
         counted()
-        merge(inputs, METHODS["lego"](Rank(4)), products=products)
+        merge(inputs, METHODS["lego"](Rank(4)), cache=products)
         assert counted() == anew

@@ -12,7 +12,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.lowrank import LowRank
 from legomole.core.merge import factors, gram
 from legomole.core.merge.engine import merge
-from legomole.core.merge.factors import Held, Opened
+from legomole.core.merge.factors import FileFactors, InMemoryFactors
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.rank import Rank
 
@@ -48,7 +48,7 @@ def test_pieces_are_the_whole_cut_up(
     monkeypatch.setattr(factors, "_PIECE", modules_at_once * 5 * 40)
     rows = parts(5, (2, 3), *dtypes)
     A, B = expected(rows)
-    for some in (Opened(rows, CPU), Held(A, B)):
+    for some in (FileFactors(rows, CPU), InMemoryFactors(A, B)):
         assert some.shape == (5, 5, 40, 30)
         seen: list[int] = []
         for at, A_at, B_at in some.pieces():
@@ -65,7 +65,7 @@ def test_pieces_use_the_same_memory_again_and_read_nothing_twice_once_the_whole_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(factors, "_PIECE", 1)
-    some = Opened(parts(3, (2,), torch.float16), CPU)
+    some = FileFactors(parts(3, (2,), torch.float16), CPU)
     assert len({A.data_ptr() for _, A, _ in some.pieces()}) == 1
     A = some.whole[0]
     assert [piece.data_ptr() for _, piece, _ in some.pieces()] == [A[m].data_ptr() for m in range(3)]
@@ -73,7 +73,7 @@ def test_pieces_use_the_same_memory_again_and_read_nothing_twice_once_the_whole_
 
 def test_another_device_gets_everything_at_once_and_once_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factors, "_PIECE", 1)
-    some = Opened(parts(3, (2,), torch.float16), torch.device("meta"))
+    some = FileFactors(parts(3, (2,), torch.float16), torch.device("meta"))
     ((at, A, B),) = some.pieces()
     assert (at, A.device.type, A.shape, B.shape) == (slice(0, 3), "meta", (3, 2, 40), (3, 30, 2))
     ((_, again, _),) = some.pieces()
@@ -89,7 +89,7 @@ def test_another_device_gets_everything_at_once_and_once_only(monkeypatch: pytes
     ],
 )
 def test_short_numbers_are_those_of_16_bits(dtypes: tuple[torch.dtype, ...], short: bool) -> None:
-    assert Opened(parts(2, (2, 3), *dtypes), CPU).short is short
+    assert FileFactors(parts(2, (2, 3), *dtypes), CPU).short is short
 
 
 class TestProducts:
@@ -99,7 +99,7 @@ class TestProducts:
         """For each module the largest error, relative to the units' sizes."""
         found: list[float] = []
         A, B = (x.double() for x in expected(rows))
-        G_A, G_B = gram.products(Opened(rows, CPU))
+        G_A, G_B = gram.products(FileFactors(rows, CPU))
         for m in range(len(rows)):
             errors = []
             for G, X in ((G_A[m], A[m]), (G_B[m], B[m].mT)):
@@ -141,12 +141,12 @@ class TestProducts:
         code = """
 import torch
 from legomole.core.merge import gram
-from legomole.core.merge.factors import Opened
+from legomole.core.merge.factors import FileFactors
 from legomole.core.lowrank import LowRank
 
 torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 A, B = torch.randn(4, 900).half(), torch.randn(900, 4).half()
-G_A, G_B = gram.products(Opened([[LowRank(A, B)]], torch.device("cpu")))
+G_A, G_B = gram.products(FileFactors([[LowRank(A, B)]], torch.device("cpu")))
 torch.testing.assert_close(G_A[0], A.double() @ A.double().T, rtol=1e-13, atol=1e-10)
 torch.testing.assert_close(G_B[0], B.double().T @ B.double(), rtol=1e-13, atol=1e-10)
 """
@@ -156,7 +156,7 @@ torch.testing.assert_close(G_B[0], B.double().T @ B.double(), rtol=1e-13, atol=1
     def test_a_number_that_is_none_reaches_the_products(self) -> None:
         rows = parts(2, (4,), torch.float16)
         rows[1][0].A[2, 3] = torch.nan
-        G_A, G_B = gram.products(Opened(rows, CPU))
+        G_A, G_B = gram.products(FileFactors(rows, CPU))
         assert torch.isfinite(G_A[0]).all()
         assert torch.isnan(G_A[1, 2]).all()
         assert torch.isfinite(G_B).all()

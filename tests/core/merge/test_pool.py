@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from legomole.core.merge.factors import Held
-from legomole.core.merge.pool import Merged, Mixing, overlap, relative_error
+from legomole.core.merge.factors import InMemoryFactors
+from legomole.core.merge.pool import LinearCombination, Merged, overlap, relative_error
 
 from .pools import close, deltas, make_pool, product, random_pool, total
 
@@ -58,7 +58,7 @@ def test_relative_error_where_the_sum_is_zero_is_the_merged_norm():
 def test_svd_decomposes_the_sum():
     pool = random_pool((3, 2), weights=[1.0, -0.5], scales=[2.0, 0.5])
     assert torch.allclose(pool.svd.S, torch.linalg.svdvals(total(pool))[:, :5], rtol=1e-9)
-    assert close(product(Mixing(pool.svd.R_A, pool.svd.R_B, torch.full((3,), 5)).apply(pool)), total(pool))
+    assert close(product(LinearCombination(pool.svd.R_A, pool.svd.R_B, torch.full((3,), 5)).apply(pool)), total(pool))
 
 
 def test_owner_scale_and_split():
@@ -79,5 +79,5 @@ def test_gram_matrices_are_double_so_that_nearly_parallel_units_stay_apart():
     # two units that differ by 2^-12: |a_1 - a_2|^2 = 2^-24 is below float32's resolution next to |a|^2 = 1
     A = torch.tensor([[[1.0, 0.0], [1.0, 2.0**-12]]])
     pool = random_pool((2,), d_in=2, batch=1)
-    pool = replace(pool, factors=Held(A, pool.B))
+    pool = replace(pool, factors=InMemoryFactors(A, pool.B))
     assert float(torch.linalg.det(pool.G_A[0])) == pytest.approx(2.0**-24, rel=1e-9)

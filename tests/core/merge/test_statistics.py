@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, MergeError, SaveError
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 
 
 def eye(value: float, d: int = 3) -> torch.Tensor:
@@ -22,9 +22,9 @@ def example() -> Statistics:
     shared = eye(9.0)  # q and k see the same input
     return Statistics(
         {
-            "blocks.0.q": Moments({0: shared, 1: eye(2.0)}, {(0, 1): eye(3.0), (0, 1, 2): eye(4.0)}, eye(5.0)),
-            "blocks.0.k": Moments({0: shared}),
-            "blocks/with/slashes": Moments(base=eye(6.0, 2)),
+            "blocks.0.q": ModuleStatistics({0: shared, 1: eye(2.0)}, {(0, 1): eye(3.0), (0, 1, 2): eye(4.0)}, eye(5.0)),
+            "blocks.0.k": ModuleStatistics({0: shared}),
+            "blocks/with/slashes": ModuleStatistics(base=eye(6.0, 2)),
         },
         ("aa", "bb", "cc"),
         (0.5, 1.0, 2.0),
@@ -66,7 +66,9 @@ def test_a_part_of_the_adapters_keeps_what_was_measured_without_the_others():
 
 
 def test_one_file_given_twice_keeps_both_positions():
-    twice = Statistics({"m": Moments({0: eye(1.0), 1: eye(2.0)})}, ("aa", "aa")).of([adapter("aa"), adapter("aa")])
+    twice = Statistics({"m": ModuleStatistics({0: eye(1.0), 1: eye(2.0)})}, ("aa", "aa")).of(
+        [adapter("aa"), adapter("aa")]
+    )
     assert {i: float(C[0, 0]) for i, C in twice.modules["m"].own.items()} == {0: 1.0, 1: 2.0}
 
 
@@ -88,19 +90,19 @@ def test_an_adapter_that_was_not_measured_is_refused(sha256):
 )
 def test_shapes_are_checked(parts):
     with pytest.raises(MergeError, match="not second moments"):
-        Moments(**parts)
+        ModuleStatistics(**parts)
 
 
 @pytest.mark.parametrize("group", [(0,), (1, 0), (0, 0), ()])
 def test_joint_positions_are_checked(group):
     with pytest.raises(MergeError, match="Joint statistics"):
-        Moments(joint={group: eye(1.0)})
+        ModuleStatistics(joint={group: eye(1.0)})
 
 
 def test_moments_that_modules_share_are_written_once(tmp_path):
-    shared, C = Moments({0: eye(1.0)}, {(0, 1): eye(2.0)}, eye(3.0)), eye(4.0)
+    shared, C = ModuleStatistics({0: eye(1.0)}, {(0, 1): eye(2.0)}, eye(3.0)), eye(4.0)
     # the same matrix in other roles is not the same moments
-    statistics = Statistics({"a": shared, "b": shared, "c": Moments({0: C}), "d": Moments(base=C)})
+    statistics = Statistics({"a": shared, "b": shared, "c": ModuleStatistics({0: C}), "d": ModuleStatistics(base=C)})
     assert statistics.size == sum(t.numel() * 4 for t in (*shared.tensors(), C))
     path = tmp_path / "shared.safetensors"
     statistics.save(path)

@@ -15,8 +15,8 @@ from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.pool import Merged, Pool
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.tasks import Batch, Work
-from legomole.core.merge.threads import beside
+from legomole.core.merge.tasks import Batch, BatchMerger
+from legomole.core.merge.threads import run_in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +50,10 @@ class Recorder(Concat):
         return super().__call__(pool)
 
 
-def work(method: Recorder, inputs: list[Adapter]) -> tuple[Work, list[Batch]]:
+def work(method: Recorder, inputs: list[Adapter]) -> tuple[BatchMerger, list[Batch]]:
     weights = [dict.fromkeys(adapter.modules, 1.0) for adapter in inputs]
     todo = [Batch((name,), (0, 1), (3, 3)) for name in inputs[0].modules]
-    return Work(method, weights, torch.float32, torch.device("cpu")), todo
+    return BatchMerger(method, weights, torch.float32, torch.device("cpu")), todo
 
 
 def test_the_numbers_are_those_of_one_thread():
@@ -69,7 +69,7 @@ def test_the_numbers_are_those_of_one_thread():
 
 def test_results_come_in_order_an_error_with_its_batch_and_threads_are_as_before():
     method, inputs = Recorder(), adapters()
-    results = beside(*work(method, inputs)[:1], inputs, work(method, inputs)[1])
+    results = run_in_threads(*work(method, inputs)[:1], inputs, work(method, inputs)[1])
     assert [list(next(results).modules) for _ in range(3)] == [["layer0"], ["layer1"], ["layer2"]]
     with pytest.raises(MergeError, match="This one fails"):
         next(results)
@@ -97,5 +97,5 @@ def test_one_thread_needs_no_other():
     torch.set_num_threads(1)
     method, inputs = Recorder(), adapters(shapes=2)
     made, todo = work(method, inputs)
-    assert len(list(beside(made, inputs, todo))) == 2
+    assert len(list(run_in_threads(made, inputs, todo))) == 2
     assert {thread for _, thread, _ in method.seen} == {threading.main_thread()}  # type: ignore[attr-defined]

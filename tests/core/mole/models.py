@@ -262,7 +262,7 @@ def untouched(model: nn.Module) -> bool:
 
 
 class Values:
-    """Notes what the gates open to. A `Watcher`."""
+    """Notes what the gates open to. A `GateObserver`."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
-from legomole.core.layers.keymap import Place
+from legomole.core.layers.keymap import ParameterSlice
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.bank import Bank
@@ -115,10 +115,10 @@ class TestEqualsMerged:
         g = torch.Generator().manual_seed(0)
         parts = {f"to_{n}": LowRank(torch.randn(2, D, generator=g), torch.randn(D, 2, generator=g), 1.0) for n in "qkv"}
         where = "double_blocks.0.img.qkv"
-        places = {f"to_{n}": Place(where, D * i, D * (i + 1)) for i, n in enumerate("qkv")}
+        places = {f"to_{n}": ParameterSlice(where, D * i, D * (i + 1)) for i, n in enumerate("qkv")}
         split = Adapter({n: parts[n] for n in ("to_q", "to_v")})
         turned = Adapter({"mod": LowRank(torch.randn(1, D, generator=g), torch.randn(2 * D, 1, generator=g))})
-        places["mod"] = Place("double_blocks.0.img.mod", 0, 2 * D, ((D, 2 * D), (0, D)))
+        places["mod"] = ParameterSlice("double_blocks.0.img.mod", 0, 2 * D, ((D, 2 * D), (0, D)))
         weights = copy.deepcopy(model)
         weights.get_submodule(where).weight[:D] += 0.5 * parts["to_q"].delta()
         weights.get_submodule(where).weight[2 * D :] += 0.5 * parts["to_v"].delta()
@@ -383,7 +383,7 @@ class TestMasks:
                 for half in halves:
                     start, stop = (0, 3 * D) if half == "qkv" else ("qkv".index(half) * D, "qkv".index(half) * D + D)
                     low = LowRank(torch.randn(2, D, generator=g), torch.randn(stop - start, 2, generator=g), 0.5)
-                    modules[f"{i}.{half}"], places[f"{i}.{half}"] = low, Place(path, start, stop)
+                    modules[f"{i}.{half}"], places[f"{i}.{half}"] = low, ParameterSlice(path, start, stop)
             experts.append(Adapter(modules))
         mixture = trained(model, experts, settings(reads, granularity, "softmax"), mixing, places=places)
         order = [2, 0, 1]

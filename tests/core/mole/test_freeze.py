@@ -8,7 +8,7 @@ import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import MergeError
-from legomole.core.layers.keymap import Place
+from legomole.core.layers.keymap import ParameterSlice
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
 from legomole.core.mole.attach import attach
@@ -82,7 +82,7 @@ def test_modules_whose_names_have_brackets():
     model = InPlace(1)
     g = torch.Generator().manual_seed(0)
     where = "double_blocks.0.img.qkv"
-    places = {f"{where}[{i}:{i + D}]": Place(where, i, i + D) for i in (0, D)}
+    places = {f"{where}[{i}:{i + D}]": ParameterSlice(where, i, i + D) for i in (0, D)}
     low = LowRank(torch.randn(2, D, generator=g), torch.randn(D, 2, generator=g))
     adapter = Adapter(dict.fromkeys(places, low))
     mixture = Mixture((adapter, adapter), GateSet(2, GateSettings(activation="softmax")), places=places)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.guidance import Following, PromptFirst
+from legomole.core.mole.guidance import PromptFirst, PromptFollowing
 from torch import Tensor
 
 from ..merge.pools import close
 from .models import Transformer, Values, call, inputs, lora, trained
 
 
-def following(*own: int) -> Following:
+def following(*own: int) -> PromptFollowing:
     """Of batches in which these samples are the prompt's."""
-    return Following(lambda _, batch: [row for row in own if row < batch])
+    return PromptFollowing(lambda _, batch: [row for row in own if row < batch])
 
 
 def rows(*values: float) -> Tensor:
@@ -45,7 +45,7 @@ class TestByHand:
 
     def test_in_two_passes(self):
         prompt = [True]
-        follow = Following(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
+        follow = PromptFollowing(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
 
         def one(of_prompt: bool, *values: float) -> list[float]:
             prompt[0] = of_prompt
@@ -65,7 +65,7 @@ class TestByHand:
 
     def test_a_negative_prompt_that_comes_first_is_put_off(self):
         prompt = [False]
-        follow = Following(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
+        follow = PromptFollowing(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
         follow.wait = True
         with pytest.raises(PromptFirst):
             follow.start({}, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.gating import Collected
+from legomole.core.mole.gating import CollectedGates
 from torch.utils.checkpoint import checkpoint
 
 from .models import Transformer, call, inputs, lora, seeded, trained
@@ -24,7 +24,7 @@ def test_gates_that_were_collected_are_freed(reads: Any, by: str) -> None:
         model = Transformer()
     mixture = trained(model, [lora(model, 1), lora(model, 2)], GateSettings(reads=reads))
     with attach(model, mixture, checkpointing=by == "us") as attachment:
-        seen = Collected()
+        seen = CollectedGates()
         with attachment.watch(seen):
             if by == "us":
                 out = call(model, *inputs(model))

@@ -13,7 +13,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.stack import Part, Stack, fit_batch, rows_of, stacks
+from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch, rows_of, stacks
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,7 +65,7 @@ class TestLinear:
         torch.manual_seed(seed)
         layer, x = nn.Linear(4, 6).requires_grad_(False), torch.randn(2, *shape)
         parts = [
-            Part(i, update(rank, 6, 4, seed + i, alpha=alpha), 0, 6, weight)
+            ExpertSlice(i, update(rank, 6, 4, seed + i, alpha=alpha), 0, 6, weight)
             for i, (rank, weight, alpha) in enumerate(experts)
         ]
         g = torch.randn(x.shape[0] if each else 1, len(experts))
@@ -87,7 +87,10 @@ class TestLinear:
         nn.init.zeros_(layer.weight)
         low = LowRank(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [4.0]]), alpha=2.0)
         y = apply(
-            Stack([Part(0, low, 0, 2, 0.5)], 2), layer, torch.tensor([[1.0, 2.0]] * 2), torch.tensor([[0.5], [-1]])
+            Stack([ExpertSlice(0, low, 0, 2, 0.5)], 2),
+            layer,
+            torch.tensor([[1.0, 2.0]] * 2),
+            torch.tensor([[0.5], [-1]]),
         )
         assert torch.allclose(y, torch.tensor([[3.0, 6.0], [-6.0, -12.0]]))
 
@@ -99,7 +102,7 @@ class TestLinear:
             torch.randn(2, 5, 64),
             torch.tensor([[0.5, 1.5], [1.0, -0.3]]),
         )
-        parts = [Part(i, update(4, 48, 64, i, alpha=1.0), 0, 48) for i in range(2)]
+        parts = [ExpertSlice(i, update(4, 48, 64, i, alpha=1.0), 0, 48) for i in range(2)]
         expected = apply(Stack(parts, 48), layer, x, g)
         y = apply(Stack(parts, 48, dtype=dtype), layer.to(dtype), x.to(dtype), g)
         assert y.dtype == dtype
@@ -108,7 +111,7 @@ class TestLinear:
     def test_factors_follow_the_dtype_of_the_input_and_the_output(self):
         """A host may cast the weights of a layer to its input's dtype on the way (float32 here), or the output."""
         layer, x, g = nn.Linear(4, 6).requires_grad_(False), torch.randn(2, 4), torch.ones(1, 1)
-        stack = Stack([Part(0, update(2, 6, 4), 0, 6)], 6, dtype=torch.bfloat16)
+        stack = Stack([ExpertSlice(0, update(2, 6, 4), 0, 6)], 6, dtype=torch.bfloat16)
         assert apply(stack, layer, x, g).dtype == torch.float32
         y = stack.add(layer(x).half(), stack.gated(stack.down(layer, x), g))
         assert y.dtype == torch.float16
@@ -128,7 +131,7 @@ class TestConvolution:
         torch.manual_seed(0)
         x, g = torch.randn(2, *shape), torch.tensor([[0.5, 1.5], [1.0, -0.3]])
         d_in = 3 * layer.weight[0, 0].numel()
-        parts = [Part(i, update(2 + i, 6, d_in, i, alpha=1.0), 0, 6, 1.0 - i * 1.5) for i in range(2)]
+        parts = [ExpertSlice(i, update(2 + i, 6, d_in, i, alpha=1.0), 0, 6, 1.0 - i * 1.5) for i in range(2)]
         expected = layer.double().requires_grad_(False)(x.double())
         for i, part in enumerate(parts):
             delta = (part.weight * part.update.delta().double()).reshape(layer.weight.shape)
@@ -143,7 +146,7 @@ class TestConvolution:
     def test_channels_last(self):
         layer = CONVS["2d"][0].requires_grad_(False)
         x = torch.randn(2, 3, 7, 6).to(memory_format=torch.channels_last)
-        stack = Stack([Part(0, update(2, 6, 27), 0, 6)], 6, (3, 3))
+        stack = Stack([ExpertSlice(0, update(2, 6, 27), 0, 6)], 6, (3, 3))
         g = torch.ones(1, 1)
         for taking in (False, True):
             with torch.set_grad_enabled(taking):
@@ -161,11 +164,11 @@ class TestRowGroups:
             torch.tensor([[0.5, 1.5, 1.0], [1.0, -0.3, 2.0]]),
         )
         parts = [
-            Part(0, update(2, 3, 4, 0), 0, 3),  # to_q of expert 0
-            Part(0, update(2, 3, 4, 1), 6, 9),  # its to_v
-            Part(1, update(3, 9, 4, 2), 0, 9, -0.5),  # a fused qkv
-            Part(2, update(1, 3, 4, 3), 3, 6),  # to_k
-            Part(1, update(1, 3, 4, 4), 3, 6),
+            ExpertSlice(0, update(2, 3, 4, 0), 0, 3),  # to_q of expert 0
+            ExpertSlice(0, update(2, 3, 4, 1), 6, 9),  # its to_v
+            ExpertSlice(1, update(3, 9, 4, 2), 0, 9, -0.5),  # a fused qkv
+            ExpertSlice(2, update(1, 3, 4, 3), 3, 6),  # to_k
+            ExpertSlice(1, update(1, 3, 4, 4), 3, 6),
         ]
         expected = layer(x).double()
         for part in parts:
@@ -183,13 +186,13 @@ class TestRowGroups:
         layer, x, low = nn.Conv2d(3, 6, 3, padding=1).requires_grad_(False), torch.randn(2, 3, 4, 4), update(2, 2, 27)
         expected = layer(x)
         expected[:, 4:6] += layer._conv_forward(x, low.delta().view(2, 3, 3, 3), None)
-        assert close(apply(Stack([Part(0, low, 4, 6)], 6, (3, 3)), layer, x, torch.ones(1, 1)), expected)
+        assert close(apply(Stack([ExpertSlice(0, low, 4, 6)], 6, (3, 3)), layer, x, torch.ones(1, 1)), expected)
 
     def test_a_row_order_is_applied(self):
         """A host that swaps the halves of a layer (scale and shift) swaps them in the update."""
         torch.manual_seed(0)
         layer, x, low = nn.Linear(4, 6).requires_grad_(False), torch.randn(2, 4), update(2, 6, 4)
-        stack = Stack([Part(0, low, 0, 6, 1.0, ((3, 6), (0, 3)))], 6)
+        stack = Stack([ExpertSlice(0, low, 0, 6, 1.0, ((3, 6), (0, 3)))], 6)
         expected = layer(x) + x @ low.delta()[[3, 4, 5, 0, 1, 2]].mT
         assert close(apply(stack, layer, x, torch.ones(1, 1)), expected)
 
@@ -197,7 +200,7 @@ class TestRowGroups:
         """The output of a layer is not written into while its own backward pass may need it."""
         x = torch.randn(2, 4, requires_grad=True)
         g = torch.ones(1, 1, requires_grad=True)
-        stack = Stack([Part(0, update(2, 3, 4), 0, 3)], 6)
+        stack = Stack([ExpertSlice(0, update(2, 3, 4), 0, 3)], 6)
         y = torch.tanh(nn.Linear(4, 6)(x))  # its gradient is found from its output
         stack.add(y, stack.gated(stack.down(nn.Identity(), x), g)).square().sum().backward()
         assert x.grad is not None
@@ -215,8 +218,8 @@ class TestNormalised:
         x = torch.randn(2, 2, 5, 4) if kernel else torch.randn(2, 5, 4)
         d_in = 18 if kernel else 4
         rows = [(0, 6), (0, 6), (0, 6)] if not grouped else [(0, 3), (0, 6), (3, 6)]
-        parts = [Part(i, update(2 + i, b - a, d_in, i), a, b, 1.0 - i) for i, (a, b) in enumerate(rows)]
-        parts += [Part(0, update(1, 3, d_in, 7), 3, 6)] if grouped else []
+        parts = [ExpertSlice(i, update(2 + i, b - a, d_in, i), a, b, 1.0 - i) for i, (a, b) in enumerate(rows)]
+        parts += [ExpertSlice(0, update(1, 3, d_in, 7), 3, 6)] if grouped else []
         stack = Stack(parts, d_out, kernel)
         z = stack.down(layer, x)
         f = stack.normalised(z, N)  # (B, T, R)
@@ -233,12 +236,16 @@ class TestNormalised:
         assert close(f.double() @ (e @ U.flatten(0, 1)).mT, literal, 1e-5)
 
     def test_positions_where_no_expert_does_anything_give_zero(self):
-        stack = Stack([Part(0, update(2, 6, 4), 0, 6)], 6)
+        stack = Stack([ExpertSlice(0, update(2, 6, 4), 0, 6)], 6)
         f = stack.normalised(torch.zeros(1, 3, 2), 1)
         assert torch.equal(f, torch.zeros(1, 3, 2))
 
     def test_sorted_by_expert(self):
-        parts = [Part(1, update(2, 3, 4), 0, 3), Part(0, update(1, 3, 4), 3, 6), Part(1, update(1, 3, 4), 3, 6)]
+        parts = [
+            ExpertSlice(1, update(2, 3, 4), 0, 3),
+            ExpertSlice(0, update(1, 3, 4), 3, 6),
+            ExpertSlice(1, update(1, 3, 4), 3, 6),
+        ]
         stack = Stack(parts, 6)
         assert stack.owner.tolist() == [1, 1, 0, 1]
         z, owner = stack.by_expert(torch.tensor([[10.0, 11.0, 20.0, 12.0]]))
@@ -247,7 +254,7 @@ class TestNormalised:
 
     def test_nothing_added_has_a_gradient_all_the_same(self):
         """Of zero: a position where the experts add nothing must not spoil the others' gradients."""
-        stack = Stack([Part(0, update(2, 5, 4), 0, 5)], 5)
+        stack = Stack([ExpertSlice(0, update(2, 5, 4), 0, 5)], 5)
         z = torch.zeros(1, 2, 2)
         z[0, 1] = torch.tensor([1.0, 2.0])
         z.requires_grad_()
@@ -304,7 +311,7 @@ class TestStacks:
         assert rows_of(nn.Identity()) is None
 
     def test_never_gets_gradients_and_moves_as_a_module(self):
-        stack = Stack([Part(0, update(2, 6, 4), 0, 6)], 6)
+        stack = Stack([ExpertSlice(0, update(2, 6, 4), 0, 6)], 6)
         assert list(stack.parameters()) == []
         moved = stack.to(torch.float64)
         assert {U.dtype for U in (moved.D, *moved.U)} == {torch.float64}

@@ -8,7 +8,7 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.texts import Reading
+from legomole.core.mole.texts import TextPositions
 from torch import Tensor
 
 from ..merge.pools import close
@@ -20,37 +20,37 @@ OWN = torch.tensor([[True, True, False], [False, True, True]])
 
 class TestReading:
     def test_the_mean_over_own_positions(self):
-        assert Reading(OWN).mean(X).tolist() == [[2.0, 3.0], [10.0, 11.0]]
-        assert Reading().mean(X).tolist() == [[18.0, 22.0], [9.0, 10.0]]
+        assert TextPositions(OWN).mean(X).tolist() == [[2.0, 3.0], [10.0, 11.0]]
+        assert TextPositions().mean(X).tolist() == [[18.0, 22.0], [9.0, 10.0]]
 
     def test_positions_after_the_last_do_not_count(self):
-        assert Reading(OWN[:, :2]).mean(X).tolist() == [[2.0, 3.0], [9.0, 10.0]]
+        assert TextPositions(OWN[:, :2]).mean(X).tolist() == [[2.0, 3.0], [9.0, 10.0]]
 
     def test_a_text_without_positions_reads_nothing(self):
-        assert Reading(torch.zeros(2, 3, dtype=torch.bool)).mean(X).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+        assert TextPositions(torch.zeros(2, 3, dtype=torch.bool)).mean(X).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
     def test_what_has_no_positions_stays(self):
-        assert torch.equal(Reading(OWN).mean(X[:, 0]), X[:, 0])
-        assert torch.equal(Reading().mean(X[:, 0]), X[:, 0])
+        assert torch.equal(TextPositions(OWN).mean(X[:, 0]), X[:, 0])
+        assert torch.equal(TextPositions().mean(X[:, 0]), X[:, 0])
 
     def test_rows_are_the_own_positions(self):
-        assert Reading(OWN).rows(X).tolist() == [[1.0, 2.0], [3.0, 4.0], [9.0, 10.0], [11.0, 12.0]]
-        assert Reading().rows(X).shape == (6, 2)
+        assert TextPositions(OWN).rows(X).tolist() == [[1.0, 2.0], [3.0, 4.0], [9.0, 10.0], [11.0, 12.0]]
+        assert TextPositions().rows(X).shape == (6, 2)
 
     def test_tokens_in_a_row_get_their_positions_back(self):
-        assert torch.equal(Reading(OWN).positions(X.flatten(0, 1)), X)
-        assert Reading().positions(X.flatten(0, 1)).shape == (1, 6, 2)
-        assert Reading(OWN).positions(X) is X
+        assert torch.equal(TextPositions(OWN).positions(X.flatten(0, 1)), X)
+        assert TextPositions().positions(X.flatten(0, 1)).shape == (1, 6, 2)
+        assert TextPositions(OWN).positions(X) is X
 
     def test_a_prompt_is_part_of_the_own_positions(self):
         prompt = torch.tensor([[True, False], [True, True]])
-        assert Reading(OWN).only(prompt).own.tolist() == [[True, False], [False, True]]
-        assert Reading().only(prompt).own is prompt
+        assert TextPositions(OWN).only(prompt).own.tolist() == [[True, False], [False, True]]
+        assert TextPositions().only(prompt).own is prompt
 
     @pytest.mark.parametrize("x", [X[:1], X[:, :2], X.flatten(0, 1), X[None]])
     def test_layers_that_see_something_else(self, x: Tensor):
         with pytest.raises(MergeError, match=r"position by position[\s\S]*\(2, 3\)[\s\S]*granularity network"):
-            Reading(OWN).mean(x)
+            TextPositions(OWN).mean(x)
 
 
 @pytest.mark.parametrize("reads", ["hidden", "experts"])

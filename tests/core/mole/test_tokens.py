@@ -14,9 +14,9 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.recompute import exact_gradients
-from legomole.core.mole.stack import Part, Stack, fit_batch
+from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch
 from legomole.core.mole.trained import Expert, TrainedGates
-from legomole.core.train.features import calibrate
+from legomole.core.train.features import standardise_features
 from torch import Tensor, nn
 
 from ..merge.pools import close
@@ -43,7 +43,7 @@ class TestStack:
     )
 
     def stack(self) -> Stack:
-        return Stack([Part(i, update, 0, 5) for i, update in enumerate(self.updates)], 5)
+        return Stack([ExpertSlice(i, update, 0, 5) for i, update in enumerate(self.updates)], 5)
 
     def test_every_position_has_its_own(self):
         layer, x, stack = nn.Linear(4, 5), torch.randn(2, 3, 4), self.stack()
@@ -62,7 +62,7 @@ class TestStack:
         with pytest.raises(MergeError, match=r"other positions[\s\S]*\(2, 3\) positions[\s\S]*found: +\(2, 4\)"):
             self.stack().spread(self.g, torch.randn(2, 4, 4))
         with pytest.raises(MergeError, match="an image"):
-            Stack([Part(0, LowRank(torch.ones(1, 4), torch.ones(5, 1), 1.0, (1, 1)), 0, 5)], 5, (1, 1)).spread(
+            Stack([ExpertSlice(0, LowRank(torch.ones(1, 4), torch.ones(5, 1), 1.0, (1, 1)), 0, 5)], 5, (1, 1)).spread(
                 self.g[..., :1], torch.randn(2, 1, 3, 1)
             )
 
@@ -206,7 +206,7 @@ class TestRefused:
         model = UNet()
         mixture = Mixture((lora(model, 1),), GateSet(1, settings()))
         with attach(model, mixture) as at, pytest.raises(MergeError, match=r"read sequences[\s\S]*read hidden"):
-            calibrate(at, lambda: call(model, *inputs(model)))
+            standardise_features(at, lambda: call(model, *inputs(model)))
 
     def test_streams_of_other_lengths(self):
         model = InPlace()
@@ -225,9 +225,9 @@ class TestWatchingAndTraining:
 
         class Padding:
             def begin(self, arguments, named):
-                from legomole.core.mole.texts import Reading
+                from legomole.core.mole.texts import TextPositions
 
-                return Reading(own)
+                return TextPositions(own)
 
             def end(self, output, values):
                 self.shapes = {tuple(value.shape) for value in values.values()}
@@ -247,7 +247,7 @@ class TestWatchingAndTraining:
         mixture = Mixture((lora(model, 1, names=["inp"]),), GateSet(1, settings("matrix")))
         x, _ = inputs(model)
         with attach(model, mixture) as at:
-            gates = calibrate(at, lambda: model(x))
+            gates = standardise_features(at, lambda: model(x))
         f = rms_normalised(x).flatten(0, 1)
         assert close(gates["inp"].mean, f.mean(0))
         assert close(gates["inp"].spread, (1.01 * f.var(0, unbiased=False)).sqrt(), 0.1)

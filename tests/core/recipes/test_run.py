@@ -11,7 +11,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.formats import load, save
 from legomole.core.lowrank import LowRank
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.recipes.metadata import KEY
 from legomole.core.recipes.recipe import Input, Recipe, RecipeError, to_text
 from legomole.core.recipes.run import read_recipe, recipe_in, run
@@ -142,7 +142,7 @@ def test_a_scale_nobody_told_is_noted(folder):
 def test_a_calibrated_merge_reads_its_statistics(folder):
     """With unit second moments for every concept the calibrated merge is finite, repeatable, and names its file."""
     hashes = tuple(load(folder / f"{x}.safetensors").source.sha256 for x in "ab")
-    moments = Moments(own={0: torch.eye(6), 1: torch.eye(6)}, base=torch.eye(6))
+    moments = ModuleStatistics(own={0: torch.eye(6), 1: torch.eye(6)}, base=torch.eye(6))
     Statistics(dict.fromkeys(NAMES, moments), hashes).save(folder / "stats.safetensors")
     calibrated = recipe("calibrated", {"rank": 2, "statistics": "stats.safetensors"})
     first = save(run(calibrated, folder=folder).adapter, folder / "first.safetensors")
@@ -151,7 +151,7 @@ def test_a_calibrated_merge_reads_its_statistics(folder):
     assert settings["mu"] == 3.0
     second = save(run(read_recipe(first), folder=folder).adapter, folder / "second.safetensors")
     assert first.read_bytes() == second.read_bytes()
-    Statistics(dict.fromkeys(NAMES, Moments(base=2 * torch.eye(6))), hashes).save(folder / "stats.safetensors")
+    Statistics(dict.fromkeys(NAMES, ModuleStatistics(base=2 * torch.eye(6))), hashes).save(folder / "stats.safetensors")
     with pytest.raises(RecipeError, match="not the file this recipe was written for") as caught:
         run(read_recipe(first), folder=folder)
     assert caught.value.file == str(folder / "stats.safetensors")

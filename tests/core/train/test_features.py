@@ -1,4 +1,4 @@
-"""calibrate(): gates of the right size that start even, whatever they read."""
+"""Features: gates of the right size that start even, whatever they read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.router import standardisation
-from legomole.core.train.features import calibrate
+from legomole.core.train.features import standardise_features
 
 from ..merge.pools import close
 from ..mole.models import FEATURES, Transformer, UNet, Values, call, inputs, lora
@@ -29,7 +29,7 @@ def test_what_is_read_has_mean_0_and_spread_1(reads):
         with at.measure(lambda scope, f, _: read.setdefault(scope, []).append(f)):
             for x, text in batches:
                 call(model, x, text)
-        gates = calibrate(at, lambda: [call(model, *batch) for batch in batches])
+        gates = standardise_features(at, lambda: [call(model, *batch) for batch in batches])
         assert at.bank.gates is gates
         layers = {name: gates[name].layer for name in gates.names}
     assert set(gates.names) == set(read)
@@ -52,7 +52,7 @@ def test_by_hand():
     x, text = inputs(model)
     text = torch.stack([torch.full_like(text[0], 1.0), torch.full_like(text[0], 3.0)])
     with attach(model, mixture(model, "text", "network")) as at:
-        gate = calibrate(at, lambda: [model(x, text), None])[""]
+        gate = standardise_features(at, lambda: [model(x, text), None])[""]
     assert gate.mean.tolist() == pytest.approx([2.0] * FEATURES)
     assert gate.spread.tolist() == pytest.approx([1.01**0.5] * FEATURES)
 
@@ -65,7 +65,7 @@ def test_gates_start_even(activation):
     seen = Values()
     with torch.no_grad(), attach(model, mixed) as at:
         before = model(x, text)
-        calibrate(at, lambda: [model(x, text)])
+        standardise_features(at, lambda: [model(x, text)])
         with at.watch(seen):
             assert close(model(x, text), before)
     even = mixed.gates.settings.even(2)
@@ -77,10 +77,10 @@ def test_earlier_gates_are_forgotten_first():
     model = Transformer(1)
     x, text = inputs(model)
     with torch.no_grad(), attach(model, mixture(model, "hidden")) as at:
-        first = calibrate(at, lambda: [model(x, text)])
+        first = standardise_features(at, lambda: [model(x, text)])
         for name in first.names:
             first[name].bias.copy_(torch.tensor([5.0, -5.0]))
-        second = calibrate(at, lambda: [model(x, text)])
+        second = standardise_features(at, lambda: [model(x, text)])
         assert all(torch.equal(first[name].mean, second[name].mean) for name in first.names)
 
 
@@ -89,6 +89,6 @@ def test_bad_input():
     x, text = inputs(model)
     with attach(model, mixture(model, "flat")) as at:
         with pytest.raises(MergeError, match=r"size changes[\s\S]*\(25,\)[\s\S]*\(20,\)[\s\S]*one size"):
-            calibrate(at, lambda: [model(x, text), model(x[:, :4], text)])
+            standardise_features(at, lambda: [model(x, text), model(x[:, :4], text)])
         with pytest.raises(MergeError, match="did not reach a single gate"):
-            calibrate(at, lambda: None)
+            standardise_features(at, lambda: None)

@@ -25,8 +25,8 @@ from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import TrainSettings, prompts_for
 from legomole.core.train.examples import Examples, make_examples
-from legomole.core.train.features import calibrate
-from legomole.core.train.fit import Fit, _stale, _step, batch_of, fit, schedule
+from legomole.core.train.features import standardise_features
+from legomole.core.train.fit import FitRecord, _stale, _step, batch_of, fit, schedule
 from legomole.core.train.objectives import Regression
 from torch import Tensor, nn
 
@@ -49,10 +49,10 @@ class Toy:
         mixture = Mixture(self.experts, GateSet(2, GateSettings(**settings)))
         with attach(self.model, mixture, checkpointing=checkpointing) as at:
             e = self.examples
-            calibrate(at, lambda: self.denoiser.predict(e.noisy, e.t, e.prompt.tolist()))
+            standardise_features(at, lambda: self.denoiser.predict(e.noisy, e.t, e.prompt.tolist()))
             yield at, Regression(self.denoiser, e)
 
-    def trained(self, settings: TrainSettings = SETTINGS, reads: str = "text", **kw) -> tuple[list[Tensor], Fit]:
+    def trained(self, settings: TrainSettings = SETTINGS, reads: str = "text", **kw) -> tuple[list[Tensor], FitRecord]:
         with self.attached(reads=reads) as (at, objective):
             run = fit(at, objective, settings, **kw)
             return values(at), run
@@ -305,7 +305,7 @@ class TestResume:
         assert run.losses == uninterrupted.losses
 
     def test_a_caller_may_see_how_far_it_went(self, plain):
-        run = Fit()
+        run = FitRecord()
         with pytest.raises(Stop):
             plain.trained(progress=stopping(5), run=run)
         assert len(run.losses) == 5

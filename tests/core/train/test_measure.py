@@ -11,7 +11,7 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import Prompt, measure
-from legomole.core.train.measure import CalibrationSettings, calibrate
+from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from torch import Tensor
 
 from ..mole.models import FEATURES, Transformer, lora, merged, untouched
@@ -51,7 +51,7 @@ def run(settings: CalibrationSettings, prompts: Sequence[Prompt] = PROMPTS, **op
     flow = Flow(model)
     modules = {f"transformer.{name}": name for name in loras[0].modules}
     with attach(model, Mixture(loras)) as attachment:
-        statistics = calibrate(attachment, flow, prompts, modules, settings, **options)
+        statistics = measure_statistics(attachment, flow, prompts, modules, settings, **options)
     assert untouched(model)
     del flow.calls[0]  # the look at who reads what
     return statistics, flow, loras
@@ -109,7 +109,9 @@ def test_it_tells_of_every_batch_and_can_be_cancelled():
 
     model = Transformer()
     with pytest.raises(KeyboardInterrupt), attach(model, Mixture((lora(model, 1), lora(model, 2)))) as attachment:
-        calibrate(attachment, Flow(model), PROMPTS, {"x": "final"}, CalibrationSettings(samples=1), progress=cancel)
+        measure_statistics(
+            attachment, Flow(model), PROMPTS, {"x": "final"}, CalibrationSettings(samples=1), progress=cancel
+        )
     assert untouched(model)
 
 
@@ -144,10 +146,10 @@ def test_layers_that_are_too_wide_or_not_used_are_left_out():
     loras = (lora(model, 1), lora(model, 2))
     model.spare = torch.nn.Linear(4, 4)
     with attach(model, Mixture(loras)) as attachment:
-        found = calibrate(attachment, Flow(model), PROMPTS, {"s": "spare", "f": "final"}, narrow)
+        found = measure_statistics(attachment, Flow(model), PROMPTS, {"s": "spare", "f": "final"}, narrow)
         assert list(found.modules) == ["f"]
         with pytest.raises(MergeError, match=r"None of the layers[\s\S]*1 that it does not use, 0 with wider"):
-            calibrate(attachment, Flow(model), PROMPTS, {"s": "spare"}, narrow)
+            measure_statistics(attachment, Flow(model), PROMPTS, {"s": "spare"}, narrow)
 
 
 def test_what_was_measured_is_told():
@@ -174,4 +176,4 @@ def test_numbers_that_are_not_finite_are_refused():
         attach(model, Mixture((lora(model, 1), lora(model, 2)))) as attachment,
         pytest.raises(MergeError, match="not finite"),
     ):
-        calibrate(attachment, broken, PROMPTS, {"x": "final"}, CalibrationSettings(samples=1))
+        measure_statistics(attachment, broken, PROMPTS, {"x": "final"}, CalibrationSettings(samples=1))

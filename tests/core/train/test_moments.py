@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.train.moments import Moment, _patches, gather, observe
+from legomole.core.train.moments import SecondMoments, _patches, gather, observe
 from torch import nn
 
 
@@ -15,7 +15,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def test_moment_by_hand():
     # inputs (1, 2), (3, 0) and (0, 0): sums 1 + 9, 2, 4 over n = 3
-    moment = Moment()
+    moment = SecondMoments()
     moment.add(torch.tensor([[1.0, 2.0]]))
     moment.add(torch.tensor([[[3.0, 0.0], [0.0, 0.0]]]))
     assert moment.n == 3
@@ -24,7 +24,7 @@ def test_moment_by_hand():
 
 def test_batches_do_not_matter():
     X = randn(30, 5)
-    whole, parts = Moment(), Moment()
+    whole, parts = SecondMoments(), SecondMoments()
     whole.add(X)
     for part in X.split(7):
         parts.add(part)
@@ -34,13 +34,13 @@ def test_batches_do_not_matter():
 
 def test_what_two_have_counted_adds_up():
     X = randn(30, 5)
-    whole, parts = Moment(), Moment()
+    whole, parts = SecondMoments(), SecondMoments()
     whole.add(X)
     for part in (*X.split(7), X[:0]):
-        one = Moment()
+        one = SecondMoments()
         one.add(part)
         parts.merge(one)
-    parts.merge(Moment())
+    parts.merge(SecondMoments())
     assert parts.n == 30
     assert torch.allclose(whole.value, parts.value, atol=1e-6)
 
@@ -48,7 +48,7 @@ def test_what_two_have_counted_adds_up():
 @pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_summed_in_float32_at_least_also_inside_autocast(dtype, kept):
     X = randn(64, 5).to(dtype)
-    moment = Moment()
+    moment = SecondMoments()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moment.add(X)
     assert moment.value.dtype == kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from legomole.core.train.examples import Examples
-from legomole.core.train.objectives import Guidance, Regression
+from legomole.core.train.objectives import ClipGuidance, Regression
 from legomole.core.train.prompts import Prompt
 
 PROMPTS = [Prompt("", ()), Prompt("ember", (0,)), Prompt("ember heart", (0, 1))]
@@ -71,7 +71,7 @@ class TestGuidance:
             torch.tensor([0, 2, 1]),
             torch.zeros(3, 2),
         )
-        objective = Guidance(Doubling(), e, PROMPTS, CONCEPTS, ToyClip())
+        objective = ClipGuidance(Doubling(), e, PROMPTS, CONCEPTS, ToyClip())
         assert objective.size == 2
         # first: image (.6, .8). Prompt "ember heart": cos 1. Local: 1 - .6 and 1 - .8, mean .3
         assert float(objective.loss([0])) == pytest.approx(0.3)
@@ -86,6 +86,6 @@ class TestGuidance:
             def predict(self, noisy, t, prompts):
                 return scale * (noisy + torch.tensor([1.0, 0.0]))
 
-        Guidance(Scaled(), e, PROMPTS, CONCEPTS, ToyClip()).loss([0]).backward()
+        ClipGuidance(Scaled(), e, PROMPTS, CONCEPTS, ToyClip()).loss([0]).backward()
         assert scale.grad is not None
         assert float(scale.grad.abs()) > 0

@@ -13,7 +13,7 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.trained import TrainedGates
-from legomole.core.train import Images, Training, TrainSettings, prompts_for, train
+from legomole.core.train import Images, TrainingResult, TrainSettings, prompts_for, train
 
 from ..merge.pools import close
 from ..mole.models import FEATURES, ToyDenoiser, Transformer, Values, lora
@@ -42,7 +42,7 @@ def mixture(model, strengths=(), n: int = 2, **settings) -> Mixture:
     return Mixture(tuple(lora(model, 1 + i) for i in range(n)), GateSet(n, GateSettings(**settings)), strengths)
 
 
-def run(model, mixed: Mixture, settings: TrainSettings = SETTINGS, *, concepts=WORDS, **kw) -> Training:
+def run(model, mixed: Mixture, settings: TrainSettings = SETTINGS, *, concepts=WORDS, **kw) -> TrainingResult:
     with attach(model, mixed) as at:
         return train(at, mixed, ToyDenoiser(model, PROMPTS), PROMPTS, concepts, settings, **kw)
 
@@ -188,7 +188,7 @@ class TestFolder:
             if what == "predicting":
                 raise Stop
 
-        kept: list[Training] = []
+        kept: list[TrainingResult] = []
         with pytest.raises(Stop):
             run(model, mixture(model), folder=tmp_path, progress=stop, keep=kept.append)
         assert kept == []

@@ -16,7 +16,7 @@ from legomole.core.errors import FormatError, MergeError
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.trained import TrainedGates
-from legomole.core.train import FitSettings, Training
+from legomole.core.train import FitSettings, TrainingResult
 from legomole.hosts.transformers.mixing import experts, load_gates, mixed
 from legomole.hosts.transformers.training import train_gates
 from torch import Tensor
@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_gates() -> None:
     assert not equal(one, plain)
 
 
-def equal(one: Training, other: Training) -> bool:
+def equal(one: TrainingResult, other: TrainingResult) -> bool:
     pairs = zip(one.gates.gates.parameters(), other.gates.gates.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -146,7 +146,7 @@ def test_a_training_that_was_cancelled_goes_on(tmp_path: Path) -> None:
         if done == 3:
             raise Stop
 
-    kept: list[Training] = []
+    kept: list[TrainingResult] = []
     with pytest.raises(Stop):
         train_gates(model, mix, examples, settings=settings, folder=tmp_path, progress=stop, keep=kept.append)
     assert untouched(model)

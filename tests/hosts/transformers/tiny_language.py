@@ -133,7 +133,7 @@ def mixture(model: Any, settings: GateSettings, mixing: str = "delta", size: flo
 
 
 class Opened:
-    """Notes what the gates open to, pass by pass. A `Watcher`."""
+    """Notes what the gates open to, pass by pass. A `GateObserver`."""
 
     def __init__(self) -> None:
         self.passes: list[dict[str, Tensor]] = []

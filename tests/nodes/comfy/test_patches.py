@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.layers.keymap import Place, rename
+from legomole.core.layers.keymap import ParameterSlice, rename
 from legomole.core.lowrank import LowRank
 from legomole.nodes.comfy.patches import Names, common_names, fuse_unnamed, low_rank, place
 
@@ -36,9 +36,9 @@ def part(d_out: int, rank: int = 2, seed: int = 0) -> LowRank:
 
 
 def test_places() -> None:
-    assert place(KEY, 6) == Place(KEY, 0, 6)
-    assert place((KEY, (0, 2, 2)), 2) == Place(KEY, 2, 4)
-    assert place((KEY, None, swap), 4) == Place(KEY, 0, 4, ((2, 4), (0, 2)))
+    assert place(KEY, 6) == ParameterSlice(KEY, 0, 6)
+    assert place((KEY, (0, 2, 2)), 2) == ParameterSlice(KEY, 2, 4)
+    assert place((KEY, None, swap), 4) == ParameterSlice(KEY, 0, 4, ((2, 4), (0, 2)))
 
 
 def test_what_is_no_reordering_has_no_place() -> None:
@@ -74,14 +74,14 @@ def test_tucker_core_is_folded_into_A() -> None:
 
 
 def test_fused_layers_stay_fused_while_nobody_splits_them() -> None:
-    common = common_names({"a": Place(KEY, 0, 6), "b": Place("other.weight", 0, 6)}, NAMES, rows)
+    common = common_names({"a": ParameterSlice(KEY, 0, 6), "b": ParameterSlice("other.weight", 0, 6)}, NAMES, rows)
     assert [piece.target for piece in common.key_map["a"]] == ["diffusion_model.block.qkv"]
     assert common.unnamed == {}
 
 
 def test_fused_layer_is_cut_into_named_parts_where_one_is_split() -> None:
     """q alone in one LoRA: the other's fused layer becomes q, k and v, which all have names; q_and_k is cut too."""
-    places = {"whole": Place(KEY, 0, 6), "q": Place(KEY, 0, 2), "q_and_k": Place(KEY, 0, 4)}
+    places = {"whole": ParameterSlice(KEY, 0, 6), "q": ParameterSlice(KEY, 0, 2), "q_and_k": ParameterSlice(KEY, 0, 4)}
     common = common_names(places, NAMES, rows)
     q, k, v = (f"transformer.block.to_{x}" for x in "qkv")
     assert [piece.target for piece in common.key_map["whole"]] == [q, k, v]
@@ -93,7 +93,7 @@ def test_fused_layer_is_cut_into_named_parts_where_one_is_split() -> None:
 def test_unnamed_rows_are_folded_into_the_whole_layer() -> None:
     """Rows 0..1 and 1..6 have no names. The whole layer's delta survives: the parts' deltas, one below the other."""
     names = Names({"diffusion_model.block.qkv": KEY})
-    common = common_names({"whole": Place(KEY, 0, 6), "first": Place(KEY, 0, 1)}, names, rows)
+    common = common_names({"whole": ParameterSlice(KEY, 0, 6), "first": ParameterSlice(KEY, 0, 1)}, names, rows)
     whole, first = part(6, 2), part(1, 3, seed=1)
     renamed = [rename(Adapter({"whole": whole}), common.key_map), rename(Adapter({"first": first}), common.key_map)]
     assert set(common.unnamed) == {"diffusion_model.block.qkv[0:1]", "diffusion_model.block.qkv[1:6]"}

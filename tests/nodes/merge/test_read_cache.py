@@ -47,7 +47,7 @@ def test_what_changed_is_read_again(loras: list[Lora], change: str) -> None:
         os.utime(path, ns=(0, 0))
     again = read(loras, None, None)
     assert again is not first
-    assert again.products is not first.products
+    assert again.cache is not first.cache
     if change == "content":
         assert again.adapters[1].modules["diffusion_model.x"].A[0, 0] == 5.0
 

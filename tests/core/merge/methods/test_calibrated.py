@@ -14,7 +14,7 @@ from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from torch import Tensor
 
 from ..pools import best, close, deltas, product, random_pool, total
@@ -29,11 +29,11 @@ def moment(d: int, seed: int, n: int | None = None) -> Tensor:
     return X.mT @ X / len(X)
 
 
-def everywhere(pool: Pool, moments: Moments) -> Statistics:
+def everywhere(pool: Pool, moments: ModuleStatistics) -> Statistics:
     return Statistics(dict.fromkeys(pool.names, moments))
 
 
-def least_squares(D: Tensor, moments: Moments, lam: float, mu: float, joint_scale: float) -> Tensor:
+def least_squares(D: Tensor, moments: ModuleStatistics, lam: float, mu: float, joint_scale: float) -> Tensor:
     """The objective as one dense least-squares problem in W^T, for deltas ``D (N, d_out, d_in)``.
 
     ``|W - T|_C^2 = |C^(1/2) (W - T)^T|^2``: every term contributes the rows ``weight^(1/2) C^(1/2)``.
@@ -59,7 +59,7 @@ def test_equals_dense_least_squares(seed, lam, mu, joint_scale, n):
     pool = random_pool((3, 2, 2), weights=[0.7, -1.5, 2.0], scales=[0.5, 2.0, 1.0], batch=2, seed=seed)
     own = {i: moment(12, seed + i, n) for i in range(3)}
     joint = {(0, 1): moment(12, seed + 5, n), (0, 1, 2): moment(12, seed + 6, n)}
-    moments = Moments(own, joint, moment(12, seed + 7, n))
+    moments = ModuleStatistics(own, joint, moment(12, seed + 7, n))
     expected = torch.stack([least_squares(D, moments, lam, mu, joint_scale) for D in deltas(pool)])
     merged = Calibrated(FULL, everywhere(pool, moments), lam, mu, joint_scale)(pool)
     assert close(product(merged), expected, 1e-4)
@@ -71,7 +71,7 @@ def test_white_inputs_scale_every_adapter_by_hand():
     # tau = 0.0053, W = (1 + 3.6 + 0.0053) / 5.3053 (delta_1 + delta_2)
     pool = random_pool((3, 2), weights=[0.7, -1.5])
     eye = torch.eye(12)
-    statistics = everywhere(pool, Moments({0: eye, 1: eye}, {(0, 1): eye}, eye))
+    statistics = everywhere(pool, ModuleStatistics({0: eye, 1: eye}, {(0, 1): eye}, eye))
     merged = Calibrated(Rank(5), statistics)(pool)
     assert close(product(merged), 4.6053 / 5.3053 * total(pool), 1e-5)
 
@@ -79,7 +79,7 @@ def test_white_inputs_scale_every_adapter_by_hand():
 def test_one_adapter_measured_alone_is_that_adapter():
     # W G = delta (C + tau I) with G = C + tau I
     pool = random_pool((4,), weights=[-0.5])
-    statistics = everywhere(pool, Moments({0: moment(12, 0, 5)}, base=moment(12, 1)))
+    statistics = everywhere(pool, ModuleStatistics({0: moment(12, 0, 5)}, base=moment(12, 1)))
     assert close(product(Calibrated(Rank(4), statistics, lam=0)(pool)), total(pool), 1e-4)
 
 
@@ -87,7 +87,7 @@ def test_adapters_whose_inputs_never_meet_are_kept_whole():
     # concept 1 lives in the first six inputs, concept 2 in the rest: W acts as each of them on its own inputs
     pool = random_pool((3, 2), batch=1)
     first, second = torch.diag(torch.tensor([1.0] * 6 + [0.0] * 6)), torch.diag(torch.tensor([0.0] * 6 + [1.0] * 6))
-    W = product(Calibrated(FULL, everywhere(pool, Moments({0: first, 1: second})), lam=0)(pool))[0]
+    W = product(Calibrated(FULL, everywhere(pool, ModuleStatistics({0: first, 1: second})), lam=0)(pool))[0]
     D = deltas(pool)[0]
     # first + second = I, so tau = 1e-3, G = (1 + tau) I, M_1 = first + tau I, M_2 = second + tau I
     tau = 1e-3
@@ -99,7 +99,7 @@ def test_a_heavy_base_term_silences_what_the_base_uses():
     # base inputs fill the first six directions: there W vanishes, elsewhere it is the adapter
     pool = random_pool((3,), batch=1)
     base = torch.diag(torch.tensor([1.0] * 6 + [0.0] * 6))
-    W = product(Calibrated(FULL, everywhere(pool, Moments({0: torch.eye(12)}, base=base)), lam=1e4)(pool))[0]
+    W = product(Calibrated(FULL, everywhere(pool, ModuleStatistics({0: torch.eye(12)}, base=base)), lam=1e4)(pool))[0]
     # tau = 1e-3 (12 + 6e4) / 12 = 5.001: first half (1 + tau) / (1 + tau + 1e4), second half 1
     ratio = 6.001 / 10_006.001
     expected = total(pool)[0] * torch.tensor([ratio] * 6 + [1.0] * 6).double()
@@ -108,13 +108,13 @@ def test_a_heavy_base_term_silences_what_the_base_uses():
 
 def test_without_any_measured_energy_it_is_the_sum():
     pool = random_pool((3, 2))
-    statistics = everywhere(pool, Moments({0: torch.zeros(12, 12)}))
+    statistics = everywhere(pool, ModuleStatistics({0: torch.zeros(12, 12)}))
     assert close(product(Calibrated(FULL, statistics)(pool)), total(pool))
 
 
 def test_it_is_cut_to_the_best_matrix_of_the_rank():
     pool = random_pool((3, 2))
-    statistics = everywhere(pool, Moments({0: moment(12, 0), 1: moment(12, 1)}, {(0, 1): moment(12, 2)}))
+    statistics = everywhere(pool, ModuleStatistics({0: moment(12, 0), 1: moment(12, 1)}, {(0, 1): moment(12, 2)}))
     whole = product(Calibrated(Rank(5), statistics)(pool))
     cut = Calibrated(Rank(2), statistics)(pool)
     assert cut.ranks.tolist() == [2, 2, 2]
@@ -123,7 +123,7 @@ def test_it_is_cut_to_the_best_matrix_of_the_rank():
 
 def test_a_module_without_statistics_gets_the_svd_of_the_sum_and_a_remark():
     pool = random_pool((3, 2))
-    statistics = Statistics({"m1": Moments({0: moment(12, 0), 1: moment(12, 1)})})
+    statistics = Statistics({"m1": ModuleStatistics({0: moment(12, 0), 1: moment(12, 1)})})
     merged = Calibrated(Rank(3), statistics)(pool)
     plain = product(SVD(Rank(3))(pool))
     assert close(product(merged)[[0, 2]], plain[[0, 2]])
@@ -134,7 +134,7 @@ def test_a_module_without_statistics_gets_the_svd_of_the_sum_and_a_remark():
 def test_the_report_tells_which_modules_had_no_statistics():
     g = torch.Generator().manual_seed(0)
     modules = {name: LowRank(torch.randn(2, 4, generator=g), torch.randn(3, 2, generator=g)) for name in "abc"}
-    statistics = Statistics({"b": Moments({0: torch.eye(4)})})
+    statistics = Statistics({"b": ModuleStatistics({0: torch.eye(4)})})
     report = merge([Adapter(modules)], Calibrated(Rank(2), statistics)).report
     assert report.method == "calibrated"
     assert report.notes == ("2 modules have no statistics and got the plain SVD of the sum: a, c",)
@@ -144,22 +144,22 @@ def test_inputs_of_a_concept_count_where_its_adapter_has_no_module():
     # adapter 1 lacks the module: on its inputs the wanted change is none, just as for the base
     pool = random_pool((3,), batch=1)
     C = moment(12, 0)
-    away = product(Calibrated(FULL, everywhere(pool, Moments({0: C, 1: moment(12, 1)})))(pool))
-    base = product(Calibrated(FULL, everywhere(pool, Moments({0: C}, base=moment(12, 1))), lam=1.0)(pool))
+    away = product(Calibrated(FULL, everywhere(pool, ModuleStatistics({0: C, 1: moment(12, 1)})))(pool))
+    base = product(Calibrated(FULL, everywhere(pool, ModuleStatistics({0: C}, base=moment(12, 1))), lam=1.0)(pool))
     assert close(away, base, 1e-5)
 
 
 def test_statistics_of_another_width_are_refused():
     pool = random_pool((2,))
     with pytest.raises(MergeError, match=r"another model[\s\S]*m0[\s\S]*width 12[\s\S]*8"):
-        Calibrated(Rank(2), everywhere(pool, Moments({0: torch.eye(8)})))(pool)
+        Calibrated(Rank(2), everywhere(pool, ModuleStatistics({0: torch.eye(8)})))(pool)
 
 
 @pytest.mark.parametrize("C", [torch.full((12, 12), float("nan")), -torch.eye(12), torch.eye(12) * float("inf")])
 def test_matrices_that_are_no_moments_are_refused(C):
     pool = random_pool((2,))
     with pytest.raises(MergeError, match="not second moments"):
-        Calibrated(Rank(2), everywhere(pool, Moments({0: C})))(pool)
+        Calibrated(Rank(2), everywhere(pool, ModuleStatistics({0: C})))(pool)
 
 
 @pytest.mark.parametrize("setting", [{"lam": -1.0}, {"mu": -0.5}, {"lam": float("nan")}])
@@ -171,7 +171,9 @@ def test_negative_weights_are_refused(setting):
 def test_weights_unlike_the_measured_strengths_are_noted():
     g = torch.Generator().manual_seed(0)
     loras = [Adapter({"a": LowRank(torch.randn(2, 4, generator=g), torch.randn(3, 2, generator=g))}) for _ in range(2)]
-    method = Calibrated(Rank(2), Statistics({"a": Moments({0: torch.eye(4), 1: torch.eye(4)})}, strengths=(0.8, 1.0)))
+    method = Calibrated(
+        Rank(2), Statistics({"a": ModuleStatistics({0: torch.eye(4), 1: torch.eye(4)})}, strengths=(0.8, 1.0))
+    )
     assert merge(loras, method, [0.8, 1.0]).report.notes == ()
     (note,) = merge(loras, method, [0.3, 1.0]).report.notes
     assert "measured at strengths 0.8, 1, the weights are 0.3, 1" in note

@@ -9,14 +9,14 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from legomole.core.merge.factors import Held
+from legomole.core.merge.factors import InMemoryFactors
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
-from legomole.core.merge.methods.lego import Lego, balanced, best_rank_one, folded, unit_norms
+from legomole.core.merge.methods.lego import Lego, balance_units, best_rank_one, fold_scales, unit_norms
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.pool import Pool, relative_error
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from torch import Tensor
 
 from ..pools import best, close, make_pool, product, random_pool, total
@@ -37,7 +37,7 @@ def column(*values: float) -> Tensor:
 
 def permuted(pool: Pool, order: Tensor) -> Pool:
     """Units in another order within their adapters."""
-    return replace(pool, factors=Held(pool.A[:, order], pool.B[:, :, order]), scale=pool.scale[:, order])
+    return replace(pool, factors=InMemoryFactors(pool.A[:, order], pool.B[:, :, order]), scale=pool.scale[:, order])
 
 
 def refactored(pool: Pool, seed: int) -> Pool:
@@ -50,7 +50,7 @@ def refactored(pool: Pool, seed: int) -> Pool:
         size = 0.5 + 2 * torch.rand(r, generator=g)
         A.append(Q1 @ (size[:, None] * Q2) @ a)
         B.append(b @ Q2.mT @ (Q1.mT / size[:, None]))
-    return replace(pool, factors=Held(torch.cat(A, 1), torch.cat(B, 2)))
+    return replace(pool, factors=InMemoryFactors(torch.cat(A, 1), torch.cat(B, 2)))
 
 
 class TestPaper:
@@ -154,7 +154,7 @@ class TestProperties:
         pool = random_pool((4, 4), weights=[0.7, -1.5])
         method = Lego(Rank(3), geometry, "mean", parameter_reweight=True, output_reweight=False, norm=norm)
         merged = method(pool)
-        members = unit_norms((folded if geometry == "paper" else balanced)(pool).apply(pool), geometry, norm)
+        members = unit_norms((fold_scales if geometry == "paper" else balance_units)(pool).apply(pool), geometry, norm)
         units = unit_norms(merged, geometry, norm)
         for m in range(pool.batch):
             for c in range(3):
@@ -183,7 +183,7 @@ class TestProperties:
         together = product(Lego(Rank(3), geometry, starts=3)(pool))
         for m in range(4):
             at = slice(m, m + 1)
-            factors = Held(pool.A[at], pool.B[at])
+            factors = InMemoryFactors(pool.A[at], pool.B[at])
             alone = Pool((pool.names[m],), factors, pool.scale[at], pool.weights[at], pool.ranks, pool.adapters)
             assert close(product(Lego(Rank(3), geometry, starts=3)(alone)), together[at], 1e-5)
 
@@ -231,7 +231,7 @@ class TestRankOne:
         pool = random_pool((3, 4), seed=seed)
         g = torch.Generator().manual_seed(seed)
         factor = (0.1 + 10 * torch.rand(7, generator=g)) * torch.randn(7, generator=g).sign()
-        other = replace(pool, factors=Held(pool.A * factor[:, None], pool.B / factor))
+        other = replace(pool, factors=InMemoryFactors(pool.A * factor[:, None], pool.B / factor))
         assume(_gap(pool) > 1e-2)
         assert close(product(Lego(Rank(3))(other)), product(Lego(Rank(3))(pool)), 1e-2)
 
@@ -240,7 +240,7 @@ class TestRankOne:
         one = random_pool((4,))
         copies = [one, one, one]
         if kind == "flipped":
-            copies = [one, replace(one, factors=Held(-one.A, -one.B)), one]
+            copies = [one, replace(one, factors=InMemoryFactors(-one.A, -one.B)), one]
         if kind == "refactored":
             copies = [refactored(one, seed) for seed in range(3)]
         pool = make_pool([copy.A for copy in copies], [copy.B for copy in copies])
@@ -347,7 +347,7 @@ class TestBestRankOne:
 
 def test_folded_and_balanced_keep_every_adapters_delta():
     pool = random_pool((3, 2), weights=[0.7, -1.5], scales=[0.5, 2.0])
-    for gauge in (folded(pool), balanced(pool)):
+    for gauge in (fold_scales(pool), balance_units(pool)):
         units = gauge.apply(pool)
         for A, B, D in zip(pool.split(units.A, 1), pool.split(units.B, 2), _deltas(pool), strict=True):
             assert close(B.double() @ A.double(), D)
@@ -355,7 +355,7 @@ def test_folded_and_balanced_keep_every_adapters_delta():
 
 def test_balanced_halves_are_orthogonal_and_of_equal_size():
     pool = random_pool((3, 2), weights=[0.7, -1.5])
-    units = balanced(pool).apply(pool)
+    units = balance_units(pool).apply(pool)
     for A, B in zip(pool.split(units.A, 1), pool.split(units.B, 2), strict=True):
         S = torch.diag_embed((A @ A.mT).diagonal(dim1=1, dim2=2))
         assert torch.allclose(A @ A.mT, S, atol=1e-4)
@@ -384,7 +384,7 @@ def measured(pool: Pool) -> Statistics:
     d = pool.A.shape[2]
     X = torch.randn(4, 3 * d, d, generator=torch.Generator().manual_seed(5))
     own0, own1, joint, base = X.mT @ X / (3 * d)
-    return Statistics(dict.fromkeys(pool.names, Moments({0: own0, 1: own1}, {(0, 1): joint}, base)))
+    return Statistics(dict.fromkeys(pool.names, ModuleStatistics({0: own0, 1: own1}, {(0, 1): joint}, base)))
 
 
 def test_calibrated_units_add_up_to_the_calibrated_merge():
@@ -398,7 +398,7 @@ def test_calibrated_units_are_clustered_as_units_are():
     # white inputs, nothing joint: every unit is only scaled, by 1 / (2 + lam) up to the ridge, so the clusters stay
     pool = random_pool((4, 4), seed=3)
     eye = torch.eye(pool.A.shape[2])
-    statistics = Statistics(dict.fromkeys(pool.names, Moments({0: eye, 1: eye}, base=eye)))
+    statistics = Statistics(dict.fromkeys(pool.names, ModuleStatistics({0: eye, 1: eye}, base=eye)))
     plain, calibrated = Lego(Rank(4))(pool), Lego(Rank(4), statistics=statistics)(pool)
     assert torch.equal(plain.labels, calibrated.labels)
     # lam = 0.3, tau = 1e-3 * 2.3: (1 + tau) / (2.3 + tau)

@@ -16,7 +16,7 @@ from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.linear import Linear
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.recipes.recipe import build_method
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def method(name: str, rank: str = "2") -> MergeMethod:
         return METHODS[kind]()
     settings = {"rank": rank, **SETTINGS[name]}
     if kind == "calibrated":
-        settings["statistics"] = Statistics({NAME: Moments({0: torch.eye(D_IN), 1: 2 * torch.eye(D_IN)})})
+        settings["statistics"] = Statistics({NAME: ModuleStatistics({0: torch.eye(D_IN), 1: 2 * torch.eye(D_IN)})})
     return build_method(kind, settings)
 
 

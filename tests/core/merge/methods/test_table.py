@@ -12,7 +12,7 @@ from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.linear import Linear
 from legomole.core.merge.pool import overlap, relative_error
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.statistics import Moments, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 
 from ..pools import random_pool
 
@@ -24,7 +24,7 @@ def instance(name: str) -> MergeMethod:
     if row in (Concat, Linear):
         return row()
     if row is Calibrated:
-        return Calibrated(Rank(2), Statistics({"m0": Moments({0: torch.eye(12), 1: torch.eye(12)})}))
+        return Calibrated(Rank(2), Statistics({"m0": ModuleStatistics({0: torch.eye(12), 1: torch.eye(12)})}))
     return row(Rank(2))
 
 
