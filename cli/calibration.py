@@ -49,14 +49,17 @@ def measure(
 
     from ..core.formats import load
     from ..core.memory import report_out_of_memory
-    from ..core.recipes.run import place
+    from ..core.recipes.run import input_path
     from ..core.train.measure import CalibrationSettings
 
     concepts = parse_words(words, len(recipe.inputs))
     pixels = None if size is None else parse_size(size)
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
-    adapters = [load(place(entry.path, folder, cached), convert_rank=recipe.convert_rank) for entry in recipe.inputs]
+    adapters = [
+        load(input_path(entry.path, folder, cached), convert_rank=entry.convert_rank or recipe.convert_rank)
+        for entry in recipe.inputs
+    ]
     whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
     pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
     with (

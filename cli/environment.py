@@ -69,11 +69,11 @@ def named(text: str) -> str:
 
     What is a file or folder here, or would lie in a folder that is, is taken for a path.
     """
-    from ..core.recipes.recipe import HUB
+    from ..core.recipes.recipe import HUB_PREFIX
 
     match = _HUB_NAME.fullmatch(text)
     local = Path(text).exists() or Path(text).parent.is_dir() or text.endswith(".safetensors")
-    return text if match is None or (local and match[1] is None) else HUB + match[2]
+    return text if match is None or (local and match[1] is None) else HUB_PREFIX + match[2]
 
 
 def located(path: Path) -> Path:
@@ -82,6 +82,6 @@ def located(path: Path) -> Path:
     Raises:
         FormatError: There is no such name.
     """
-    from ..core.recipes.run import place
+    from ..core.recipes.run import input_path
 
-    return place(named(str(path)), Path(), cached)
+    return input_path(named(str(path)), Path(), cached)

@@ -142,7 +142,7 @@ def base_model(summary: Summary) -> str:
 
 def _show(summary: Summary) -> None:
     from ..core.mole.trained import TrainedGates
-    from ..core.recipes.run import recipe_in
+    from ..core.recipes.read import recipe_in
 
     if _holds_gates(summary):
         with told(summary.path):
@@ -181,15 +181,15 @@ def _counts(counts: Mapping[Any, int]) -> str:
 
 
 def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
-    from ..core.recipes.recipe import to_text
-    from ..core.recipes.run import read_recipe
+    from ..core.recipes.read import read_recipe
+    from ..core.recipes.text import recipe_to_text
 
     for summary in summaries:
-        recipe = read_recipe(Path(summary.path), to_show=True)
+        recipe = read_recipe(Path(summary.path), allow_any_path=True)
         if json:
             print_json(recipe.to_dict())
         else:
-            typer.echo(to_text(recipe), nl=False)
+            typer.echo(recipe_to_text(recipe), nl=False)
 
 
 def _merged(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:

@@ -198,8 +198,9 @@ def merge(
     The result says in its metadata how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
     from ..core.merge.statistics import Statistics
-    from ..core.recipes.recipe import build_method, from_dict
-    from ..core.recipes.run import read_recipe
+    from ..core.recipes.method_settings import build_method
+    from ..core.recipes.read import read_recipe
+    from ..core.recipes.text import recipe_from_data
 
     if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
         raise typer.BadParameter(
@@ -244,7 +245,7 @@ def merge(
     base["settings"] = {**base.get("settings", {}), **_given(typed)}
     base |= _given({"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     add_module_weights(base, module_weight or ())
-    recipe = from_dict(base, config)
+    recipe = recipe_from_data(base, config)
     if calibrate is not None and statistics is not None:
         check_target(recipe, folder, output, overwrite=overwrite)
         check_device(device)
@@ -278,11 +279,11 @@ def compress(
     json: Json = False,
 ) -> None:
     """Make one LoRA smaller: fewer units that do (almost) the same."""
-    from ..core.recipes.recipe import from_dict
+    from ..core.recipes.text import recipe_from_data
 
     data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
     settings = _given({"rank": rank or "95%", "seed": seed})
-    recipe = from_dict({**data, "inputs": [{"path": named(input)}], "settings": settings})
+    recipe = recipe_from_data({**data, "inputs": [{"path": named(input)}], "settings": settings})
     run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
 
 

@@ -16,9 +16,9 @@ from .options import DEFAULT_RANK, check_output, size_of
 def check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:
     """The path that will be written, see `check_output`."""
     from ..core.formats import summarise
-    from ..core.recipes.run import place
+    from ..core.recipes.run import input_path
 
-    paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
+    paths = [input_path(entry.path, folder, cached) for entry in recipe.inputs]
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
@@ -54,8 +54,8 @@ def run_recipe(
         progress_bars("reading", "merging", quiet=json) as (reading, progress),
     ):
         result = run(
-            recipe, folder=folder, key_map=key_map, spell=names_for_format, cached=cached, device=device,
-            reading=reading, progress=progress, spread=spread,
+            recipe, folder=folder, key_map=key_map, names_for_format=names_for_format, find_cached=cached,
+            device=device, loading=reading, progress=progress, remote=spread,
         )  # fmt: skip
     written = save(result.adapter, target)
     if json:

@@ -15,7 +15,7 @@ from ..core.merge.engine import matching
 from ..core.merge.methods import MergeMethod
 from ..core.merge.rank import Rank
 from ..core.merge.statistics import Statistics
-from ..core.recipes import recipe
+from ..core.recipes.method_settings import build_method
 
 AUTO, ON, OFF = "auto", "on", "off"
 
@@ -102,7 +102,7 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
 
 
 def chosen(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dict[str, Any]:
-    """The widgets' values as `recipe.build_method` takes them; ``auto`` leaves the choice to the method."""
+    """The widgets' values as `build_method` takes them; ``auto`` leaves the choice to the method."""
     values: dict[str, Any] = {}
     for setting in settings(method):
         value = widgets.get(setting.name, setting.default)
@@ -140,7 +140,7 @@ def built(
             found="nothing connected",
             remedy="add a Calibrate node with the same LoRAs and connect it",
         )
-    return recipe.build_method(name, values if statistics is None else {**values, "statistics": statistics})
+    return build_method(name, values if statistics is None else {**values, "statistics": statistics})
 
 
 def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ import legomole
 import pytest
 import torch
 from legomole.cli import app
-from legomole.core.recipes.run import read_recipe
+from legomole.core.recipes.read import read_recipe
 from typer.testing import CliRunner
 
 DOCS = Path(legomole.__file__).parent / "docs"

@@ -13,9 +13,11 @@ from legomole.core.formats import FORMATS, load, save, summarise
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.statistics import Statistics
 from legomole.core.mole.trained import TrainedGates
-from legomole.core.recipes.recipe import Input, Recipe, to_text
+from legomole.core.recipes.read import read_recipe
+from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.remote import RemoteInputs
-from legomole.core.recipes.run import read_recipe, run
+from legomole.core.recipes.run import run
+from legomole.core.recipes.text import recipe_to_text
 from legomole.core.train.fit import FitRecord, _resume
 from legomole.hosts.hub import cached
 from legomole.hosts.names import key_map, names_for_format
@@ -55,8 +57,8 @@ def readings(case: Case, number: int) -> Iterator[tuple[str, Callable[[], object
     elif case.kind == "model":
         yield "load a model", lambda: load_model(path)
     else:
-        yield "read the recipe", lambda: to_text(read_recipe(path))
-        yield "carry out", lambda: run(read_recipe(path), folder=folder, cached=cached)
+        yield "read the recipe", lambda: recipe_to_text(read_recipe(path))
+        yield "carry out", lambda: run(read_recipe(path), folder=folder, find_cached=cached)
     if case.kind in ("lora", "folder", "gates", "recipe"):
         # one of the ways to look at it: the command line is slower than all the rest
         yield (
@@ -73,7 +75,7 @@ def _merged(path: Path, method: str, convert_rank: int | None) -> object:
     entries = [Input(path=path.name), Input(path=other.name, weight=-0.5)]
     recipe = Recipe(method=method if method != "calibrated" else "lego", settings=rank, inputs=entries,
                     convert_rank=convert_rank)  # fmt: skip
-    result = run(recipe, folder=path.parent, key_map=key_map, spell=names_for_format)
+    result = run(recipe, folder=path.parent, key_map=key_map, names_for_format=names_for_format)
     written = save(result.adapter, path.parent / "merged", dtype=torch.float32)
     read = load(written)  # what was written must be sound
     if set(read.modules) != set(result.adapter.modules):

@@ -12,12 +12,13 @@ from ..errors import name_some
 from ..formats.peft_config import combined, configs
 from ..json_text import from_json
 from ..merge.report import MANY, MergeReport, ModuleReport
-from .recipe import HUB, Recipe
+from .recipe import HUB_PREFIX, Recipe
 
-KEY = "legomole"  # the metadata entry that holds recipe and report
+KEY = "legomole"
+"""The metadata entry that holds recipe and report as JSON."""
 
-# What other tools read and every input says alike; kept when the inputs agree, named in the report when they do not.
-_AGREED = (
+# Entries that other tools read. They are kept if all inputs that have them agree; the report names disagreements.
+_KEPT_IF_EQUAL = (
     "ss_base_model_version",
     "ss_v2",
     "modelspec.sai_model_spec",
@@ -26,42 +27,43 @@ _AGREED = (
     "modelspec.prediction_type",
     "modelspec.resolution",
 )
-_AGREED_BY_PEFT = ("base_model_name_or_path", "revision", "task_type")
-_MAX_TAGS = 20  # of each data set in ss_tag_frequency; enough to find a trigger word, small in the header
+_PEFT_KEPT_IF_EQUAL = ("base_model_name_or_path", "revision", "task_type")
+_MAX_TAGS = 20  # per data set in ss_tag_frequency: enough to find a trigger word, small in the header
 
 
 def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]) -> dict[str, str]:
-    """Metadata of a merged file: how it was made, and what other tools look for. The same merge, the same text.
+    """Return the metadata of a merged file. Equal merges give equal text.
 
-    ``legomole`` holds the recipe and a compact report as JSON. Of each input (and of the statistics) only the file's
-    name is kept, because folders are private, unlike names on the Hugging Face Hub; and the input's hash.
-    ``ss_base_model_version``, ``modelspec.architecture`` and their like are kept when the inputs agree; trigger phrases
-    are joined; of each training set's tags the most frequent are kept. Of PEFT configurations see `combined`.
+    The entry `KEY` holds the recipe and a compact report as JSON. Of the paths of inputs and statistics only the file
+    names are kept, because folders are private, unlike names on the Hugging Face Hub. ``ss_base_model_version``,
+    ``modelspec.architecture`` and similar entries are kept if the inputs agree; trigger phrases are joined; of each
+    training set's tags the most frequent are kept. For PEFT configurations see `combined`.
 
     Args:
-        recipe: What was asked for. report: What came out.
+        recipe: The merge.
+        report: Its report.
         inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order.
     """
     entries = [
-        entry.model_copy(update={"path": _name(entry.path), "sha256": adapter.source.sha256})
+        entry.model_copy(update={"path": _file_name(entry.path), "sha256": adapter.source.sha256})
         for entry, adapter in zip(recipe.inputs, inputs, strict=True)
     ]
-    settings = {key: _name(value) if key == "statistics" else value for key, value in recipe.settings.items()}
-    made = recipe.model_copy(update={"inputs": entries, "settings": settings})
+    settings = {key: _file_name(value) if key == "statistics" else value for key, value in recipe.settings.items()}
+    stored = recipe.model_copy(update={"inputs": entries, "settings": settings})
     labels = [adapter.label for adapter in inputs]
     metadata = {
-        KEY: json.dumps({"recipe": made.to_dict(), "report": compact(report)}, sort_keys=True, ensure_ascii=False),
+        KEY: json.dumps({"recipe": stored.to_dict(), "report": compact(report)}, sort_keys=True, ensure_ascii=False),
         "modelspec.title": f"{' + '.join(labels)} ({report.method})",
         "modelspec.merged_from": ", ".join(labels),
     }
-    for key in _AGREED:
+    for key in _KEPT_IF_EQUAL:
         values = {adapter.metadata[key] for adapter in inputs if adapter.metadata.get(key)}
         if len(values) == 1:
             metadata[key] = values.pop()
-    phrases = [adapter.metadata["modelspec.trigger_phrase"] for adapter in inputs if _phrase(adapter)]
+    phrases = [phrase for adapter in inputs if (phrase := adapter.metadata.get("modelspec.trigger_phrase"))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    tags = _tags(inputs)
+    tags = _most_frequent_tags(inputs)
     if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags, ensure_ascii=False)
     config = combined(inputs)
@@ -70,64 +72,61 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     return metadata
 
 
-def _name(path: str) -> str:
-    return path if path.startswith(HUB) else path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+def _file_name(path: str) -> str:
+    return path if path.startswith(HUB_PREFIX) else path.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
-def _phrase(adapter: Adapter) -> bool:
-    return bool(adapter.metadata.get("modelspec.trigger_phrase"))
-
-
-def _tags(inputs: Sequence[Adapter]) -> dict[str, dict[str, int]]:
-    """kohya's tag counts, ``data set -> tag -> count``, of all inputs; the data sets get the LoRA's name in front."""
+def _most_frequent_tags(inputs: Sequence[Adapter]) -> dict[str, dict[str, int]]:
+    """Return kohya's tag counts, ``data set -> tag -> count``, of all inputs; data sets are prefixed by the label."""
     merged: dict[str, dict[str, int]] = {}
     for adapter in inputs:
         try:
             tables = from_json(adapter.metadata.get("ss_tag_frequency") or "{}")
             for name, table in tables.items():
                 merged[f"{adapter.label}/{name}"] = dict(Counter[str](table).most_common(_MAX_TAGS))
-        except (ValueError, AttributeError, TypeError):  # not what kohya writes: nothing to show
+        except (ValueError, AttributeError, TypeError):  # not in kohya's form
             continue
     return merged
 
 
 def disagreements(inputs: Sequence[Adapter]) -> list[str]:
-    """Where the inputs' metadata contradict each other, or leave open how strong a LoRA is."""
+    """Return notes on metadata of the inputs that contradict each other or leave the scale of an adapter open."""
     notes = [
-        f"{adapter.label} came without its adapter_config.json: its scale was taken for 1"
+        f"{adapter.label} has no adapter_config.json: its scale was assumed to be 1"
         for adapter in inputs
         if adapter.source.format == "peft"
         and CONFIG_KEY not in adapter.metadata
         and all(part.alpha is None for part in adapter.modules.values())
     ]
-    said = {key: [(a.label, a.metadata[key]) for a in inputs if a.metadata.get(key)] for key in _AGREED}
-    said |= {key: [(label, str(c[key])) for label, c in configs(inputs) if c.get(key)] for key in _AGREED_BY_PEFT}
-    for key, pairs in said.items():
+    values = {key: [(a.label, a.metadata[key]) for a in inputs if a.metadata.get(key)] for key in _KEPT_IF_EQUAL}
+    values |= {key: [(label, str(c[key])) for label, c in configs(inputs) if c.get(key)] for key in _PEFT_KEPT_IF_EQUAL}
+    for key, pairs in values.items():
         if len({value for _, value in pairs}) > 1:
             notes.append(f"{key} differs: {name_some((f'{value} ({label})' for label, value in pairs), MANY)}")
     return notes
 
 
 def compact(report: MergeReport) -> dict[str, Any]:
-    """The report small enough for a file's header: one row of ``columns`` per module, numbers to four digits.
+    """Return the report as plain data small enough for a file header: one row per module, numbers with four digits.
 
-    ``overlap`` lists the cosines of the pairs (1,2), (1,3), .. (2,3), ..; ``clusters`` counts merged units by
-    composition: ``"9x1+0 2x3+1"`` are nine units from one unit of the first LoRA each, and two that blend three of
-    the first with one of the second. With more LoRAs than `report.MANY` a module's row has no overlaps, and names the
-    LoRAs of its clusters: ``"2x3@1+1@9"`` are two that blend three units of the first with one of the ninth.
+    ``overlap`` of a module lists the cosines of the pairs (1,2), (1,3), .. (2,3), ..; ``clusters`` counts merged units
+    by composition: ``"9x1+0 2x3+1"`` are nine units made of one unit of the first adapter each, and two that blend
+    three units of the first with one of the second. With more adapters than `report.MANY` a module's row has no
+    overlaps and its clusters name the adapters: ``"2x3@1+1@9"`` are two units that blend three units of the first
+    adapter with one of the ninth.
     """
     many = len(report.inputs) > MANY
     return {
-        "energy_kept": _short(report.energy_kept),
-        "overlap": [[_short(value) for value in row] for row in report.overlap()],
+        "energy_kept": _round(report.energy_kept),
+        "overlap": [[_round(value) for value in row] for row in report.overlap()],
         "columns": ["loras", "ranks_in", "rank_out", "energy_kept", "overlap", "clusters"],
         "modules": {
             module.name: [
                 [i + 1 for i in module.adapters],
                 module.ranks_in,
                 module.rank_out,
-                _short(module.energy_kept),
-                [] if many else [_short(value) for i, row in enumerate(module.cosine) for value in row[i + 1 :]],
+                _round(module.energy_kept),
+                [] if many else [_round(value) for i, row in enumerate(module.cosine) for value in row[i + 1 :]],
                 _composition(module, many),
             ]
             for module in report.modules
@@ -148,5 +147,5 @@ def _composition(module: ModuleReport, many: bool) -> str:
     return " ".join(f"{count}x{kind}" for kind, count in counts.items())
 
 
-def _short(value: float) -> float:
+def _round(value: float) -> float:
     return float(f"{value:.4g}")

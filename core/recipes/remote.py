@@ -1,4 +1,4 @@
-"""The inputs of a merge as other machines find them."""
+"""The inputs of a merge, to be opened again on other machines."""
 
 from __future__ import annotations
 
@@ -10,52 +10,57 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FormatError
 from ..formats import fingerprint, load
-from ..layers.align import align
-from ..layers.keymap import KeyMap
+from ..layers.align import Resolver, align
 from ..merge.tasks import Batch, BatchMerger, BatchResult
 
 
 @dataclass(frozen=True)
 class RemoteInputs:
-    """The inputs of a merge, to be opened on another machine that sees the same files.
+    """The inputs of a merge, to be opened on a machine that sees the same files.
 
     Args:
-        paths: Absolute. names: As the recipe has them, for errors. prints: Their fingerprints.
-        convert_rank, key_map: See `run`; the key map is called there.
+        paths: Absolute paths.
+        names: Paths as written in the recipe, for errors.
+        fingerprints: `fingerprint` of each input.
+        convert_ranks: See `load`.
+        key_map: See `run`; called on the other machine.
     """
 
     paths: tuple[Path, ...]
     names: tuple[str, ...]
-    prints: tuple[str, ...]
-    convert_rank: int | None
-    key_map: Callable[[Sequence[Adapter]], KeyMap] | None
+    fingerprints: tuple[str, ...]
+    convert_ranks: tuple[int | None, ...]
+    key_map: Resolver | None
 
     @classmethod
     def of(
         cls,
         adapters: Sequence[Adapter],
         paths: Sequence[Path],
-        convert_rank: int | None,
-        key_map: Callable[[Sequence[Adapter]], KeyMap] | None,
+        convert_ranks: Sequence[int | None],
+        key_map: Resolver | None,
     ) -> RemoteInputs:
+        """Describe inputs that are loaded on this machine."""
         names = tuple(adapter.source.path for adapter in adapters)
-        return cls(tuple(paths), names, tuple(map(fingerprint, paths)), convert_rank, key_map)
+        return cls(tuple(paths), names, tuple(map(fingerprint, paths)), tuple(convert_ranks), key_map)
 
     def open(self) -> list[Adapter]:
-        """The adapters under common names, as the merge has them.
+        """Load and align the adapters as the merge has them.
 
         Raises:
-            FormatError: A file that is not there, or another one.
+            FormatError: A file is missing or differs.
         """
         adapters: list[Adapter] = []
-        for path, name, known in zip(self.paths, self.names, self.prints, strict=True):
+        for path, name, expected, convert_rank in zip(
+            self.paths, self.names, self.fingerprints, self.convert_ranks, strict=True
+        ):
             try:
-                if fingerprint(path) != known:
-                    raise FormatError("It is another file.")
-                adapter = load(path, convert_rank=self.convert_rank, known=True)
+                if fingerprint(path) != expected:
+                    raise FormatError("The file differs.")
+                adapter = load(path, convert_rank=convert_rank, known=True)
             except FormatError as error:
                 raise FormatError(
-                    "A machine that helps with the merge does not have an input that this one has.",
+                    "A machine of the cluster does not have an input of the merge.",
                     file=path,
                     found=f"{error.problem} ({platform.node()})",
                     remedy="keep the inputs on a file system that all machines share, under the same path on each",
@@ -65,4 +70,4 @@ class RemoteInputs:
 
 
 RemoteRunner = Callable[[RemoteInputs, BatchMerger, Sequence[Batch]], Iterable[BatchResult]]
-"""Does the work of a merge elsewhere, where the inputs are opened anew."""
+"""Merges batches on other machines, where the inputs are opened again; yields the results in order."""

@@ -18,6 +18,7 @@ from ...core.merge.report import MergeReport
 from ...core.merge.statistics import Statistics
 from ...core.recipes import recipe
 from ...core.recipes.metadata import file_metadata
+from ...core.recipes.method_settings import method_settings
 from ..comfy import program
 from ..loaded_loras import LoadedLoras
 from ..lora import Lora, flatten
@@ -113,7 +114,7 @@ def merged(
     )
     made = recipe.Recipe(
         method=report.method,
-        settings=recipe.settings_of(chosen),
+        settings=method_settings(chosen),
         inputs=[
             recipe.Input(
                 path=adapter.source.path or value.label,

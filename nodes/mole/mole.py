@@ -16,7 +16,7 @@ from ...core.mole.gates import GateSettings
 from ...core.mole.mixture import MixMode
 from ...core.mole.trained import TrainedGates
 from ...core.pictures.gate_map import gate_map
-from ...core.recipes import recipe
+from ...core.recipes.method_settings import build_method
 from ..comfy import mixes, program, sampling
 from ..lora import Lora, flatten
 from ..settings import built, has_widgets
@@ -128,7 +128,7 @@ class MoLEMix(io.ComfyNode):
             off=switched(switched_off or "", [lora.label for lora in values]),
         )
         patched = mixes.on_model(mix, model)
-        text_encoders = mixes.on_clip(mix, model, clip, recipe.build_method(clip_method, {}))
+        text_encoders = mixes.on_clip(mix, model, clip, build_method(clip_method, {}))
         text = mix.text()
         shown = {**program.show(text).as_dict(), "experts": [lora.label for lora in values]}  # web/mask_strip.js
         return io.NodeOutput(patched, text_encoders, text, ui=shown)

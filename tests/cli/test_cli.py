@@ -25,7 +25,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.formats import FORMATS, load, save
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
-from legomole.core.recipes.recipe import from_text
+from legomole.core.recipes.text import recipe_from_text
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
@@ -105,7 +105,7 @@ def test_every_option_reaches_the_recipe():
         "--normalize --dtype bfloat16 --convert-rank 4 --module-weight 1:*attn1*=0.5 --module-weight *attn2*=2"
     )
     done("merge", "a.safetensors:0.8:0.4", "b.safetensors", *options.split(), "-o", "out.safetensors")
-    recipe = from_text(done("inspect", "--recipe", "out.safetensors"), "yaml")
+    recipe = recipe_from_text(done("inspect", "--recipe", "out.safetensors"), "yaml")
     assert recipe.settings == {
         "rank": 2,
         "geometry": "paper",
@@ -135,11 +135,11 @@ def test_what_is_typed_overrides_the_config():
         'path = "b.safetensors"\nweight = 0.5\n'
     )
     done("merge", "--config", "recipe.toml", "--seed", "9", "-o", "one.safetensors")
-    recipe = from_text(done("inspect", "--recipe", "one.safetensors"), "yaml")
+    recipe = recipe_from_text(done("inspect", "--recipe", "one.safetensors"), "yaml")
     assert (recipe.settings["rank"], recipe.settings["seed"]) == (2, 9)
     assert [entry.weight for entry in recipe.inputs] == [1.0, 0.5]
     done("merge", "--config", "recipe.toml", "b.safetensors:3", "--method", "concat", "-o", "two.safetensors")
-    recipe = from_text(done("inspect", "--recipe", "two.safetensors"), "yaml")
+    recipe = recipe_from_text(done("inspect", "--recipe", "two.safetensors"), "yaml")
     assert (recipe.method, recipe.settings) == ("concat", {})
     assert [(entry.path, entry.weight) for entry in recipe.inputs] == [("b.safetensors", 3.0)]
 

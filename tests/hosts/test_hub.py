@@ -14,8 +14,9 @@ from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.errors import FormatError  # noqa: E402
 from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
+from legomole.core.recipes.read import read_recipe  # noqa: E402
 from legomole.core.recipes.recipe import Input, Recipe, RecipeError  # noqa: E402
-from legomole.core.recipes.run import read_recipe, run  # noqa: E402
+from legomole.core.recipes.run import run  # noqa: E402
 from legomole.hosts.hub import cached  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 

@@ -11,7 +11,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
-from legomole.core.recipes.recipe import build_method
+from legomole.core.recipes.method_settings import build_method
 from legomole.nodes.lora import Lora, flatten
 from legomole.nodes.settings import chosen, has_widgets, module_weights, settings
 

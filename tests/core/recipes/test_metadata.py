@@ -11,7 +11,8 @@ from legomole.core.adapter import Adapter, Source
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.report import MergeReport, ModuleReport
 from legomole.core.recipes.metadata import KEY, compact, disagreements, file_metadata
-from legomole.core.recipes.recipe import Input, Recipe, from_dict
+from legomole.core.recipes.recipe import Input, Recipe
+from legomole.core.recipes.text import recipe_from_data
 
 MODULE = ModuleReport(
     name="m",
@@ -41,7 +42,7 @@ def metadata_of(*adapters: Adapter, **fields) -> dict[str, str]:
 
 def test_the_recipe_is_there_with_names_and_hashes_but_no_folders():
     metadata = metadata_of(adapter("a", "11"), adapter("b", "22"), normalize=True)
-    recipe = from_dict(json.loads(metadata[KEY])["recipe"])
+    recipe = recipe_from_data(json.loads(metadata[KEY])["recipe"])
     assert [(entry.path, entry.sha256) for entry in recipe.inputs] == [("a.safetensors", "11"), ("b.safetensors", "22")]
     assert recipe.normalize
     assert "/home/me" not in json.dumps(metadata)
@@ -56,7 +57,7 @@ def test_windows_folders_are_private_too():
     metadata = file_metadata(recipe, REPORT, [adapter("a")])
     assert "Users" not in metadata[KEY]
     assert "secret" not in metadata[KEY]
-    assert from_dict(json.loads(metadata[KEY])["recipe"]).settings["statistics"] == "stats.safetensors"
+    assert recipe_from_data(json.loads(metadata[KEY])["recipe"]).settings["statistics"] == "stats.safetensors"
 
 
 def test_every_value_is_a_string_and_the_text_never_varies():

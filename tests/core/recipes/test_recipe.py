@@ -14,7 +14,9 @@ from legomole.core.merge.methods import METHODS
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
-from legomole.core.recipes.recipe import Input, Recipe, RecipeError, build_method, from_text, settings_of, to_text
+from legomole.core.recipes.method_settings import build_method, method_settings
+from legomole.core.recipes.recipe import Input, Recipe, RecipeError
+from legomole.core.recipes.text import recipe_from_text, recipe_to_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,12 +40,12 @@ FULL = Recipe(
 
 @pytest.mark.parametrize("kind", ["yaml", "toml"])
 def test_text_reads_back_equal(kind):
-    assert from_text(to_text(FULL, kind), kind) == FULL
+    assert recipe_from_text(recipe_to_text(FULL, kind), kind) == FULL
 
 
 def test_yaml_is_what_a_person_would_write():
     recipe = Recipe(legomole="0.1.0", method="svd", settings={"rank": 16}, inputs=[Input(path="a.safetensors")])
-    assert to_text(recipe) == (
+    assert recipe_to_text(recipe) == (
         "legomole: 0.1.0\nmethod: svd\nsettings:\n  rank: 16\ninputs:\n- path: a.safetensors\n  weight: 1.0\n"
     )
 
@@ -63,9 +65,9 @@ def test_any_recipe_survives_both_languages(path, weight, tables, settings):
     """PyYAML and tomllib are the oracles: whatever we write, they read the same data from it."""
     entry = Input(path=path, weight=weight, module_weights=tables)
     recipe = Recipe(method="m", settings=settings, inputs=[entry], module_weights=tables)
-    assert tomllib.loads(to_text(recipe, "toml")) == recipe.to_dict()
-    assert yaml.safe_load(to_text(recipe, "yaml")) == recipe.to_dict()
-    assert from_text(to_text(recipe, "toml"), "toml") == recipe
+    assert tomllib.loads(recipe_to_text(recipe, "toml")) == recipe.to_dict()
+    assert yaml.safe_load(recipe_to_text(recipe, "yaml")) == recipe.to_dict()
+    assert recipe_from_text(recipe_to_text(recipe, "toml"), "toml") == recipe
 
 
 @pytest.mark.parametrize(
@@ -84,20 +86,20 @@ def test_any_recipe_survives_both_languages(path, weight, tables, settings):
 )
 def test_a_broken_recipe_is_refused_by_name(text, problem):
     with pytest.raises(RecipeError, match=problem) as caught:
-        from_text(text, "yaml", "my.yaml")
+        recipe_from_text(text, "yaml", "my.yaml")
     assert caught.value.file == "my.yaml"
 
 
 def test_the_error_points_at_the_entry():
     with pytest.raises(RecipeError) as caught:
-        from_text("method: lego\ninputs: [{path: a}, {path: b, weigth: 2}]", "yaml")
+        recipe_from_text("method: lego\ninputs: [{path: a}, {path: b, weigth: 2}]", "yaml")
     assert caught.value.module == "inputs.1.weigth"
     assert "weight" in str(caught.value.remedy)
 
 
 def test_toml_errors_are_told_too():
     with pytest.raises(RecipeError, match="not valid TOML"):
-        from_text("method = ", "toml")
+        recipe_from_text("method = ", "toml")
 
 
 # ---- methods from settings
@@ -109,10 +111,10 @@ def test_a_method_from_settings():
 
 
 def test_settings_of_spells_out_defaults_and_reads_back():
-    plain = settings_of(Lego(Rank(16)))
+    plain = method_settings(Lego(Rank(16)))
     assert plain == {"rank": 16, "geometry": "rank-one", "norm": "inf", "starts": 0, "seed": 0}
     assert build_method("lego", plain) == Lego(Rank(16))
-    assert settings_of(SVD(Rank(95, "%"))) == {"rank": "95%"}
+    assert method_settings(SVD(Rank(95, "%"))) == {"rank": "95%"}
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"calibrated"}))
@@ -120,7 +122,7 @@ def test_every_method_goes_through_settings_and_back(name):
     needs = {"rank": 4} if "rank" in METHODS[name].__dataclass_fields__ else {}
     method = build_method(name, needs)
     assert isinstance(method, METHODS[name])
-    assert build_method(name, settings_of(method)) == method
+    assert build_method(name, method_settings(method)) == method
 
 
 @pytest.mark.parametrize(

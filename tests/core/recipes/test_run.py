@@ -13,8 +13,10 @@ from legomole.core.formats import load, save
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.recipes.metadata import KEY
-from legomole.core.recipes.recipe import Input, Recipe, RecipeError, to_text
-from legomole.core.recipes.run import read_recipe, recipe_in, run
+from legomole.core.recipes.read import read_recipe, recipe_in
+from legomole.core.recipes.recipe import Input, Recipe, RecipeError
+from legomole.core.recipes.run import run
+from legomole.core.recipes.text import recipe_to_text
 from safetensors.torch import save_file
 
 NAMES = [f"lora_unet_down_blocks_0_{kind}_to_{x}" for kind in ("attn1", "attn2") for x in "qk"]
@@ -87,7 +89,7 @@ def test_a_merged_file_repeats_itself_byte_for_byte(folder):
 @pytest.mark.parametrize("kind", ["yaml", "toml"])
 def test_a_recipe_file_gives_the_same_bytes(folder, kind):
     path = folder / f"recipe.{kind}"
-    path.write_text(to_text(recipe(dtype="float16"), kind), encoding="utf-8")
+    path.write_text(recipe_to_text(recipe(dtype="float16"), kind), encoding="utf-8")
     results = [run(r, folder=folder).adapter for r in (recipe(dtype="float16"), read_recipe(path))]
     saved = [save(result, folder / f"{i}.safetensors").read_bytes() for i, result in enumerate(results)]
     assert saved[0] == saved[1]
@@ -131,12 +133,12 @@ def test_a_different_base_model_is_noted(folder):
     assert "ss_base_model_version differs" in result.adapter.metadata[KEY]
 
 
-def test_a_scale_nobody_told_is_noted(folder):
+def test_an_unknown_scale_is_noted(folder):
     named = Adapter({f"model.layers.0.{x}": LowRank(torch.ones(2, 6), torch.ones(5, 2)) for x in "qk"})
     peft = save(named, folder / "whole", format="peft")
     (peft / "adapter_model.safetensors").rename(folder / "alone.safetensors")
     result = run(recipe(inputs=[Input(path="alone.safetensors")], settings={"rank": 2}), folder=folder)
-    assert result.report.notes == ("alone came without its adapter_config.json: its scale was taken for 1",)
+    assert result.report.notes == ("alone has no adapter_config.json: its scale was assumed to be 1",)
 
 
 def test_a_calibrated_merge_reads_its_statistics(folder):
@@ -186,29 +188,40 @@ def test_the_metadata_is_json_other_programs_can_read(folder):
     assert set(data["report"]["modules"]) == set(NAMES)
 
 
-def test_reading_is_told_before_merging(folder):
-    told = []
-    run(recipe(), folder=folder, reading=lambda *x: told.append(x), progress=lambda *x: told.append(x[:2]))
-    assert told == [(1, 2, "a.safetensors"), (2, 2, "b.safetensors"), (4, 4)]
+def test_loading_is_reported_before_merging(folder):
+    calls = []
+    run(recipe(), folder=folder, loading=lambda *x: calls.append(x), progress=lambda *x: calls.append(x[:2]))
+    assert calls == [(1, 2, "a.safetensors"), (2, 2, "b.safetensors"), (4, 4)]
 
 
-def test_a_library_is_opened_elsewhere_as_it_was_here(folder):
-    """Under the recipe's names, though from other paths; a file that was exchanged is not taken for it."""
-    seen = []
+def test_remote_inputs_are_opened_as_the_local_ones(folder):
+    """Under the recipe's names, though from absolute paths; a file that was replaced is refused."""
+    opened = []
 
-    def spread(library, work, batches):
-        seen.append(library)
-        return (work(library.open(), batch) for batch in batches)
+    def remote(inputs, merger, batches):
+        opened.append(inputs)
+        return (merger(inputs.open(), batch) for batch in batches)
 
-    here, there = (run(recipe(), folder=folder, spread=how) for how in (None, spread))
+    here, there = (run(recipe(), folder=folder, remote=runner) for runner in (None, remote))
     assert {n: p.A.tolist() for n, p in there.adapter.modules.items()} == {
         n: p.A.tolist() for n, p in here.adapter.modules.items()
     }
     assert there.adapter.metadata == here.adapter.metadata
-    assert seen[0].names == ("a.safetensors", "b.safetensors") or seen[0].names[0].endswith("a.safetensors")
+    (inputs,) = opened
+    assert inputs.names == ("a.safetensors", "b.safetensors") or inputs.names[0].endswith("a.safetensors")
     write(folder / "b.safetensors", 2, 3, ss_base_model_version="sd_v1")
-    with pytest.raises(FormatError, match="another file"):
-        seen[0].open()
+    with pytest.raises(FormatError, match="The file differs"):
+        inputs.open()
     (folder / "b.safetensors").unlink()
     with pytest.raises(FormatError, match="no such file"):
-        seen[0].open()
+        inputs.open()
+
+
+def test_an_input_may_have_a_convert_rank_of_its_own(folder):
+    full = {f"{NAMES[0]}.diff": torch.randn(5, 6, generator=torch.Generator().manual_seed(4))}
+    save_file(full, folder / "full.safetensors")
+    entries = [Input(path="full.safetensors", convert_rank=2), Input(path="full.safetensors")]
+    made = run(recipe("concat", {}, inputs=entries, convert_rank=5), folder=folder)
+    assert made.report.modules[0].ranks_in == (2, 5)
+    again = run(read_recipe(save(made.adapter, folder / "m.safetensors")), folder=folder)
+    assert again.report.modules[0].ranks_in == (2, 5)

@@ -17,7 +17,7 @@ from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.linear import Linear
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
-from legomole.core.recipes.recipe import build_method
+from legomole.core.recipes.method_settings import build_method
 from torch import Tensor
 
 D_IN, D_OUT, R = 12, 10, 3

@@ -1,0 +1,84 @@
+"""A merge method from its name and settings, and the settings of a merge method as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..merge.methods import METHODS, MergeMethod
+from ..merge.rank import Rank
+from ..merge.statistics import Statistics
+from .recipe import RecipeError
+
+
+def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
+    """Instantiate a row of ``METHODS``, with each setting validated.
+
+    Args:
+        name: Name in ``METHODS``.
+        settings: Field name -> value; a rank as an integer or text (``"1.5x"``, ``"95%"``), statistics loaded.
+
+    Raises:
+        RecipeError: An unknown method or setting, a missing setting, or a value of the wrong type.
+        MergeError: A value out of range.
+    """
+    if name not in METHODS:
+        raise RecipeError("There is no such method.", expected=", ".join(METHODS), found=name)
+    method: Any = METHODS[name]
+    fields = {field.name: field for field in dataclasses.fields(method)}
+    unknown = sorted(set(settings) - set(fields))
+    if unknown:
+        raise RecipeError(
+            f"The method {name} has no such setting.",
+            expected=", ".join(fields) or "no settings",
+            found=", ".join(unknown),
+        )
+    missing = [key for key, field in fields.items() if key not in settings and is_required(field)]
+    if missing:
+        raise RecipeError(
+            f"The method {name} needs a setting.",
+            expected=", ".join(missing),
+            found="nothing",
+            remedy="measure the statistics first, see docs/calibrated.md" if "statistics" in missing else None,
+        )
+    hints = typing.get_type_hints(method)
+    return method(**{key: _validated(name, key, hints[key], value) for key, value in settings.items()})
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Return whether a dataclass field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _validated(method: str, key: str, hint: Any, value: Any) -> Any:
+    if hint is Rank:
+        return Rank.parse(value)
+    if isinstance(value, Statistics) and Statistics in (hint, *typing.get_args(hint)):
+        return value
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(
+            f"The setting {key} of the method {method} cannot have this value.",
+            expected=error.errors()[0]["msg"],
+            found=repr(value),
+        ) from None
+
+
+def method_settings(method: MergeMethod) -> dict[str, Any]:
+    """Return a method's settings as plain data, defaults included, so that a later change of a default has no effect.
+
+    Settings that are ``None`` (the method decides) and statistics (a file of their own) are left out.
+    """
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(typing.cast(Any, method)):
+        value = getattr(method, field.name)
+        if isinstance(value, Rank):
+            plain[field.name] = str(value) if value.unit else int(value.value)
+        elif value is not None and not isinstance(value, Statistics):
+            plain[field.name] = value
+    return plain
