@@ -1,7 +1,7 @@
 """legomole: combine LoRAs without breaking them.
 
-The same folder is the Python package and the ComfyUI node pack. Importing it loads neither torch nor ComfyUI:
-the Python names below are looked up in `legomole.core` on first use, the nodes by ComfyUI through the entry point.
+This folder is both the Python package and the ComfyUI node pack. Importing it loads neither torch nor ComfyUI: public
+names are looked up on first use, and ComfyUI gets the nodes from the entry point.
 """
 
 from __future__ import annotations
@@ -12,35 +12,54 @@ from typing import Any
 WEB_DIRECTORY = "./web"
 
 _PUBLIC = {
-    "Adapter": "adapter",
-    "GateSet": "mole.gates",
-    "GateSettings": "mole.gates",
-    "Lego": "merge.methods.lego",
-    "LowRank": "lowrank",
-    "METHODS": "merge.methods",
-    "Mixture": "mole.mixture",
-    "Rank": "merge.rank",
-    "TrainedGates": "mole.trained",
-    "__version__": "version",
-    "align": "layers.align",
-    "attach": "mole.attach",
-    "freeze": "mole.freeze",
-    "load": "formats",
-    "merge": "merge.engine",
-    "save": "formats",
+    # adapters and files
+    "Adapter": "core.adapter",
+    "LowRank": "core.lowrank",
+    "align": "api",
+    "load": "core.formats",
+    "save": "api",
+    # merging
+    "METHODS": "core.merge.methods",
+    "Calibrated": "core.merge.methods.calibrated",
+    "Concat": "core.merge.methods.concat",
+    "Dare": "core.merge.methods.dare",
+    "Knots": "core.merge.methods.knots",
+    "Lego": "core.merge.methods.lego",
+    "Linear": "core.merge.methods.linear",
+    "SVD": "core.merge.methods.svd",
+    "Ties": "core.merge.methods.ties",
+    "Rank": "core.merge.rank",
+    "Recipe": "core.recipes.recipe",
+    "Statistics": "core.merge.statistics",
+    "merge": "api",
+    "run": "api",
+    # mixing
+    "GateSet": "core.mole.gates",
+    "GateSettings": "core.mole.gates",
+    "Mixture": "core.mole.mixture",
+    "Record": "core.mole.record",
+    "TrainedGates": "core.mole.trained",
+    "attach": "core.mole.attach",
+    "experts": "hosts.api",
+    "freeze": "core.mole.freeze",
+    "load_gates": "hosts.api",
+    "mixed": "hosts.api",
+    "routed": "hosts.api",
+    "train_gates": "hosts.api",
+    "__version__": "core.version",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(f".core.{_PUBLIC[name]}", __name__), name)
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted(_PUBLIC)
 
 
 async def comfy_entrypoint() -> Any:
-    """Called by ComfyUI once its own modules are loaded; returns the extension with our nodes."""
+    """Return the extension with the nodes. ComfyUI calls it once its own modules are loaded."""
     return importlib.import_module(".nodes.extension", __name__).LegoMoleExtension()

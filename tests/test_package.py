@@ -59,6 +59,7 @@ def test_the_wheel_holds_nothing_else(built):
     assert tops <= {
         "__init__.py",
         "__main__.py",
+        "api.py",
         "cli",
         "core",
         "hosts",

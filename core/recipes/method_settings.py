@@ -14,6 +14,8 @@ from ..merge.rank import Rank
 from ..merge.statistics import Statistics
 from .recipe import RecipeError
 
+UNSAVED_STATISTICS = "statistics that were not saved"
+
 
 def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
     """Instantiate a row of ``METHODS``, with each setting validated.
@@ -72,13 +74,16 @@ def _validated(method: str, key: str, hint: Any, value: Any) -> Any:
 def method_settings(method: MergeMethod) -> dict[str, Any]:
     """Return a method's settings as plain data, defaults included, so that a later change of a default has no effect.
 
-    Settings that are ``None`` (the method decides) and statistics (a file of their own) are left out.
+    Settings that are ``None`` (the method decides) are left out. Statistics, which may never have been a file, are
+    stored as `UNSAVED_STATISTICS`, a path that does not exist: such a merge cannot be repeated from its recipe.
     """
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(typing.cast(Any, method)):
         value = getattr(method, field.name)
         if isinstance(value, Rank):
             plain[field.name] = str(value) if value.unit else int(value.value)
-        elif value is not None and not isinstance(value, Statistics):
+        elif isinstance(value, Statistics):
+            plain[field.name] = UNSAVED_STATISTICS
+        elif value is not None:
             plain[field.name] = value
     return plain

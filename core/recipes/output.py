@@ -30,13 +30,13 @@ def default_format(first_format: str, merged: Adapter, renamed: bool) -> str:
     key by itself.
 
     Args:
-        first_format: Format of the first input.
+        first_format: Format of the first input, ``""`` where it never was a file.
         merged: The merged adapter.
         renamed: Whether a host has renamed modules: the names are then the host's own, even if the first format could
             express them too.
     """
     names = merged.layers
-    if not renamed and all(FORMATS[first_format].carries(name) for name in names):
+    if not renamed and first_format in FORMATS and all(FORMATS[first_format].carries(name) for name in names):
         return first_format
     detected = detect(names)
     return detected if all(FORMATS[detected].fits(name) for name in names) else "comfy"

@@ -157,7 +157,7 @@ def describe(
         names_for_format: See `run`.
     """
     merged = result.adapter
-    settings = {**recipe.settings, **method_settings(method)}
+    settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
     notes = [*result.report.notes, *disagreements(inputs)]
     if renamed and merged.extras:

@@ -1,0 +1,231 @@
+"""Functions of the package root that work on files: merge, run, align and save, with layer names of every dialect."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .core import formats
+from .core.adapter import Adapter
+from .core.digest import identity
+from .core.errors import MergeError
+from .core.formats.hashes import sha256
+from .core.layers.align import align as align_adapters
+from .core.merge.engine import MergeResult
+from .core.merge.methods import METHODS, MergeMethod
+from .core.merge.statistics import Statistics
+from .core.progress import Progress
+from .core.recipes.metadata import KEY
+from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
+from .core.recipes.read import read_recipe
+from .core.recipes.recipe import Recipe
+from .core.recipes.run import describe, merge_aligned
+from .core.recipes.run import run as run_recipe
+from .core.recipes.text import recipe_from_data
+from .hosts.hub import cached
+from .hosts.names import key_map, names_for_format
+
+PathLike = str | os.PathLike[str]
+
+
+def merge(
+    loras: Sequence[Adapter | PathLike],
+    method: str | MergeMethod = "lego",
+    *,
+    weights: Sequence[float] | None = None,
+    text_encoder_weights: Sequence[float] | None = None,
+    module_weights: Mapping[str, float] | None = None,
+    normalize: bool = False,
+    convert_rank: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    format: str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    **settings: Any,
+) -> MergeResult:
+    """Merge LoRAs of any ranks, dtypes and file formats into one.
+
+    ::
+
+        result = legomole.merge(["style.safetensors", "subject.safetensors"], "lego", rank=16, weights=[0.8, 1.2])
+        print(result.report.text())
+        legomole.save(result, "both.safetensors")
+
+    Args:
+        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`).
+        method: A name in ``METHODS``, or an instance of a method.
+        weights: One finite number per LoRA; default 1. A negative one subtracts.
+        text_encoder_weights: Weights of the text encoder modules; default `weights`.
+        module_weights: Shell pattern of module names -> factor on the weights of matching modules, e.g.
+            ``{"*attn2*": 0.5}``, for every LoRA that has some.
+        normalize: Divide the weights by the sum of their magnitudes.
+        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; default: refuse them.
+        dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
+        format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
+        device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
+        progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
+            cancel.
+        **settings: Hyperparameters of a method given by name, e.g. ``rank=16``, ``rank="95%"``, ``density=0.3``;
+            ``statistics`` as a path or as `Statistics`.
+
+    Returns:
+        The merged adapter, whose metadata holds the recipe, and the report.
+
+    Raises:
+        FormatError: A file that cannot be read.
+        MergeError: LoRAs that do not fit together, or arguments that do not fit the LoRAs.
+        RecipeError: An unknown method or setting, or a value of the wrong type.
+    """
+    if not loras:
+        raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
+    for name, values in (("weights", weights), ("text_encoder_weights", text_encoder_weights)):
+        if values is not None and len(values) != len(loras):
+            raise MergeError("Every LoRA needs one weight.", module=name, expected=len(loras), found=len(values))
+    recipe = recipe_from_data(
+        {
+            "method": method if isinstance(method, str) else _method_name(method),
+            "settings": _recipe_settings(method, settings),
+            "inputs": [
+                {
+                    "path": (lora.source.path or lora.label) if isinstance(lora, Adapter) else os.fspath(lora),
+                    "weight": 1.0 if weights is None else float(weights[i]),
+                    "text_encoder_weight": None if text_encoder_weights is None else float(text_encoder_weights[i]),
+                }
+                for i, lora in enumerate(loras)
+            ],
+            "module_weights": dict(module_weights or {}),
+            "normalize": normalize,
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "format": format,
+            "convert_rank": convert_rank,
+        }
+    )
+    in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
+    if not in_memory and not isinstance(settings.get("statistics"), Statistics):
+        return run(recipe, device=device, progress=progress)
+    adapters = [
+        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
+    ]
+    adapters = [adapter.sourced(sha256=identity(adapter)) for adapter in adapters]
+    chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
+    if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
+        recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
+    aligned = align(adapters)
+    renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
+    result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
+    return describe(recipe, chosen, result, adapters, renamed=renamed, names_for_format=names_for_format)
+
+
+def run(
+    recipe: Recipe | PathLike,
+    *,
+    folder: PathLike | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Run a recipe; gives the bytes that the command line gives.
+
+    Args:
+        recipe: A recipe, or the path of a recipe file (.yaml, .toml) or of a merged file to repeat.
+        folder: Base of the recipe's relative paths; default the folder of the file, or the working directory.
+        device: Device to compute on.
+        progress: See `merge`.
+
+    Raises:
+        RecipeError: A broken recipe, or an input that differs from the one it was written for.
+        FormatError: A file that cannot be read.
+        MergeError: Inputs that cannot be merged.
+    """
+    if not isinstance(recipe, Recipe):
+        path = Path(recipe)
+        recipe, folder = read_recipe(path), path.parent if folder is None else folder
+    return run_recipe(
+        recipe,
+        folder=Path(folder or ""),
+        key_map=key_map,
+        names_for_format=names_for_format,
+        find_cached=cached,
+        device=device,
+        progress=progress,
+    )
+
+
+def align(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return adapters under common module names; diffusers translates between dialects.
+
+    Args:
+        adapters: Adapters of one base model, from files of any format.
+
+    Raises:
+        MergeError: Adapters without a common layer, or diffusers is needed and not installed.
+    """
+    return align_adapters(adapters, key_map=key_map)
+
+
+def save(
+    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: torch.dtype | None = None
+) -> Path:
+    """Write a LoRA to a file (or to a PEFT folder), atomically.
+
+    Args:
+        lora: A result of `merge`, whose file says how it was made, or an adapter.
+        path: File or folder; ``.safetensors`` is appended to a file name without it.
+        format: A name in ``FORMATS``, for adapters; default the format that the adapter came in.
+        dtype: Dtype of the tensors, for adapters; default their own.
+
+    Returns:
+        The path written.
+
+    Raises:
+        SaveError: Module names that the format cannot express, values that overflow `dtype`, or a path that cannot be
+            written. An existing file stays as it was.
+        MergeError: Format or dtype given for a merge, whose recipe would not repeat the file; or layers without a name
+            in the format.
+    """
+    if isinstance(lora, MergeResult):
+        if KEY in lora.adapter.metadata and (format is not None or dtype is not None):
+            raise MergeError(
+                "Format and dtype of a merged file are part of its recipe.",
+                found=f"format {format}, dtype {dtype}",
+                remedy="pass them to merge(..): merge(loras, format=.., dtype=..)",
+            )
+        lora = lora.adapter
+    if format is not None:
+        lora = names_for_format(lora, format)
+    return formats.save(lora, Path(path), format=format, dtype=dtype)
+
+
+def _method_name(method: MergeMethod) -> str:
+    return next((name for name, row in METHODS.items() if isinstance(method, row)), type(method).__name__)
+
+
+def _recipe_settings(method: str | MergeMethod, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as a recipe stores them.
+
+    Raises:
+        MergeError: Settings beside an instance of a method.
+    """
+    if isinstance(method, str):
+        stored = {key: value for key, value in settings.items() if not isinstance(value, Statistics)}
+        return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in stored.items()}
+    if settings:
+        raise MergeError(
+            "Settings are for a method that is given by name.",
+            expected=f'merge(loras, "lego", {next(iter(settings))}=..)',
+            found=f"an instance of {type(method).__name__}, and {', '.join(settings)}",
+        )
+    return method_settings(method)
+
+
+def _loaded_statistics(settings: Mapping[str, Any], adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The settings with statistics as `Statistics`, whose positions refer to these adapters."""
+    statistics = settings.get("statistics")
+    if statistics is None:
+        return dict(settings)
+    if not isinstance(statistics, Statistics):
+        statistics = Statistics.load(statistics)
+    return {**settings, "statistics": statistics.of(adapters)}
