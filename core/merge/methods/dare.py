@@ -32,7 +32,7 @@ class Dare:
 
     batch: ClassVar[int] = 1
 
-    rank: Rank
+    rank: Rank = Rank(1, "x")
     density: float = 0.5
     seed: int = 0
 

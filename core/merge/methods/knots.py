@@ -38,7 +38,7 @@ class Knots:
     Source: arXiv:2410.19735.
     """
 
-    rank: Rank
+    rank: Rank = Rank(1, "x")
     density: float = 0.5
 
     def __post_init__(self) -> None:

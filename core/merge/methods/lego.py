@@ -46,7 +46,7 @@ class Lego:
             the model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
     """
 
-    rank: Rank
+    rank: Rank = Rank(1, "x")
     geometry: Geometry = "rank-one"
     centroid: Centroid | None = None
     parameter_reweight: bool | None = None

@@ -22,7 +22,7 @@ class SVD:
     Source: Eckart-Young; PEFT and kohya form the dense sum and call it ``svd``.
     """
 
-    rank: Rank
+    rank: Rank = Rank(1, "x")
 
     def __call__(self, pool: Pool) -> Merged:
         k = self.rank.resolve(pool).clamp_max(pool.max_rank)

@@ -28,7 +28,7 @@ class Ties:
 
     batch: ClassVar[int] = 1
 
-    rank: Rank
+    rank: Rank = Rank(1, "x")
     density: float = 0.5
     sign_election: Election = "total"
 
