@@ -11,7 +11,7 @@ from typing import Any, cast
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, MergeError
 from ..json_text import from_json
-from .patterns import Patterns
+from .patterns import PatternTable
 from .peft_folder import CONFIG
 
 PREFIX = "base_model.model."  # of every key
@@ -115,8 +115,8 @@ class PeftScale:
     r: int
     lora_alpha: float
     use_rslora: bool
-    ranks: Patterns
-    alphas: Patterns
+    ranks: PatternTable
+    alphas: PatternTable
 
     @staticmethod
     def from_config(config: Mapping[str, Any], source: Source) -> PeftScale:
@@ -134,8 +134,8 @@ class PeftScale:
                 r,
                 float(config.get("lora_alpha", config.get("alpha", 8))),
                 bool(config.get("use_rslora")),
-                Patterns({str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()}),
-                Patterns({str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}),
+                PatternTable({str(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()}),
+                PatternTable({str(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}),
             )
         except FormatError as error:  # of a pattern
             raise error.at(source.path or None, CONFIG) from None
