@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hosts.hub import cached
+from ..hosts.hub import cached_folder
 from .console import out, progress_bar
 from .environment import computing, host
 from .gates_input import parse_size, parse_words, read_lines
@@ -56,7 +56,9 @@ def measure(
     pixels = None if size is None else parse_size(size)
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
-    adapters = [load(place(entry.path, folder, cached), convert_rank=recipe.convert_rank) for entry in recipe.inputs]
+    adapters = [
+        load(place(entry.path, folder, cached_folder), convert_rank=recipe.convert_rank) for entry in recipe.inputs
+    ]
     whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
     pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
     with (

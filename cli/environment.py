@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
-from ..hosts.hub import cached
+from ..hosts.hub import cached_folder
 
 if TYPE_CHECKING:
     from .options import DtypeName
@@ -84,4 +84,4 @@ def located(path: Path) -> Path:
     """
     from ..core.recipes.run import place
 
-    return place(named(str(path)), Path(), cached)
+    return place(named(str(path)), Path(), cached_folder)

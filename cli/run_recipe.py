@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..hosts.hub import cached
-from ..hosts.names import key_map, names_for_format
+from ..hosts.hub import cached_folder
+from ..hosts.names import key_map, rename_for_format
 from .console import out, print_json, progress_bars
 from .environment import check_device, host
 from .options import DEFAULT_RANK, check_output, size_of
@@ -18,7 +18,7 @@ def check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) ->
     from ..core.formats import summarise
     from ..core.recipes.run import place
 
-    paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
+    paths = [place(entry.path, folder, cached_folder) for entry in recipe.inputs]
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
@@ -54,7 +54,7 @@ def run_recipe(
         progress_bars("reading", "merging", quiet=json) as (reading, progress),
     ):
         result = run(
-            recipe, folder=folder, key_map=key_map, spell=names_for_format, cached=cached, device=device,
+            recipe, folder=folder, key_map=key_map, spell=rename_for_format, cached=cached_folder, device=device,
             reading=reading, progress=progress, spread=spread,
         )  # fmt: skip
     written = save(result.adapter, target)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter import CONFIG_KEY, Adapter
 from ..errors import name_some
-from ..formats.peft_config import combined, configs
+from ..formats.peft_config import combine_configs, labelled_configs
 from ..json_text import from_json
 from ..merge.report import MANY, MergeReport, ModuleReport
 from .recipe import HUB, Recipe
@@ -36,7 +36,7 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     ``legomole`` holds the recipe and a compact report as JSON. Of each input (and of the statistics) only the file's
     name is kept, because folders are private, unlike names on the Hugging Face Hub; and the input's hash.
     ``ss_base_model_version``, ``modelspec.architecture`` and their like are kept when the inputs agree; trigger phrases
-    are joined; of each training set's tags the most frequent are kept. Of PEFT configurations see `combined`.
+    are joined; of each training set's tags the most frequent are kept. Of PEFT configurations see `combine_configs`.
 
     Args:
         recipe: What was asked for. report: What came out.
@@ -64,7 +64,7 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     tags = _tags(inputs)
     if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags, ensure_ascii=False)
-    config = combined(inputs)
+    config = combine_configs(inputs)
     if config:
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return metadata
@@ -101,7 +101,9 @@ def disagreements(inputs: Sequence[Adapter]) -> list[str]:
         and all(part.alpha is None for part in adapter.modules.values())
     ]
     said = {key: [(a.label, a.metadata[key]) for a in inputs if a.metadata.get(key)] for key in _AGREED}
-    said |= {key: [(label, str(c[key])) for label, c in configs(inputs) if c.get(key)] for key in _AGREED_BY_PEFT}
+    said |= {
+        key: [(label, str(c[key])) for label, c in labelled_configs(inputs) if c.get(key)] for key in _AGREED_BY_PEFT
+    }
     for key, pairs in said.items():
         if len({value for _, value in pairs}) > 1:
             notes.append(f"{key} differs: {name_some((f'{value} ({label})' for label, value in pairs), MANY)}")

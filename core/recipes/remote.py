@@ -52,7 +52,7 @@ class RemoteInputs:
             try:
                 if fingerprint(path) != known:
                     raise FormatError("It is another file.")
-                adapter = load(path, convert_rank=self.convert_rank, known=True)
+                adapter = load(path, convert_rank=self.convert_rank, verify=False)
             except FormatError as error:
                 raise FormatError(
                     "A machine that helps with the merge does not have an input that this one has.",

@@ -12,8 +12,8 @@ import torch
 
 from ..adapter import Adapter, Source
 from ..errors import name_some
-from ..formats import FORMATS, detect, hashes, load, summarise, weights_of
-from ..formats.unchanged import unchanged
+from ..formats import FORMATS, detect, hashes, load, summarise, weight_files
+from ..formats.file_changes import raise_if_changed
 from ..json_text import from_json
 from ..layers.align import align
 from ..layers.keymap import KeyMap
@@ -127,7 +127,7 @@ def run(
     paths = [place(entry.path, folder, cached) for entry in recipe.inputs]
     statistics = folder / str(settings["statistics"]) if "statistics" in settings else None
     inputs = paths if statistics is None else [*paths, statistics]
-    with unchanged(inputs), hashes.hash_in_background([weights_of(path) for path in paths]) as hashed:
+    with raise_if_changed(inputs), hashes.hash_in_background([weight_files(path) for path in paths]) as hashed:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
             adapters.append(_load(entry, path, recipe.convert_rank))
@@ -211,10 +211,10 @@ def _format(first: str, merged: Adapter, translated: bool) -> str:
     of several dialects in one file, which its readers look up one by one.
     """
     names = merged.layers
-    if not translated and all(FORMATS[first].carries(name) for name in names):
+    if not translated and all(FORMATS[first].can_store_name(name) for name in names):
         return first
     own = detect(names)
-    return own if all(FORMATS[own].fits(name) for name in names) else "comfy"
+    return own if all(FORMATS[own].is_native_name(name) for name in names) else "comfy"
 
 
 def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path:
@@ -234,7 +234,7 @@ def place(path: str, folder: Path, cached: Callable[[str], Path] | None) -> Path
 
 
 def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
-    adapter = load(path, convert_rank=convert_rank, known=True)
+    adapter = load(path, convert_rank=convert_rank, verify=False)
     # the folder in the cache is called after a commit
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB) else adapter
 

@@ -23,7 +23,7 @@ from ...core.adapter import Adapter
 from ...core.errors import MergeError, name_some
 from ...core.formats import FORMATS
 from ...core.formats.suffixes import classify
-from ...core.layers.keymap import KeyMap, Piece, Spans, rename, spans_of
+from ...core.layers.keymap import KeyMap, MappedRows, Spans, apply_key_map, rows_to_spans
 
 _PATCHED_BLOCKS = SimpleNamespace(layers_per_block=2)  # all of Stability's U-Nets
 _STYLES = (("lora_A", "lora_B", False), ("lora_down", "lora_up", True), ("lora_down", "lora_up", False))
@@ -37,15 +37,15 @@ def key_map(adapters: Sequence[Adapter]) -> KeyMap:
     """The diffusers names of the adapters' modules.
 
     Modules that diffusers cannot convert, or only by changing their values, are not in the map (see
-    `core.layers.keymap.unmapped`) and keep their names.
+    `core.layers.keymap.unmapped_modules`) and keep their names.
 
     Args:
         adapters: LoRAs of one base model, in any dialects.
     """
-    known: dict[str, tuple[Piece, ...]] = {}
+    known: dict[str, tuple[MappedRows, ...]] = {}
     for adapter in adapters:
         rows = _rows(adapter)
-        known.update({name: (Piece(target),) for name in rows if (target := _own_name(name)) is not None})
+        known.update({name: (MappedRows(target),) for name in rows if (target := _own_name(name)) is not None})
         rest = {name: count for name, count in rows.items() if name not in known}
         text = {name: count for name, count in rest.items() if _TEXT.match(name)}
         model = {name: count for name, count in rest.items() if name not in text}
@@ -76,7 +76,7 @@ def to_diffusers(adapter: Adapter) -> Adapter:
             found=name_some(lost, 3),
             remedy="keep the format of the inputs, or save as comfy",
         )
-    return rename(adapter, known)
+    return apply_key_map(adapter, known)
 
 
 def to_kohya(adapter: Adapter) -> Adapter:
@@ -85,7 +85,9 @@ def to_kohya(adapter: Adapter) -> Adapter:
     Raises:
         MergeError: Another architecture, whose kohya names fuse layers or are not known.
     """
-    adapter = adapter if all(FORMATS["kohya"].fits(name) for name in adapter.modules) else to_diffusers(adapter)
+    adapter = (
+        adapter if all(FORMATS["kohya"].is_native_name(name) for name in adapter.modules) else to_diffusers(adapter)
+    )
     rows = {name: count for name, count in _rows(adapter).items() if "." in name}
     foreign = [name for name in rows if not name.startswith(("unet.", "text_encoder.", "text_encoder_2."))]
     if foreign:
@@ -99,11 +101,11 @@ def to_kohya(adapter: Adapter) -> Adapter:
         prefix = "lora_te"  # the only text encoder has no number
     else:
         prefix = "lora_te1"
-    known = _convert(rows, convert_state_dict_to_kohya, lambda name: name, fits=FORMATS["kohya"].fits)
-    return rename(
+    known = _convert(rows, convert_state_dict_to_kohya, lambda name: name, fits=FORMATS["kohya"].is_native_name)
+    return apply_key_map(
         adapter,
         {
-            name: tuple(Piece(re.sub("^lora_te1(?=_)", prefix, piece.target), piece.rows) for piece in pieces)
+            name: tuple(MappedRows(re.sub("^lora_te1(?=_)", prefix, piece.target), piece.rows) for piece in pieces)
             for name, pieces in known.items()
         },
     )
@@ -129,7 +131,7 @@ def _own_name(name: str) -> str | None:
     """The full name of a module that already is in diffusers' dialect."""
     if name.startswith("transformer.") and re.match(r"transformer\.(double|single|joint)_blocks\.", name):
         return None
-    if FORMATS["diffusers"].fits(name):
+    if FORMATS["diffusers"].is_native_name(name):
         return name
     if name.startswith(_UNET_ROOTS):
         return f"unet.{name}"
@@ -258,7 +260,7 @@ class _Probe:
         start, stop = int(self.starts[index]), int(self.starts[index + 1])
         if int(numbers.min()) < start or int(numbers.max()) >= stop:
             return None
-        spans = spans_of(numbers - start)
+        spans = rows_to_spans(numbers - start)
         return (index, spans) if len(spans) <= _MAX_SPANS else None
 
 
@@ -266,12 +268,12 @@ def _convert(
     rows: Rows,
     converter: Converter,
     spell: Callable[[str], str],
-    fits: Callable[[str], bool] = FORMATS["diffusers"].fits,
-) -> dict[str, tuple[Piece, ...]]:
+    fits: Callable[[str], bool] = FORMATS["diffusers"].is_native_name,
+) -> dict[str, tuple[MappedRows, ...]]:
     """Run a converter over probes of all modules; where it refuses, over fewer, so that a bad key costs only itself."""
     if not rows:
         return {}
-    best: dict[str, tuple[Piece, ...]] = {}
+    best: dict[str, tuple[MappedRows, ...]] = {}
     for style in _STYLES:
         try:
             found = _run(rows, converter, spell, style, fits)
@@ -294,7 +296,7 @@ def _run(
     spell: Callable[[str], str],
     style: tuple[str, str, bool],
     fits: Callable[[str], bool],
-) -> dict[str, tuple[Piece, ...]]:
+) -> dict[str, tuple[MappedRows, ...]]:
     probe = _Probe.of(rows)
     down, up, alpha = style
     state: dict[str, Tensor] = {}
@@ -321,13 +323,13 @@ def _run(
     return _pieces(probe, rows, targets)
 
 
-def _pieces(probe: _Probe, rows: Rows, targets: Mapping[str, tuple[int, Spans]]) -> dict[str, tuple[Piece, ...]]:
+def _pieces(probe: _Probe, rows: Rows, targets: Mapping[str, tuple[int, Spans]]) -> dict[str, tuple[MappedRows, ...]]:
     """The map, of those modules whose every row arrives exactly once."""
     pieces: dict[str, list[tuple[str, Spans]]] = {}
     for target, (index, spans) in targets.items():
         pieces.setdefault(probe.names[index], []).append((target, spans))
     return {
-        name: tuple(Piece(target, None if spans == ((0, rows[name]),) else spans) for target, spans in found)
+        name: tuple(MappedRows(target, None if spans == ((0, rows[name]),) else spans) for target, spans in found)
         for name, found in pieces.items()
         if _covers([span for _, spans in found for span in spans], rows[name])
     }
@@ -345,12 +347,12 @@ def _covers(spans: Iterable[tuple[int, int]], count: int) -> bool:
 # --- from models and checkpoints where the loaders fall short ---------------------------------------------------------
 
 
-def _underscored_flux(rows: Rows) -> dict[str, tuple[Piece, ...]]:
+def _underscored_flux(rows: Rows) -> dict[str, tuple[MappedRows, ...]]:
     """OneTrainer's names: diffusers' own with underscores. The loader knows only some of them, the model knows all."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
     flat = {f"lora_transformer_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
-    return {name: (Piece(f"transformer.{flat[name]}"),) for name in rows if name in flat}
+    return {name: (MappedRows(f"transformer.{flat[name]}"),) for name in rows if name in flat}
 
 
 class _Checkpoint(dict[str, Tensor]):
@@ -368,7 +370,7 @@ class _Checkpoint(dict[str, Tensor]):
         return super().pop(key, self[key])
 
 
-def _sd3(rows: Rows, adapter: Adapter) -> dict[str, tuple[Piece, ...]]:
+def _sd3(rows: Rows, adapter: Adapter) -> dict[str, tuple[MappedRows, ...]]:
     """The map of native SD3 names, by the checkpoint converter run on probes for weights."""
     flat = {_bare(name).replace(".", "_"): name for name in rows}
     # the last block is converted in its own way, so their number matters: SD3 has one per 64 channels

@@ -16,7 +16,7 @@ from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.recipes.recipe import Input, Recipe, RecipeError  # noqa: E402
 from legomole.core.recipes.run import read_recipe, run  # noqa: E402
-from legomole.hosts.hub import cached  # noqa: E402
+from legomole.hosts.hub import cached_folder  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 COMMIT, OLDER = "1" * 40, "2" * 40
@@ -45,13 +45,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("name", "value"), [("me/tone", 1.0), ("me/tone@main", 1.0), ("me/tone@v1", 2.0), (f"me/tone@{OLDER}", 2.0)]
 )
 def test_names_and_revisions(name: str, value: float, cache: Path) -> None:
-    assert load(cached(name)).modules["model.x"].A[0, 0] == value
+    assert load(cached_folder(name)).modules["model.x"].A[0, 0] == value
 
 
 @pytest.mark.parametrize("name", ["me/none", "me/tone@none", "me/to--ne.."])
 def test_what_is_not_there(name: str, cache: Path) -> None:
     with pytest.raises(FormatError, match=r"no adapter of this name[\s\S]*hf download me/"):
-        cached(name)
+        cached_folder(name)
 
 
 @pytest.mark.parametrize("start", ["", "../../../"])
@@ -60,7 +60,7 @@ def test_no_revision_leads_out_of_the_cache(start: str, cache: Path, tmp_path: P
     save(lora(5.0), tmp_path / "elsewhere", format="peft")
     (tmp_path / "ref").write_text(str(tmp_path / "elsewhere"))
     with pytest.raises(FormatError, match="no branch, tag or commit"):
-        cached(f"me/tone@{start}ref" if start else f"me/tone@{tmp_path / 'ref'}")
+        cached_folder(f"me/tone@{start}ref" if start else f"me/tone@{tmp_path / 'ref'}")
 
 
 def test_the_command_line_takes_names_and_repeats_them(cache: Path, tmp_path: Path) -> None:

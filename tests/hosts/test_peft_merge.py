@@ -410,7 +410,7 @@ HARM = {
     no_weights: "the download or save was interrupted",
     half_of_the_weights: "The file is cut off",
     no_configuration: "so the scale is unknown",
-    another_kind: "it multiplies what layers put out",
+    another_kind: "it multiplies outputs of layers",
 }
 
 

@@ -38,10 +38,10 @@ BYTES = {
     "text": (b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file"),
     "long header": (header("{}", length=1 << 40), "cut off"),
     "huge header": (header(b"{" + b" " * 10, length=10 + (1 << 60)), "cut off"),
-    "not json": (header("{not json}"), "not a sound"),
+    "not json": (header("{not json}"), "not a valid"),
     "body missing": (header(f'{{"a":{entry(0, 4)}}}'), "cut off"),
-    "offsets lie": (header(f'{{"a":{entry(0, 400)}}}', b"1234"), "not a sound"),
-    "shape lies": (header(f'{{"a":{entry(0, 4, shape="[99999999999]")}}}', b"1234"), "not a sound"),
+    "offsets lie": (header(f'{{"a":{entry(0, 400)}}}', b"1234"), "not a valid"),
+    "shape lies": (header(f'{{"a":{entry(0, 4, shape="[99999999999]")}}}', b"1234"), "not a valid"),
     "zip": (b"PK\x03\x04" + b"\0" * 40, "pickle"),
     "pickle": (pickle.dumps({"a": 1}), "pickle"),
 }
@@ -144,7 +144,7 @@ CONTENT = {
     "nan in down": (nan(DOWN), "NaN or infinite"),
     "nan in up": (nan(UP), "NaN or infinite"),
     "nan alpha": (nan(ALPHA), "alpha is not a finite number"),
-    "two spellings": (put(lora_A__weight=torch.ones(4, 3)), "one thing twice"),
+    "two spellings": (put(lora_A__weight=torch.ones(4, 3)), "one tensor twice"),
     "down alone": (drop(UP), "no partner"),
     "up alone": (drop(DOWN), "no partner"),
     "alpha alone": (drop(DOWN, UP), "alpha has no factors"),
@@ -285,7 +285,7 @@ CONFIGS = {
     "dora": ({"use_dora": True}, "DoRA"),
     "changed base": ({"init_lora_weights": "pissa_niter_4"}, "changed base model"),
     "other rank": ({"r": 16}, "rank in the configuration"),
-    "nonsense": ({"lora_alpha": "much"}, "not sound"),
+    "nonsense": ({"lora_alpha": "much"}, "not valid"),
     "bad pattern": ({"rank_pattern": {"(": 4}}, "not a regular expression"),
 }
 

@@ -284,7 +284,7 @@ BARE = {  # as they come: names of ComfyUI's or the model's own that its other r
 def test_bare_names_are_written_as_they_came(case: str, tmp_path: Path) -> None:
     state = files.state_dict({BARE[case]: (4, 3)}, files.PEFT, alpha=None)
     path = files.write(tmp_path / "x.safetensors", state)
-    assert not FORMATS["diffusers"].fits(BARE[case])  # not diffusers' own names: there a host must translate
+    assert not FORMATS["diffusers"].is_native_name(BARE[case])  # not diffusers' own names: there a host must translate
     merged = run(Recipe(method="concat", inputs=[Input(path=str(path), weight=0.5)])).adapter
     assert load_file(save(merged, tmp_path / "y")).keys() == state.keys()
 

@@ -130,7 +130,7 @@ def test_a_pattern_that_would_fill_the_memory(tmp_path: Path) -> None:
      {"alpha_pattern": {"a": 10**400}}, {"peft_type": "LOKR", "r": 0}],
 )  # fmt: skip
 def test_configurations_of_nonsense(config: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="not sound"):
+    with pytest.raises(FormatError, match="not valid"):
         load(folder(tmp_path / "x", config))
 
 

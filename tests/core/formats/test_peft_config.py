@@ -11,9 +11,9 @@ from legomole.core.adapter import CONFIG_KEY, Adapter, Source, base_model
 from legomole.core.errors import FormatError, MergeError, SaveError
 from legomole.core.formats import FORMATS, from_state_dict, to_state_dict
 from legomole.core.formats.peft import Peft
-from legomole.core.formats.peft_config import combined
+from legomole.core.formats.peft_config import combine_configs
 from legomole.core.layers.align import align
-from legomole.core.layers.keymap import Piece
+from legomole.core.layers.keymap import MappedRows
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
@@ -42,7 +42,7 @@ def written(*adapters: Adapter) -> dict[str, Any]:
     merged = merge(align(adapters), METHODS["concat"]()).adapter
     peft = FORMATS["peft"]
     assert isinstance(peft, Peft)
-    metadata = {CONFIG_KEY: json.dumps(combined(adapters))}
+    metadata = {CONFIG_KEY: json.dumps(combine_configs(adapters))}
     return peft.config(Adapter(merged.modules, merged.diffs, merged.extras, metadata))
 
 
@@ -50,7 +50,7 @@ OTHER_KINDS = {
     "PROMPT_TUNING": "to the prompt and no matrix",
     "PREFIX_TUNING": "to the prompt and no matrix",
     "P_TUNING": "to the prompt and no matrix",
-    "IA3": "multiplies what layers put out",
+    "IA3": "multiplies outputs of layers",
     "VERA": "not a LoRA[\\s\\S]*save_as_lora",
     "SOMETHING_NEW": "not a LoRA[\\s\\S]*peft_type SOMETHING_NEW",
 }
@@ -140,7 +140,7 @@ def test_a_layer_that_is_saved_whole_has_no_room_for_a_lora() -> None:
     a = adapter("a", extras={"lm_head.weight": torch.ones(4, 3)}, modules_to_save=["lm_head"])
     b = adapter("b", modules=("lm_head", Q))
     merged = merge(align([a, b]), METHODS["concat"]()).adapter
-    both = Adapter(merged.modules, extras=merged.extras, metadata={CONFIG_KEY: json.dumps(combined([a, b]))})
+    both = Adapter(merged.modules, extras=merged.extras, metadata={CONFIG_KEY: json.dumps(combine_configs([a, b]))})
     with pytest.raises(SaveError, match=r"PEFT has no place for both[\s\S]*--module-weight '\*lm_head\*=0'"):
         to_state_dict(both, "peft")
     quiet = merge([a, b], METHODS["concat"](), module_weights=[{}, {"*lm_head*": 0}]).adapter
@@ -170,7 +170,7 @@ def test_one_base_model_with_no_layer_in_common() -> None:
         raise MergeError("diffusers is not installed")
 
     a, b = adapter("a", base_model_name_or_path="m"), adapter("b", (V,), base_model_name_or_path="m")
-    same = {name: (Piece(name),) for name in (Q, V)}
+    same = {name: (MappedRows(name),) for name in (Q, V)}
     for host in (None, absent, lambda _: {}, lambda _: same):
         assert align([a, b], key_map=host) == [a, b]
     for other in (adapter("b", (V,), base_model_name_or_path="n"), adapter("b", (V,))):
@@ -197,7 +197,7 @@ def test_the_base_model_in_their_own_words() -> None:
     for junk in ("{", "[]", "3"):  # under that name in a file of another format
         other = Adapter(a.modules, metadata={CONFIG_KEY: junk}, source=Source("c", format="kohya"))
         assert disagreements([a, other]) == []
-        assert combined([a, other]) == {}
+        assert combine_configs([a, other]) == {}
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR"])

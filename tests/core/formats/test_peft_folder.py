@@ -123,7 +123,7 @@ BROKEN: dict[Callable[[Path], None], str] = {
     no_index: r"without the index adapter_model\.safetensors\.index\.json: the download or save was interrupted",
     no_config: r"no adapter_config\.json, so the scale is unknown",
     broken_index: r"index of the weights cannot be read",
-    listless_index: r"index of the weights is not sound",
+    listless_index: r"index of the weights is not valid",
     escaping_index: rf"A part of the weights is missing[\s\S]*no \.\./whole/{part(1)}",
     other_tensors: r"in no part of the weights[\s\S]*model\.y\.lora_A",
     same_tensors: r"Two parts of the weights hold the same tensors[\s\S]*model\.y",

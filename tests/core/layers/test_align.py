@@ -9,7 +9,7 @@ import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import MergeError
 from legomole.core.layers.align import align
-from legomole.core.layers.keymap import KeyMap, Piece
+from legomole.core.layers.keymap import KeyMap, MappedRows
 from legomole.core.lowrank import LowRank
 
 
@@ -51,11 +51,15 @@ def test_text_encoder_alone_and_model_alone() -> None:
 
 
 DIALECTS: KeyMap = {
-    "lora_unet_qkv": (Piece("unet.q", ((0, 2),)), Piece("unet.k", ((2, 4),)), Piece("unet.v", ((4, 6),))),
-    "lora_unet_ff": (Piece("unet.ff"),),
-    "lora_te_x": (Piece("text_encoder.x"),),
-    **{f"unet.{name}": (Piece(f"unet.{name}"),) for name in ("q", "k", "v", "ff", "p")},
-    "lora_unet_q": (Piece("unet.q"),),
+    "lora_unet_qkv": (
+        MappedRows("unet.q", ((0, 2),)),
+        MappedRows("unet.k", ((2, 4),)),
+        MappedRows("unet.v", ((4, 6),)),
+    ),
+    "lora_unet_ff": (MappedRows("unet.ff"),),
+    "lora_te_x": (MappedRows("text_encoder.x"),),
+    **{f"unet.{name}": (MappedRows(f"unet.{name}"),) for name in ("q", "k", "v", "ff", "p")},
+    "lora_unet_q": (MappedRows("unet.q"),),
 }
 
 
@@ -79,7 +83,7 @@ def test_fused_against_split_with_other_layers_in_common() -> None:
 
 def test_own_names_are_kept_when_a_map_brings_no_more_together() -> None:
     adapters = [lora("lora_unet_ff", "lora_unet_qkv"), lora("lora_unet_ff", "lora_unet_p")]
-    renamed = {name: (Piece(f"unet.{name}"),) for adapter in adapters for name in adapter.modules}
+    renamed = {name: (MappedRows(f"unet.{name}"),) for adapter in adapters for name in adapter.modules}
     assert align(adapters, key_map=lambda _: renamed) == adapters
 
 
@@ -99,7 +103,7 @@ def test_disjoint_layers_of_one_model_may_be_merged() -> None:
 
 
 def test_disjoint_networks_may_not() -> None:
-    known = {**DIALECTS, "t": (Piece("transformer.t"),)}
+    known = {**DIALECTS, "t": (MappedRows("transformer.t"),)}
     with pytest.raises(MergeError, match="no layer in common"):
         align([lora("lora_unet_ff"), lora("t")], key_map=lambda _: known)
 

@@ -1,4 +1,4 @@
-"""respelled(): one layer under names that differ in prefix and punctuation only."""
+"""unify_spelling(): one layer under names that differ in prefix and punctuation only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.layers.align import align
-from legomole.core.layers.spelling import respelled
+from legomole.core.layers.spelling import unify_spelling
 from legomole.core.lowrank import LowRank
 
 
@@ -50,7 +50,7 @@ def test_bare_paths_beside_underscored_ones_get_the_prefix_programs_read() -> No
 def test_other_blocks_follow_their_like_and_what_has_none_keeps_its_name() -> None:
     dotted = lora("diffusion_model.blocks.0.ffn.0", diffs=("diffusion_model.blocks.0.norm_q.weight",))
     flat = lora("lora_unet_blocks_0_ffn_0", "lora_unet_blocks_12_ffn_2", "lora_unet_blocks_12_ffn_0", "lora_unet_head")
-    found = respelled([dotted, flat])
+    found = unify_spelling([dotted, flat])
     assert found[0].diffs.keys() == dotted.diffs.keys()
     assert list(found[1].modules) == [
         "diffusion_model.blocks.0.ffn.0",
@@ -62,7 +62,7 @@ def test_other_blocks_follow_their_like_and_what_has_none_keeps_its_name() -> No
 
 def test_two_names_of_a_layer_in_one_file_are_left_alone() -> None:
     both = lora("diffusion_model.a.q", "lora_unet_a_q")
-    assert respelled([both, lora("diffusion_model.a.q")])[0] is both
+    assert unify_spelling([both, lora("diffusion_model.a.q")])[0] is both
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from legomole.core.errors import MergeError  # noqa: E402
 from legomole.core.formats import from_state_dict, load, save  # noqa: E402
 from legomole.core.formats.suffixes import classify  # noqa: E402
 from legomole.core.layers.align import align  # noqa: E402
-from legomole.core.layers.keymap import rename  # noqa: E402
+from legomole.core.layers.keymap import apply_key_map  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.recipes.recipe import Input, Recipe  # noqa: E402
 from legomole.core.recipes.run import run  # noqa: E402
@@ -218,7 +218,7 @@ def test_what_diffusers_cannot_name_keeps_its_name() -> None:
     original = kohya({**files.KOHYA_FLUX, t5: (64, 64), odd: (64, 64)})
     found = key_map([original])
     assert original.modules.keys() - found.keys() == {t5, odd}
-    assert {t5, odd} <= rename(original, found).modules.keys()
+    assert {t5, odd} <= apply_key_map(original, found).modules.keys()
     with pytest.raises(MergeError, match=t5):
         to_diffusers(original)
 

@@ -10,7 +10,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import FormatError
 from legomole.core.formats import load, save
-from legomole.core.formats.unchanged import unchanged
+from legomole.core.formats.file_changes import raise_if_changed
 from legomole.core.lowrank import LowRank
 from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.run import run
@@ -22,7 +22,7 @@ def lora(value: float, rank: int = 2) -> Adapter:
 
 def test_a_file_that_stays_is_let_through(tmp_path: Path) -> None:
     path = save(lora(1.0), tmp_path / "x", format="comfy")
-    with unchanged([path, tmp_path / "none", tmp_path / ("x" * 400)]):
+    with raise_if_changed([path, tmp_path / "none", tmp_path / ("x" * 400)]):
         assert load(path).modules
 
 
@@ -31,7 +31,7 @@ def test_a_file_that_changes(how: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     if how != "made":
         save(lora(1.0), path, format="comfy")
-    with pytest.raises(FormatError, match=r"changed while it was read[\s\S]*x\.safetensors"), unchanged([path]):
+    with pytest.raises(FormatError, match=r"changed while it was read[\s\S]*x\.safetensors"), raise_if_changed([path]):
         change(path, how)
 
 
@@ -57,7 +57,7 @@ def test_a_folder_of_which_one_file_changes(name: str, tmp_path: Path) -> None:
         (path / name).write_bytes(content)
         os.utime(path / name, ns=(0, 1))
 
-    with pytest.raises(FormatError, match=rf"changed while[\s\S]*{name}"), unchanged([path]):
+    with pytest.raises(FormatError, match=rf"changed while[\s\S]*{name}"), raise_if_changed([path]):
         rewrite()
 
 
