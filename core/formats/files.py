@@ -93,7 +93,7 @@ def read_tensors(*paths: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _check_no_duplicates(keys: Iterable[str], earlier: Mapping[str, object], path: Path) -> None:
     duplicates = [key for key in keys if key in earlier]
     if duplicates:
-        raise FormatError("Two parts of the weights hold the same tensors.", file=path, found=name_some(duplicates, 3))
+        raise FormatError("Two shards of the weights hold the same tensors.", file=path, found=name_some(duplicates, 3))
 
 
 @contextmanager

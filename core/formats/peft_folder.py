@@ -47,10 +47,10 @@ class PeftFolder:
         missing = sorted(self.keys - set(keys))
         if missing:
             raise FormatError(
-                "Tensors that the index lists are in no part of the weights.",
+                "Tensors that the index lists are in no shard of the weights.",
                 file=self.index,
                 found=f"no {name_some(missing, 3)}",
-                remedy="download or export all parts again: they are not of one adapter",
+                remedy="download or export all shards again: they are not of one adapter",
             )
 
 
@@ -115,7 +115,7 @@ def _sharded(folder: Path, shards: list[str], config: str, index: Path, weight_m
     missing = [name for name in names if name not in shards]
     if missing:
         raise FormatError(
-            "A part of the weights is missing.",
+            "A shard of the weights is missing.",
             file=index,
             expected=f"{len(names)} files adapter_model-..-of-...safetensors beside the index that lists them",
             found=f"no {name_some(missing, 3)}",

@@ -1,4 +1,4 @@
-"""Names of files that strangers give stay in the folders they are for."""
+"""Untrusted file names stay inside their folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from legomole.core.safe_paths import is_inside, is_safe_name
 @pytest.mark.parametrize(
     "name", ["merged", "styles/merged", "styles\\merged", "a..b", "%year%/x", "é \U0001f600", ".x"]
 )
-def test_names_that_stay(name: str, tmp_path: Path) -> None:
+def test_names_inside(name: str, tmp_path: Path) -> None:
     assert is_safe_name(name)
     assert is_inside(tmp_path, name)
 
@@ -23,13 +23,13 @@ def test_names_that_stay(name: str, tmp_path: Path) -> None:
     ["", ".", "..", "../x", "a/../../x", "a/..", "..\\x", "a\\..\\x", "/etc/x", "//host/x", "\\\\host\\share\\x", "\\x",
      "C:\\x", "C:x", "c:/x", "a\0b"],
 )  # fmt: skip
-def test_names_that_lead_out(name: str, tmp_path: Path) -> None:
+def test_names_outside(name: str, tmp_path: Path) -> None:
     assert not is_safe_name(name)
     assert not is_inside(tmp_path, name)
 
 
 def test_links(tmp_path: Path) -> None:
-    """A link that leads out is refused as the place of a new file; one that stays inside is not."""
+    """A file below a link out of the folder is refused, one below a link inside the folder is not."""
     folder, other = tmp_path / "loras", tmp_path / "other"
     (folder / "sub").mkdir(parents=True)
     other.mkdir()
@@ -49,7 +49,7 @@ PIECES = st.lists(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(PIECES)
-def test_whatever_is_let_through_lies_inside(tmp_path: Path, pieces: list[str]) -> None:
+def test_every_accepted_name_is_inside(tmp_path: Path, pieces: list[str]) -> None:
     folder = tmp_path / "loras"
     if not folder.exists():
         folder.mkdir()

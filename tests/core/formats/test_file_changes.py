@@ -1,4 +1,4 @@
-"""Inputs that change under a reader."""
+"""Input files that change while they are read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def lora(value: float, rank: int = 2) -> Adapter:
     return Adapter({f"model.{i}": LowRank(torch.full((rank, 3), value), torch.ones(4, rank)) for i in range(3)})
 
 
-def test_a_file_that_stays_is_let_through(tmp_path: Path) -> None:
+def test_an_unchanged_file_raises_nothing(tmp_path: Path) -> None:
     path = save(lora(1.0), tmp_path / "x", format="comfy")
     with raise_if_changed([path, tmp_path / "none", tmp_path / ("x" * 400)]):
         assert load(path).modules
@@ -48,7 +48,7 @@ def change(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_of_which_one_file_changes(name: str, tmp_path: Path) -> None:
+def test_a_folder_in_which_one_file_changes(name: str, tmp_path: Path) -> None:
     path = save(lora(1.0), tmp_path / "x", format="peft")
 
     def rewrite() -> None:
@@ -61,8 +61,8 @@ def test_a_folder_of_which_one_file_changes(name: str, tmp_path: Path) -> None:
         rewrite()
 
 
-def test_an_input_that_is_overwritten_in_the_middle_of_a_merge(tmp_path: Path) -> None:
-    """Another program writes into the mapped file: half of the modules would come of the one, half of the other."""
+def test_an_input_that_is_overwritten_during_a_merge(tmp_path: Path) -> None:
+    """Another program writes into the mapped file: the result would mix modules of the old and the new LoRA."""
     a, b = (save(lora(value), tmp_path / name, format="comfy") for name, value in (("a", 1.0), ("b", 2.0)))
     other = save(lora(9.0), tmp_path / "c", format="comfy").read_bytes()
     recipe = Recipe(method="ties", settings={"rank": 2}, inputs=[Input(path=a.name), Input(path=b.name)])

@@ -24,7 +24,7 @@ KEYS = [
 
 
 def of_peft(table: dict[str, int], module: str) -> int | None:
-    """What PEFT's ``get_pattern_key`` does."""
+    """The lookup of PEFT's ``get_pattern_key``."""
     key = next((key for key in table if re.match(rf"(.*\.)?({key})$", module)), None)
     return None if key is None else table[key]
 
@@ -56,7 +56,7 @@ def half_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "key", [r"(?:\w+\.?)+[^\w.]", r"(.*)\1[bc]", ".*.*.*.*.*[bc]", "(?:a?){1000}[bc]", "(a|b|ab)*[cd]", r"\1{999}()"]
 )
-def test_slow_expressions_are_given_up(key: str) -> None:
+def test_slow_expressions_are_refused(key: str) -> None:
     """Each takes hours for one of these names."""
     patterns = PatternTable({key: 8})
     began = time.thread_time()
@@ -97,7 +97,7 @@ def test_a_long_name_of_a_module() -> None:
 
 @pytest.mark.parametrize("key", ["(", "[", r"a\q", "a**", "(?R)", r"\p", "(?P<n>a)(?P<n>b)", "(" * 5000])
 def test_no_regular_expression(key: str) -> None:
-    """Of `re`, which PEFT uses."""
+    """Keys that `re`, which PEFT uses, refuses."""
     with pytest.raises(FormatError, match="not a regular expression"):
         PatternTable({key: 4})
 

@@ -1,4 +1,4 @@
-"""align(): who may be merged with whom."""
+"""align(): which adapters can be merged, and under which names."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def names(adapters: Sequence[Adapter]) -> list[set[str]]:
     return [set(adapter.modules) for adapter in adapters]
 
 
-def test_one_dialect_stays_as_it_is() -> None:
+def test_adapters_of_one_dialect_are_returned_unchanged() -> None:
     adapters = [lora("lora_unet_a", "lora_unet_b"), lora("lora_unet_a")]
     assert align(adapters, key_map=never) == adapters
     assert align(adapters[:1], key_map=never) == adapters[:1]
     assert align([], key_map=never) == []
 
 
-def test_common_names_over_a_third() -> None:
+def test_adapters_connected_by_a_third() -> None:
     adapters = [lora("lora_unet_a"), lora("lora_unet_b"), lora("lora_unet_a", "lora_unet_b")]
     assert align(adapters) == adapters
 
 
-def test_a_flat_and_a_convolution_view_are_compatible() -> None:
+def test_linear_and_convolution_factors_are_compatible() -> None:
     conv = Adapter({"lora_unet_a": LowRank(torch.ones(2, 3), torch.ones(6, 2), kernel=(1, 1))})
     assert len(align([lora("lora_unet_a"), conv])) == 2
 
@@ -74,20 +74,20 @@ def test_without_a_key_map_the_error_says_what_helps() -> None:
 
 
 def test_fused_against_split_with_other_layers_in_common() -> None:
-    """They share the ff under their own names already, but only the map makes qkv meet q."""
+    """They share ff under their own names already, but only the key map maps qkv to q."""
     fused = lora("lora_unet_ff", "lora_unet_qkv")
     split = Adapter({**lora("lora_unet_ff").modules, **lora("lora_unet_q", d_out=2).modules})
     found = align([fused, split], key_map=lambda _: DIALECTS)
     assert names(found) == [{"unet.ff", "unet.q", "unet.k", "unet.v"}, {"unet.ff", "unet.q"}]
 
 
-def test_own_names_are_kept_when_a_map_brings_no_more_together() -> None:
+def test_own_names_are_kept_if_no_more_layers_are_shared_under_a_key_map() -> None:
     adapters = [lora("lora_unet_ff", "lora_unet_qkv"), lora("lora_unet_ff", "lora_unet_p")]
     renamed = {name: (MappedRows(f"unet.{name}"),) for adapter in adapters for name in adapter.modules}
     assert align(adapters, key_map=lambda _: renamed) == adapters
 
 
-def test_a_failing_map_does_not_stop_what_needs_none() -> None:
+def test_a_failing_key_map_does_not_matter_where_none_is_needed() -> None:
     def fail(adapters: Sequence[Adapter]) -> KeyMap:
         raise MergeError("diffusers is missing")
 

@@ -1,4 +1,4 @@
-"""Key maps keep every value: the renamed rows are the rows of the dense delta."""
+"""Key maps change no value: the mapped rows are rows of the dense delta."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def part(d_out: int, alpha: float | None = 1.0, seed: int = 0) -> LowRank:
     return LowRank(torch.randn(2, 3, generator=g), torch.randn(d_out, 2, generator=g), alpha)
 
 
-def test_split_shares_A_and_cuts_B() -> None:
+def test_a_split_shares_A_and_slices_B() -> None:
     qkv = part(6)
     found = apply_key_map(
         Adapter({"qkv": qkv, "other": part(4)}, {"qkv.bias": torch.arange(6.0)}),
@@ -63,7 +63,7 @@ def test_rows_out_of_range() -> None:
         apply_key_map(Adapter({"x": part(4)}), {"x": (MappedRows("y", ((2, 6),)),)})
 
 
-def test_unmapped() -> None:
+def test_unmapped_modules() -> None:
     adapters = [Adapter({"b": part(4), "a": part(4)}), Adapter({"c": part(4), "a": part(4)})]
     assert unmapped_modules(adapters, {"a": (MappedRows("x"),)}) == ["b", "c"]
 
@@ -72,7 +72,7 @@ def leaf(key: str, start: int, stop: int) -> str:
     return f"{key}[{start}:{stop}]"
 
 
-def test_refine_cuts_the_fused_where_the_split_begins() -> None:
+def test_a_fused_layer_is_split_where_another_lora_splits_it() -> None:
     found = split_at_common_boundaries(
         {"qkv": ParameterSlice("w", 0, 6), "k": ParameterSlice("w", 2, 4), "other": ParameterSlice("u", 0, 3)}, leaf
     )
@@ -94,7 +94,7 @@ def test_a_permuted_layer_cannot_be_split() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(1, 12)), min_size=1, max_size=5))
-def test_refined_pieces_overlap_wholly_or_not_at_all(spans: list[tuple[int, int]]) -> None:
+def test_split_slices_overlap_completely_or_not_at_all(spans: list[tuple[int, int]]) -> None:
     places = {f"m{i}": ParameterSlice("w", a, min(12, a + n)) for i, (a, n) in enumerate(spans)}
     found = split_at_common_boundaries(places, leaf)
     targets: dict[str, set[int]] = {}

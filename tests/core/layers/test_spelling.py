@@ -33,7 +33,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("case", PAIRS)
 @pytest.mark.parametrize("swap", [False, True])
-def test_pairs_meet_under_the_better_name(case: str, swap: bool) -> None:
+def test_pairs_get_the_name_that_more_programs_read(case: str, swap: bool) -> None:
     good, other = PAIRS[case]
     names = (other, good) if swap else (good, other)
     adapters = [lora(name) for name in names]
@@ -42,12 +42,12 @@ def test_pairs_meet_under_the_better_name(case: str, swap: bool) -> None:
     assert all(torch.equal(a.modules[good].A, b.modules[n].A) for a, b, n in zip(found, adapters, names, strict=True))
 
 
-def test_bare_paths_beside_underscored_ones_get_the_prefix_programs_read() -> None:
+def test_bare_paths_beside_underscored_ones_get_the_usual_prefix() -> None:
     found = align([lora("double_blocks.0.img_attn.qkv"), lora("lora_unet_double_blocks_0_img_attn_qkv")])
     assert all(list(adapter.modules) == ["diffusion_model.double_blocks.0.img_attn.qkv"] for adapter in found)
 
 
-def test_other_blocks_follow_their_like_and_what_has_none_keeps_its_name() -> None:
+def test_other_blocks_are_spelled_like_the_same_layer_of_another_block() -> None:
     dotted = lora("diffusion_model.blocks.0.ffn.0", diffs=("diffusion_model.blocks.0.norm_q.weight",))
     flat = lora("lora_unet_blocks_0_ffn_0", "lora_unet_blocks_12_ffn_2", "lora_unet_blocks_12_ffn_0", "lora_unet_head")
     found = unify_spelling([dotted, flat])
@@ -60,7 +60,7 @@ def test_other_blocks_follow_their_like_and_what_has_none_keeps_its_name() -> No
     ]
 
 
-def test_two_names_of_a_layer_in_one_file_are_left_alone() -> None:
+def test_two_names_of_a_layer_in_one_file_are_not_changed() -> None:
     both = lora("diffusion_model.a.q", "lora_unet_a_q")
     assert unify_spelling([both, lora("diffusion_model.a.q")])[0] is both
 
