@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
-from ..hosts.hub import cached
+from ..hosts.hub import cached_folder
 
 if TYPE_CHECKING:
     from .options import DtypeName
@@ -85,4 +85,4 @@ def local_path(path: Path) -> Path:
     """
     from ..core.recipes.run import input_path
 
-    return input_path(recipe_path(str(path)), Path(), cached)
+    return input_path(recipe_path(str(path)), Path(), cached_folder)

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ..core.errors import FormatError, name_some
-from ..hosts.names import key_map, names_for_format
+from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
 from .environment import local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
@@ -250,7 +250,7 @@ def convert(
     adapter = load(input, convert_rank=convert_rank)
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)
-    adapter = names_for_format(adapter, format)
+    adapter = rename_for_format(adapter, format)
     written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
     if json:
         print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hosts.hub import cached
+from ..hosts.hub import cached_folder
 from .console import out, progress_bar
 from .environment import default_dtype, import_host
 from .gates_input import parse_size, parse_words, read_lines
@@ -59,7 +59,7 @@ def measure_statistics(
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
     adapters = [
-        load(input_path(entry.path, folder, cached), convert_rank=entry.convert_rank or recipe.convert_rank)
+        load(input_path(entry.path, folder, cached_folder), convert_rank=entry.convert_rank or recipe.convert_rank)
         for entry in recipe.inputs
     ]
     total = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0

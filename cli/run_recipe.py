@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hosts.hub import cached
-from ..hosts.names import key_map, names_for_format
+from ..hosts.hub import cached_folder
+from ..hosts.names import key_map, rename_for_format
 from .console import out, print_json, progress_bars
 from .environment import check_device, import_host
 from .options import check_output, size_of
@@ -21,7 +21,7 @@ def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool)
     from ..core.formats import summarise
     from ..core.recipes.run import input_path
 
-    paths = [input_path(entry.path, folder, cached) for entry in recipe.inputs]
+    paths = [input_path(entry.path, folder, cached_folder) for entry in recipe.inputs]
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
@@ -53,7 +53,7 @@ def run_recipe(
         progress_bars("reading", "merging", quiet=json) as (loading, progress),
     ):
         result = run(
-            recipe, folder=folder, key_map=key_map, names_for_format=names_for_format, find_cached=cached,
+            recipe, folder=folder, key_map=key_map, rename_for_format=rename_for_format, find_cached=cached_folder,
             device=device, loading=loading, progress=progress, remote=remote,
         )  # fmt: skip
     written = save(result.adapter, target)

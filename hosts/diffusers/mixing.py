@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, is_text_encoder
 from ...core.errors import MergeError, name_some
-from ...core.layers.keymap import rename
+from ...core.layers.keymap import apply_key_map
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.gates import GateSet
 from ...core.mole.guidance import Rows
@@ -58,7 +58,7 @@ def experts(pipe: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
     """
     known = key_map(adapters)
     paths = {path for path, _ in model_of(pipe).named_modules()}
-    found = [rename(adapter, known) for adapter in adapters]
+    found = [apply_key_map(adapter, known) for adapter in adapters]
     for adapter in found:
         model = [name for name in adapter.modules if not is_text_encoder(name)]
         missing = [name for name in model if not {name, name.split(".", 1)[-1]} & paths]

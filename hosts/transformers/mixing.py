@@ -10,7 +10,7 @@ from torch import nn
 
 from ...core.adapter import Adapter
 from ...core.errors import MergeError, name_some
-from ...core.layers.keymap import Piece, rename
+from ...core.layers.keymap import MappedRows, apply_key_map
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.gates import GateSet
 from ...core.mole.mixture import Mixture
@@ -67,7 +67,9 @@ def experts(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
                 "mixed",
                 stacklevel=2,
             )
-        found.append(rename(adapter, {name: (Piece(path),) for name, path in at.items() if path is not None}))
+        found.append(
+            apply_key_map(adapter, {name: (MappedRows(path),) for name, path in at.items() if path is not None})
+        )
     return found
 
 

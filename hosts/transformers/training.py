@@ -20,7 +20,7 @@ from ...core.mole.mixture import Mixture
 from ...core.progress import Progress
 from ...core.train import Devices, FitSettings, Text, TrainingResult, train_on_texts
 from ...core.train.frozen import frozen
-from ..hub import cached
+from ..hub import cached_folder
 from .mixing import base_of, check_reads, mixed
 
 Words = str | Tensor | list[int]
@@ -36,7 +36,7 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = to
         FormatError: There is none.
     """
     # a name would be looked for on the Hub, local_files_only or not: for an adapter that it might be
-    folder = str(path if Path(path).is_dir() else cached(str(path), "model"))
+    folder = str(path if Path(path).is_dir() else cached_folder(str(path), "model"))
     logging.disable_progress_bar()
     renamed = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56)
     place: dict[str, Any] = {"device_map": device, "dtype" if renamed else "torch_dtype": dtype}

@@ -20,7 +20,7 @@ from ...core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
 from ...core.formats.hashes import sha256
-from ...core.layers.keymap import ParameterSlice, rename
+from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, nearest
 from ..loaded_loras import LoadedLoras
 from ..lora import Lora
@@ -46,7 +46,7 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
     common = common_names({name: at for site in sites for name, at in site.places.items()}, host.names, host.rows)
     names, rows = host.names, host.rows
     return LoadedLoras(
-        [rename(site.adapter(), common.key_map) for site in sites],
+        [apply_key_map(site.adapter(), common.key_map) for site in sites],
         tuple(line for site in sites for line in site.dropped),
         tuple(line for site in sites for line in site.notes),
         lambda adapter: fuse_unnamed(adapter, common, names, rows),  # holds no model

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import Adapter, Source
-from ...core.layers.keymap import KeyMap, ParameterSlice, Spans, refine, spans_of
+from ...core.layers.keymap import KeyMap, ParameterSlice, Spans, rows_to_spans, split_at_common_boundaries
 from ...core.lowrank import LowRank, fold_tucker
 
 Target = Any  # str | tuple[str, tuple[int, int, int] | None] | tuple[str, tuple[int, int, int] | None, Callable]
@@ -120,7 +120,7 @@ def _order(fn: Callable[[Tensor], Tensor], rows: int) -> Spans | None:
     moved = fn(torch.arange(rows, dtype=torch.float64)[:, None])
     if moved.shape != (rows, 1) or not torch.equal(moved.sort(0).values[:, 0], torch.arange(rows, dtype=moved.dtype)):
         return None
-    return spans_of(moved[:, 0].long())
+    return rows_to_spans(moved[:, 0].long())
 
 
 def low_rank(weights: tuple[Any, ...], kernel: tuple[int, ...]) -> LowRank:
@@ -140,7 +140,7 @@ class Common:
     """Module names under which several LoRAs of one model line up, all of them read by the stock loader.
 
     Args:
-        key_map: For `core.layers.keymap.rename`.
+        key_map: For `core.layers.keymap.apply_key_map`.
         places: The common names -> where they are.
         unnamed: Those of our own making among them, for row ranges that no loader has a name for.
     """
@@ -173,7 +173,7 @@ def common_names(places: Mapping[str, ParameterSlice], names: Names, rows: Calla
         known[name] = ParameterSlice(key, start, stop)
         return name
 
-    key_map = refine({**named, **places}, leaf)
+    key_map = split_at_common_boundaries({**named, **places}, leaf)
     return Common({site: pieces for site, pieces in key_map.items() if site in places}, known, unnamed)
 
 

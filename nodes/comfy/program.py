@@ -18,7 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ...core.errors import FormatError, SaveError
-from ...core.safe_paths import inside, relative
+from ...core.safe_paths import is_inside, is_safe_name
 
 _TELL_EVERY = 0.5  # seconds
 
@@ -39,7 +39,7 @@ def lora_path(name: str) -> Path:
 
 def path_of(name: str, kind: str) -> Path:
     """The file behind a name of `names`."""
-    path = folder_paths.get_full_path(kind, name) if relative(name) else None
+    path = folder_paths.get_full_path(kind, name) if is_safe_name(name) else None
     if path is None:
         raise FormatError(
             "There is no such LoRA." if kind == LORAS else "There are no such gates.",
@@ -75,7 +75,7 @@ def save_path(prefix: str, kind: str = LORAS) -> Path:
     """
     output = kind == OUTPUT
     folder = Path(folder_paths.get_output_directory() if output else folder_paths.get_folder_paths(kind)[0])
-    if not inside(folder, prefix):
+    if not is_inside(folder, prefix):
         what = {LORAS: "A LoRA", GATES: "Gates", OUTPUT: "A report"}[kind]
         raise SaveError(
             f"{what} can only be saved inside the {kind} folder.",

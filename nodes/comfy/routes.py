@@ -11,7 +11,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ...core.errors import LegoMoleError
-from ...core.file_info import About, of_file
+from ...core.file_info import FileInfo, read_file_info
 from . import program
 
 
@@ -20,7 +20,7 @@ async def _names(request: web.Request) -> web.Response:
 
 
 async def _about(request: web.Request) -> web.Response:
-    """``?name=..``: an `About` as JSON, or ``{"error": ..}``, which is an answer, too: the page shows it."""
+    """``?name=..``: a `FileInfo` as JSON, or ``{"error": ..}``, which is an answer, too: the page shows it."""
     try:
         path = program.lora_path(request.query.get("name", ""))
         status = await asyncio.to_thread(path.stat)
@@ -31,9 +31,9 @@ async def _about(request: web.Request) -> web.Response:
 
 
 @lru_cache(maxsize=128)
-def _read(path: Path, state: tuple[int, int]) -> About:
+def _read(path: Path, state: tuple[int, int]) -> FileInfo:
     """Once for every state of a file, which `state` tells."""
-    return of_file(path)
+    return read_file_info(path)
 
 
 def add() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...core.formats.unchanged import states
+from ...core.formats.file_changes import file_states
 from ..loaded_loras import LoadedLoras, read_files
 from ..lora import Lora
 
@@ -47,5 +47,5 @@ def _read_for(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
 
 def _state(lora: Lora) -> _Key:
     """Tells a LoRA from others, and a file from what it was before."""
-    content = states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
+    content = file_states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
     return (lora.label, lora.convert_rank, content)

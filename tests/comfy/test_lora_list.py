@@ -86,7 +86,7 @@ def test_page_asks_for_names_and_what_files_say(comfy: Server, files: dict[str, 
     said = {"modelspec.thumbnail": PICTURE, "ss_base_model_version": "flux1", "modelspec.trigger_phrase": "<b>x</b>"}
     save_file({"a": torch.zeros(1)}, file, said)
     assert comfy.get("/legomole/lora?name=talks.safetensors") == {
-        "title": "", "base": "Flux", "words": ["<b>x</b>"], "thumbnail": PICTURE,
+        "title": "", "base": "flux1", "words": ["<b>x</b>"], "thumbnail": PICTURE,
     }  # fmt: skip
     file.write_bytes(b"broken")  # the answer is that of the file as it is now
     assert "talks.safetensors" in comfy.get("/legomole/lora?name=talks.safetensors")["error"]

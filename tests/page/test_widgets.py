@@ -162,7 +162,7 @@ def test_list_shows_what_files_say_and_runs_none_of_it(board: Any, renderer: str
             row.querySelector('.lm-badge').textContent, row.querySelector('.lm-words').textContent,
             [...row.querySelectorAll('img')].map(image => image.getAttribute('src'))])"""
     )
-    assert shown == [["Flux", "ember style, burning", [DOT]], [HOSTILE, HOSTILE, []]]
+    assert shown == [["flux1", "ember style, burning", [DOT]], [HOSTILE, HOSTILE, []]]
     assert board.title() != "owned"
 
 
