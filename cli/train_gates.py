@@ -186,7 +186,7 @@ def train_gates(
     adapters = [load(path) for path, _ in entries]
     pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=number)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*are of text encoders")  # told below, with the rest that is left out
+        warnings.filterwarnings("ignore", ".*belong to text encoders")  # told below, with the rest that is left out
         adapters = host("diffusers.mixing").experts(pipe, adapters)
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
     critic = None if clip is None else host("diffusers.clip").load_clip(clip)
@@ -197,7 +197,8 @@ def train_gates(
         try:
             done = host("diffusers.training").train_gates(
                 pipe, mixture, concepts, texts, training, images=pictures, clip=critic, size=pixels, guidance=guidance,
-                paint_steps=paint_steps, checkpointing=checkpointing, folder=state, devices=devices, progress=progress,
+                sampling_steps=paint_steps, checkpointing=checkpointing, folder=state, devices=devices,
+                progress=progress,
             )  # fmt: skip
         except KeyboardInterrupt:
             raise KeyboardInterrupt(interrupted(state)) from None
