@@ -17,7 +17,7 @@ from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from torch import nn  # noqa: E402
 
-from .language import gpt2, llama, logits  # noqa: E402
+from .models_for_peft import gpt2, llama, logits  # noqa: E402
 
 # the libraries' own affairs: deprecations, and PEFT's notices about embeddings and one-dimensional biases it wrote
 pytestmark = pytest.mark.filterwarnings(
