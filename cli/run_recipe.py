@@ -50,7 +50,7 @@ def run_recipe(
     recipe = ranked(recipe)
     target = check_target(recipe, folder, output, overwrite=overwrite)
     with (
-        nullcontext() if ray is None else host("ray").cluster(ray) as spread,
+        nullcontext() if ray is None else host("ray").ray_runner(ray) as spread,
         progress_bars("reading", "merging", quiet=json) as (reading, progress),
     ):
         result = run(

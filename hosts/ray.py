@@ -1,4 +1,4 @@
-"""Ray: the batches of a merge as tasks on a cluster, each worker opening the inputs by itself."""
+"""Ray: run the batches of a merge as tasks on a cluster, whose workers open the inputs themselves."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ from ..core.errors import LegoMoleError, MergeError
 from ..core.merge.tasks import Batch, BatchMerger, BatchResult
 from ..core.recipes.remote import RemoteInputs, RemoteRunner
 
-ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
+ray: Any = importlib.import_module("ray")  # with `import ray`, type checkers take this file for the library
 
-# Adapters stay open in a worker between its tasks: those of the merge at hand.
-_opened = lru_cache(maxsize=1)(RemoteInputs.open)
+# A worker keeps the adapters of the current merge open between its tasks.
+_open_adapters = lru_cache(maxsize=1)(RemoteInputs.open)
 
 
 @contextmanager
-def cluster(address: str) -> Generator[RemoteRunner]:
-    """A cluster that does the work of merges, see `core.recipes.run.run`.
+def ray_runner(address: str) -> Generator[RemoteRunner]:
+    """Connect to a Ray cluster and yield a function that runs the batches of a merge on it.
 
-    A batch is a task, which takes as many processors as this process has threads: sums come out the same to the last
-    bit only if as many threads share them.
+    A batch is a task that reserves as many CPUs as this process has threads: sums are equal to the last bit only if
+    they are split among equally many threads.
 
     Args:
-        address: What `ray.init` takes: ``local`` starts Ray on this machine for the time of the block, ``auto`` finds
-            the cluster this machine belongs to, ``HOST:PORT`` or ``ray://HOST:PORT`` is one elsewhere. Where this
-            process is connected already, that is used.
+        address: An address for `ray.init`: ``local`` starts Ray on this machine until the block ends, ``auto`` finds
+            the cluster this machine belongs to, ``HOST:PORT`` or ``ray://HOST:PORT`` is a remote one. Ignored if this
+            process is already connected to a cluster.
+
+    Yields:
+        A runner for `core.recipes.run.run`.
 
     Raises:
-        MergeError: There is no such cluster, or none of its machines has enough processors.
+        MergeError: The cluster cannot be reached. When the runner is used: no machine of the cluster has enough CPUs,
+            or a task failed.
     """
-    waiting: list[Any] = []
+    pending: list[Any] = []
     with nullcontext() if ray.is_initialized() else _connected(address):
         try:
-            yield partial(_spread, waiting)
-        finally:  # of a merge that failed or was cancelled
-            for reference in waiting:
-                ray.cancel(reference)
+            yield partial(_run_batches, pending)
+        finally:  # after a merge that failed or was cancelled
+            for task in pending:
+                ray.cancel(task)
 
 
 @contextmanager
 def _connected(address: str) -> Generator[None]:
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # what is started for us alone reports to nobody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that we start sends no usage statistics
     try:
         ray.init(address, logging_level="ERROR", log_to_driver=False, **local)
     except (RayError, ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -65,53 +69,61 @@ def _connected(address: str) -> Generator[None]:
         ray.shutdown()
 
 
-def _spread(
-    waiting: list[Any], library: RemoteInputs, work: BatchMerger, batches: Sequence[Batch]
+def _run_batches(
+    pending: list[Any], inputs: RemoteInputs, merger: BatchMerger, batches: Sequence[Batch]
 ) -> Iterator[BatchResult]:
-    """The results of all batches, in order; `waiting` keeps the tasks that are not done.
+    """Merge every batch on the cluster and yield the results in order.
+
+    Args:
+        pending: Filled with the tasks that have not finished, for the caller to cancel.
+        inputs, merger, batches: See `core.recipes.remote.RemoteRunner`.
 
     Raises:
-        LegoMoleError: What a task raised. MergeError: The cluster lost it.
+        MergeError: No machine has enough CPUs, or the cluster lost a task.
+        LegoMoleError: A task raised it.
     """
     threads = torch.get_num_threads()
     most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
     if most < threads:
         raise MergeError(
-            "No machine of the cluster has as many processors as this process has threads.",
-            expected=f"{threads} processors",
+            "No machine of the cluster has as many CPUs as this process has threads.",
+            expected=f"{threads} CPUs",
             found=f"{most} at most",
             remedy=f"set OMP_NUM_THREADS={max(most, 1)} here",
         )
-    shared = ray.put((library, work))
-    task: Any = ray.remote(_merge).options(num_cpus=threads)
-    waiting += [task.remote(shared, batch, threads) for batch in batches]
-    while waiting:
+    shared = ray.put((inputs, merger))
+    task: Any = ray.remote(_merge_batch).options(num_cpus=threads)
+    pending += [task.remote(shared, batch, threads) for batch in batches]
+    while pending:
         try:
-            done: BatchResult | LegoMoleError = ray.get(waiting[0])
-        except RayTaskError:  # a bug of ours, not of the cluster
+            result: BatchResult | LegoMoleError = ray.get(pending[0])
+        except RayTaskError:  # a bug in our code, not a fault of the cluster
             raise
         except RayError as error:
             raise MergeError(
-                "The Ray cluster could not do its part.",
+                "The Ray cluster failed to run a task.",
                 found=f"{type(error).__name__}: {_first_line(error)}",
                 remedy="see Ray's logs; a task needs memory for one batch of modules",
             ) from error
-        del waiting[0]
-        if isinstance(done, LegoMoleError):
-            raise done
-        yield done
+        del pending[0]
+        if isinstance(result, LegoMoleError):
+            raise result
+        yield result
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _merge(shared: tuple[RemoteInputs, BatchMerger], batch: Batch, threads: int) -> BatchResult | LegoMoleError:
-    """A task. Errors of ours are values: as exceptions they would arrive inside another."""
+def _merge_batch(shared: tuple[RemoteInputs, BatchMerger], batch: Batch, threads: int) -> BatchResult | LegoMoleError:
+    """Merge a batch inside a worker.
+
+    A `LegoMoleError` is returned rather than raised: Ray would wrap an exception in one of its own.
+    """
     torch.set_num_threads(threads)
-    library, work = shared
+    inputs, merger = shared
     try:
-        adapters: list[Adapter] = _opened(library)
-        return work(adapters, batch)
+        adapters: list[Adapter] = _open_adapters(inputs)
+        return merger(adapters, batch)
     except LegoMoleError as error:
         return error
