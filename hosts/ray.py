@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,13 +43,8 @@ def ray_runner(address: str) -> Generator[RemoteRunner]:
         MergeError: The cluster cannot be reached. When the runner is used: no machine of the cluster has enough CPUs,
             or a task failed.
     """
-    pending: list[Any] = []
     with nullcontext() if ray.is_initialized() else _connected(address):
-        try:
-            yield partial(_run_batches, pending)
-        finally:  # after a merge that failed or was cancelled
-            for task in pending:
-                ray.cancel(task)
+        yield _run_batches
 
 
 @contextmanager
@@ -69,13 +65,14 @@ def _connected(address: str) -> Generator[None]:
         ray.shutdown()
 
 
-def _run_batches(
-    pending: list[Any], inputs: RemoteInputs, merger: BatchMerger, batches: Sequence[Batch]
-) -> Iterator[BatchResult]:
+def _run_batches(inputs: RemoteInputs, merger: BatchMerger, batches: Sequence[Batch]) -> Iterator[BatchResult]:
     """Merge every batch on the cluster and yield the results in order.
 
+    At any time the cluster has about twice as many tasks as it can run, so that little is left to run after an error or
+    a cancel. Submitting all tasks and cancelling the rest is no alternative: `ray.cancel` aborts the whole process if a
+    task starts in the same moment (seen in Ray 2.60, "Tried to complete task that was not pending").
+
     Args:
-        pending: Filled with the tasks that have not finished, for the caller to cancel.
         inputs, merger, batches: See `core.recipes.remote.RemoteRunner`.
 
     Raises:
@@ -83,8 +80,9 @@ def _run_batches(
         LegoMoleError: A task raised it.
     """
     threads = torch.get_num_threads()
-    most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=0)
-    if most < threads:
+    cpus = _cpus_by_machine()
+    if not any(count >= threads for count in cpus):
+        most = max(cpus, default=0)
         raise MergeError(
             "No machine of the cluster has as many CPUs as this process has threads.",
             expected=f"{threads} CPUs",
@@ -93,22 +91,43 @@ def _run_batches(
         )
     shared = ray.put((inputs, merger))
     task: Any = ray.remote(_merge_batch).options(num_cpus=threads)
-    pending += [task.remote(shared, batch, threads) for batch in batches]
-    while pending:
-        try:
-            result: BatchResult | LegoMoleError = ray.get(pending[0])
-        except RayTaskError:  # a bug in our code, not a fault of the cluster
-            raise
-        except RayError as error:
-            raise MergeError(
-                "The Ray cluster failed to run a task.",
-                found=f"{type(error).__name__}: {_first_line(error)}",
-                remedy="see Ray's logs; a task needs memory for one batch of modules",
-            ) from error
-        del pending[0]
+    waiting, submitted = deque(batches), deque[Any]()
+    unfinished: list[Any] = []
+    while waiting or submitted:
+        if waiting:
+            slots = sum(count // threads for count in _cpus_by_machine())  # counted again: clusters grow and shrink
+            while waiting and len(unfinished) < 2 * max(slots, 1):
+                submitted.append(task.remote(shared, waiting.popleft(), threads))
+                unfinished.append(submitted[-1])
+        if submitted[0] in unfinished:
+            with _cluster_errors():
+                _, unfinished = ray.wait(unfinished)
+            continue
+        with _cluster_errors():
+            result: BatchResult | LegoMoleError = ray.get(submitted.popleft())
         if isinstance(result, LegoMoleError):
             raise result
         yield result
+
+
+def _cpus_by_machine() -> list[int]:
+    """Number of CPUs of each machine of the cluster."""
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+
+
+@contextmanager
+def _cluster_errors() -> Generator[None]:
+    """Turn the errors of Ray itself inside the block into a MergeError."""
+    try:
+        yield
+    except RayTaskError:  # raised inside a task: a bug in our code, not a fault of the cluster
+        raise
+    except RayError as error:
+        raise MergeError(
+            "The Ray cluster failed to run a task.",
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            remedy="see Ray's logs; a task needs memory for one batch of modules",
+        ) from error
 
 
 def _first_line(error: Exception) -> str:
