@@ -6,13 +6,13 @@ torch nor a host's libraries.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import FormatError, MergeError, name_some
+from .loading import import_host
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -192,7 +192,7 @@ def kind_of_model(model: Any) -> ModelKind:
     Raises:
         MergeError: The object is neither.
     """
-    inner = getattr(model, "_orig_mod", model)  # a compiled module's own class says nothing
+    inner = getattr(model, "_orig_mod", model)  # `torch.compile` wraps a module in another class
     if _inherits(inner, "diffusers", "DiffusionPipeline"):
         return "pipeline"
     if _inherits(inner, "transformers", "PreTrainedModel"):
@@ -260,14 +260,7 @@ def _host(model: Any, module: str) -> Any:
         MergeError: The model is of no supported kind, or libraries that the host needs are not installed.
     """
     folder, extra = _HOSTS[kind_of_model(model)]
-    try:
-        return importlib.import_module(f".{folder}.{module}", __package__)
-    except ImportError as error:
-        raise MergeError(
-            "A library that this model needs is not installed.",
-            found=str(error),
-            remedy=f"pip install 'legomole[{extra}]'",
-        ) from error
+    return import_host(f"{folder}.{module}", extra)
 
 
 def _check_arguments(kind: ModelKind, arguments: dict[ModelKind, dict[str, Any]], settings: FitSettings | None) -> None:

@@ -1,11 +1,33 @@
-"""Loading models with a host's own functions: whatever these raise becomes a FormatError about the folder."""
+"""Load hosts and, with their functions, models; failures become errors of this package."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
-from ..core.errors import FormatError
+from ..core.errors import FormatError, MergeError
+
+
+def import_host(module: str, extra: str) -> Any:
+    """Import a module of this package whose library may not be installed.
+
+    Args:
+        module: Name within `hosts`, such as ``diffusers.mixing``.
+        extra: The extra of this package that installs the library.
+
+    Raises:
+        MergeError: The library is not installed.
+    """
+    try:
+        return importlib.import_module(f".{module}", __package__)
+    except ImportError as error:
+        raise MergeError(
+            "A library that is needed here is not installed.",
+            found=str(error),
+            remedy=f"pip install 'legomole[{extra}]'",
+        ) from error
 
 
 @contextmanager

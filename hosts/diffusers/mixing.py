@@ -75,20 +75,7 @@ def experts(pipe: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def load_gates(pipe: Any, path: str | Path, adapters: Sequence[Adapter]) -> GateSet:
-    """Load trained gates for adapters on a pipeline.
-
-    Args:
-        pipe: The pipeline.
-        path: File written by `TrainedGates.save`.
-        adapters: Adapters from `experts`: all or some of those the gates were trained with, in any order.
-
-    Returns:
-        The gates, in the order of `adapters`.
-
-    Raises:
-        FormatError: There is no such file, or it is damaged.
-        MergeError: The gates were trained with other LoRAs or on another kind of model.
-    """
+    """Load trained gates for adapters on a pipeline, see `hosts.api.load_gates`."""
     return TrainedGates.load(path).of(adapters, base_model_name(denoising_model(pipe)))
 
 
@@ -188,7 +175,7 @@ class _PromptRouter:
 
     @contextmanager
     def hold_gates(self, model: nn.Module, attachment: Attachment) -> Generator[None]:
-        """Hold the gates of each forward pass at what its conditioning asks for."""
+        """Hold the gates of each forward pass at the values for its conditioning."""
         with ExitStack() as hold:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -63,20 +63,7 @@ def experts(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def load_gates(model: nn.Module, path: str | Path, adapters: Sequence[Adapter]) -> GateSet:
-    """Load trained gates for adapters on a model.
-
-    Args:
-        model: The model.
-        path: File written by `TrainedGates.save`.
-        adapters: Adapters from `experts`: all or some of those the gates were trained with, in any order.
-
-    Returns:
-        The gates, in the order of `adapters`.
-
-    Raises:
-        FormatError: There is no such file, or it is damaged.
-        MergeError: The gates were trained with other LoRAs or on another kind of model.
-    """
+    """Load trained gates for adapters on a model, see `hosts.api.load_gates`."""
     return TrainedGates.load(path).of(adapters, base_model_name(model))
 
 

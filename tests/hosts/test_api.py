@@ -19,7 +19,7 @@ from legomole.core.errors import FormatError, MergeError
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings, TrainingResult, TrainSettings
-from legomole.hosts import api
+from legomole.hosts import api, loading
 from torch import Tensor, nn
 
 from ..core.mole.models import untouched
@@ -195,7 +195,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise ImportError("No module named 'transformers'")
 
-    monkeypatch.setattr(api.importlib, "import_module", missing)
+    monkeypatch.setattr(loading.importlib, "import_module", missing)
     with pytest.raises(MergeError, match=r"not installed[\s\S]*pip install 'legomole\[peft\]'"):
         api.experts(model, adapters)
 
