@@ -73,7 +73,7 @@ def measure_statistics(
         statistics = import_host("diffusers.calibration").calibrate_pipeline(
             pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
             strengths=[entry.weight / (total or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
-            paint_steps=paint_steps, progress=progress,
+            sampling_steps=paint_steps, progress=progress,
         )  # fmt: skip
     statistics.save(target)
     if not json:

@@ -49,7 +49,7 @@ def run_recipe(
     check_device(device)
     target = check_target(recipe, folder, output, overwrite=overwrite)
     with (
-        nullcontext() if ray is None else import_host("ray").cluster(ray) as remote,
+        nullcontext() if ray is None else import_host("ray").ray_runner(ray) as remote,
         progress_bars("reading", "merging", quiet=json) as (loading, progress),
     ):
         result = run(

@@ -53,7 +53,7 @@ def train_pipeline(run: TrainingRun, options: PipelineOptions) -> None:
     trainer = import_host("diffusers.training")
     pipe = trainer.load_pipeline(run.model, device=device, dtype=getattr(torch, run.dtype or default_dtype(device)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*are of text encoders")  # printed below with the other left out parts
+        warnings.filterwarnings("ignore", ".*belong to text encoders")  # printed below with the other left out parts
         adapters = import_host("diffusers.mixing").experts(pipe, adapters)
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), gates), tuple(strength for _, strength in run.loras))
     with (
@@ -63,7 +63,7 @@ def train_pipeline(run: TrainingRun, options: PipelineOptions) -> None:
         try:
             result = trainer.train_gates(
                 pipe, mixture, concepts, texts, training, images=pictures, size=size, guidance=options.guidance,
-                paint_steps=options.paint_steps or 12, checkpointing=run.checkpointing, folder=run.state,
+                sampling_steps=options.paint_steps or 12, checkpointing=run.checkpointing, folder=run.state,
                 devices=devices, progress=progress,
             )  # fmt: skip
         except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from .transformers.language import gpt2, llama, logits  # noqa: E402
+from .transformers.models_for_peft import gpt2, llama, logits  # noqa: E402
 
 # warnings within the libraries: deprecations, and PEFT's about tied embeddings and embeddings that it saved
 pytestmark = pytest.mark.filterwarnings(

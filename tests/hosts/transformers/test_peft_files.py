@@ -17,7 +17,7 @@ from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from torch import nn  # noqa: E402
 
-from .language import gpt2, llama, logits  # noqa: E402
+from .models_for_peft import gpt2, llama, logits  # noqa: E402
 
 # warnings within the libraries: deprecations, and PEFT's about embeddings and one-dimensional biases that it wrote
 pytestmark = pytest.mark.filterwarnings(
