@@ -19,7 +19,7 @@ from ...core.pictures.comparison import (
     describe_cells,
     grid_of_cells,
 )
-from ...core.pictures.sheet import sheet
+from ...core.pictures.sheet import comparison_sheet
 from ..comfy import program
 from ..comfy.sampling import SAMPLERS, SCHEDULERS
 from ..lora import flatten
@@ -173,7 +173,7 @@ class XYCompare(io.ComfyNode):
             progress=progress,
         )
         labels = [lora.label for lora in values]
-        drawn = sheet(  # of several pictures in a cell, one beside the other
+        drawn = comparison_sheet(  # of several pictures in a cell, one beside the other
             [[torch.cat([*pictures[cell]], 1) for cell in row] for row in grid],
             x.values,
             y.values,

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from legomole.core.mole.record import Record
-from legomole.core.pictures.gate_map import course, gate_map, lines
+from legomole.core.pictures.charts import lines
+from legomole.core.pictures.gate_map import gate_map, means_and_entropies
 
 pytest.importorskip("PIL")
 BLUE, ORANGE, GREEN = (31, 119, 180), (214, 102, 0), (44, 140, 60)
@@ -21,7 +22,7 @@ def column(picture, x: int, color) -> list[int]:
 def test_course_by_hand():
     """Two passes, two scopes, two experts."""
     table = torch.tensor([[[1.0, 0.0], [0.5, 0.5]], [[0.2, 0.6], [0.6, 0.2]]])
-    means, entropies = course(table)
+    means, entropies = means_and_entropies(table)
     torch.testing.assert_close(means, torch.tensor([[0.75, 0.25], [0.4, 0.4]]))
     quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     torch.testing.assert_close(entropies, torch.tensor([math.log(2) / 2, quarter]))
@@ -33,7 +34,7 @@ def test_the_mean_of_the_course_is_what_the_report_says():
         record.start({})
         record.seen("a", torch.tensor([[value, 0.5]]))
         record.seen("b", torch.tensor([[0.1, value]]))
-    means, entropies = course(record.table())
+    means, entropies = means_and_entropies(record.table())
     torch.testing.assert_close(means.mean(0), record.table().mean((0, 1)))
     assert float(entropies.mean()) == pytest.approx(record.entropy(), abs=1e-6)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from legomole.core.survey.findings import _percent, sentences
+from legomole.core.survey.findings import _percent, findings
 from legomole.core.survey.survey import survey
 
 from .test_survey import adapter, layers, part
 
 
 def said(*adapters, **kw) -> list[str]:
-    return sentences(survey(adapters, **kw))
+    return findings(survey(adapters, **kw))
 
 
 def test_two_that_fight_in_the_middle_blocks():

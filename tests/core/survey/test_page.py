@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from legomole.core.adapter import Adapter, Source
-from legomole.core.survey.page import page
+from legomole.core.survey.page import html_page
 from legomole.core.survey.survey import survey
 
 from .test_survey import A, B, adapter, layers, part
@@ -45,7 +45,7 @@ class Tags(HTMLParser):
 
 
 def made(*adapters: Adapter) -> str:
-    return page(survey(adapters), adapters)
+    return html_page(survey(adapters), adapters)
 
 
 def test_no_text_of_a_file_becomes_markup():
