@@ -28,7 +28,7 @@ else:
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("diffusers", "peft", "plots", "ray")
 _SHOWN = ("torch", "numpy", "safetensors", "diffusers", "transformers", "peft")
-_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pillow", "setuptools>=77")  # always the newest
+_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pillow", "scikit-learn", "setuptools>=77")  # always the newest
 _LEFT_OUT = ("comfy", "page", "benchmarks")
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b")
 
