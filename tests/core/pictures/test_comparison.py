@@ -1,4 +1,4 @@
-"""From axes to cells, by hand: what is in which cell, which are alike, and what is refused."""
+"""From axes to cells, by hand: content of the cells, equal cells, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_methods_across_ranks_down():
 
 
 def test_strengths_multiply():
-    """All LoRAs by the column, the second also by the row; all at 0 is the plain model."""
+    """The column changes all LoRAs, the row also the second; all at 0 is the plain model."""
     found = setups(parse("strength", "0, 0.5, 2"), parse("strength 2", "0, 3"), method="concat")
     assert found == [
         [ModelSetup("none"), ModelSetup("concat", "", (0.5, 0.0)), ModelSetup("concat", "", (2.0, 0.0))],
@@ -69,7 +69,7 @@ def test_strengths_multiply():
     ]
 
 
-def test_seeds_and_prompts_do_not_change_what_is_on_the_model():
+def test_seeds_and_prompts_share_a_setup():
     found = grid(parse("seed", "1, 18446744073709551615"), parse("prompt", "a cat\na dog"))
     setup = ModelSetup("lego", "1x", (1.0, 1.0))
     assert found[1] == [Cell(setup, 1, "a dog"), Cell(setup, 2**64 - 1, "a dog")]
@@ -81,12 +81,12 @@ def test_equal_cells_are_grouped_once_in_order():
     assert cells_by_setup(found) == {found[0][0].setup: [found[0][0]], ModelSetup("none"): [found[0][1]]}
 
 
-def test_what_the_axes_do_not_change_is_the_widgets():
+def test_settings_without_an_axis_come_from_the_widgets():
     assert grid(ONE, method="svd", rank="16") == [[Cell(ModelSetup("svd", "16", (1.0, 1.0)), 5, "a cat")]]
     assert setups(parse("method", "none"), loras=0, rank="not used") == [[ModelSetup("none")]]
 
 
-def test_every_method_can_be_chosen_and_knows_what_it_needs():
+def test_every_method_can_be_chosen():
     assert set(METHOD_CHOICES) == {*METHODS, "none", "mole", "lego calibrated"}
     found = setups(parse("method", ", ".join(METHOD_CHOICES)), statistics=True)[0]
     assert {setup.method for setup in found if setup.needs_statistics} == {"calibrated", "lego calibrated"}
@@ -107,7 +107,7 @@ def test_every_method_can_be_chosen_and_knows_what_it_needs():
         ("prompt", " \n ", ("The x axis has no values.", "one per line", "x_values")),
     ],
 )
-def test_wrong_values_are_refused(kind, text, words):
+def test_wrong_values_raise(kind, text, words):
     with pytest.raises(MergeError) as error:
         parse(kind, text)
     for word in words:
@@ -125,7 +125,7 @@ def test_wrong_values_are_refused(kind, text, words):
         ((ONE,), {"rank": "many"}, "This is not a rank."),
     ],
 )
-def test_grids_that_cannot_be_are_refused(axes, settings, words):
+def test_impossible_grids_raise(axes, settings, words):
     with pytest.raises(MergeError, match=words):
         grid(*axes, **settings)
 
@@ -139,7 +139,7 @@ def test_titles_name_the_lora():
     ]
 
 
-def test_the_account_says_each_cell_once():
+def test_the_description_has_a_line_per_cell():
     found = grid(parse("method", "none, svd, none"), parse("strength 1", "1, 0.5"))
     first, svd, weak = found[0][0], found[0][1], found[1][1]
     text = describe_cells(found, {first: 2.0, svd: 1.25, weak: 1.0}, {svd.setup: "merged in 0.1 s"})
@@ -154,7 +154,7 @@ def test_the_account_says_each_cell_once():
     ]
 
 
-def test_the_account_tells_prompts_where_there_are_several():
+def test_the_description_names_prompts_if_there_are_several():
     found = grid(parse("prompt", "a cat\na dog"), method="concat")
     text = describe_cells(found, dict.fromkeys(found[0], 1.0), {found[0][0].setup: "whole"})
     assert text.splitlines() == [

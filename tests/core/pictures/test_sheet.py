@@ -1,4 +1,4 @@
-"""Sheets by their pixels: pictures where they belong and as they are, names that fit."""
+"""Sheets by their pixels: images unchanged and in place, names that fit."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ RED, GREEN, BLUE, GREY = plain((1, 0, 0)), plain((0, 1, 0)), plain((0, 0, 1)), p
 
 
 def inside(picture, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of all that has a colour."""
+    """Left, top, right and bottom of all pixels of a colour."""
     ys, xs = np.nonzero((np.asarray(picture) == color).all(-1))
     return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
 
-def test_pictures_lie_in_rows_and_columns_untouched():
+def test_images_lie_in_rows_and_columns_unchanged():
     """Without names: a margin of 12, a gap of 4."""
     picture = comparison_sheet([[RED, GREEN], [BLUE, GREY]], ["", ""], ["", ""])
     assert picture.size == (12 + 192 + 4 + 192 + 12,) * 2
@@ -33,7 +33,7 @@ def test_pictures_lie_in_rows_and_columns_untouched():
     assert inside(picture, (128, 128, 128)) == (208, 208, 400, 400)
 
 
-def test_names_take_room_beside_the_pictures_and_stay_off_them():
+def test_names_do_not_overlap_the_images():
     picture = comparison_sheet([[RED, GREEN]], ["left", "a name " * 60], ["row"], "method", "rank")
     left, top, right, bottom = inside(picture, (255, 0, 0))
     assert (right - left, bottom - top) == (192, 192)
@@ -46,7 +46,7 @@ def test_names_take_room_beside_the_pictures_and_stay_off_them():
     assert (pixels[top:bottom, 12:left] < 100).any()  # ink beside
 
 
-def test_small_pictures_are_enlarged_by_a_whole_number():
+def test_small_images_are_enlarged_by_a_whole_number():
     """64 pixels become 192, each a block of 3 x 3."""
     tiny = torch.zeros(64, 64, 3)
     tiny[0, 0] = torch.tensor([1.0, 0, 0])
@@ -55,7 +55,7 @@ def test_small_pictures_are_enlarged_by_a_whole_number():
     assert inside(picture, (255, 0, 0)) == (12, 12, 15, 15)
 
 
-def test_a_sheet_does_not_grow_beyond_what_a_page_shows():
+def test_the_size_of_a_sheet_is_limited():
     picture = comparison_sheet([[torch.zeros(40, 5000, 3)] * 4], [""] * 4, [""])
     assert 8000 < picture.width < 8192 + 5 * 64
     assert picture.height > 10

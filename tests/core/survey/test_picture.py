@@ -16,21 +16,21 @@ COLD, WARM = (33, 102, 172), (178, 24, 43)
 
 
 def share(picture, colour) -> float:
-    """Pixels of a colour, in the whole."""
+    """Share of the pixels that have a colour."""
     return sum(n for n, found in picture.getcolors(1 << 24) if found == colour) / (picture.width * picture.height)
 
 
-def test_blocks_that_fight_are_cold_and_those_that_agree_warm():
+def test_negative_overlap_is_blue_and_positive_red():
     picture = draw_survey(survey([A, B]))
     assert picture.width == 1590
-    assert share(picture, COLD) == pytest.approx(share(picture, WARM), rel=0.2)  # one cell each, with figures in it
+    assert share(picture, COLD) == pytest.approx(share(picture, WARM), rel=0.2)  # one cell each, with a number in it
     assert share(picture, COLD) > 0.0005
     apart = draw_survey(survey([A, adapter("c", layers(part((1, 5, 5)), part((1, 5, 5)), part((1, 5, 5))))]))
     assert share(apart, COLD) == share(apart, WARM) == 0
 
 
-def test_origins_are_bars_of_the_loras_colours():
-    """Three blocks of 2 layers: of units nobody shares all are pure; of one LoRA twice all are blends, in pale."""
+def test_origins_are_bars_in_the_colours_of_the_loras():
+    """Units of one LoRA alone have its colour, units of several the paler one: here those of the same LoRA twice."""
     pale = tuple(round(x + (255 - x) * 0.62) for x in SERIES[0])
     twice = draw_survey(survey([A, adapter("b", dict(A.modules))]))
     assert share(twice, pale) > 0.005

@@ -1,4 +1,4 @@
-"""What a survey says of adapters whose deltas are written down: numbers by hand."""
+"""Surveys of adapters with known deltas: values by hand."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ WIDTH = 6
 
 
 def part(*units: tuple[float, int, int]) -> LowRank:
-    """``sum_j size_j e_out e_in^T``, hidden in factors that mix the units."""
+    """``sum_j size_j e_out e_in^T``, with factors in which the units are mixed."""
     r = len(units)
     A, B = torch.zeros(r, WIDTH), torch.zeros(WIDTH, r)
     for j, (size, out, into) in enumerate(units):
         A[j, into], B[out, j] = 1.0, size
-    R = torch.eye(r) + torch.ones(r, r).triu(1)  # any invertible matrix leaves B A as it is
+    R = torch.eye(r) + torch.ones(r, r).triu(1)  # an invertible matrix does not change B A
     return LowRank(R @ A, B @ torch.linalg.inv(R))
 
 
@@ -30,7 +30,7 @@ def adapter(name: str, modules: dict[str, LowRank]) -> Adapter:
 
 
 def layers(*parts_: LowRank) -> dict[str, LowRank]:
-    """Blocks 0, 1, .. of two layers: the given one, and one that is zero."""
+    """Blocks 0, 1, .. with two layers each: the given one and a zero one."""
     return {f"blocks.{i}.a.q": part for i, part in enumerate(parts_)} | {
         f"blocks.{i}.b.q": LowRank(torch.zeros(1, WIDTH), torch.zeros(WIDTH, 1)) for i in range(len(parts_))
     }
@@ -83,7 +83,7 @@ def test_energy_kept_by_rank():
     close(found.spectrum(0), [(14 / 6) ** 0.5])
 
 
-def test_kept_is_what_svd_keeps():
+def test_energy_by_rank_is_what_svd_keeps():
     adapters = [adapter(name, {"x.0.q": part((3, i, 0), (2, 1, 1), (1, 2, i))}) for i, name in enumerate("ab")]
     found = survey(adapters)
     for k in (1, 2, 3):
@@ -91,8 +91,8 @@ def test_kept_is_what_svd_keeps():
         assert float(found.energy_by_rank()[k - 1]) == pytest.approx(kept, abs=1e-6)
 
 
-def test_what_lego_keeps_is_measured_against_the_sum():
-    """At rank 1 block 0 loses nothing of 49, block 1 has nothing to lose, block 2 some of its 30."""
+def test_lego_energy_is_relative_to_the_sum():
+    """At rank 1 block 0 loses none of its energy of 49, block 1 has none, block 2 loses some of its 30."""
     found = survey([A, B], rank=Rank(1))
     modules = {module.name: module for module in found.report.modules}
     lost = modules["blocks.2.a.q"].error ** 2 * 30
@@ -102,7 +102,7 @@ def test_what_lego_keeps_is_measured_against_the_sum():
 
 
 def test_shared_directions_do_not_depend_on_size():
-    """Block 0 and 1: all shared. Block 2: a reads e0, one of b's two; it writes e0, none of b's. Zeros do not count."""
+    """Blocks 0 and 1 share all. In block 2 both read e0, but only a writes it. Zero layers do not count."""
     found = survey([A, B])
     block = found.layers["blocks.2.a.q"]
     close(block.shared_in, [[1, 1], [1, 1]])
@@ -113,9 +113,9 @@ def test_shared_directions_do_not_depend_on_size():
 
 
 def test_origins_count_merged_units():
-    """Of rank 1: everywhere one unit of both. Of rank 2: in block 2 a's unit of size 1 and b's of size 2 become one.
+    """At rank 1 all units come from both. At rank 2, in block 2, a's unit of size 1 and b's of size 2 become one.
 
-    The layers of zeros count too: there both have a unit.
+    The zero layers count too: there both have a unit.
     """
     pure, mixed = survey([A, B], rank=Rank(1)).unit_origins()
     close(pure[0], [0, 0])
@@ -141,7 +141,7 @@ def test_maps_show_the_largest_layer_of_each_region():
     close(last.sizes, [1, 5, 2])
 
 
-def test_a_layer_that_one_lora_lacks():
+def test_a_layer_that_only_one_lora_changes():
     other = adapter("c", {"blocks.0.a.q": A.modules["blocks.0.a.q"]})
     found = survey([B, other])
     close(found.energies(), [[16, 9], [4, 0], [29, 0]])
@@ -149,12 +149,12 @@ def test_a_layer_that_one_lora_lacks():
     close(survey([other]).energy_by_rank(), [1])
 
 
-def test_the_gauge_makes_no_difference():
+def test_the_result_does_not_depend_on_the_gauge():
     g = torch.Generator().manual_seed(0)
     random = {f"m.{i}.q": LowRank(torch.randn(3, WIDTH, generator=g), torch.randn(5, 3, generator=g)) for i in range(3)}
     R = torch.randn(3, 3, generator=g)
-    turned = {name: LowRank(R @ p.A, p.B @ torch.linalg.inv(R)) for name, p in random.items()}
-    one, two = (survey([adapter("x", modules)]) for modules in (random, turned))
+    transformed = {name: LowRank(R @ p.A, p.B @ torch.linalg.inv(R)) for name, p in random.items()}
+    one, two = (survey([adapter("x", modules)]) for modules in (random, transformed))
     for m, n in zip(one.unit_maps, two.unit_maps, strict=True):
         torch.testing.assert_close(m.points, n.points, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(one.energy_by_rank(), two.energy_by_rank(), rtol=1e-4, atol=1e-5)
@@ -167,8 +167,8 @@ def test_pca_of_known_points():
     assert pca(torch.ones(0, 0)).shape == (0, 2)
 
 
-def test_of_equal_layers_the_first_by_name_is_drawn():
-    """Whichever batch a thread is done with first."""
+def test_among_equal_layers_the_first_by_name_is_drawn():
+    """Whichever batch a thread finishes first."""
     torch.manual_seed(0)
     A, B = torch.randn(2, 6), torch.randn(5, 2)
     names = [f"transformer.transformer_blocks.{i}.attn.to_{x}" for i in (1, 0) for x in "vkq"]
