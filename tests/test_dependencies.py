@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(legomole.__file__).parent
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 from benchmarks.reliability import licences, versions  # noqa: E402
