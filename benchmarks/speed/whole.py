@@ -32,7 +32,7 @@ def floor(case: Case, paths: Sequence[Path], out: Path) -> None:
 
 
 def ours(method: str, **settings: Any) -> Tool:
-    """Return a tool that does what `legomole merge` does, without the start of the command line."""
+    """Return a tool that runs `legomole merge` without the start of the command line."""
 
     def merge(case: Case, paths: Sequence[Path], out: Path) -> None:
         rank = {} if method == "concat" else {"rank": case.rank}

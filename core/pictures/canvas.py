@@ -161,7 +161,7 @@ class Canvas:
 
 
 def blend(a: Colour, b: Colour, share: float) -> Colour:
-    """Mix two colours; `share` is that of the second, ``0 .. 1``."""
+    """Mix two colours, with a share ``0 .. 1`` of the second."""
     red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return red, green, blue
 

@@ -1,4 +1,4 @@
-"""A few seconds of what ``python -m benchmarks.reliability`` does in minutes, in separate processes."""
+"""A few seconds of each command of ``python -m benchmarks.reliability``, in separate processes."""
 
 from __future__ import annotations
 
