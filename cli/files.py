@@ -53,9 +53,6 @@ def inspect(
             "by block, spectrum, where LEGO's units come from, a map of the units, and a summary.",
         ),
     ] = None,
-    tsne: Annotated[
-        bool, typer.Option("--tsne", help="Draw the map of units by t-SNE (needs scikit-learn) instead of PCA.")
-    ] = False,
     rank: Annotated[
         str | None, typer.Option(metavar="RANK", help="Of the LEGO merge in the report. Default 1x, see merge --rank.")
     ] = None,
@@ -68,14 +65,14 @@ def inspect(
     Of gates (train-gates) it tells the LoRAs, the settings and the training.
     """
     from ..core.formats import summarise
-    from ..core.survey.findings import sentences
+    from ..core.survey.findings import findings
 
     if plot is not None:
         if modules or recipe:
             raise typer.BadParameter("--plot goes with neither --modules nor --recipe.")
         check_plot(plot, overwrite=overwrite)
-    elif tsne or rank is not None:
-        raise typer.BadParameter("--tsne and --rank are for --plot.")
+    elif rank is not None:
+        raise typer.BadParameter("--rank is for --plot.")
     paths = [local_path(path) for path in paths]
     summaries = [summarise(path) for path in paths]
     loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
@@ -88,7 +85,7 @@ def inspect(
         return
     looked = None
     if plot is not None:
-        looked = surveyed(loras, rank, by_tsne=tsne, quiet=json)
+        looked = surveyed(loras, rank, quiet=json)
         write_plot(*looked, plot)
     met = None
     if len(loras) > 1:
@@ -96,7 +93,7 @@ def inspect(
     if json:
         data: dict[str, Any] = {"files": [_plain(summary) for summary in summaries]}
         data |= {} if met is None else {"overlap": met}
-        data |= {} if looked is None else {"summary": sentences(looked[0]), "plot": str(plot)}
+        data |= {} if looked is None else {"summary": findings(looked[0]), "plot": str(plot)}
         print_json(data)
         return
     for summary in summaries:

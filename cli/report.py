@@ -31,7 +31,7 @@ def check_plot(path: Path, *, overwrite: bool) -> None:
     check_free(path, overwrite=overwrite)
 
 
-def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: bool) -> tuple[Survey, list[Adapter]]:
+def surveyed(paths: Sequence[Path], rank: str | None, *, quiet: bool) -> tuple[Survey, list[Adapter]]:
     """Look at LoRAs together; also gives them, under common names."""
     from ..core.formats import load
     from ..core.formats.file_changes import raise_if_changed
@@ -42,8 +42,7 @@ def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: b
     chosen = None if rank is None else Rank.parse(rank)
     with raise_if_changed(paths), progress_bar("looking", quiet=quiet) as progress:
         adapters = align([load(path) for path in paths], key_map=key_map)
-        drawn = "tsne" if by_tsne else "pca"
-        return survey(adapters, rank=chosen, drawn=drawn, progress=progress), adapters
+        return survey(adapters, rank=chosen, progress=progress), adapters
 
 
 def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
@@ -54,18 +53,18 @@ def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
     """
     from ..core.formats.files import write_bytes
     from ..core.pictures.charts import png
-    from ..core.survey.page import page
+    from ..core.survey.page import html_page
     from ..core.survey.picture import draw_survey
 
     if path.suffix.lower() == ".html":
-        write_bytes(path, page(survey, adapters).encode(errors="xmlcharrefreplace"))
+        write_bytes(path, html_page(survey, adapters).encode(errors="xmlcharrefreplace"))
     else:
         write_bytes(path, png(draw_survey(survey)))
 
 
 def tell_plot(survey: Survey, path: Path) -> None:
     """Print the summary, and what was written."""
-    from ..core.survey.findings import sentences
+    from ..core.survey.findings import findings
 
-    out().print("\n".join(sentences(survey)), markup=False)
+    out().print("\n".join(findings(survey)), markup=False)
     out().print(f"wrote {path} ({size_of(path)})", markup=False)

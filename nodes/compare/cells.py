@@ -14,7 +14,7 @@ from ...core.merge.methods import METHODS
 from ...core.merge.statistics import Statistics
 from ...core.mole.gates import GateSettings
 from ...core.mole.trained import TrainedGates
-from ...core.pictures.grid import MIX, PLAIN, Cell, Setup
+from ...core.pictures.comparison import MIX, PLAIN, Cell, ModelSetup
 from ..comfy import mixes
 from ..comfy.lora_loader import apply
 from ..comfy.sampling import decode, encode, sample
@@ -69,7 +69,7 @@ class Bench:
         self._reading: LoadedLoras | None = None
         self._plain: dict[str, Any] = {}  # conditioning by text, of the text encoders as they are
 
-    def ready(self, groups: Mapping[Setup, Sequence[Cell]]) -> dict[Setup, Ready]:
+    def ready(self, groups: Mapping[ModelSetup, Sequence[Cell]]) -> dict[ModelSetup, Ready]:
         """Put every setup on the model, and encode the prompts of its cells. Nothing is loaded but text encoders.
 
         Raises:
@@ -77,10 +77,10 @@ class Bench:
         """
         return {setup: self._made(setup, [cell.prompt for cell in cells]) for setup, cells in groups.items()}
 
-    def _made(self, setup: Setup, prompts: Sequence[str]) -> Ready:
+    def _made(self, setup: ModelSetup, prompts: Sequence[str]) -> Ready:
         start = time.perf_counter()
         model, clip, remark, warnings = self._patched(setup)
-        if setup.merges:
+        if setup.is_merge:
             remark = f"merged in {time.perf_counter() - start:.1f} s, {remark}"
         changed = _patches(clip) != _patches(self.clip)
         known: dict[str, Any] = {} if changed else self._plain
@@ -89,7 +89,7 @@ class Bench:
                 known[text] = encode(clip, text)
         return Ready(model, known, known[self.negative], remark, warnings)
 
-    def _patched(self, setup: Setup) -> tuple[Any, Any, str, tuple[str, ...]]:
+    def _patched(self, setup: ModelSetup) -> tuple[Any, Any, str, tuple[str, ...]]:
         """MODEL and CLIP, a remark, and warnings."""
         if setup.method == PLAIN:
             return self.model, self.clip, "", ()
@@ -97,7 +97,7 @@ class Bench:
             self._reading = read(self.loras, self.model, self.clip)
         loras = [
             replace(lora, strength_model=lora.strength_model * factor, strength_clip=lora.strength_clip * factor)
-            for lora, factor in zip(self.loras, setup.factors, strict=True)
+            for lora, factor in zip(self.loras, setup.strength_factors, strict=True)
         ]
         if setup.method == MIX:
             settings = GateSettings(granularity="block")
@@ -106,10 +106,10 @@ class Bench:
             kind = "trained gates" if mix.mixture.gates.trained else "even gates"
             return mixes.on_model(mix, self.model), clip, kind, (*self._reading.dropped, *self._reading.notes)
         statistics = None
-        if setup.calibrated and self.statistics is not None:
+        if setup.needs_statistics and self.statistics is not None:
             statistics = self.statistics.of(self._reading.adapters)
-        method = built(METHODS, {"method": setup.row, "rank": setup.rank}, statistics)
-        told = partial(_told, self.progress, f"merging {setup.text()}")
+        method = built(METHODS, {"method": setup.merge_method, "rank": setup.rank}, statistics)
+        told = partial(_told, self.progress, f"merging {setup.describe()}")
         lora, report = merged(loras, self._reading, method, self.model, progress=told)
         model, clip = apply(lora, self.model, self.clip, 1.0, 1.0)
         low, high = report.ranks_out
@@ -118,8 +118,8 @@ class Bench:
 
 
 def paint(
-    groups: Mapping[Setup, Sequence[Cell]],
-    ready: dict[Setup, Ready],
+    groups: Mapping[ModelSetup, Sequence[Cell]],
+    ready: dict[ModelSetup, Ready],
     vae: Any,
     latent: Mapping[str, Any],
     *,
@@ -148,7 +148,7 @@ def paint(
         made = ready.pop(setup)
         for cell in cells:
             start, number = time.perf_counter(), len(pictures)
-            what = f"cell {number + 1} of {count} ({setup.text()}): all steps"
+            what = f"cell {number + 1} of {count} ({setup.describe()}): all steps"
             told = partial(_step, progress, number * steps, count * steps, what)
             told(0)
             samples = sample(

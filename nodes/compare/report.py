@@ -9,17 +9,15 @@ from comfy_api.latest import io, ui
 from ...core.formats.files import write_bytes
 from ...core.merge.methods import METHODS
 from ...core.merge.rank import Rank
-from ...core.survey.findings import sentences
-from ...core.survey.page import page
+from ...core.survey.findings import findings
+from ...core.survey.page import html_page
 from ...core.survey.picture import draw_survey
-from ...core.survey.survey import Drawn, survey
+from ...core.survey.survey import survey
 from ..comfy import program
 from ..lora import flatten
 from ..merge.read_cache import read
 from ..settings import settings
 from ..sockets import CATEGORY, loras_input, model_inputs, widget
-
-_MAPS: dict[str, Drawn] = {"PCA": "pca", "t-SNE": "tsne"}
 
 
 class LoRAReport(io.ComfyNode):
@@ -45,13 +43,6 @@ class LoRAReport(io.ComfyNode):
             inputs=[
                 loras_input(),
                 *(widget(setting) for setting in settings(METHODS["lego"]) if setting.name == "rank"),
-                io.Combo.Input(
-                    "map",
-                    options=list(_MAPS),
-                    default="PCA",
-                    tooltip="How units become points. PCA: by what they do, large ones far out. t-SNE: like directions "
-                    "together, whatever their size; needs scikit-learn (pip install scikit-learn).",
-                ),
                 io.String.Input(
                     "filename_prefix",
                     default="legomole/report",
@@ -68,7 +59,7 @@ class LoRAReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, loras: dict[str, Any], rank: str, map: str, filename_prefix: str, model: Any = None, clip: Any = None
+        cls, loras: dict[str, Any], rank: str, filename_prefix: str, model: Any = None, clip: Any = None
     ) -> io.NodeOutput:
         values = flatten(loras, program.lora_path)
         path = program.save_path(filename_prefix, program.OUTPUT) if filename_prefix else None
@@ -78,13 +69,12 @@ class LoRAReport(io.ComfyNode):
             [value.strength_model for value in values],
             text_encoder_weights=[value.strength_clip for value in values],
             rank=Rank.parse(rank),
-            drawn=_MAPS[map],
             progress=program.progress(),
         )
-        text = "\n".join([*sentences(found), *reading.dropped, *reading.notes])
+        text = "\n".join([*findings(found), *reading.dropped, *reading.notes])
         shown = text
         if path is not None:
-            write_bytes(path, page(found, reading.adapters).encode(errors="xmlcharrefreplace"))
+            write_bytes(path, html_page(found, reading.adapters).encode(errors="xmlcharrefreplace"))
             shown += f"\nAs a page, with all numbers: {path}"
         image = program.picture(draw_survey(found))
         return io.NodeOutput(

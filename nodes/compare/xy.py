@@ -10,8 +10,16 @@ from comfy_api.latest import io, ui
 
 from ...core.merge.statistics import Statistics
 from ...core.mole.trained import TrainedGates
-from ...core.pictures.grid import AXES, CHOICES, NOTHING, Axis, account, cells, groups
-from ...core.pictures.sheet import sheet
+from ...core.pictures.comparison import (
+    AXIS_KINDS,
+    METHOD_CHOICES,
+    NOTHING,
+    Axis,
+    cells_by_setup,
+    describe_cells,
+    grid_of_cells,
+)
+from ...core.pictures.sheet import comparison_sheet
 from ..comfy import program
 from ..comfy.sampling import SAMPLERS, SCHEDULERS
 from ..lora import flatten
@@ -29,7 +37,7 @@ def _axis(side: str, kind: str, values: str, where: str) -> list[Any]:
     return [
         io.Combo.Input(
             f"{side}_axis",
-            options=list(AXES),
+            options=list(AXIS_KINDS),
             default=kind,
             tooltip=f"What changes from {where}. strength is a factor on all LoRAs' own strengths, strength 2 on the "
             "second LoRA's alone.",
@@ -69,7 +77,7 @@ class XYCompare(io.ComfyNode):
                 *_axis("y", NOTHING, "", "row to row"),
                 io.Combo.Input(
                     "method",
-                    options=list(CHOICES),
+                    options=list(METHOD_CHOICES),
                     default="lego",
                     tooltip="Where no axis says it. none: the plain model. mole: as MoLE Mix. calibrated and lego "
                     "calibrated need statistics. The others: as LEGO Merge and Merge LoRAs do it.",
@@ -135,8 +143,8 @@ class XYCompare(io.ComfyNode):
         statistics: Statistics | None = None,
     ) -> io.NodeOutput:
         values = flatten(loras, program.lora_path) if any(lora is not None for lora in loras.values()) else []
-        x, y = Axis.read("x", x_axis, x_values), Axis.read("y", y_axis, y_values)
-        grid = cells(
+        x, y = Axis.parse("x", x_axis, x_values), Axis.parse("y", y_axis, y_values)
+        grid = grid_of_cells(
             x,
             y,
             method=method,
@@ -146,7 +154,7 @@ class XYCompare(io.ComfyNode):
             loras=len(values),
             statistics=statistics is not None,
         )
-        found = groups(grid)
+        found = cells_by_setup(grid)
         progress = program.told_progress()
         bench = Bench(model, clip, negative, values, gates=gates, statistics=statistics, progress=progress)
         ready = bench.ready(found)
@@ -165,14 +173,14 @@ class XYCompare(io.ComfyNode):
             progress=progress,
         )
         labels = [lora.label for lora in values]
-        drawn = sheet(  # of several pictures in a cell, one beside the other
+        drawn = comparison_sheet(  # of several pictures in a cell, one beside the other
             [[torch.cat([*pictures[cell]], 1) for cell in row] for row in grid],
             x.values,
             y.values,
             x.title(labels),
             y.title(labels),
         )
-        text = "\n".join([account(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
+        text = "\n".join([describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
         image = program.picture(drawn)
         program.show(text)
         batch = torch.cat([pictures[cell] for row in grid for cell in row])

@@ -1,4 +1,4 @@
-"""`legomole train-gates` on a language model, in one process and in two that `accelerate launch` starts as the page says."""
+"""`legomole train-gates` on a language model, in one process and in two of `accelerate launch`, as the page says."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from .server import Server
 
 ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 from benchmarks.reliability import prompts, soak  # noqa: E402
@@ -25,12 +25,12 @@ PLAIN, MIXED = 0, 6
 def before(comfy: Server, files: dict[str, str]) -> dict[int, str]:
     """Pictures of the model as it was loaded, and with a mix."""
     prompts.write_files(comfy.base)
-    return {number: soak.painted(comfy, prompts.picture(number)) for number in (PLAIN, MIXED)}
+    return {number: soak.sample(comfy, prompts.picture(number)) for number in (PLAIN, MIXED)}
 
 
 @pytest.mark.parametrize("number", range(4), ids=lambda number: prompts.cancelled(number).kind)
 def test_the_next_prompts_paint_as_before(comfy: Server, before: dict[int, str], number: int) -> None:
-    found = soak.Soak()
+    found = soak.SoakResults()
     soak.cancel(comfy, prompts.cancelled(number), Random(number), found)
     assert found.defects == []
-    assert {n: soak.painted(comfy, prompts.picture(n)) for n in before} == before
+    assert {n: soak.sample(comfy, prompts.picture(n)) for n in before} == before

@@ -10,7 +10,7 @@ import pytest
 from .server import Server
 
 ROOT = Path(__file__).parents[2]
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 from benchmarks.reliability import prompts, soak  # noqa: E402
@@ -23,13 +23,13 @@ NUMBERS = (0, 3, 6, 7, 9, 11)  # plain; a file that changes, applied and mixed; 
 def test_pictures_do_not_depend_on_what_came_before(comfy: Server, files: dict[str, str]) -> None:
     """Forwards, with a wrong prompt between, and backwards after ComfyUI has dropped all that it holds."""
     prompts.write_files(comfy.base)
-    found = soak.Soak()
-    soak.paint(comfy, NUMBERS[:2], found)
+    found = soak.SoakResults()
+    soak.queue_images(comfy, NUMBERS[:2], found)
     soak.refuse(comfy, prompts.refused(1), found)
-    soak.paint(comfy, NUMBERS[2:], found)
+    soak.queue_images(comfy, NUMBERS[2:], found)
     comfy.post("/free", {"unload_models": True, "free_memory": True})
     for number in reversed(NUMBERS):
-        soak.compare(number, soak.painted(comfy, prompts.picture(number)), found)
+        soak.compare(number, soak.sample(comfy, prompts.picture(number)), found)
     assert found.defects == []
     assert found.compared == len(NUMBERS)
     assert len({*map(tuple, found.pictures.values())}) == len(NUMBERS)  # and they are not all one picture
