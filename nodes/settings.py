@@ -146,15 +146,22 @@ def built(
 def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]:
     """Read per-layer weights, one rule a line: ``*attn2* = 0.5`` for every LoRA, ``2: *attn2* = 0.5`` for the second.
 
-    Empty lines and ``#`` comments are skipped.
+    Empty lines and ``#`` comments are skipped. A rule for every LoRA and one for a single LoRA multiply, also where
+    they have the same pattern; of two rules with the same pattern for the same LoRA the last counts.
 
     Args:
-        adapters: The LoRAs. A rule without a number goes to those that have such layers.
+        text: The rules.
+        adapters: The LoRAs. A rule without a number applies to those that have layers the pattern matches.
+
+    Returns:
+        Per adapter, pattern -> factor, sorted by pattern: a recipe is stored in that order, and the order in which
+        factors are multiplied can change the last digit.
 
     Raises:
-        MergeError: A line that is no rule, a LoRA that is not there.
+        MergeError: A line that is not a rule, or the number of a LoRA that does not exist.
     """
-    rules: list[dict[str, float]] = [{} for _ in adapters]
+    for_all: dict[str, float] = {}
+    for_one: list[dict[str, float]] = [{} for _ in adapters]
     for line in text.splitlines():
         line = line.partition("#")[0].strip()
         if not line:
@@ -169,17 +176,18 @@ def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]
                 found=line,
                 remedy="write one rule a line: [number of the LoRA:] pattern of layer names = factor",
             ) from None
-        if number is not None:
-            if not 1 <= int(number) <= len(adapters):
-                raise MergeError(
-                    "A rule for layer weights names a LoRA that is not there.",
-                    expected=f"1 .. {len(adapters)}",
-                    found=line,
-                )
-            rules[int(number) - 1][pattern] = factor
-            continue
-        for i in matching(pattern, adapters) or range(
-            len(adapters)
-        ):  # matching nothing anywhere is the engine's error to raise
-            rules[i][pattern] = factor
-    return rules
+        if number is None:
+            for_all[pattern] = factor
+        elif 1 <= int(number) <= len(adapters):
+            for_one[int(number) - 1][pattern] = factor
+        else:
+            raise MergeError(
+                "A rule for layer weights names a LoRA that is not there.",
+                expected=f"1 .. {len(adapters)}",
+                found=line,
+            )
+    for pattern, factor in for_all.items():
+        # a pattern that matches no layer goes to all of them, so that the merge refuses it
+        for i in matching(pattern, adapters) or range(len(adapters)):
+            for_one[i][pattern] = for_one[i].get(pattern, 1.0) * factor
+    return [dict(sorted(rules.items())) for rules in for_one]

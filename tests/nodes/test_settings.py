@@ -56,6 +56,13 @@ def test_rules_reach_the_loras_they_name() -> None:
     assert module_weights(text, adapters) == [{"*attn2*": 0.5, "*": 2.0}, {"*attn1": -1.0, "*": 2.0}]
 
 
+def test_rule_for_all_loras_and_rule_for_one_multiply() -> None:
+    """In either order, and also where both have the same pattern; as on the command line."""
+    adapters = [adapter("a"), adapter("a")]
+    for text in ("* = 0.5\n2: * = 0.25", "2: * = 0.25\n* = 0.5"):
+        assert module_weights(text, adapters) == [{"*": 0.5}, {"*": 0.125}]
+
+
 @pytest.mark.parametrize("line", ["attn2", "*attn2* = much", "*attn2* 0.5", "= 1", "1: = 1", "0: * = 1", "3: * = 1"])
 def test_bad_rules_are_refused(line: str) -> None:
     with pytest.raises(MergeError, match="rule for layer weights"):
