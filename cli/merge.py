@@ -244,6 +244,8 @@ def merge(
     }
     base["settings"] = {**base.get("settings", {}), **_given(typed)}
     base |= _given({"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank})
+    if convert_rank is not None:  # for every input, also those that have one of their own in the config
+        base["inputs"] = [{k: v for k, v in entry.items() if k != "convert_rank"} for entry in base["inputs"]]
     add_module_weights(base, module_weight or ())
     recipe = recipe_from_data(base, config)
     if calibrate is not None and statistics is not None:

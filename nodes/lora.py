@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
+from ..core.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,7 @@ class Lora:
         label: What to call it in reports.
         strength_model: How strongly it acts on the diffusion model. strength_clip: On the text encoders.
         convert_rank: Rank to which updates that are not low rank may be approximated; 0 forbids it.
+        recipe: How to make a merged LoRA again from files; ``None`` for other LoRAs and where that is impossible.
     """
 
     content: Path | Mapping[str, Tensor] | Adapter
@@ -28,6 +30,7 @@ class Lora:
     strength_model: float = 1.0
     strength_clip: float = 1.0
     convert_rank: int = 0
+    recipe: Recipe | None = None
 
 
 def flatten(values: Mapping[str, object], find: Callable[[str], Path]) -> list[Lora]:

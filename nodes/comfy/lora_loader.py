@@ -45,13 +45,21 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
     sites = [host.sites(lora) for lora in loras]
     common = common_names({name: at for site in sites for name, at in site.places.items()}, host.names, host.rows)
     names, rows = host.names, host.rows
+    originals = [site.adapter() for site in sites]
     return LoadedLoras(
-        [rename(site.adapter(), common.key_map) for site in sites],
-        tuple(line for site in sites for line in site.dropped),
-        tuple(line for site in sites for line in site.notes),
-        lambda adapter: fuse_unnamed(adapter, common, names, rows),  # holds no model
-        common.places,
+        [rename(adapter, common.key_map) for adapter in originals],
+        originals,
+        connected=f"{base_of(model)} model{'' if clip is None else ' with CLIP'}",
+        dropped=tuple(line for site in sites for line in site.dropped),
+        notes=tuple(line for site in sites for line in site.notes),
+        finish=lambda adapter: fuse_unnamed(adapter, common, names, rows),  # holds no model
+        places=common.places,
     )
+
+
+def base_of(model: Any) -> str:
+    """The kind of a MODEL in ComfyUI's words, e.g. ``Flux``."""
+    return type(model.model).__name__
 
 
 class _Host:

@@ -73,11 +73,6 @@ class Mix:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.reading.notes)])
 
 
-def base_of(model: Any) -> str:
-    """The kind of a MODEL in ComfyUI's words, e.g. ``Flux``."""
-    return type(model.model).__name__
-
-
 def mixes_of(model: Any) -> tuple[Mix, ...]:
     """The mixes on a MODEL.
 
@@ -126,7 +121,7 @@ def build(
         for name, place in reading.places.items()
         if place.key.startswith(_MODEL)
     }
-    base = base_of(model)
+    base = lora_loader.base_of(model)
     chosen = GateSet(len(loras), settings) if gates is None else gates.of(reading.adapters, base)
     for adapter in reading.adapters:
         adapter.check_finite()

@@ -20,8 +20,8 @@ from ..comfy.lora_loader import apply
 from ..comfy.sampling import decode, encode, sample
 from ..loaded_loras import LoadedLoras
 from ..lora import Lora
-from ..merge.merge import merged
 from ..merge.read_cache import read
+from ..merge.recorded import merge_loaded
 from ..settings import built
 
 Progress = Callable[[int, int, str], None]
@@ -110,7 +110,7 @@ class Bench:
             statistics = self.statistics.of(self._reading.adapters)
         method = built(METHODS, {"method": setup.row, "rank": setup.rank}, statistics)
         told = partial(_told, self.progress, f"merging {setup.text()}")
-        lora, report = merged(loras, self._reading, method, self.model, progress=told)
+        lora, report = merge_loaded(loras, self._reading, method, progress=told)
         model, clip = apply(lora, self.model, self.clip, 1.0, 1.0)
         low, high = report.ranks_out
         kept = f"rank {low}{f' to {high}' * (high > low)}, {report.energy_kept:.1%} of the sum's energy kept"

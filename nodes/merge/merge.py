@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ...core import formats
-from ...core.adapter import Adapter, Source
+from ...core.adapter import Adapter
 from ...core.errors import MergeError
-from ...core.merge.engine import merge
-from ...core.merge.methods import METHODS, MergeMethod
-from ...core.merge.report import MergeReport
+from ...core.merge.methods import METHODS
 from ...core.merge.statistics import Statistics
-from ...core.recipes import recipe
-from ...core.recipes.metadata import file_metadata
-from ...core.recipes.method_settings import method_settings
 from ..comfy import program
-from ..loaded_loras import LoadedLoras
-from ..lora import Lora, flatten
-from ..settings import built, module_weights, settings
+from ..lora import flatten
+from ..settings import built, settings
 from ..sockets import (
     CATEGORY,
     lora_output,
@@ -34,6 +27,7 @@ from ..sockets import (
     widget,
 )
 from .read_cache import read
+from .recorded import merge_loaded
 
 _LOG = logging.getLogger(__name__)
 
@@ -70,7 +64,9 @@ def _merge(
     reading = read(values, model, clip)
     measured = None if statistics is None else statistics.of(reading.adapters)
     chosen = built(METHODS, {**widgets, "method": method}, measured)
-    lora, report = merged(values, reading, chosen, model, rules or "", program.progress())
+    lora, report = merge_loaded(values, reading, chosen, rules or "", program.progress())
+    if model is None and isinstance(lora.content, Adapter):
+        report = replace(report, notes=(*report.notes, *_advice(lora.content)))
     shown = text = report.text()
     if report.dropped:
         shown = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"  # a node shows few lines at first
@@ -78,66 +74,9 @@ def _merge(
     return io.NodeOutput(lora, text, ui=program.show(shown))
 
 
-def merged(
-    values: Sequence[Lora],
-    reading: LoadedLoras,
-    chosen: MergeMethod,
-    model: Any,
-    rules: str = "",
-    progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[Lora, MergeReport]:
-    """Merge LoRAs that have been read; the result with its recipe, and what happened.
-
-    Args:
-        values: With their strengths. reading: What was read of them.
-        chosen: The method. model: The MODEL they were read with, if any.
-        rules: Weights per layer, see `settings.module_weights`.
-        progress: See `core.merge.engine.merge`.
-
-    Raises:
-        MergeError: See `core.merge.engine.merge`.
-    """
-    per_module = module_weights(rules, reading.adapters)
-    result = merge(
-        reading.adapters,
-        chosen,
-        [value.strength_model for value in values],
-        text_encoder_weights=[value.strength_clip for value in values],
-        module_weights=per_module,
-        progress=progress,
-        cache=reading.cache,
-    )
-    report = replace(
-        result.report,
-        dropped=(*result.report.dropped, *reading.dropped),
-        notes=(*result.report.notes, *reading.notes, *_advice(result.adapter, model)),
-    )
-    made = recipe.Recipe(
-        method=report.method,
-        settings=method_settings(chosen),
-        inputs=[
-            recipe.Input(
-                path=adapter.source.path or value.label,
-                sha256=adapter.source.sha256,
-                weight=value.strength_model,
-                text_encoder_weight=value.strength_clip,
-                module_weights=weights,
-            )
-            for value, adapter, weights in zip(values, reading.adapters, per_module, strict=True)
-        ],
-        convert_rank=max(value.convert_rank for value in values) or None,
-    )
-    label = f"{report.method}({', '.join(report.inputs)})"
-    adapter = replace(
-        reading.finish(result.adapter),
-        metadata=file_metadata(made, report, reading.adapters),
-        source=Source(label, format="comfy" if model is not None else formats.detect([*result.adapter.modules])),
-    )
-    return Lora(adapter, label), report
-
-
-def _advice(adapter: Adapter, model: Any) -> Iterator[str]:
-    if model is None and any(name.startswith("unet.") for name in adapter.modules):
+def _advice(adapter: Adapter) -> Iterator[str]:
+    """Notes for the node only: they would be wrong in the metadata of a file that other programs load."""
+    if any(name.startswith("unet.") for name in adapter.modules):
         yield "ComfyUI's stock loader does not read names such as unet.*: connect the model to get names it reads"
 
 

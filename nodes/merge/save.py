@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from comfy_api.latest import io
 
 from ...core import formats
-from ...core.adapter import Adapter
-from ...core.merge.engine import merge
-from ...core.merge.methods import METHODS
 from ..comfy import program
-from ..loaded_loras import adapter_of
 from ..lora import Lora
 from ..sockets import CATEGORY, LEGOMOLE_LORA
+from .recorded import DTYPES, save_lora
 
 AS_IS, AUTO = "as is", "auto"
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def lora_format(adapter: Adapter) -> str:
-    """The file format an adapter came in, or comfy where that is not a single file."""
-    format = adapter.source.format
-    return format if format in formats.FORMATS and format != "peft" else "comfy"
 
 
 class SaveLoRA(io.ComfyNode):
@@ -56,7 +43,7 @@ class SaveLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=[AS_IS, *_DTYPES],
+                    options=[AS_IS, *DTYPES],
                     default=AS_IS,
                     advanced=True,
                     tooltip="Number format of the file. as is: the widest of the LoRAs that went in.",
@@ -67,11 +54,11 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: Lora, filename_prefix: str, format: str, dtype: str) -> io.NodeOutput:
-        adapter = adapter_of(lora)
-        if (lora.strength_model, lora.strength_clip) != (1.0, 1.0):
-            sum_of_one = METHODS["concat"]()
-            scaled = merge([adapter], sum_of_one, [lora.strength_model], text_encoder_weights=[lora.strength_clip])
-            adapter = replace(scaled.adapter, metadata=adapter.metadata, source=adapter.source)
-        chosen = format if format != AUTO else lora_format(adapter)
-        path = formats.save(adapter, program.save_path(filename_prefix), format=chosen, dtype=_DTYPES.get(dtype))
+        path = save_lora(
+            lora,
+            program.save_path(filename_prefix),
+            None if format == AUTO else format,
+            None if dtype == AS_IS else dtype,
+            program.progress(),
+        )
         return io.NodeOutput(str(path), ui=program.show(str(path)))
