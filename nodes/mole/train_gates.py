@@ -61,10 +61,11 @@ class TrainGates(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "objective",
-                    options=["distil", "router", "denoise"],
+                    options=["distil", "denoise", "router"],
                     default="distil",
-                    tooltip="distil: imitate the sum of the LoRAs a prompt names. router: no training, gates follow "
-                    "the words at once. denoise: learn from pictures of each LoRA (connect latents).",
+                    tooltip="What the gates learn. distil: best for most; needs no images. denoise: if you have images "
+                    "of each LoRA's subject or style; connect latents. router: gates that follow the words, in "
+                    "seconds and without training; for a first try.",
                 ),
                 io.Combo.Input(
                     "granularity",
@@ -83,11 +84,11 @@ class TrainGates(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reads",
-                    options=["text", "hidden", "experts", "flat"],
+                    options=["text", "hidden", "experts"],
                     default="text",
                     advanced=True,
-                    tooltip="What a gate decides by: the prompt (text), the layer's input (hidden), what the LoRAs add "
-                    "(experts, the paper's), the same of every position apart (flat, fixed size).",
+                    tooltip="What a gate decides by. text: the prompt; best for most. hidden: the layer's input; gates "
+                    "may change from step to step. experts: what the LoRAs add, as in the paper.",
                 ),
                 io.Int.Input("steps", default=200, min=1, max=100000, tooltip="TrainingResult steps."),
                 io.Int.Input("batch_size", default=8, min=1, max=1024, tooltip="Examples per step. Costs memory."),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .conftest import picture_of
 from .graph import Graph, Link
-from .server import Server
+from .server import Refused, Server
 from .test_inputs import same
 
 pytestmark = pytest.mark.comfy
@@ -136,7 +136,7 @@ def test_the_router_needs_no_training(comfy: Server, pair: Callable) -> None:
     [
         {"reads": "hidden", "granularity": "layer"},
         {"reads": "experts", "activation": "softmax", "balance": 0.5},
-        {"reads": "flat", "activation": "softmax-null", "save_memory": False},
+        {"reads": "experts", "activation": "softmax-null", "save_memory": False},
         {"granularity": "network"},
         {"granularity": "matrix", "reads": "hidden"},
     ],
@@ -150,6 +150,18 @@ def test_every_kind_of_gate_trains_and_paints(comfy: Server, paint: Callable, pa
     plain = Graph()
     assert not torch.equal(ours[1], paint(plain, plain.picture())[1])
     assert torch.isfinite(ours[1]).all()
+
+
+def test_choices_are_those_for_most_people(comfy: Server, pair: Callable) -> None:
+    """The paper's gates for one image size and its CLIP loss are for Python."""
+    inputs = comfy.get("/object_info/LegoMoLE_TrainGates")["LegoMoLE_TrainGates"]["input"]["required"]
+    assert inputs["objective"][1]["options"] == ["distil", "denoise", "router"]
+    assert inputs["reads"][1]["options"] == ["text", "hidden", "experts"]
+    for settings in ({"reads": "flat"}, {"objective": "clip"}):
+        graph = Graph()
+        graph.add("LegoMoLE_SaveGates", gates=graph.train(*pair(graph), **settings), filename_prefix="refused")
+        with pytest.raises(Refused, match="not in list"):
+            comfy.queue(graph.nodes)
 
 
 @pytest.mark.parametrize("captioned", [False, True])
