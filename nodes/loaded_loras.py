@@ -12,7 +12,7 @@ from ..core.adapter import Adapter, Source
 from ..core.layers.align import Resolver, align
 from ..core.layers.keymap import ParameterSlice
 from ..core.merge.cache import GramCache
-from .lora import Lora
+from .graph_lora import GraphLora
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class LoadedLoras:
         dropped: Keys of the files that the model has no layer for, with the reason, for the report.
         notes: Other lines for the report.
         finish: Turns the merged adapter into one whose names the stock loader reads.
-        places: Module name -> its rows of a parameter of the connected model; empty without one.
+        slices: Module name -> its rows of a parameter of the connected model; empty without one.
         cache: Gram matrices of these adapters, for the next merge.
     """
 
@@ -38,11 +38,11 @@ class LoadedLoras:
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
-    places: Mapping[str, ParameterSlice] = field(default_factory=dict)
+    slices: Mapping[str, ParameterSlice] = field(default_factory=dict)
     cache: GramCache = field(default_factory=GramCache)
 
 
-def adapter_of(lora: Lora) -> Adapter:
+def adapter_of(lora: GraphLora) -> Adapter:
     """A LoRA as an adapter, under the names of its own file.
 
     Raises:
@@ -56,7 +56,7 @@ def adapter_of(lora: Lora) -> Adapter:
     return formats.from_state_dict(lora.content, {}, source=Source(lora.label), convert_rank=rank)
 
 
-def read_files(loras: Sequence[Lora]) -> LoadedLoras:
+def read_files(loras: Sequence[GraphLora]) -> LoadedLoras:
     """Load LoRAs without a model and bring them to common names, by diffusers' key maps where it is installed.
 
     Raises:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.formats.unchanged import states
+from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, read_files
-from ..lora import Lora
 
 _Key = tuple[object, ...]
 
@@ -27,7 +27,7 @@ class _Entry:
     """Loaded LoRAs. `loras` keeps the objects alive whose id is in `key`."""
 
     key: _Key
-    loras: Sequence[Lora]
+    loras: Sequence[GraphLora]
     loaded: LoadedLoras
     expiry: threading.Timer
 
@@ -37,7 +37,7 @@ _entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()  
 _lock = threading.Lock()
 
 
-def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
+def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
     """Load LoRAs, through the model if there is one (see `lora_loader.read`). Their strengths are ignored.
 
     Per model the LoRAs loaded last are kept, until the model is gone, other LoRAs are loaded for it, or they have not
@@ -58,13 +58,13 @@ def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
     return loaded
 
 
-def _read_for(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
+def _read_for(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
     from ..comfy import lora_loader  # here, because loading without a model needs nothing of ComfyUI
 
     return lora_loader.read(loras, model, clip)
 
 
-def _keep(owner: Any, key: _Key, loras: Sequence[Lora], loaded: LoadedLoras) -> None:
+def _keep(owner: Any, key: _Key, loras: Sequence[GraphLora], loaded: LoadedLoras) -> None:
     expiry = threading.Timer(EXPIRES_AFTER, _drop, [weakref.ref(owner), weakref.ref(loaded)])
     expiry.daemon = True
     with _lock:
@@ -83,7 +83,7 @@ def _drop(owner: weakref.ref[Any], loaded: weakref.ref[LoadedLoras]) -> None:
             del _entries[model]
 
 
-def _state(lora: Lora) -> _Key:
+def _state(lora: GraphLora) -> _Key:
     """What must be equal for a loaded LoRA to be used again: for a file also its size and time."""
     content = states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
     return (lora.label, lora.convert_rank, content)

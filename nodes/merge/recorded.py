@@ -18,20 +18,20 @@ from ...core.recipes.metadata import KEY, with_recipe_fields
 from ...core.recipes.method_settings import method_settings
 from ...core.recipes.recipe import Input, Recipe
 from ...core.recipes.run import describe, merge_aligned, run
+from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, adapter_of, file_key_map, read_files
-from ..lora import Lora
 from ..settings import module_weights
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def merge_loaded(
-    loras: Sequence[Lora],
+    loras: Sequence[GraphLora],
     loaded: LoadedLoras,
     method: MergeMethod,
     rules: str = "",
     progress: Progress | None = None,
-) -> tuple[Lora, MergeReport]:
+) -> tuple[GraphLora, MergeReport]:
     """Merge LoRAs that have been loaded.
 
     Args:
@@ -82,14 +82,14 @@ def merge_loaded(
     label = f"{recipe.method}({', '.join(report.inputs)})"
     adapter = replace(described.adapter, source=Source(label, format=format))
     shown = tuple(note for note in described.report.notes if note not in hidden_notes)
-    return Lora(adapter, label, recipe=None if obstacles else recipe), replace(described.report, notes=shown)
+    return GraphLora(adapter, label, recipe=None if obstacles else recipe), replace(described.report, notes=shown)
 
 
 _NOT_REPEATABLE = "legomole merge --config cannot repeat this merge from the files alone"
 
 
 def _obstacles(
-    loras: Sequence[Lora], loaded: LoadedLoras, method: MergeMethod, merged: Adapter, format: str
+    loras: Sequence[GraphLora], loaded: LoadedLoras, method: MergeMethod, merged: Adapter, format: str
 ) -> Iterator[str]:
     """Why the recipe of a merge does not give the same file again, and what to do about it."""
     if loaded.connected:
@@ -105,7 +105,7 @@ def _obstacles(
 
 
 def save_lora(
-    lora: Lora, path: Path, format: str | None = None, dtype: str | None = None, progress: Progress | None = None
+    lora: GraphLora, path: Path, format: str | None = None, dtype: str | None = None, progress: Progress | None = None
 ) -> Path:
     """Write a LoRA to a file. If it was merged, its recipe names the format and dtype it is saved in.
 

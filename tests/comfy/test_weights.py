@@ -60,7 +60,7 @@ def test_every_key_is_merged_carried_or_named(measured: dict[str, Any]) -> None:
         "diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",
     ]
     unknown, text = sorted(found["dropped"])
-    assert unknown.startswith("diffusion_model.no_such_layer.lora_up.weight of trained: the model has no place")
+    assert unknown.startswith("diffusion_model.no_such_layer.lora_up.weight of trained: the model has no such layer")
     assert text.startswith("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight of trained: it belongs to a")
 
 

@@ -18,8 +18,8 @@ from legomole.core.recipes.metadata import KEY
 from legomole.core.recipes.method_settings import build_method
 from legomole.core.recipes.read import read_recipe
 from legomole.core.recipes.recipe import RecipeError
+from legomole.nodes.graph_lora import GraphLora
 from legomole.nodes.loaded_loras import read_files
-from legomole.nodes.lora import Lora
 from legomole.nodes.merge.recorded import merge_loaded, save_lora
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -58,12 +58,12 @@ def loha(seed: int, names: list[str] = KOHYA) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[..., Lora]:
-    def run(name: str, state: dict[str, Tensor], dtype: torch.dtype = torch.float32, **settings: Any) -> Lora:
+def write(tmp_path: Path) -> Callable[..., GraphLora]:
+    def run(name: str, state: dict[str, Tensor], dtype: torch.dtype = torch.float32, **settings: Any) -> GraphLora:
         metadata = settings.pop("metadata", None)
         path = tmp_path / f"{name}.safetensors"
         save_file({key: tensor.to(dtype) for key, tensor in state.items()}, path, metadata=metadata)
-        return Lora(path, name, **settings)
+        return GraphLora(path, name, **settings)
 
     return run
 
@@ -89,7 +89,7 @@ def information(path: Path) -> dict[str, Any]:
     return {**metadata, KEY: json.loads(metadata[KEY])}
 
 
-def merge(loras: list[Lora], method: str = "lego", rules: str = "", **settings: Any) -> Lora:
+def merge(loras: list[GraphLora], method: str = "lego", rules: str = "", **settings: Any) -> GraphLora:
     needs = {"rank": "1x"} if "rank" in METHODS[method].__dataclass_fields__ else {}
     return merge_loaded(loras, read_files(loras), build_method(method, {**needs, **settings}), rules)[0]
 
@@ -197,7 +197,7 @@ def test_a_file_that_changed_since_the_merge_is_not_merged_again(write, tmp_path
 def test_a_file_saved_at_another_strength_is_a_merge_of_one(write, repeats, tmp_path) -> None:
     """And the recipe of the file that was loaded, which no longer fits, is not passed on."""
     inner = save_lora(merge([write("a", kohya(4, 0)), write("b", kohya(2, 100))]), tmp_path / "inner.safetensors")
-    half = save_lora(Lora(inner, "inner", 0.5, 0.5), tmp_path / "half.safetensors")
+    half = save_lora(GraphLora(inner, "inner", 0.5, 0.5), tmp_path / "half.safetensors")
     repeats(half)
     recipe = read_recipe(half)
     assert (recipe.method, [(entry.path, entry.weight) for entry in recipe.inputs]) == (
@@ -212,7 +212,7 @@ def test_a_file_saved_at_another_strength_is_a_merge_of_one(write, repeats, tmp_
 # ---- what cannot be repeated says so
 
 
-def why(lora: Lora, tmp_path: Path) -> str:
+def why(lora: GraphLora, tmp_path: Path) -> str:
     saved = save_lora(lora, tmp_path / "merged.safetensors", dtype="float16")
     assert load(saved).dtype == torch.float16
     (note,) = [note for note in information(saved)[KEY]["report"]["notes"] if "cannot repeat" in note]
@@ -237,7 +237,7 @@ def test_a_merge_of_a_merge_that_is_no_file_says_so(write, tmp_path) -> None:
 
 
 def test_a_merge_of_a_trained_lora_says_so(write, tmp_path) -> None:
-    trained = Lora(kohya(4, 0), "lora1 (trained)")
+    trained = GraphLora(kohya(4, 0), "lora1 (trained)")
     assert "lora1 (trained) was made in the graph" in why(merge([trained, write("c", kohya(2, 9))]), tmp_path)
 
 
