@@ -31,13 +31,13 @@ def loras(tmp_path: Path) -> list[GraphLora]:
     return [write(tmp_path / f"{name}.safetensors", value) for name, value in (("one", 1.0), ("two", 2.0))]
 
 
-def test_other_strengths_are_no_reason_to_read_again(loras: list[GraphLora]) -> None:
+def test_other_strengths_use_the_loaded_loras(loras: list[GraphLora]) -> None:
     first = read(loras, None, None)
     assert read([replace(lora, strength_model=0.3, strength_clip=2.0) for lora in loras], None, None) is first
 
 
 @pytest.mark.parametrize("change", ["order", "fewer", "rank", "content", "time"])
-def test_what_changed_is_read_again(loras: list[GraphLora], change: str) -> None:
+def test_changed_loras_are_loaded_again(loras: list[GraphLora], change: str) -> None:
     first = read(loras, None, None)
     path = loras[1].content
     assert isinstance(path, Path)
@@ -58,7 +58,7 @@ def test_what_changed_is_read_again(loras: list[GraphLora], change: str) -> None
         assert again.adapters[1].modules["diffusion_model.x"].A[0, 0] == 5.0
 
 
-def test_a_file_that_is_gone_has_its_own_error(loras: list[GraphLora]) -> None:
+def test_missing_file_has_its_own_error(loras: list[GraphLora]) -> None:
     read(loras, None, None)
     path = loras[0].content
     assert isinstance(path, Path)
@@ -68,7 +68,7 @@ def test_a_file_that_is_gone_has_its_own_error(loras: list[GraphLora]) -> None:
             read(loras, None, None)
 
 
-def test_loras_made_in_the_graph_are_told_apart() -> None:
+def test_loras_made_in_the_graph_are_distinguished() -> None:
     contents = [
         {"diffusion_model.x.lora_A.weight": torch.ones(2, 4), "diffusion_model.x.lora_B.weight": torch.ones(3, 2)}
     ]
