@@ -55,7 +55,7 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
     """
     layers = _ModelLayers(model, clip)
     builders = [layers.read(lora) for lora in loras]
-    slices = {name: slice for builder in builders for name, slice in builder.slices.items()}
+    slices = {name: rows for builder in builders for name, rows in builder.slices.items()}
     common = find_common_names(slices, layers.names, layers.row_count)
     names, row_count = layers.names, layers.row_count
     originals = [builder.build() for builder in builders]
@@ -145,8 +145,8 @@ class _ModelLayers:
         if isinstance(patch, comfy.weight_adapter.WeightAdapterBase):
             if patch.name != "lora" or patch.weights[4] is not None:
                 return False
-            slice = slice_of(target, patch.weights[0].shape[0])
-            if slice is None:
+            rows = slice_of(target, patch.weights[0].shape[0])
+            if rows is None:
                 return False
             try:
                 update = to_low_rank(patch.weights, tuple(weight.shape[2:]))
@@ -159,13 +159,13 @@ class _ModelLayers:
                 expected = (weight.shape[0] if isinstance(target, str) else update.d_out, weight[0].numel())
                 if (update.d_out, update.d_in) != expected:
                     raise self._wrong_shape(builder, key, expected, (update.d_out, update.d_in))
-            builder.add(update, slice)
+            builder.add(update, rows)
             return True
         kind, values = patch
         if kind == "set":
             offset = split_target(target)[1]
-            rows = None if offset is None else self.names.of_rows(key, offset[1], offset[1] + offset[2])
-            builder.extras[f"{rows or self.names.of_parameter(key)}.set_weight"] = values[0]
+            name = None if offset is None else self.names.of_rows(key, offset[1], offset[1] + offset[2])
+            builder.extras[f"{name or self.names.of_parameter(key)}.set_weight"] = values[0]
             return True
         if kind == "diff" and values[0].ndim < 2:
             if values[0].shape != weight.shape:
@@ -199,20 +199,20 @@ class _ModelLayers:
         progress = progress_bar()
         for number, (target, patch) in enumerate(patches):
             progress(number, len(patches), split_target(target)[0])
-            delta, slice = self._delta(target, patch, builder.source.path)
+            delta, rows = self._delta(target, patch, builder.source.path)
             if not torch.isfinite(delta).all():
                 raise FormatError(
-                    "The file contains NaN or infinite numbers.", file=builder.source.path, module=slice.key
+                    "The file contains NaN or infinite numbers.", file=builder.source.path, module=rows.key
                 )
             if not delta.any():  # where ComfyUI cannot compute an update it logs that and changes nothing
                 reason = f"ComfyUI computes no change from its {kind_of_update(patch)}"
-                builder.dropped.append(f"{slice.key} of {builder.label}: {reason}")
+                builder.dropped.append(f"{rows.key} of {builder.label}: {reason}")
                 continue
             kernel = tuple(delta.shape[2:])
             A, B = nearest(delta.flatten(1), min(builder.convert_rank, *delta.flatten(1).shape))
             kept_energy += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
             total_energy += float(delta.double().square().sum())
-            builder.add(LowRank(A, B, kernel=kernel), slice)
+            builder.add(LowRank(A, B, kernel=kernel), rows)
         builder.notes.append(
             f"{builder.label}: {len(patches)} layers ({', '.join(kinds)}) were approximated at rank "
             f"{builder.convert_rank}, which keeps {kept_energy / (total_energy or 1):.1%} of their energy"

@@ -122,9 +122,9 @@ def build_mixture(
     """
     loaded = loaded or lora_loader.read(loras, model, clip)
     layers = {
-        name: ParameterSlice(slice.key.removeprefix(_MODEL_PREFIX).removesuffix(".weight"), slice.start, slice.stop)
-        for name, slice in loaded.slices.items()
-        if slice.key.startswith(_MODEL_PREFIX)
+        name: ParameterSlice(rows.key.removeprefix(_MODEL_PREFIX).removesuffix(".weight"), rows.start, rows.stop)
+        for name, rows in loaded.slices.items()
+        if rows.key.startswith(_MODEL_PREFIX)
     }
     base = lora_loader.base_of(model)
     gate_set = GateSet(len(loras), settings) if gates is None else gates.of(loaded.adapters, base)

@@ -63,10 +63,10 @@ class AdapterBuilder:
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def add(self, update: LowRank, slice: ParameterSlice) -> None:
+    def add(self, update: LowRank, rows: ParameterSlice) -> None:
         """Add a low-rank update of some rows of a parameter, under a name that only this slice has."""
-        name = f"{slice.key}[{slice.start}:{slice.stop}]{'' if slice.order is None else slice.order}"
-        self.modules[name], self.slices[name] = update, slice
+        name = f"{rows.key}[{rows.start}:{rows.stop}]{'' if rows.order is None else rows.order}"
+        self.modules[name], self.slices[name] = update, rows
 
     def build(self) -> Adapter:
         return Adapter(self.modules, self.diffs, self.extras, self.metadata, self.source)
@@ -208,13 +208,13 @@ def fuse_unnamed(adapter: Adapter, common: CommonNames, names: LoaderNames, row_
         row_count: Returns the number of output rows of a parameter, given its key.
     """
     modules = dict(adapter.modules)
-    for name, slice in common.unnamed.items():
+    for name, rows in common.unnamed.items():
         update = modules.pop(name, None)
         if update is None:
             continue
-        padding = (0, 0, slice.start, row_count(slice.key) - slice.stop)
+        padding = (0, 0, rows.start, row_count(rows.key) - rows.stop)
         A, B = update.A, torch.nn.functional.pad(update.B * update.scale, padding)
-        whole = names.of_parameter(slice.key)
+        whole = names.of_parameter(rows.key)
         fused = modules.get(whole)
         if fused is not None:
             A, B = torch.cat([fused.A, A]), torch.cat([fused.B * fused.scale, B], 1)

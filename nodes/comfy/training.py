@@ -135,7 +135,7 @@ def calibrate(setup: SamplingSetup, settings: CalibrationSettings, progress: Pro
         MergeError: See `measure_statistics`.
     """
     mixture = setup.mix.mixture
-    modules = {name: slice.key for name, slice in mixture.places.items()}
+    modules = {name: rows.key for name, rows in mixture.places.items()}
     encoded = setup.encode_prompts()
     with _loaded(setup, settings.batch) as patcher, _denoiser(setup, patcher, encoded) as denoiser:
         return measure_statistics(

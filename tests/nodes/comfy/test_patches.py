@@ -50,11 +50,11 @@ def test_targets_that_are_more_than_a_reordering_have_no_slice() -> None:
 
 
 def test_order_is_what_the_function_does_to_an_update() -> None:
-    slice = slice_of((KEY, None, swap), 6)
-    assert slice is not None
-    assert slice.order is not None
+    rows = slice_of((KEY, None, swap), 6)
+    assert rows is not None
+    assert rows.order is not None
     update = part(6)
-    torch.testing.assert_close(update.rows(slice.order).delta(), swap(update.delta()))
+    torch.testing.assert_close(update.rows(rows.order).delta(), swap(update.delta()))
 
 
 def test_comfyuis_own_names_are_preferred_then_diffusers() -> None:
