@@ -26,8 +26,8 @@ from .core.recipes.recipe import Recipe
 from .core.recipes.run import describe, merge_aligned
 from .core.recipes.run import run as run_recipe
 from .core.recipes.text import recipe_from_data
-from .hosts.hub import cached
-from .hosts.names import key_map, names_for_format
+from .hosts.hub import cached_folder
+from .hosts.names import key_map, rename_for_format
 
 PathLike = str | os.PathLike[str]
 
@@ -117,7 +117,7 @@ def merge(
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
-    return describe(recipe, chosen, result, adapters, renamed=renamed, names_for_format=names_for_format)
+    return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
 
 
 def run(
@@ -147,8 +147,8 @@ def run(
         recipe,
         folder=Path(folder or ""),
         key_map=key_map,
-        names_for_format=names_for_format,
-        find_cached=cached,
+        rename_for_format=rename_for_format,
+        find_cached=cached_folder,
         device=device,
         progress=progress,
     )
@@ -195,7 +195,7 @@ def save(
             )
         lora = lora.adapter
     if format is not None:
-        lora = names_for_format(lora, format)
+        lora = rename_for_format(lora, format)
     return formats.save(lora, Path(path), format=format, dtype=dtype)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `legomole` and `python -m legomole`. Importing this (and `--help`) loads no torch."""
+"""The command line: `legomole` and `python -m legomole`. Importing it, and `--help`, load no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..core.version import __version__
-from . import demo, files, merge, text_gates, train_gates
+from . import demo, files, merge, train_gates
 from .console import Commands
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Combine LoRAs without breaking them: merge, look inside, convert, shrink,
+    """Combine LoRAs without breaking them: merge, inspect, convert, compress,
     and train the gates that mix them at run time.
 
     New here? Run [bold]legomole demo[/bold].
@@ -46,5 +46,4 @@ app.command("compress", epilog=merge.COMPRESS_EXAMPLES)(merge.compress)
 app.command("inspect", epilog=files.INSPECT_EXAMPLES)(files.inspect)
 app.command("convert", epilog=files.CONVERT_EXAMPLES)(files.convert)
 app.command("train-gates", epilog=train_gates.EXAMPLES)(train_gates.train_gates)
-app.command("train-text-gates", epilog=text_gates.EXAMPLES)(text_gates.train_text_gates)
 app.command("demo")(demo.demo)

@@ -1,4 +1,4 @@
-"""What all commands share: where text goes, how errors look, which exit code they have, the progress bar."""
+"""Output of all commands: text, JSON, errors with their exit codes, and progress bars."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from ..core.errors import LegoMoleError, SaveError
 
-_UNSHOWN = re.compile("[\x7f-\x9f\ud800-\udfff]")  # JSON escapes the other control characters itself
+_CONTROL = re.compile("[\x7f-\x9f\ud800-\udfff]")  # json.dumps escapes the other control characters itself
 
 OK, BUG, USAGE, BAD_INPUT, NOT_WRITTEN, CANCELLED = 0, 1, 2, 3, 4, 130
 _PIPE_CLOSED = 141  # 128 + SIGPIPE, as other programs end
@@ -29,12 +29,12 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def clean(text: str) -> str:
-    """The text without what would command the terminal rather than be shown: names and metadata are strangers'."""
+    """Escape control characters: names and metadata come from untrusted files."""
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def plain(text: object) -> Text:
-    """A cell of a table that holds a stranger's text: no markup, nothing for the terminal."""
+    """A table cell with untrusted text: no markup, no control characters."""
     return Text(clean(str(text)))
 
 
@@ -43,26 +43,26 @@ class _Output(Console):
         super().print(*(clean(thing) if isinstance(thing, str) else thing for thing in objects), **kw)
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # for `Commands`; rich would exit with 1, our code for a bug
+        raise BrokenPipeError  # handled by `Commands`; rich would exit with 1, our code for a bug
 
 
 def out() -> Console:
-    """Standard output: results. Made anew each time, because tests (and pipes) replace the stream."""
+    """Standard output, for results. Created on each call, because tests and pipes replace the stream."""
     return _Output(highlight=False, soft_wrap=True)
 
 
 def err() -> Console:
-    """Standard error: progress and errors."""
+    """Standard error, for progress and errors."""
     return Console(stderr=True, highlight=False)
 
 
 def print_json(data: object) -> None:
     text = json.dumps(data, indent=2, ensure_ascii=False)
-    typer.echo(_UNSHOWN.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+    typer.echo(_CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 class Commands(TyperGroup):
-    """The commands of `legomole`. Turns every error into one panel (or one JSON object) and an exit code."""
+    """The commands of `legomole`. Turns every error into a panel (or a JSON object) and an exit code."""
 
     _json = False
 
@@ -75,24 +75,24 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
-        except BrokenPipeError:  # the reader has seen enough (`| head`)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        except BrokenPipeError:  # the reader has closed the pipe (`| head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports an error at exit
             raise typer.Exit(_PIPE_CLOSED) from None
         except KeyboardInterrupt as stop:
-            self._tell(CANCELLED, "Cancelled", {"problem": str(stop) or "Cancelled. Nothing was written."})
+            self._fail(CANCELLED, "Cancelled", {"problem": str(stop) or "Cancelled. Nothing was written."})
         except _UsageError as error:
             if not self._json:
-                raise  # typer shows it beside the usage line, and exits with USAGE
-            self._tell(USAGE, "Usage", {"problem": error.format_message()})  # type: ignore[attr-defined]
+                raise  # typer prints it with the usage line and exits with USAGE
+            self._fail(USAGE, "Usage", {"problem": error.format_message()})  # type: ignore[attr-defined]
         except LegoMoleError as error:
             code = NOT_WRITTEN if isinstance(error, SaveError) else BAD_INPUT
-            self._tell(code, type(error).__name__, _facts(error))
+            self._fail(code, type(error).__name__, _facts(error))
         except Exception as error:
             if not self._json:
                 traceback.print_exc()
-            self._tell(BUG, "Unexpected error", {"problem": f"{type(error).__name__}: {error}", "remedy": _REPORT})
+            self._fail(BUG, "Unexpected error", {"problem": f"{type(error).__name__}: {error}", "remedy": _REPORT})
 
-    def _tell(self, code: int, title: str, facts: dict[str, str]) -> None:
+    def _fail(self, code: int, title: str, facts: dict[str, str]) -> None:
         if self._json:
             print_json({"error": {"kind": title, **facts}, "exit_code": code})
         else:
@@ -106,7 +106,7 @@ class Commands(TyperGroup):
         raise typer.Exit(code)
 
 
-_REPORT = "this is a bug in legomole: please report it with the lines above and what you typed"
+_REPORT = "this is a bug in legomole: please report it with the lines above and the command"
 
 
 def _facts(error: LegoMoleError) -> dict[str, str]:
@@ -116,27 +116,29 @@ def _facts(error: LegoMoleError) -> dict[str, str]:
 
 @contextlib.contextmanager
 def progress_bar(
-    title: str, *, quiet: bool, telling: bool = False
+    title: str, *, quiet: bool, show_step: bool = False
 ) -> Generator[Callable[[int, int, str], None], None, None]:
-    """A bar on standard error while the block runs; nothing when `quiet` or not on a terminal.
+    """Show a progress bar on standard error while the block runs, unless `quiet` or not on a terminal.
 
     Args:
-        title: What is done. quiet: No bar. telling: Show what the callback is told instead of the title.
+        title: Name of the work.
+        quiet: Show no bar.
+        show_step: Show the name of the current step instead of the title.
 
     Yields:
-        The callback `merge` and `train` want: done, in all, what was done last.
+        The progress callback.
     """
-    with progress_bars(title, quiet=quiet, telling=telling) as (tell,):
-        yield tell
+    with progress_bars(title, quiet=quiet, show_step=show_step) as (report,):
+        yield report
 
 
 @contextlib.contextmanager
 def progress_bars(
-    *titles: str, quiet: bool, telling: bool = False
+    *titles: str, quiet: bool, show_step: bool = False
 ) -> Generator[list[Callable[[int, int, str], None]], None, None]:
-    """A bar for each step of the work, one after the other, see `progress_bar`. Each says what time is left."""
+    """Show a progress bar for each stage of the work, one after the other, with the time left. See `progress_bar`."""
     if quiet or not err().is_terminal:
-        yield [_tell_nobody for _ in titles]
+        yield [_ignore for _ in titles]
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -148,20 +150,20 @@ def progress_bars(
     )
     with Progress(*columns, console=err(), transient=True) as bar:
 
-        def teller(title: str, first: bool) -> Callable[[int, int, str], None]:
+        def callback(title: str, first: bool) -> Callable[[int, int, str], None]:
             task = bar.add_task(title, total=None, visible=first, start=first)
 
-            def tell(done: int, total: int, what: str) -> None:
+            def report(done: int, total: int, what: str) -> None:
                 if not bar.tasks[task].started:
                     bar.start_task(task)
                 bar.update(
-                    task, completed=done, total=total, visible=True, description=clean(what) if telling else title
+                    task, completed=done, total=total, visible=True, description=clean(what) if show_step else title
                 )
 
-            return tell
+            return report
 
-        yield [teller(title, i == 0) for i, title in enumerate(titles)]
+        yield [callback(title, i == 0) for i, title in enumerate(titles)]
 
 
-def _tell_nobody(done: int, total: int, what: str) -> None:
+def _ignore(done: int, total: int, what: str) -> None:
     pass

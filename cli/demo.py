@@ -14,18 +14,18 @@ from .options import Json
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to put the files; an earlier demo there is replaced.")] = Path(
+    folder: Annotated[Path, typer.Argument(help="Folder for the files; an earlier demo there is replaced.")] = Path(
         "legomole-demo"
     ),
     comfyui: Annotated[
         Path | None,
-        typer.Option(help="Put the small model and its LoRAs (261 MB) into this ComfyUI folder instead."),
+        typer.Option(help="Write the small model and its LoRAs (261 MB) into this ComfyUI folder instead."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Paint with two LoRAs, alone and combined in every way, side by side. Downloads nothing, takes a minute.
+    """Generate pictures with two LoRAs, alone and combined in every way, side by side. Takes a minute.
 
-    The model is a small one of our own, trained on drawn shapes, and comes with the package.
+    The small model, trained on drawn shapes, ships with the package; nothing is downloaded.
     """
     from ..core.errors import MergeError, SaveError
 
@@ -54,14 +54,14 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise SaveError("The demo's folder is a file.", file=folder, remedy="name another folder") from error
-    with progress_bar("painting", quiet=json, telling=True) as tell:
+    with progress_bar("generating", quiet=json, show_step=True) as tell:
         found, files = nano.run(folder, tell)
     if json:
         scores = {name: dict(column.scores) for name, column in found.items()}
         print_json({"output": [str(path) for path in files], "scores": scores})
         return
-    table = Table(title="How many pictures show what was asked for", title_justify="left")
-    table.add_column("asked for")
+    table = Table(title="Share of pictures that show what the prompt names", title_justify="left")
+    table.add_column("prompt names")
     for name in found:
         table.add_column(name, justify="right")
     for kind in nano.ROWS:
@@ -74,7 +74,7 @@ def demo(
 
 _WROTE = """\
 Wrote {picture}: look at it.
-Wrote {merged}: LEGO's merge, a LoRA file like any other.
+Wrote {merged}: the LEGO merge, an ordinary LoRA file.
   legomole inspect {merged}
 """
 _PLACED = """

@@ -1,4 +1,4 @@
-"""What commands need of this machine: a device, its number format, a host library, an adapter in its cache."""
+"""What commands need of this machine: a device and its dtype, a host library, the local Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -8,54 +8,55 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
-from ..hosts.hub import cached
+from ..hosts.hub import cached_folder
 
 if TYPE_CHECKING:
     from .options import DtypeName
 
 
 def check_device(name: str) -> None:
+    """Raise MergeError unless torch can use the device."""
     import torch
 
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise MergeError(
             "This device cannot be used.", expected="cpu, or a device of this machine", found=f"{name}: {error}"
         ) from error
 
 
-def computing(device: str) -> DtypeName:
-    """The number format that a pipeline computes in on a device, where nothing else is asked for."""
+def default_dtype(device: str) -> DtypeName:
+    """Return the dtype that models compute in on a device unless another is requested."""
     return "float32" if device == "cpu" else "bfloat16"
 
 
 _EXTRAS = {"ray": "ray", "transformers.mixing": "peft", "transformers.training": "peft"}
 
 
-def host(name: str) -> Any:
-    """A module of `hosts`.
+def import_host(name: str) -> Any:
+    """Import a module of `hosts`.
 
     Raises:
-        MergeError: The library it is for is not installed.
+        MergeError: The library it needs is not installed.
     """
     try:
         return importlib.import_module(f"..hosts.{name}", __package__)
     except ImportError as error:
         raise MergeError(
-            "What this needs is not installed.",
+            "A package that this command needs is not installed.",
             found=str(error),
             remedy=f"pip install 'legomole[{_EXTRAS.get(name, 'diffusers')}]'",
         ) from error
 
 
-def launched(device: str) -> tuple[Any, bool, str]:
-    """What ``accelerate launch`` started this process for, if it did.
+def launched_devices(device: str) -> tuple[Any, bool, str]:
+    """Return how ``accelerate launch`` distributes the work, if it started this process.
 
     Returns:
-        The `AcceleratorDevices` or ``None``; whether this process tells and writes; the device it computes on.
+        The `AcceleratorDevices` or ``None``; whether this process prints and writes; the device it computes on.
     """
-    devices = host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
+    devices = import_host("accelerate").AcceleratorDevices.launched(cpu=device == "cpu")
     if devices is None:
         return None, True, device
     return devices, devices.rank == 0, str(devices.accelerator.device)
@@ -64,10 +65,10 @@ def launched(device: str) -> tuple[Any, bool, str]:
 _HUB_NAME = re.compile(r"(hf:/{1,2})?([\w.-]+/[\w.-]+(?:@[\w./-]+)?)")
 
 
-def named(text: str) -> str:
-    """An input as a recipe names it: ``OWNER/NAME[@REVISION]`` as one of the Hugging Face cache, a path as it is.
+def recipe_path(text: str) -> str:
+    """Return an input as a recipe names it: ``OWNER/NAME[@REVISION]`` with the prefix of the Hugging Face cache.
 
-    What is a file or folder here, or would lie in a folder that is, is taken for a path.
+    Text that names an existing file or folder, or a file in an existing folder, is a path and stays as it is.
     """
     from ..core.recipes.recipe import HUB_PREFIX
 
@@ -76,12 +77,12 @@ def named(text: str) -> str:
     return text if match is None or (local and match[1] is None) else HUB_PREFIX + match[2]
 
 
-def located(path: Path) -> Path:
-    """Where an input lies that was typed as a path, or as a name in the Hugging Face cache.
+def local_path(path: Path) -> Path:
+    """Return the file or folder of an input typed as a path or as a name in the Hugging Face cache.
 
     Raises:
-        FormatError: There is no such name.
+        FormatError: The cache has no such name.
     """
     from ..core.recipes.run import input_path
 
-    return input_path(named(str(path)), Path(), cached)
+    return input_path(recipe_path(str(path)), Path(), cached_folder)

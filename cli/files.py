@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from ..core.errors import FormatError, name_some
-from ..hosts.names import key_map, names_for_format
+from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
-from .environment import located
-from .gates_output import gates_facts, show, told
+from .environment import local_path
+from .gates_report import gates_facts, print_gates, report_broken_record
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 from .report import check_plot, surveyed, tell_plot, write_plot
 
@@ -76,7 +76,7 @@ def inspect(
         check_plot(plot, overwrite=overwrite)
     elif tsne or rank is not None:
         raise typer.BadParameter("--tsne and --rank are for --plot.")
-    paths = [located(path) for path in paths]
+    paths = [local_path(path) for path in paths]
     summaries = [summarise(path) for path in paths]
     loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
     if recipe:
@@ -115,7 +115,7 @@ def _plain(summary: Summary) -> dict[str, Any]:
     if _holds_gates(summary):
         from ..core.mole.trained import TrainedGates
 
-        with told(summary.path):
+        with report_broken_record(summary.path):
             return {"path": summary.path, "format": "gates", **gates_facts(TrainedGates.load(summary.path))}
     data: dict[str, Any] = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
     made = data["metadata"].get("legomole")
@@ -145,8 +145,8 @@ def _show(summary: Summary) -> None:
     from ..core.recipes.read import recipe_in
 
     if _holds_gates(summary):
-        with told(summary.path):
-            show(summary.path, TrainedGates.load(summary.path))
+        with report_broken_record(summary.path):
+            print_gates(summary.path, TrainedGates.load(summary.path))
         return
     table = Table(title=plain(summary.path), title_justify="left", title_style="bold", show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
@@ -246,11 +246,11 @@ def convert(
 
     from ..core.formats import load, save
 
-    input = located(input)
+    input = local_path(input)
     adapter = load(input, convert_rank=convert_rank)
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)
-    adapter = names_for_format(adapter, format)
+    adapter = rename_for_format(adapter, format)
     written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
     if json:
         print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})

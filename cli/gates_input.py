@@ -1,4 +1,4 @@
-"""What `train-gates` and `merge --calibrate` are given, as values."""
+"""Parsers of the inputs of `train-gates` and `merge --calibrate`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def parse_expert(text: str) -> tuple[str, float]:
-    """``FILE`` or ``FILE:STRENGTH``."""
+    """Parse ``FILE`` or ``FILE:STRENGTH``."""
     entry = parse_input(text)
     if "text_encoder_weight" in entry:
         raise typer.BadParameter(f"{text!r}: text encoders are not mixed, so a LoRA has one strength here.")
@@ -29,14 +29,14 @@ def parse_expert(text: str) -> tuple[str, float]:
 
 
 def parse_words(texts: Sequence[str], loras: int) -> list[list[str]]:
-    """The words of every ``--words``, one for each LoRA, with commas between."""
+    """Parse the values of ``--words``, one per LoRA, each a list separated by commas."""
     if len(texts) != loras:
         raise typer.BadParameter(f"{loras} LoRAs and {len(texts)} times --words: give one for every LoRA.")
     return [[word.strip() for word in text.split(",") if word.strip()] for text in texts]
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``512``, or ``768x512`` for width and height: height and width."""
+    """Parse ``512``, or ``768x512`` for width and height, into (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a size: write 512, or 768x512 for width and height.")
@@ -50,7 +50,7 @@ _Settings = TypeVar("_Settings", bound="FitSettings")
 def read_settings(
     kind: type[_Settings], training: Mapping[str, Any], gates: Mapping[str, Any]
 ) -> tuple[_Settings, GateSettings]:
-    """Settings of a training and of the gates, checked."""
+    """Validate the settings of a training and of the gates."""
     from pydantic import ValidationError
 
     from ..core.mole.gates import GateSettings
@@ -59,14 +59,14 @@ def read_settings(
         return kind.model_validate(training), GateSettings.model_validate(gates)
     except ValidationError as error:
         wrong = "; ".join(f"{e['loc'][0]} = {e['input']}: {e['msg']}" for e in error.errors())
-        raise typer.BadParameter(f"Settings that cannot be trained with. {wrong}") from error
+        raise typer.BadParameter(f"Invalid settings. {wrong}") from error
 
 
 def read_texts(path: Path) -> list[Any]:
-    """Examples of a JSON-lines file: ``{"prompt": .., "completion": ..}`` or ``{"text": ..}`` on each line.
+    """Read the examples of a JSON-lines file: ``{"prompt": .., "completion": ..}`` or ``{"text": ..}`` per line.
 
     Raises:
-        FormatError: Another content; names the line.
+        FormatError: A line of another form; names the line.
     """
     found: list[Any] = []
     for number, line in enumerate(read_lines(path), 1):
@@ -89,7 +89,7 @@ def read_texts(path: Path) -> list[Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file. Only a line feed ends one: JSON may hold what else Unicode calls the end of a line."""
+    """Read the lines of a text file. Only a line feed ends a line: JSON may contain Unicode's other line separators."""
     try:
         with path.open(encoding="utf-8") as file:
             return [line.rstrip("\n") for line in file]
@@ -100,14 +100,16 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_pictures(texts: Sequence[str], concepts: Sequence[Sequence[str]]) -> list[tuple[Any, str]]:
-    """The pictures of every ``N:FOLDER``, each with the text beside it, or the first words of the N-th LoRA."""
+    """Read the pictures of every ``N:FOLDER`` with their captions; default: the first words of the N-th LoRA."""
     from PIL import Image
 
     found: list[tuple[Any, str]] = []
     for text in texts:
         match = re.fullmatch(r"(\d+):(.+)", text)
         if match is None or not 1 <= int(match[1]) <= len(concepts):
-            raise typer.BadParameter(f"{text!r} is not N:FOLDER with N from 1 to {len(concepts)}, the place of a LoRA.")
+            raise typer.BadParameter(
+                f"{text!r} is not N:FOLDER with N from 1 to {len(concepts)}, the number of a LoRA."
+            )
         folder, words = Path(match[2]), concepts[int(match[1]) - 1]
         paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
         if not paths:
@@ -118,6 +120,6 @@ def read_pictures(texts: Sequence[str], concepts: Sequence[Sequence[str]]) -> li
             try:
                 with Image.open(path) as picture:
                     found.append((picture.convert("RGB"), caption))
-            except Exception as error:  # the decoders raise whatever they come across
+            except Exception as error:  # decoders raise errors of any type
                 raise FormatError("The picture cannot be read.", file=path, found=error) from error
     return found

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .arguments import add_module_weights, parse_input, parse_setting
-from .calibration import measure
-from .environment import check_device, named
+from .arguments import parse_input, parse_layer_rules, parse_settings
+from .environment import check_device, recipe_path
+from .measure_statistics import measure_statistics
 from .options import (
     CALIBRATION,
     GUIDANCE_HELP,
@@ -31,20 +30,23 @@ from .options import (
     RankOption,
     Seed,
 )
-from .run_recipe import check_target, ranked, run_recipe
+from .run_recipe import check_target, run_recipe
+
+if TYPE_CHECKING:
+    from ..core.recipes.recipe import Recipe
 
 EXAMPLES = """[bold]Examples[/bold]
 
 Two LoRAs, the second one louder, merged with LEGO at rank 16:
 [cyan]legomole merge style.safetensors:0.8 subject.safetensors:1.2 --rank 16 -o both.safetensors[/cyan]
 
-As much rank as 99% of the sum needs, text encoder at half strength for the style:
+The rank that keeps 99% of the sum, and half the strength for the style's text encoder:
 [cyan]legomole merge style.safetensors:0.8:0.4 subject.safetensors --rank 99% -o both.safetensors[/cyan]
 
-LEGO as published, keeping the first LoRA out of the cross attention:
+LEGO as published, without the first LoRA's cross attention:
 [cyan]legomole merge a.safetensors b.safetensors --geometry paper --module-weight '1:*attn2*=0' -o ab.safetensors[/cyan]
 
-The best of both on this very model, measured on its own pictures:
+Calibrated on the base model, with pictures it generates itself:
 [cyan]legomole merge style.safetensors subject.safetensors --calibrate sd15 --words 'ember style' --words heart \\
   --rank 16 -o both.safetensors[/cyan]
 
@@ -66,15 +68,15 @@ def merge(
         typer.Argument(
             metavar="LORA[:WEIGHT[:TEXT_ENCODER_WEIGHT]]",
             help="LoRA files, PEFT folders, or names of adapters in the local Hugging Face cache (OWNER/NAME, "
-            "OWNER/NAME@REVISION). Weight 1 if not given; negative subtracts.",
+            "OWNER/NAME@REVISION). Default weight 1; a negative weight subtracts.",
         ),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A recipe (.yaml, .toml) or a merged file to repeat. What you type besides overrides it; LoRAs you "
-            "type replace its whole list.",
+            help="A recipe (.yaml, .toml) or a merged file to repeat. Other options override it; LoRAs on the command "
+            "line replace its whole list.",
         ),
     ] = None,
     method: Annotated[
@@ -92,13 +94,15 @@ def merge(
         typer.Option(
             metavar="NAME",
             rich_help_panel=LEGO,
-            help="Compare units as rank-one matrices (rank-one, the default: whatever their sign, scale and rotation) "
-            "or by their factors as they lie (paper, as published).",
+            help="How units are compared: as rank-one matrices (rank-one, the default: independent of sign, scale and "
+            "rotation of the factors) or by their raw factors (paper, as published).",
         ),
     ] = None,
     parameter_reweight: Annotated[
         bool | None,
-        typer.Option(rich_help_panel=LEGO, help="Give merged units their members' mean norm. Default: on for paper."),
+        typer.Option(
+            rich_help_panel=LEGO, help="Rescale merged units to the mean norm of their members. Default: on for paper."
+        ),
     ] = None,
     output_reweight: Annotated[
         bool | None,
@@ -106,14 +110,16 @@ def merge(
     ] = None,
     norm: Annotated[
         Literal["inf", "l2"] | None,
-        typer.Option(metavar="NAME", rich_help_panel=LEGO, help="Of the parameter reweighting: inf (default) or l2."),
+        typer.Option(
+            metavar="NAME", rich_help_panel=LEGO, help="Norm used by parameter reweighting: inf (default) or l2."
+        ),
     ] = None,
     density: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             rich_help_panel=METHOD,
-            help="ties, dare, knots: share of entries to keep, 0 to 1. Default 0.5.",
+            help="ties, dare, knots: share of entries that are kept, 0 to 1. Default 0.5.",
         ),
     ] = None,
     statistics: Annotated[
@@ -121,8 +127,8 @@ def merge(
         typer.Option(
             metavar="FILE",
             rich_help_panel=METHOD,
-            help="calibrated, lego: activation statistics measured with these LoRAs. With --calibrate: where to keep "
-            "them; default beside the output.",
+            help="calibrated, lego: activation statistics measured with these LoRAs. With --calibrate: file to write "
+            "them to; default next to the output.",
         ),
     ] = None,
     calibrate: Annotated[
@@ -130,8 +136,8 @@ def merge(
         typer.Option(
             metavar="PIPELINE",
             rich_help_panel=CALIBRATION,
-            help="Measure the statistics now: a diffusers folder of the LoRAs' base model, or its name in the local "
-            "cache. The method is calibrated then, unless you say lego.",
+            help="Measure the statistics first, on this model: a diffusers folder of the LoRAs' base model, or its "
+            "name in the local cache. Default method: calibrated; lego uses them too.",
         ),
     ] = None,
     words: Annotated[
@@ -142,7 +148,7 @@ def merge(
         typer.Option(
             metavar="FILE",
             rich_help_panel=CALIBRATION,
-            help="Prompts to measure on, one a line; the more unlike, the better. Kinds that are missing are made up.",
+            help="Prompts to measure on, one per line; diverse prompts are better. Missing kinds are generated.",
         ),
     ] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help=SIZE_HELP)] = None,
@@ -161,7 +167,7 @@ def merge(
             "--set",
             metavar="NAME=VALUE",
             rich_help_panel=METHOD,
-            help="Any other setting of the method, e.g. --set starts=4. Repeatable.",
+            help="Any setting of the method without an option of its own, e.g. --set starts=4. Repeatable.",
         ),
     ] = None,
     normalize: Annotated[
@@ -173,8 +179,8 @@ def merge(
         typer.Option(
             metavar="RULE",
             rich_help_panel=WEIGHTS,
-            help="[N:]PATTERN=FACTOR. Multiply the weight of matching modules, of the N-th LoRA or of all: "
-            "'1:*attn2*=0.5'. Repeatable; module names: legomole inspect --modules.",
+            help="[N:]PATTERN=FACTOR. Multiply the weight of matching modules, in the N-th LoRA or in all: "
+            "'1:*attn2*=0.5'. Repeatable. Module names: legomole inspect --modules.",
         ),
     ] = None,
     convert_rank: ConvertRank = None,
@@ -185,8 +191,8 @@ def merge(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Compute on the processors of a Ray cluster: auto (the one this machine belongs to), HOST:PORT, "
-            "ray://HOST:PORT, or local (this machine). All machines must see the inputs under the same paths.",
+            help="Merge on the processors of a Ray cluster: auto (the cluster of this machine), HOST:PORT, "
+            "ray://HOST:PORT, or local (this machine only). All machines must see the inputs under the same paths.",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -194,43 +200,28 @@ def merge(
 ) -> None:
     """Merge LoRAs into one.
 
-    Ranks, file formats and number formats may differ; a layer that only some of them have is merged from those.
-    The result says in its metadata how it was made, and [bold]--config[/bold] repeats it, byte for byte.
+    Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
+    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
-    from ..core.merge.statistics import Statistics
-    from ..core.recipes.method_settings import build_method
-    from ..core.recipes.read import read_recipe
-    from ..core.recipes.text import recipe_from_data
+    from ..core.recipes.compose import compose
 
     if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
         raise typer.BadParameter(
             "--words, --prompts, --size, --guidance and --paint-steps belong to --calibrate PIPELINE."
         )
     if ray is not None and device != "cpu":
-        raise typer.BadParameter("With --ray the processors compute: leave out --device.")
-    base: dict[str, Any] = {"method": "lego" if calibrate is None else "calibrated"}
-    folder = Path()
-    if config is not None:
-        folder = config.parent
-        base = read_recipe(config).model_dump(exclude_unset=True)
-        if "statistics" in base.get("settings", {}):
-            base["settings"]["statistics"] = str((folder / base["settings"]["statistics"]).absolute())
-    if inputs:
-        folder = Path()
-        entries = [parse_input(text) for text in inputs]
-        base["inputs"] = [{**entry, "path": named(entry["path"])} for entry in entries]
-    if not base.get("inputs"):
+        raise typer.BadParameter("--ray computes on the processors of a cluster: leave out --device.")
+    if not inputs and config is None:
         raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
     if calibrate is not None:
+        method = method or "calibrated"
         statistics = statistics or output.with_name(
             f"{output.name.removesuffix('.safetensors')}.statistics.safetensors"
         )
-        method = method or "calibrated"
-    other = method is not None and method != base["method"]
-    if other:
-        base = {**base, "method": method, "settings": {}}  # settings of another method would only be refused
-    if other or statistics is not None:
-        base.pop("statistics_sha256", None)  # it was of the config's statistics
+    base = None if config is None else _recipe_of(config)
+    entries = [parse_input(text) for text in inputs or ()]
+    count = len(entries) or (0 if base is None else len(base.inputs))
+    for_all, for_each = parse_layer_rules(module_weight or (), count)
     typed = {
         "rank": rank,
         "geometry": geometry,
@@ -239,25 +230,51 @@ def merge(
         "norm": norm,
         "density": density,
         "statistics": None if statistics is None else str(statistics.absolute()),
-        "seed": None if calibrate is not None and method == "calibrated" else seed,  # of the measuring alone
-        **dict(parse_setting(text) for text in settings or ()),
+        # with --calibrate the seed is that of the measurement; the method calibrated has none
+        "seed": None if calibrate is not None and method == "calibrated" else seed,
     }
-    base["settings"] = {**base.get("settings", {}), **_given(typed)}
-    base |= _given({"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank})
-    if convert_rank is not None:  # for every input, also those that have one of their own in the config
-        base["inputs"] = [{k: v for k, v in entry.items() if k != "convert_rank"} for entry in base["inputs"]]
-    add_module_weights(base, module_weight or ())
-    recipe = recipe_from_data(base, config)
+    recipe = compose(
+        base,
+        inputs=[{**entry, "path": recipe_path(entry["path"])} for entry in entries],
+        method=method,
+        settings={**typed, **parse_settings(settings or (), {name: f"--{name.replace('_', '-')}" for name in typed})},
+        module_weights=for_all,
+        input_module_weights=for_each,
+        normalize=normalize,
+        dtype=dtype,
+        format=format,
+        convert_rank=convert_rank,
+        file=config,
+    )
+    folder = Path() if inputs or config is None else config.parent
     if calibrate is not None and statistics is not None:
         check_target(recipe, folder, output, overwrite=overwrite)
         check_device(device)
-        # wrong settings are told before minutes of measuring
-        build_method(recipe.method, {**ranked(recipe).settings, "statistics": Statistics({})})
-        measure(
+        _check_settings(recipe)
+        measure_statistics(
             calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
             paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
     run_recipe(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
+
+
+def _recipe_of(config: Path) -> Recipe:
+    """The recipe in a file; the path of its statistics is made absolute, as its inputs may be replaced."""
+    from ..core.recipes.read import read_recipe
+
+    recipe = read_recipe(config)
+    if "statistics" not in recipe.settings:
+        return recipe
+    absolute = str((config.parent / str(recipe.settings["statistics"])).absolute())
+    return recipe.model_copy(update={"settings": {**recipe.settings, "statistics": absolute}})
+
+
+def _check_settings(recipe: Recipe) -> None:
+    """Raise RecipeError for wrong settings, before minutes of measuring."""
+    from ..core.merge.statistics import Statistics
+    from ..core.recipes.method_settings import build_method
+
+    build_method(recipe.method, {**recipe.settings, "statistics": Statistics({})})
 
 
 def compress(
@@ -269,7 +286,7 @@ def compress(
         typer.Option(
             metavar="NAME",
             rich_help_panel=METHOD,
-            help="svd: the nearest LoRA of that rank. lego: clusters of units.",
+            help="svd: the best approximation of that rank. lego: clusters of units.",
         ),
     ] = "svd",
     seed: Seed = None,
@@ -280,14 +297,15 @@ def compress(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Make one LoRA smaller: fewer units that do (almost) the same."""
-    from ..core.recipes.text import recipe_from_data
+    """Make one LoRA smaller: fewer units with (almost) the same effect."""
+    from ..core.recipes.compose import compose
 
-    data = _given({"method": method, "dtype": dtype, "format": format, "convert_rank": convert_rank})
-    settings = _given({"rank": rank or "95%", "seed": seed})
-    recipe = recipe_from_data({**data, "inputs": [{"path": named(input)}], "settings": settings})
+    recipe = compose(
+        inputs=[{"path": recipe_path(input)}],
+        method=method,
+        settings={"rank": rank or "95%", "seed": seed},
+        dtype=dtype,
+        format=format,
+        convert_rank=convert_rank,
+    )
     run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the check of the output they all make. No torch here."""
+"""Options that several commands share, and checks of output paths. Loads no torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ import typer
 
 from ..core.errors import SaveError
 
-# named here, not taken from the engine's tables, so that --help needs no torch
+# repeated here rather than imported from the engine, so that --help does not load torch
 MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated"]
 FormatName = Literal["kohya", "diffusers", "peft", "comfy"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
-DEFAULT_RANK = "1x"  # the inputs' mean rank, the choice of the LEGO paper
-
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
 GATES, TRAINING = "Gates", "Training"
 WORDS_HELP = (
-    "What prompts call the concept of a LoRA: words or phrases, with commas between. Once for every LoRA, "
-    "in their order."
+    "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in order."
 )
-CALIBRATION = "Calibration: measure on the model's own pictures first"
+CALIBRATION = "Calibration: measure statistics on pictures of the base model first"
 
-SIZE_HELP = "Pixels: 512, or 768x512. Default the pipeline's; smaller is faster."
-GUIDANCE_HELP = "Default the pipeline's. 1: none."
-PAINT_STEPS_HELP = "Steps per picture."
+SIZE_HELP = "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is faster."
+GUIDANCE_HELP = "Guidance scale. Default: the pipeline's. 1: no guidance."
+PAINT_STEPS_HELP = "Sampling steps per picture."
 
 Output = Annotated[
     Path,
@@ -36,15 +33,15 @@ Output = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the output if it exists; else that is an error."),
+    typer.Option("--overwrite", rich_help_panel=OUTPUT, help="Replace the output if it exists. Default: refuse."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output, errors too.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on standard output, including errors.")]
 Dtype = Annotated[
     DtypeName | None,
     typer.Option(
         metavar="TYPE",
         rich_help_panel=OUTPUT,
-        help="Numbers of the result: float32, float16 or bfloat16. Default: the inputs' widest.",
+        help="Dtype of the result: float32, float16 or bfloat16. Default: the widest of the inputs.",
     ),
 ]
 Format = Annotated[
@@ -52,7 +49,7 @@ Format = Annotated[
     typer.Option(
         metavar="NAME",
         rich_help_panel=OUTPUT,
-        help="kohya, diffusers, peft or comfy. Default: that of the first LoRA, if it has names for all layers.",
+        help="File format: kohya, diffusers, peft or comfy. Default: that of the first LoRA if it can name all layers.",
     ),
 ]
 ConvertRank = Annotated[
@@ -60,32 +57,35 @@ ConvertRank = Annotated[
     typer.Option(
         min=1,
         metavar="K",
-        help="Allow LoHa, LoKr and full deltas: approximate each at this rank. Default: refuse them.",
+        help="Approximate LoHa, LoKr and full deltas at this rank. Default: refuse them.",
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device to compute on: cpu, cuda, cuda:1.")]
 Seed = Annotated[
     int | None,
-    typer.Option(metavar="N", rich_help_panel=METHOD, help="Of lego's extra starts and dare's masks. Default 0."),
+    typer.Option(
+        metavar="N", rich_help_panel=METHOD, help="Random seed of lego's extra starts and of dare's masks. Default 0."
+    ),
 ]
 RankOption = Annotated[
     str | None,
     typer.Option(
         metavar="RANK",
         rich_help_panel=METHOD,
-        help="Merged rank: a number (16), a multiple of the inputs' mean rank (1.5x), as much as keeps a share of the "
-        f"sum's energy (95%), or auto (= 95%). Default {DEFAULT_RANK}.",
+        help="Merged rank: a number (16), a multiple of the inputs' mean rank (1.5x), the rank that keeps a share of "
+        "the sum's energy (95%), or auto (= 95%). Default 1x; for compress 95%.",
     ),
 ]
-# of gates
+# options of gate training
 GatesOutput = Annotated[
     Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
 ]
 Steps = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of the optimizer. Default 200.")
+    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Number of optimizer steps. Default 200.")
 ]
 Batch = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Examples per step. Default 32, of texts 8.")
+    int | None,
+    typer.Option(metavar="N", rich_help_panel=TRAINING, help="Examples per step. Default 32; 8 for language models."),
 ]
 LearningRate = Annotated[
     float | None,
@@ -94,50 +94,62 @@ LearningRate = Annotated[
 Balance = Annotated[
     float | None,
     typer.Option(
-        metavar="WEIGHT", rich_help_panel=TRAINING, help="Of the balance loss. Default 0; the MoLE paper has 0.5."
+        metavar="WEIGHT",
+        rich_help_panel=TRAINING,
+        help="Weight of the balance loss. Default 0; the MoLE paper uses 0.5.",
     ),
 ]
 TrainingSeed = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Of everything drawn. Default 0.")
+    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Random seed. Default 0.")
 ]
 Checkpointing = Annotated[
-    bool, typer.Option("--checkpointing", rich_help_panel=TRAINING, help="Save memory: compute every block twice.")
+    bool,
+    typer.Option(
+        "--checkpointing",
+        rich_help_panel=TRAINING,
+        help="Gradient checkpointing: saves memory, computes every block twice.",
+    ),
 ]
 State = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
         rich_help_panel=TRAINING,
-        help="Keep what was done here; the same command goes on after an interruption.",
+        help="Folder for checkpoints: after an interruption the same command resumes from there.",
     ),
 ]
 Granularity = Annotated[
-    Literal["network", "block", "layer", "matrix"],
-    typer.Option(metavar="NAME", rich_help_panel=GATES, help="One gate per network, block, layer or matrix."),
-]
-Activation = Annotated[
-    Literal["sigmoid", "softmax", "softmax-null"],
+    Literal["network", "block", "layer", "matrix"] | None,
     typer.Option(
         metavar="NAME",
         rich_help_panel=GATES,
-        help="sigmoid: every LoRA for itself. softmax: shares of 1 (the paper's). softmax-null: one for none.",
+        help="One gate per network, block, layer or matrix. Default layer; for language models network.",
+    ),
+]
+Activation = Annotated[
+    Literal["sigmoid", "softmax", "softmax-null"] | None,
+    typer.Option(
+        metavar="NAME",
+        rich_help_panel=GATES,
+        help="sigmoid: independent gates. softmax: gates sum to 1 (the paper). softmax-null: softmax with a share for "
+        "no LoRA. Default sigmoid; for language models softmax-null.",
     ),
 ]
 ModelDtype = Annotated[
     DtypeName | None,
     typer.Option(
         metavar="TYPE",
-        help="Of the model: float32, bfloat16 or float16 (which loses small gradients). Default float32 on the "
+        help="Dtype of the model: float32, bfloat16, or float16 (which loses small gradients). Default float32 on the "
         "CPU, bfloat16 elsewhere.",
     ),
 ]
 
 
 def check_output(output: Path, format: str, inputs: list[Path], *, overwrite: bool) -> Path:
-    """The path that will be written, refused before any work is done if it cannot be.
+    """Return the path that will be written; raise before any work is done if it cannot be.
 
     Raises:
-        SaveError: It exists and may not be replaced, is one of the inputs, or its folder is missing.
+        SaveError: The output exists and may not be replaced, is one of the inputs, or its folder is missing.
     """
     if format != "peft":
         if output.is_dir():
@@ -151,11 +163,7 @@ def check_output(output: Path, format: str, inputs: list[Path], *, overwrite: bo
 
 
 def check_free(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists and may not be replaced, or whose folder is missing.
-
-    Raises:
-        SaveError: See above.
-    """
+    """Raise SaveError if an output exists and may not be replaced, or its folder is missing."""
     if not output.absolute().parent.is_dir():
         raise SaveError("The output folder does not exist.", file=output.absolute().parent, remedy="create it first")
     if output.exists() and not overwrite:
@@ -163,6 +171,6 @@ def check_free(output: Path, *, overwrite: bool) -> None:
 
 
 def size_of(path: Path) -> str:
-    """Size of a file, or of all files in a folder, for people."""
+    """Return the size of a file, or of all files in a folder, as text such as ``12.3 MB``."""
     size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()))
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"

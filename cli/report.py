@@ -34,13 +34,13 @@ def check_plot(path: Path, *, overwrite: bool) -> None:
 def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: bool) -> tuple[Survey, list[Adapter]]:
     """Look at LoRAs together; also gives them, under common names."""
     from ..core.formats import load
-    from ..core.formats.unchanged import unchanged
+    from ..core.formats.file_changes import raise_if_changed
     from ..core.layers.align import align
     from ..core.merge.rank import Rank
     from ..core.survey.survey import survey
 
     chosen = None if rank is None else Rank.parse(rank)
-    with unchanged(paths), progress_bar("looking", quiet=quiet) as progress:
+    with raise_if_changed(paths), progress_bar("looking", quiet=quiet) as progress:
         adapters = align([load(path) for path in paths], key_map=key_map)
         drawn = "tsne" if by_tsne else "pca"
         return survey(adapters, rank=chosen, drawn=drawn, progress=progress), adapters

@@ -1,39 +1,32 @@
-"""What `legomole merge` and `compress` do with a recipe."""
+"""Run a recipe for `legomole merge` and `compress`: check the output, merge, save, and print the report."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..hosts.hub import cached
-from ..hosts.names import key_map, names_for_format
+from ..hosts.hub import cached_folder
+from ..hosts.names import key_map, rename_for_format
 from .console import out, print_json, progress_bars
-from .environment import check_device, host
-from .options import DEFAULT_RANK, check_output, size_of
+from .environment import check_device, import_host
+from .options import check_output, size_of
+
+if TYPE_CHECKING:
+    from ..core.recipes.recipe import Recipe
 
 
-def check_target(recipe: Any, folder: Path, output: Path, *, overwrite: bool) -> Path:
-    """The path that will be written, see `check_output`."""
+def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool) -> Path:
+    """Return the path that will be written, see `check_output`."""
     from ..core.formats import summarise
     from ..core.recipes.run import input_path
 
-    paths = [input_path(entry.path, folder, cached) for entry in recipe.inputs]
+    paths = [input_path(entry.path, folder, cached_folder) for entry in recipe.inputs]
     return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
-def ranked(recipe: Any) -> Any:
-    """The recipe with the default rank, where its method has one and it says none."""
-    from ..core.merge.methods import METHODS
-
-    fields = getattr(METHODS.get(recipe.method), "__dataclass_fields__", {})
-    if "rank" not in fields or "rank" in recipe.settings:
-        return recipe
-    return recipe.model_copy(update={"settings": {"rank": DEFAULT_RANK, **recipe.settings}})
-
-
 def run_recipe(
-    recipe: Any,
+    recipe: Recipe,
     folder: Path,
     output: Path,
     *,
@@ -42,20 +35,26 @@ def run_recipe(
     overwrite: bool,
     json: bool,
 ) -> None:
-    """Merge, save and tell what came of it."""
+    """Run a recipe, save the result and print its report.
+
+    Args:
+        recipe: The merge.
+        folder: Base of its relative paths.
+        output: Path as typed.
+        device, ray, overwrite, json: Options as typed.
+    """
     from ..core.formats import save
     from ..core.recipes.run import run
 
     check_device(device)
-    recipe = ranked(recipe)
     target = check_target(recipe, folder, output, overwrite=overwrite)
     with (
-        nullcontext() if ray is None else host("ray").cluster(ray) as spread,
-        progress_bars("reading", "merging", quiet=json) as (reading, progress),
+        nullcontext() if ray is None else import_host("ray").ray_runner(ray) as remote,
+        progress_bars("reading", "merging", quiet=json) as (loading, progress),
     ):
         result = run(
-            recipe, folder=folder, key_map=key_map, names_for_format=names_for_format, find_cached=cached,
-            device=device, loading=reading, progress=progress, remote=spread,
+            recipe, folder=folder, key_map=key_map, rename_for_format=rename_for_format, find_cached=cached_folder,
+            device=device, loading=loading, progress=progress, remote=remote,
         )  # fmt: skip
     written = save(result.adapter, target)
     if json:

@@ -1,18 +1,17 @@
-"""`legomole train-gates`."""
+"""`legomole train-gates`, for diffusers pipelines and for language models of transformers."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .arguments import parse_setting
-from .console import out, print_json, progress_bar
-from .environment import check_device, computing, host, launched
-from .gates_input import parse_expert, parse_size, parse_words, read_lines, read_pictures, read_settings
-from .gates_output import draw, facts, interrupted, python, tell
+from .arguments import parse_settings
+from .environment import check_device, import_host
+from .gates_input import parse_expert
 from .options import (
     GATES,
     GUIDANCE_HELP,
@@ -35,74 +34,146 @@ from .options import (
     State,
     Steps,
     TrainingSeed,
-    check_free,
-    check_output,
-    size_of,
 )
 
 EXAMPLES = """[bold]Examples[/bold]
 
-Gates for a style and a subject, without a single picture:
+Gates for a style and a subject, without any pictures:
 [cyan]legomole train-gates sd15 style.safetensors:0.8 heart.safetensors --words 'ember style,burning' --words heart \\
   --device cuda -o gates.safetensors[/cyan]
 
-The router as gates, which only reads the prompts:
+The prompt router as gates, which takes seconds:
 [cyan]legomole train-gates sd15 a.safetensors b.safetensors --words ember --words heart --objective router \\
   -o gates.safetensors[/cyan]
 
-From your own pictures, so that an interruption loses nothing:
+From your own pictures, with checkpoints:
 [cyan]legomole train-gates sd15 a.safetensors b.safetensors --words ember --words heart --objective denoise \\
   --images 1:embers --images 2:hearts --state run1 -o gates.safetensors[/cyan]
+
+Two adapters of a language model, from a few examples of what each is for:
+[cyan]legomole train-gates ./llama sums/ poems/:0.8 --texts sums.jsonl --texts poems.jsonl -o gates.safetensors[/cyan]
+
+A gate for every token, on two devices:
+[cyan]accelerate launch --num_processes 2 -m legomole train-gates ./llama sums/ poems/ --reads token \\
+  --texts sums.jsonl --texts poems.jsonl -o gates.safetensors[/cyan]
 """
-PICTURES = "Pictures the models paint to learn from"
+PICTURES = "Diffusers pipelines: pictures generated for training"
+TEXTS = "Language models"
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What both kinds of training need.
+
+    Args:
+        model: Folder or name of the model.
+        loras: Path and strength of each LoRA.
+        output: File to write.
+        training: Fields of the training settings that are given.
+        gates: Fields of `GateSettings` that are given.
+        checkpointing, state, device, dtype, overwrite, json: Options as typed.
+    """
+
+    model: str
+    loras: Sequence[tuple[str, float]]
+    output: Path
+    training: dict[str, Any]
+    gates: dict[str, Any]
+    checkpointing: bool
+    state: Path | None
+    device: str
+    dtype: str | None
+    overwrite: bool
+    json: bool
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """Options for diffusers pipelines, as typed."""
+
+    words: Sequence[str] = field(default_factory=list)
+    prompts: Path | None = None
+    objective: str | None = None
+    images: Sequence[str] = field(default_factory=list)
+    size: str | None = None
+    guidance: float | None = None
+    paint_steps: int | None = None
+    plot: Path | None = None
+
+
+@dataclass(frozen=True)
+class LanguageOptions:
+    """Options for language models, as typed."""
+
+    texts: Sequence[Path] = field(default_factory=list)
+    others: Path | None = None
 
 
 def train_gates(
-    pipeline: Annotated[
+    model: Annotated[
         str,
         typer.Argument(
-            metavar="PIPELINE",
-            help="A folder in diffusers' format, or the name of a model in the local cache. Nothing is downloaded.",
+            metavar="MODEL",
+            help="A diffusers pipeline or a language model with its tokenizer: a folder, or the name of a model in the "
+            "local cache. Nothing is downloaded.",
         ),
     ],
     loras: Annotated[
         list[str],
-        typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Strength 1 if not given."),
+        typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Default strength 1."),
     ],
-    words: Annotated[list[str], typer.Option(metavar="WORDS", help=WORDS_HELP)],
     output: GatesOutput,
+    words: Annotated[list[str] | None, typer.Option(metavar="WORDS", rich_help_panel=PICTURES, help=WORDS_HELP)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Prompts to train on, one a line. Kinds that are missing (each LoRA alone, several, none) are made up "
-            "from the words; without a file all are.",
+            rich_help_panel=PICTURES,
+            help="Prompts to train on, one per line. Missing kinds (each LoRA alone, several, none) are generated from "
+            "the words; without a file all are.",
         ),
     ] = None,
     objective: Annotated[
-        Literal["distil", "router", "denoise", "clip"],
+        Literal["distil", "router", "denoise"] | None,
         typer.Option(
             metavar="NAME",
-            rich_help_panel=TRAINING,
-            help="distil: imitate the LoRAs a prompt names, needs no pictures. router: only read the prompts. denoise: "
-            "the pictures of --images. clip: please the CLIP model of --clip.",
+            rich_help_panel=PICTURES,
+            help="distil (default): imitate the LoRAs that a prompt names; needs no pictures. router: fit the prompts "
+            "only. denoise: the pictures of --images.",
         ),
-    ] = "distil",
+    ] = None,
     images: Annotated[
         list[str] | None,
         typer.Option(
             metavar="N:FOLDER",
-            rich_help_panel=TRAINING,
-            help="denoise: pictures of the N-th LoRA's concept. A .txt of the same name describes one; without it the "
-            "LoRA's first words do. Repeatable.",
+            rich_help_panel=PICTURES,
+            help="denoise: pictures of the N-th LoRA's concept. A .txt file of the same name holds the caption; "
+            "default the LoRA's first words. Repeatable.",
         ),
     ] = None,
-    clip: Annotated[
-        str | None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=PICTURES, help=SIZE_HELP)] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="SCALE", rich_help_panel=PICTURES, help=GUIDANCE_HELP)
+    ] = None,
+    paint_steps: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help=f"{PAINT_STEPS_HELP} Default 12."),
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
         typer.Option(
-            metavar="FOLDER",
-            rich_help_panel=TRAINING,
-            help="clip: a CLIP model with its processor, as transformers saves it.",
+            metavar="FILE",
+            rich_help_panel=TEXTS,
+            help="Examples of what a LoRA is for, once per LoRA, in order. One JSON object per line: "
+            '{"prompt": "..", "completion": ".."}, or {"text": ".."} for gates that read tokens.',
+        ),
+    ] = None,
+    others: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=TEXTS,
+            help="Examples that belong to no LoRA: there the predictions of the base model are kept.",
         ),
     ] = None,
     steps: Steps = None,
@@ -116,100 +187,78 @@ def train_gates(
             "--set",
             metavar="NAME=VALUE",
             rich_help_panel=TRAINING,
-            help="Any other setting: examples (640), samples (128), accumulation (1), warmup (10), patience (0), "
-            "compose (1.2), weight_decay (0.001). Repeatable.",
+            help="Other settings: accumulation (1), warmup (10), patience (0), weight_decay (0.001); for pipelines "
+            "also examples (640), samples (128), compose (1.2). Repeatable.",
         ),
     ] = None,
     checkpointing: Checkpointing = False,
     state: State = None,
-    granularity: Granularity = "layer",
-    activation: Activation = "sigmoid",
+    granularity: Granularity = None,
+    activation: Activation = None,
     reads: Annotated[
-        Literal["text", "hidden", "experts", "flat"],
+        Literal["text", "hidden", "experts", "token"] | None,
         typer.Option(
             metavar="NAME",
             rich_help_panel=GATES,
-            help="What gates see: the prompt (text), the block's input (hidden), the LoRAs' outputs (experts, or flat "
-            "as in the paper).",
+            help="What gates read. Pipelines: text (the prompt, default), hidden (the block's input) or experts (the "
+            "LoRAs' outputs). Language models: hidden (the prompt, through the layer's input, default), experts, or "
+            "token (every token by itself).",
         ),
-    ] = "text",
-    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=PICTURES, help=SIZE_HELP)] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", rich_help_panel=PICTURES, help=GUIDANCE_HELP)
     ] = None,
-    paint_steps: Annotated[int, typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help=PAINT_STEPS_HELP)] = 12,
     device: Device = "cpu",
     dtype: ModelDtype = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also draw the training and the gates (.png)."),
+        typer.Option(
+            metavar="FILE", rich_help_panel=OUTPUT, help="Pipelines: also plot the training and the gates (.png)."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Train the gates that mix LoRAs at run time (MoLE), for a diffusers pipeline.
+    """Train the gates that mix LoRAs at run time (MoLE), for a diffusers pipeline or a language model.
 
     The LoRAs stay apart; small gates decide for every prompt and layer how much of each goes in. Only they are trained.
-    [bold]accelerate launch -m legomole train-gates ..[/bold] shares the work among several devices.
+    [bold]accelerate launch -m legomole train-gates ..[/bold] distributes the work over several devices.
     """
-    from ..core.train import TrainSettings
-
-    entries = [parse_expert(text) for text in loras]
-    concepts = parse_words(words, len(entries))
-    given = {"steps": steps, "batch": batch, "learning_rate": lr, "balance": balance, "seed": seed}
-    typed = {"objective": objective, **{k: v for k, v in given.items() if v is not None}}
-    training, chosen = read_settings(
-        TrainSettings,
-        {**typed, **dict(map(parse_setting, settings or ()))},
-        {"granularity": granularity, "activation": activation, "reads": reads},
+    options = {"steps": steps, "batch": batch, "learning_rate": lr, "balance": balance, "seed": seed}
+    flags = {name: f"--{name}" for name in (*options, "objective")} | {"learning_rate": "--lr"}
+    gates = {"granularity": granularity, "activation": activation, "reads": reads}
+    run = TrainingRun(
+        model,
+        [parse_expert(text) for text in loras],
+        output,
+        {**_given(options), **parse_settings(settings or (), flags)},
+        _given(gates),
+        checkpointing,
+        state,
+        device,
+        dtype,
+        overwrite,
+        json,
     )
-    if objective == "clip" and clip is None:
-        raise typer.BadParameter("The objective clip needs --clip FOLDER.")
-    pixels = None if size is None else parse_size(size)
-    pictures = read_pictures(images or (), concepts)
-    texts = [] if prompts is None else read_lines(prompts)
-    output = check_output(output, "gates", [Path(path) for path, _ in entries], overwrite=overwrite)
-    if plot is not None:
-        plot = plot if plot.suffix == ".png" else plot.with_name(f"{plot.name}.png")
-        check_free(plot, overwrite=overwrite)
+    pictures = PipelineOptions(words or [], prompts, objective, images or [], size, guidance, paint_steps, plot)
+    language = LanguageOptions(texts or [], others)
     check_device(device)
+    if import_host("api").kind_of_folder(model) == "pipeline":
+        _refuse(language, LanguageOptions(), "a diffusers pipeline")
+        from .train_pipeline import train_pipeline
 
-    import torch
+        train_pipeline(run, pictures)
+    else:
+        _refuse(pictures, PipelineOptions(), "a language model")
+        from .train_language_model import train_language_model
 
-    from ..core.formats import load
-    from ..core.memory import report_out_of_memory
-    from ..core.mole.gates import GateSet
-    from ..core.mole.mixture import Mixture
+        train_language_model(run, language)
 
-    devices, first, device = launched(device)
-    number = getattr(torch, dtype or computing(device))
-    adapters = [load(path) for path, _ in entries]
-    pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=number)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*are of text encoders")  # told below, with the rest that is left out
-        adapters = host("diffusers.mixing").experts(pipe, adapters)
-    mixture = Mixture(tuple(adapters), GateSet(len(adapters), chosen), tuple(strength for _, strength in entries))
-    critic = None if clip is None else host("diffusers.clip").load_clip(clip)
-    with (
-        progress_bar("training", quiet=json or not first, telling=True) as progress,
-        report_out_of_memory("try --checkpointing, a smaller --batch or --size, or --set accumulation=4"),
-    ):
-        try:
-            done = host("diffusers.training").train_gates(
-                pipe, mixture, concepts, texts, training, images=pictures, clip=critic, size=pixels, guidance=guidance,
-                paint_steps=paint_steps, checkpointing=checkpointing, folder=state, devices=devices, progress=progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(interrupted(state)) from None
-    if not first:
-        return
-    done.gates.save(output)
-    if plot is not None:
-        draw(done, mixture.labels, plot)
-    code = python(pipeline, entries, output, concepts)
-    if json:
-        print_json({**facts(done, mixture.labels), "output": str(output), "python": code})
-        return
-    tell(done, mixture.labels)
-    out().print(f"wrote {output} ({size_of(output)})" + (f" and {plot}" if plot else ""), markup=False)
-    out().print(f"\nTo use them:\n\n{code}", markup=False)
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: object, defaults: object, kind: str) -> None:
+    """Raise unless no option of the other kind of model is given."""
+    given = [name for name, value in vars(options).items() if value != vars(defaults)[name]]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"The model is {kind}, for which there is no {names}.")

@@ -1,4 +1,4 @@
-"""The engine. Knows no host: imports torch, numpy and safetensors only.
+"""The engine. Knows no host: imports torch, numpy, safetensors and a few small packages only.
 
 Glossary, used everywhere:
 

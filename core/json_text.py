@@ -1,4 +1,4 @@
-"""Plain data from strangers: JSON that can only be sound or a `ValueError`, and never too deep to be used."""
+"""JSON from untrusted files: parsing succeeds or raises `ValueError`, and the data is never nested too deeply."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-_DEEPEST = 64  # levels; what this package writes has five
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_MAX_LEVELS = 64  # this package writes five at most
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def from_json(text: str) -> Any:
-    """The data in a JSON text.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: It is not JSON, or nested so deeply that what walks through it would not come back.
+        ValueError: The text is not JSON, or is nested so deeply that recursion over the data could fail.
     """
     try:
         data = json.loads(text)
@@ -23,16 +23,16 @@ def from_json(text: str) -> Any:
         data = None
         too_deep = True
     else:
-        too_deep = not is_shallow(data, _DEEPEST)
+        too_deep = not is_shallow(data, _MAX_LEVELS)
     if too_deep:
-        raise ValueError(f"nested more than {_DEEPEST} levels deep")
-    if _HALF.search(text):  # half a character can be escaped in JSON, but neither written nor shown
+        raise ValueError(f"nested more than {_MAX_LEVELS} levels deep")
+    if _SURROGATE.search(text):  # a lone surrogate can be escaped in JSON, but cannot be encoded or displayed
         data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
     return data
 
 
 def is_shallow(data: object, levels: int) -> bool:
-    """Whether mappings and lists lie within each other at most so many levels deep."""
+    """Whether mappings and lists are nested at most `levels` deep."""
     if isinstance(data, Mapping):
         data = list(cast("Mapping[object, object]", data).values())
     if not isinstance(data, list):

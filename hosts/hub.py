@@ -1,33 +1,33 @@
-"""huggingface_hub: adapters and models in the local cache of what was downloaded from the Hugging Face Hub."""
+"""huggingface_hub: adapters and models in the local cache of downloads from the Hugging Face Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from ..core.errors import FormatError
-from ..core.safe_paths import relative
+from ..core.safe_paths import is_safe_name
 
-# an adapter's own files; other files of a repository need not be there
-_FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]
+# the files of an adapter; other files of its repository may be missing from the cache
+_ADAPTER_FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]
 
 
-def cached(name: str, what: str = "adapter") -> Path:
-    """The folder of an adapter (or a model) in the local cache. Nothing is downloaded.
+def cached_folder(name: str, kind: str = "adapter") -> Path:
+    """The folder of an adapter or model in the local cache. Downloads nothing.
 
     Args:
-        name: ``owner/name`` or ``owner/name@revision``, a branch, tag or commit.
-        what: For errors: what should be there. All files of what is no adapter count.
+        name: ``owner/name`` or ``owner/name@revision`` with a branch, tag or commit.
+        kind: ``adapter``, or the word for it in error messages; then all files of the repository must be there.
 
     Raises:
-        FormatError: It is not there, or huggingface_hub is not installed.
+        FormatError: The folder is not in the cache, or huggingface_hub is not installed.
     """
     repository, _, revision = name.partition("@")
     try:
-        if "\0" in name or (revision and not relative(revision)):  # it is looked up as the name of a file
+        if "\0" in name or (revision and not is_safe_name(revision)):  # huggingface_hub opens a file of this name
             raise ValueError(f"{revision!r} is no branch, tag or commit")
         from huggingface_hub import snapshot_download
 
-        files = _FILES if what == "adapter" else None
+        files = _ADAPTER_FILES if kind == "adapter" else None
         return Path(
             snapshot_download(repository, revision=revision or None, local_files_only=True, allow_patterns=files)
         )
@@ -40,9 +40,9 @@ def cached(name: str, what: str = "adapter") -> Path:
         ) from error
     except (OSError, ValueError) as error:
         raise FormatError(
-            f"There is no such file or folder, and no {what} of this name in the local Hugging Face cache.",
+            f"There is no such file or folder, and no {kind} of this name in the local Hugging Face cache.",
             file=name,
-            expected="a path, or OWNER/NAME or OWNER/NAME@REVISION of what was downloaded",
+            expected="a path, or OWNER/NAME or OWNER/NAME@REVISION of a download",
             found=str(error).partition(". ")[0],
             remedy=f"check the path, or download it first: hf download {repository}"
             + (f" --revision {revision}" if revision else ""),

@@ -1,4 +1,4 @@
-"""Layer names across dialects: diffusers knows them, and is loaded only when two dialects meet."""
+"""Layer names across dialects: diffusers knows them, and is imported only when two dialects meet."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
 
 def key_map(adapters: Sequence[Adapter]) -> KeyMap:
-    """What `core.layers.align.align` asks for.
+    """The key map that `core.layers.align.align` takes, made by diffusers.
 
     Raises:
         MergeError: diffusers is not installed.
     """
-    return _diffusers().key_map(adapters)
+    return _layer_names().key_map(adapters)
 
 
-def names_for_format(adapter: Adapter, format: str) -> Adapter:
-    """The adapter under names the format can say; unchanged where it has them.
+def rename_for_format(adapter: Adapter, format: str) -> Adapter:
+    """The adapter under module names of the format; the adapter itself if they are already.
 
     Raises:
         MergeError: diffusers is not installed, or has no such names.
     """
     from ..core.formats import FORMATS
 
-    if format not in ("diffusers", "kohya") or all(FORMATS[format].fits(name) for name in adapter.layers):
+    if format not in ("diffusers", "kohya") or all(FORMATS[format].is_native_name(name) for name in adapter.layers):
         return adapter
-    return _diffusers().to_diffusers(adapter) if format == "diffusers" else _diffusers().to_kohya(adapter)
+    return _layer_names().to_diffusers(adapter) if format == "diffusers" else _layer_names().to_kohya(adapter)
 
 
-def _diffusers() -> Any:
+def _layer_names() -> Any:
     try:
         return importlib.import_module("..diffusers.layer_names", __name__)
     except ImportError as error:

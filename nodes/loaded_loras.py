@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..core import formats
 from ..core.adapter import Adapter, Source
-from ..core.layers.align import Resolver, align
+from ..core.layers.align import KeyMapResolver, align
 from ..core.layers.keymap import ParameterSlice
 from ..core.merge.cache import GramCache
 from .graph_lora import GraphLora
@@ -69,7 +69,7 @@ def read_files(loras: Sequence[GraphLora]) -> LoadedLoras:
     return LoadedLoras(adapters, originals, renamed)
 
 
-def file_key_map() -> Resolver | None:
+def file_key_map() -> KeyMapResolver | None:
     """diffusers' key map for `align`, or ``None`` where diffusers is not installed."""
     try:
         return importlib.import_module("...hosts.diffusers.layer_names", __name__).key_map

@@ -18,7 +18,7 @@ import legomole
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.trained import TrainedGates
 from legomole.hosts.diffusers.layer_names import to_kohya
-from legomole.hosts.diffusers.mixing import _Router
+from legomole.hosts.diffusers.mixing import _PromptRouter
 
 from .cli.test_gates import SMALL
 from .hosts.diffusers import tiny_pipelines as tiny
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:style. 1 layers are of text encoders")
+@pytest.mark.filterwarnings("ignore:style. 1 layers belong to text encoders")
 def test_the_page_works_from_top_to_bottom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, routed, training, using, masks, freezing, text = blocks("mole.md", "python")
     (commands,) = blocks("mole.md", "sh")
@@ -62,8 +62,8 @@ def test_the_page_works_from_top_to_bottom(folder: Path, monkeypatch: pytest.Mon
     assert not torch.equal(pixels, base)
 
     seen: list[list[list[float]]] = []
-    values = _Router.values
-    monkeypatch.setattr(_Router, "values", lambda self, t: seen.append((v := values(self, t)).tolist()) or v)
+    values = _PromptRouter.gates_for
+    monkeypatch.setattr(_PromptRouter, "gates_for", lambda self, t: seen.append((v := values(self, t)).tolist()) or v)
     exec(routed, names)
     assert seen[0] == [[0.0, 0.0], [0.0, 1.0]]  # "this picture is painted by the second LoRA alone"
 

@@ -19,8 +19,8 @@ from legomole.core.recipes.remote import RemoteInputs
 from legomole.core.recipes.run import run
 from legomole.core.recipes.text import recipe_to_text
 from legomole.core.train.fit import FitRecord, _resume
-from legomole.hosts.hub import cached
-from legomole.hosts.names import key_map, names_for_format
+from legomole.hosts.hub import cached_folder
+from legomole.hosts.names import key_map, rename_for_format
 from legomole.hosts.transformers.training import load_model
 from typer.testing import CliRunner
 
@@ -58,7 +58,7 @@ def readings(case: Case, number: int) -> Iterator[tuple[str, Callable[[], object
         yield "load a model", lambda: load_model(path)
     else:
         yield "read the recipe", lambda: recipe_to_text(read_recipe(path))
-        yield "carry out", lambda: run(read_recipe(path), folder=folder, find_cached=cached)
+        yield "carry out", lambda: run(read_recipe(path), folder=folder, find_cached=cached_folder)
     if case.kind in ("lora", "folder", "gates", "recipe"):
         # one of the ways to look at it: the command line is slower than all the rest
         yield (
@@ -75,7 +75,7 @@ def _merged(path: Path, method: str, convert_rank: int | None) -> object:
     entries = [Input(path=path.name), Input(path=other.name, weight=-0.5)]
     recipe = Recipe(method=method if method != "calibrated" else "lego", settings=rank, inputs=entries,
                     convert_rank=convert_rank)  # fmt: skip
-    result = run(recipe, folder=path.parent, key_map=key_map, names_for_format=names_for_format)
+    result = run(recipe, folder=path.parent, key_map=key_map, rename_for_format=rename_for_format)
     written = save(result.adapter, path.parent / "merged", dtype=torch.float32)
     read = load(written)  # what was written must be sound
     if set(read.modules) != set(result.adapter.modules):
@@ -85,7 +85,7 @@ def _merged(path: Path, method: str, convert_rank: int | None) -> object:
 
 def _saved(path: Path, format: str, folder: Path) -> object:
     adapter = load(path, convert_rank=4)
-    return load(save(names_for_format(adapter, format), folder / "saved", format=format))
+    return load(save(rename_for_format(adapter, format), folder / "saved", format=format))
 
 
 def _calibrated(path: Path) -> object:

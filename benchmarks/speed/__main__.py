@@ -26,7 +26,7 @@ from ..llm.many import measure
 from . import report
 from .cases import CASES, LARGE, PLAIN, Case
 from .sampled import SAMPLED
-from .whole import WHOLE, weights_of
+from .whole import WHOLE, weight_files
 
 _HERE = Path(__file__).parent
 _IMPORTED = {"legomole": "scipy.cluster.hierarchy", "peft": "peft"}  # what tools import when they first need it
@@ -80,7 +80,7 @@ def _measured(
 ) -> tuple[list[report.Row], float | None]:
     """The rows of a case, and our inertia over scikit-learn's on the same units."""
     for path in case.write(work):
-        weights_of(path).read_bytes()  # into the system's cache
+        weight_files(path).read_bytes()  # into the system's cache
     os.sync()  # what is still to be written would disturb the first tool
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
     peak = dict.fromkeys(tools, 0.0)

@@ -18,13 +18,13 @@ from .cases import Case
 Tool = Callable[[Case, Sequence[Path], Path], None]
 
 
-def weights_of(path: Path) -> Path:
+def weight_files(path: Path) -> Path:
     return path / "adapter_model.safetensors" if path.is_dir() else path
 
 
 def floor(case: Case, paths: Sequence[Path], out: Path) -> None:
     """Read every number of the inputs once, and write a file of the output's size; no other work."""
-    files = [load_file(weights_of(path)) for path in paths]
+    files = [load_file(weight_files(path)) for path in paths]
     for file in files:
         for tensor in file.values():
             tensor.clone()  # the file is mapped: only now its bytes are read
@@ -74,7 +74,7 @@ def peft_model(case: Case, paths: Sequence[Path]) -> Any:
         else:
             model.add_adapter(str(i), config, low_cpu_mem_usage=True)
         state: dict[str, Tensor] = {}
-        for key, tensor in load_file(weights_of(path)).items():
+        for key, tensor in load_file(weight_files(path)).items():
             module, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
             if module in names and kind != "alpha":
                 factor = {"lora_down": "lora_A", "lora_up": "lora_B"}.get(kind, kind)

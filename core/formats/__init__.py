@@ -1,4 +1,4 @@
-"""LoRA files: read into an Adapter, written from one. A format is a file here and a row in `FORMATS`."""
+"""Read LoRA files into an `Adapter` and write them from one. Each format is a module here and a row in `FORMATS`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from . import files, hashes, peft_folder
 from .base import Format
 from .comfy import Comfy
 from .diffusers import Diffusers
+from .file_changes import raise_if_changed
 from .kohya import Kohya
 from .peft import Peft
-from .peft_folder import Folder, folder_of, read_folder
+from .peft_folder import PeftFolder, find_peft_folder, read_peft_folder
 from .suffixes import classify
-from .unchanged import unchanged
-from .writing import cast_adapter, folded
+from .writing import cast_adapter, fold_scale
 
 __all__ = [
     "FORMATS",
@@ -37,80 +37,81 @@ __all__ = [
     "save",
     "summarise",
     "to_state_dict",
-    "weights_of",
+    "weight_files",
 ]
 
 _PEFT = Peft()
 FORMATS: dict[str, Format] = {"kohya": Kohya(), "peft": _PEFT, "comfy": Comfy(), "diffusers": Diffusers()}
-"""In the order of detection; the last takes whatever is left."""
+"""In the order of detection; the last one matches everything."""
 
 
-def load(path: str | Path, *, convert_rank: int | None = None, known: bool = False) -> Adapter:
+def load(path: str | Path, *, convert_rank: int | None = None, verify: bool = True) -> Adapter:
     """Read a LoRA: a safetensors file of any format, or a PEFT folder.
 
     The tensors keep their dtype and are views of the memory-mapped file.
 
     Args:
-        path: File or folder. The weights of a PEFT folder, or a part of them, mean the folder.
-        convert_rank: Turn LoHa, LoKr and full deltas into low-rank updates of this rank (exactly factorised, then the
+        path: File or folder. The weight file of a PEFT folder, or one of its shards, stands for the folder.
+        convert_rank: Convert LoHa, LoKr and full deltas to low-rank updates of this rank (exactly factorised, then the
             best approximation of that rank). ``None`` refuses them.
-        known: The file was loaded before, or is checked and hashed by the caller: the time for that is saved.
+        verify: Check that all values are finite, and hash the file. ``False`` saves that time where the file was
+            loaded before, or the caller does both.
 
     Raises:
-        FormatError: Whatever keeps the file from being a sound, finite LoRA; names the file and the key.
+        FormatError: The file is not a valid LoRA with finite values; the error names the file and the key.
         MergeError: Not enough memory.
     """
     path = Path(path)
-    with unchanged([path]):
-        return _loaded(path, convert_rank, known)
+    with raise_if_changed([path]):
+        return _load(path, convert_rank, verify)
 
 
-def _loaded(path: Path, convert_rank: int | None, known: bool) -> Adapter:
-    folder = _folder(path)
-    weights = _weights(path, folder)
+def _load(path: Path, convert_rank: int | None, verify: bool) -> Adapter:
+    folder = _peft_folder(path)
+    weights = _weight_files(path, folder)
     tensors, metadata = files.read_tensors(*weights)
     source = Source(str(path), "", "" if folder is None else _PEFT.name)
     if folder is not None:
-        folder.demand_all(tensors)
+        folder.check_complete(tensors)
         metadata[CONFIG_KEY] = folder.config
-    with report_out_of_memory(), hashes.hash_in_background([] if known else [weights]) as hashed:
+    with report_out_of_memory(), hashes.hash_in_background([weights] if verify else []) as hashed:
         adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
-        if known:
+        if not verify:
             return adapter
         adapter.check_finite()
         return adapter.sourced(sha256=hashed[0].result())
 
 
-def weights_of(path: Path) -> tuple[Path, ...]:
-    """The files that hold the numbers of a LoRA: itself, or those of a PEFT folder.
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files with the tensors of a LoRA: the file itself, or those of a PEFT folder.
 
     Raises:
-        FormatError: A path without a LoRA.
+        FormatError: There is no LoRA under this path.
     """
-    return _weights(path, _folder(path))
+    return _weight_files(path, _peft_folder(path))
 
 
-def _weights(path: Path, folder: Folder | None) -> tuple[Path, ...]:
+def _weight_files(path: Path, folder: PeftFolder | None) -> tuple[Path, ...]:
     return (path,) if folder is None else folder.weights
 
 
 def fingerprint(path: str | Path) -> str:
-    """Tells LoRAs apart by their size, their beginning and their end, in a moment however large they are.
+    """Hash of the size, the beginning and the end of a LoRA's files: quick for files of any size.
 
     Raises:
-        FormatError: A path without a LoRA.
+        FormatError: There is no LoRA under this path.
     """
     path = Path(path)
-    folder = _folder(path)
-    return hashes.fingerprint(*_weights(path, folder), text="" if folder is None else folder.config)
+    folder = _peft_folder(path)
+    return hashes.fingerprint(*_weight_files(path, folder), text="" if folder is None else folder.config)
 
 
-def _folder(path: Path) -> Folder | None:
-    """The PEFT folder that is meant, ``None`` for any other file."""
+def _peft_folder(path: Path) -> PeftFolder | None:
+    """The PEFT folder that a path stands for, ``None`` for any other file."""
     try:
-        found = folder_of(path)
-        return None if found is None else read_folder(found)
-    except OSError as error:  # e.g. a name that is too long for the system
+        folder = find_peft_folder(path)
+        return None if folder is None else read_peft_folder(folder)
+    except OSError as error:  # e.g. a name that is too long for the file system
         raise FormatError("The path cannot be used.", file=path, found=error.strerror or str(error)) from error
 
 
@@ -118,18 +119,18 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
     """Write a LoRA, atomically and with the same bytes every time.
 
     Args:
-        adapter: Its module names must be those of the format.
-        path: A file, ``.safetensors`` is added where it is missing; for ``peft`` a folder, or a file if the adapter
-            came from a lone file, without a configuration.
-        format: A name in `FORMATS`; default that of the adapter's source, else told from the names.
-        dtype: Of factors and diffs; default their own.
+        adapter: The LoRA; its module names must be those of the format.
+        path: A file, ``.safetensors`` is appended where it is missing; for ``peft`` a folder, or a file if the adapter
+            came from a single file without a configuration.
+        format: A key in `FORMATS`; default the format of the adapter's source, else detected from the names.
+        dtype: Dtype of factors and diffs; default their own.
 
     Returns:
         The path written.
 
     Raises:
-        SaveError: Names the format cannot say, numbers the dtype cannot hold, or a path that cannot be written.
-            Nothing is left behind and an old file stays whole.
+        SaveError: The format cannot store a name, the dtype cannot hold a value, or the path cannot be written.
+            Nothing is left behind and an existing file stays as it was.
     """
     path = Path(path)
     configured = _PEFT.name if CONFIG_KEY in adapter.metadata else ""
@@ -137,12 +138,12 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
     chosen = _format(format)
     if dtype is not None:
         adapter = cast_adapter(adapter, dtype)
-    # a PEFT file that came without a configuration is written without one; its readers take the scale for 1
-    lone = format == adapter.source.format == _PEFT.name and not configured and path.suffix == ".safetensors"
-    if lone:
-        adapter = replace(adapter, modules={name: folded(part, name) for name, part in adapter.modules.items()})
+    # a PEFT file that came without a configuration is written without one; its readers assume scale 1
+    single_file = format == adapter.source.format == _PEFT.name and not configured and path.suffix == ".safetensors"
+    if single_file:
+        adapter = replace(adapter, modules={name: fold_scale(part, name) for name, part in adapter.modules.items()})
     state, metadata = chosen.write(adapter)
-    if lone or format != _PEFT.name:
+    if single_file or format != _PEFT.name:
         if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
             raise SaveError("LoRAs are written as safetensors only.", file=path, expected="a name ending .safetensors")
         path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
@@ -167,16 +168,16 @@ def from_state_dict(
     source: Source | None = None,
     convert_rank: int | None = None,
 ) -> Adapter:
-    """An adapter from tensors by key, e.g. what another program has loaded.
+    """Make an adapter from tensors by key, e.g. from what another program has loaded.
 
     Args:
-        state_dict: Keys of any format.
-        metadata: The file's strings. A PEFT configuration is expected as JSON under ``adapter_config``.
-        source: Where it comes from; its format is detected unless it says one.
+        state_dict: Tensors under the keys of any format.
+        metadata: The file's string metadata. A PEFT configuration is expected as JSON under ``adapter_config``.
+        source: Where the tensors come from; the format is detected unless the source names one.
         convert_rank: See `load`.
 
     Raises:
-        FormatError: As `load`, but numbers are not checked to be finite.
+        FormatError: As `load`, but values are not checked to be finite.
     """
     source = source or Source()
     if not source.format:
@@ -185,16 +186,16 @@ def from_state_dict(
 
 
 def to_state_dict(adapter: Adapter, format: str) -> dict[str, Tensor]:
-    """The tensors a file of the format would hold.
+    """The tensors that a file of the format would hold.
 
     Raises:
-        SaveError: Names the format cannot say.
+        SaveError: The format cannot store a name.
     """
     return _format(format).write(adapter)[0]
 
 
 def detect(keys: Mapping[str, object] | list[str]) -> str:
-    """The name of the format that keys (or module names) are of."""
+    """The name of the format to which keys (or module names) belong."""
     return next(name for name, format in FORMATS.items() if format.matches(keys))
 
 
@@ -206,18 +207,18 @@ def _format(name: str) -> Format:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a file holds, told from its header alone: works for files that cannot be merged too.
+    """The contents of a file according to its header alone; also for files that cannot be merged.
 
     Args:
-        path: As named by the user.
+        path: The path as the user gave it.
         format: The format's name.
-        modules: How many modules have an update of any kind.
-        roles: How many keys of each role (``down``, ``up``, ``alpha``, ``lokr_w1`` ...).
-        ranks: How many modules of each rank.
-        dtypes: How many tensors of each dtype.
-        others: Keys that are no part of an update.
+        modules: Number of modules with an update of any kind.
+        roles: Number of keys of each role (``down``, ``up``, ``alpha``, ``lokr_w1`` ...).
+        ranks: Number of modules of each rank.
+        dtypes: Number of tensors of each dtype.
+        others: Keys that are not part of an update.
         names: The module names, sorted.
-        metadata: The file's strings; a PEFT folder's configuration under ``adapter_config``.
+        metadata: The file's string metadata; a PEFT folder's configuration under ``adapter_config``.
     """
 
     path: str
@@ -232,14 +233,14 @@ class Summary:
 
 
 def summarise(path: str | Path) -> Summary:
-    """Look into a LoRA file or PEFT folder without reading its tensors.
+    """Summarise a LoRA file or PEFT folder without reading its tensors.
 
     Raises:
-        FormatError: A file that is not a sound safetensors file.
+        FormatError: The file is not a valid safetensors file.
     """
     path = Path(path)
-    folder = _folder(path)
-    header = files.read_header(*_weights(path, folder))
+    folder = _peft_folder(path)
+    header = files.read_header(*_weight_files(path, folder))
     roles, others = classify(header.shapes)
     ranks = Counter(
         header.shapes[keys["down"]][0] for keys in roles.values() if header.shapes.get(keys.get("down", ""))

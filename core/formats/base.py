@@ -1,4 +1,4 @@
-"""What a format is: how to tell it, read it and write it."""
+"""The interface of a format: detect, read and write LoRA files of one dialect."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ..adapter import Adapter, Source
 
 
 class Format(Protocol):
-    """A way of naming and storing the tensors of a LoRA."""
+    """One way to name and store the tensors of a LoRA."""
 
     @property
     def name(self) -> str:
-        """Its name in ``FORMATS``."""
+        """The key in ``FORMATS``."""
         ...
 
     def matches(self, keys: Collection[str]) -> bool:
         """Whether a file with these keys is of this format. The first match in ``FORMATS`` counts."""
         ...
 
-    def fits(self, module: str) -> bool:
-        """Whether a module name is one of the format's own."""
+    def is_native_name(self, module: str) -> bool:
+        """Whether a module name belongs to the format's own dialect."""
         ...
 
-    def carries(self, module: str) -> bool:
-        """Whether the format can say a module name, its own or one that its files have been seen with."""
+    def can_store_name(self, module: str) -> bool:
+        """Whether the format can store a module name: a native one, or one that occurs in files of the format."""
         ...
 
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:
-        """Raises: FormatError."""
+        """The adapter in a file's tensors. Raises: FormatError."""
         ...
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""ComfyUI's own: dotted paths (``diffusion_model.``, ``text_encoders.``) with ``lora_down``, ``lora_up``, ``alpha``."""
+"""ComfyUI's format: dotted paths (``diffusion_model.``, ``text_encoders.``), ``lora_down``, ``lora_up``, ``alpha``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from . import reading, writing
 
 
 class Comfy:
-    """Written by ComfyUI's trainer, lightx2v and others. ComfyUI knows most other names too, so any name fits."""
+    """Written by ComfyUI's trainer, lightx2v and others. ComfyUI reads most other names too, so any name is allowed."""
 
     name = "comfy"
 
     def matches(self, keys: Collection[str]) -> bool:
         return any(key.startswith(("diffusion_model.", "text_encoders.")) or ".lora_down." in key for key in keys)
 
-    def fits(self, module: str) -> bool:
+    def is_native_name(self, module: str) -> bool:
         return True
 
-    def carries(self, module: str) -> bool:
-        return self.fits(module)
+    def can_store_name(self, module: str) -> bool:
+        return self.is_native_name(module)
 
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
@@ -30,4 +30,4 @@ class Comfy:
         return reading.assemble(tensors, metadata, source, convert_rank=convert_rank)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return writing.with_alpha(adapter), writing.strings(adapter.metadata)
+        return writing.state_dict_with_alpha(adapter), writing.string_metadata(adapter.metadata)

@@ -16,48 +16,47 @@ from .peft_config import PeftScale
 
 _CONFIG = "lora_adapter_metadata"
 _NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\d+)?)\..+")
-
-# names of other dialects; any other dotted path is carried as the file had it (bare names, base_model.model.)
-_FOREIGN = ("lora_", "lycoris_", "oft_", "diffusion_model.", "text_encoders.")
+# prefixes of other dialects; any other dotted path can be stored (bare paths, base_model.model.)
+_FOREIGN_PREFIXES = ("lora_", "lycoris_", "oft_", "diffusion_model.", "text_encoders.")
 
 
 class Diffusers:
-    """Written by diffusers, ai-toolkit, SimpleTuner and many trainers. The fallback for names nobody else claims."""
+    """Written by diffusers, ai-toolkit, SimpleTuner and many trainers. The fallback for all remaining names."""
 
     name = "diffusers"
 
     def matches(self, keys: Collection[str]) -> bool:
         return True
 
-    def fits(self, module: str) -> bool:
+    def is_native_name(self, module: str) -> bool:
         return _NAME.fullmatch(module) is not None
 
-    def carries(self, module: str) -> bool:
-        return not module.startswith(_FOREIGN)
+    def can_store_name(self, module: str) -> bool:
+        return not module.startswith(_FOREIGN_PREFIXES)
 
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:
-        return reading.assemble(
-            tensors, metadata, source, convert_rank=convert_rank, alpha_of=_scales(metadata, source)
-        )
+        alpha_of = _alpha_lookup(metadata, source)
+        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-        writing.demand_names(
-            adapter, self.name, self.carries, "unet.down_blocks.0... or transformer.transformer_blocks.0..."
+        writing.check_names(
+            adapter, self.name, self.can_store_name, "unet.down_blocks.0... or transformer.transformer_blocks.0..."
         )
         state: dict[str, Tensor] = {}
         for name, part in adapter.modules.items():
             down, up = writing.processor_keys(name) or (f"{name}.lora_A.weight", f"{name}.lora_B.weight")
-            state[down], state[up] = writing.factors(writing.folded(part, name))
-        for name, bias in writing.low_rank_bias(adapter, self.name).items():
+            state[down], state[up] = writing.unflatten(writing.fold_scale(part, name))
+        for name, bias in writing.lora_B_biases(adapter, self.name).items():
             state[f"{name}.lora_B.bias"] = bias
-        # the alpha of an input's configuration would scale again what is folded in
-        return writing.with_extras(state, adapter), {"format": "pt", **writing.strings(adapter.metadata, _CONFIG)}
+        # an input's configuration would apply its alpha a second time
+        metadata = {"format": "pt", **writing.string_metadata(adapter.metadata, _CONFIG)}
+        return writing.add_extras(state, adapter), metadata
 
 
-def _scales(metadata: Mapping[str, str], source: Source) -> reading.Scale | None:
-    """The alphas of the configuration diffusers stores: one flat JSON object, keys prefixed by the component."""
+def _alpha_lookup(metadata: Mapping[str, str], source: Source) -> reading.AlphaLookup | None:
+    """Alphas of the configuration that diffusers stores: one flat JSON object, keys prefixed by the component."""
     if _CONFIG not in metadata:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Safetensors files: opened lazily and with suspicion; written in a stream, atomically, always to the same bytes."""
+"""Safetensors files: checked before parsing, read lazily; written as a stream, atomically, always to the same bytes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from ..errors import FormatError, SaveError, name_some
 from .temporary import exclusive_lock, remove, swap_folders, temporary_name
 
-Writer = Callable[[BinaryIO, Path], None]  # (open file, the name it will have, for errors)
+Writer = Callable[[BinaryIO, Path], None]  # (open file, its final path for error messages)
 
-# Parsed headers cost some ten times their bytes; a LoRA's is below 1 MB, its training tags a few more.
+# A parsed header takes about ten times its bytes; that of a LoRA is below 1 MB, training tags add a few.
 _MAX_HEADER = 32 << 20
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _DTYPES = {
@@ -40,7 +40,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says about itself, without its tensors."""
+    """Shapes and dtypes of a file's tensors, and its metadata."""
 
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
@@ -48,10 +48,10 @@ class Header:
 
 
 def read_header(*paths: Path) -> Header:
-    """Names, shapes and dtypes of the tensors, and the metadata; reads no tensor.
+    """Read names, shapes and dtypes of the tensors, and the metadata; no tensor.
 
     Args:
-        paths: A file, or all parts of one whose tensors are spread over several.
+        paths: A file, or all of its shards.
 
     Raises:
         FormatError: See `read_tensors`.
@@ -60,9 +60,9 @@ def read_header(*paths: Path) -> Header:
     dtypes: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        with _opened(path) as file:
+        with _open_safetensors(path) as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            _demand_new(slices, shapes, path)
+            _check_no_duplicates(slices, shapes, path)
             shapes |= {key: tuple(part.get_shape()) for key, part in slices.items()}
             dtypes |= {key: part.get_dtype() for key, part in slices.items()}
             metadata |= file.metadata() or {}
@@ -70,52 +70,56 @@ def read_header(*paths: Path) -> Header:
 
 
 def read_tensors(*paths: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, memory-mapped (the system reads what is used), and the metadata.
+    """Read the tensors, memory-mapped (the system reads the pages that are used), and the metadata.
 
     Args:
-        paths: A file, or all parts of one whose tensors are spread over several.
+        paths: A file, or all of its shards.
 
     Raises:
-        FormatError: A file that does not exist, is empty, is cut off, is a pickle, or is not a safetensors file; a
-            tensor that two parts hold.
+        FormatError: A file does not exist, is empty, is truncated, is a pickle, or is not a safetensors file; or two
+            shards hold the same tensor.
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        with _opened(path) as file:
+        with _open_safetensors(path) as file:
             keys = sorted(file.keys())
-            _demand_new(keys, tensors, path)
+            _check_no_duplicates(keys, tensors, path)
             tensors |= {key: file.get_tensor(key) for key in keys}
             metadata |= file.metadata() or {}
     return tensors, metadata
 
 
-def _demand_new(keys: Iterable[str], known: Mapping[str, object], path: Path) -> None:
-    twice = [key for key in keys if key in known]
-    if twice:
-        raise FormatError("Two parts of the weights hold the same tensors.", file=path, found=name_some(twice, 3))
+def _check_no_duplicates(keys: Iterable[str], earlier: Mapping[str, object], path: Path) -> None:
+    duplicates = [key for key in keys if key in earlier]
+    if duplicates:
+        raise FormatError("Two shards of the weights hold the same tensors.", file=path, found=name_some(duplicates, 3))
 
 
 @contextmanager
-def _opened(path: Path) -> Generator[safe_open]:
-    inspect(path)
+def _open_safetensors(path: Path) -> Generator[safe_open]:
+    check_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
     except SafetensorError as error:
-        cut = "incomplete" in str(error).lower() or "InvalidOffset" in str(error)
+        truncated = "incomplete" in str(error).lower() or "InvalidOffset" in str(error)
         raise FormatError(
-            "The file is cut off or its header is wrong." if cut else "The file is not a sound safetensors file.",
+            "The file is cut off or its header is wrong." if truncated else "The file is not a valid safetensors file.",
             file=path,
             found=str(error),
             remedy="download or export it again",
         ) from error
-    except (OSError, AttributeError, KeyError, ValueError) as error:  # e.g. a dtype this torch does not know
+    except (OSError, AttributeError, KeyError, ValueError) as error:  # e.g. a dtype that this torch lacks
         raise FormatError("The file cannot be read.", file=path, found=f"{type(error).__name__}: {error}") from error
 
 
-def inspect(path: Path) -> None:
-    """The cheap checks that need no parser, each with its own error."""
+def check_file(path: Path) -> None:
+    """Raise unless the size and the first bytes of a file are those of a safetensors file.
+
+    Raises:
+        FormatError: Each check has its own error.
+    """
     if not path.exists():
         raise FormatError("There is no such file.", file=path, remedy="check the path")
     if not path.is_file():
@@ -132,7 +136,7 @@ def inspect(path: Path) -> None:
         raise FormatError("The file cannot be read.", file=path, found=error.strerror or str(error)) from error
     if size == 0:
         raise FormatError("The file is empty.", file=path, remedy="download or export it again")
-    pickled = head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"  # also a header of 640, 896, .. bytes
+    pickled = head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"  # or a safetensors header of 640, 896, .. bytes
     if head[:4] == b"PK\x03\x04" or (pickled and head[8:9] != b"{"):
         raise _pickle(path)
     length = int.from_bytes(head[:8], "little")
@@ -167,10 +171,10 @@ def _pickle(path: Path) -> FormatError:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write one safetensors file, atomically: either all of it or nothing, an old file stays until the last moment.
+    """Write one safetensors file atomically: an existing file is replaced when the new one is complete.
 
     Raises:
-        SaveError: A folder that is missing or not writable, a full disk, a dtype the format does not know.
+        SaveError: The folder is missing or not writable, the disk is full, or a dtype has no safetensors name.
     """
     with _temporary_sibling(path) as temporary:
         with temporary.open("xb") as file:
@@ -180,7 +184,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write any file, atomically, see `write_tensors`."""
+    """Write any file atomically, see `write_tensors`."""
     with _temporary_sibling(path) as temporary:
         with temporary.open("xb") as file:
             file.write(content)
@@ -189,11 +193,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
-    """Write the named files of a folder; a folder that does not exist yet appears whole or not at all.
+    """Write the named files of a folder; a new folder appears complete or not at all.
 
-    A folder that exists is swapped for the new one as a whole, with its other files. Where the system cannot do that,
-    its files are replaced in turn, all of them written before; the last one is taken away first and comes last: a
-    folder that has it is of one piece, whenever the work is interrupted.
+    An existing folder is swapped for the new one, its other files included. Where the system cannot swap folders, the
+    files are replaced one by one after all have been written. The last of them is removed first and replaced last:
+    a folder that contains it is consistent, whenever the process is interrupted.
     """
     with _temporary_sibling(path) as temporary:
         temporary.mkdir()
@@ -204,31 +208,31 @@ def write_folder(path: Path, writers: Mapping[str, Writer]) -> None:
         if not path.is_dir():
             temporary.replace(path)
         elif not swap_folders(temporary, path):
-            with exclusive_lock(path):  # or the weights of one process could meet the configuration of another
+            with exclusive_lock(path):  # or weights of one process could end up beside the configuration of another
                 _replace_files(temporary, path, list(writers))
 
 
 def _replace_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    last, kept = target / names[-1], source / "replaced"
+    last, backup = target / names[-1], source / "replaced"
     if last.exists():
-        last.replace(kept)
+        last.replace(backup)
     try:
         (source / names[0]).replace(target / names[0])
-    except OSError:  # e.g. on Windows, when somebody has it open: all is as it was
-        if kept.exists():
-            kept.replace(last)
+    except OSError:  # e.g. on Windows, where another program has it open: restore the old state
+        if backup.exists():
+            backup.replace(last)
         raise
     for name in names[1:]:
         (source / name).replace(target / name)
 
 
 def tensor_writer(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Writer:
-    """A writer for `write_folder`."""
+    """A `write_folder` writer of a safetensors file."""
     return lambda file, path: _serialise(file, path, tensors, metadata)
 
 
 def text_writer(text: str) -> Writer:
-    """A writer for `write_folder`."""
+    """A `write_folder` writer of a UTF-8 text file."""
 
     def write(file: BinaryIO, path: Path) -> None:
         file.write(text.encode())
@@ -238,7 +242,7 @@ def text_writer(text: str) -> Writer:
 
 @contextmanager
 def _temporary_sibling(path: Path) -> Generator[Path]:
-    """A temporary name beside `path`, gone at the end whatever happens; errors of the system become `SaveError`."""
+    """A temporary name beside `path`, removed at the end in any case; `OSError` becomes `SaveError`."""
     if not path.parent.is_dir():
         raise SaveError(
             "The output folder does not exist.", file=path, expected=f"a folder {path.parent}", remedy="create it first"
@@ -265,8 +269,8 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _serialise(file: BinaryIO, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Header and tensors in a fixed order. The library's own writer holds a second copy of everything in memory."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # wide dtypes first keeps alignment
+    """Write header and tensors in a fixed order. (The library's own writer needs a second copy of all tensors.)"""
+    order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))  # wide dtypes first keep the alignment
     header: dict[str, object] = {"__metadata__": {key: str(metadata[key]) for key in sorted(metadata)}}
     offset = 0
     for key in order:

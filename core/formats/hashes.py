@@ -1,4 +1,4 @@
-"""Hashes of files, to know them again."""
+"""Hashes that identify files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from .files import inspect
+from .files import check_file
 
 
 def sha256(*paths: Path) -> str:
-    """The hash of a file's bytes; of several, of all their bytes in this order."""
+    """The SHA-256 of a file's bytes; for several files, of their bytes one after the other."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -24,7 +24,7 @@ def sha256(*paths: Path) -> str:
 
 @contextmanager
 def hash_in_background(files: Sequence[Sequence[Path]]) -> Generator[list[Future[str]]]:
-    """The hashes of LoRAs, each of one or several files, made in a thread of their own beside the block."""
+    """The SHA-256 of LoRAs of one or several files each, computed in a thread while the block runs."""
     pool = ThreadPoolExecutor(1)
     try:
         yield [pool.submit(sha256, *paths) for paths in files]
@@ -33,14 +33,14 @@ def hash_in_background(files: Sequence[Sequence[Path]]) -> Generator[list[Future
 
 
 def fingerprint(*paths: Path, text: str = "") -> str:
-    """The hash of the sizes of files, of the first and last megabyte of each, and of a text.
+    """The SHA-256 of the sizes of files, of the first and last MiB of each, and of a text.
 
     Raises:
-        FormatError: A file that cannot be read.
+        FormatError: A file cannot be read.
     """
     digest = hashlib.sha256(text.encode())
     for path in paths:
-        inspect(path)
+        check_file(path)
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             digest.update(str(size).encode())

@@ -19,13 +19,13 @@ class Kohya:
     name = "kohya"
 
     def matches(self, keys: Collection[str]) -> bool:
-        return any(self.fits(key.split(".", 1)[0]) for key in keys)
+        return any(self.is_native_name(key.split(".", 1)[0]) for key in keys)
 
-    def fits(self, module: str) -> bool:
+    def is_native_name(self, module: str) -> bool:
         return _NAME.fullmatch(module) is not None
 
-    def carries(self, module: str) -> bool:
-        return self.fits(module)
+    def can_store_name(self, module: str) -> bool:
+        return self.is_native_name(module)
 
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
@@ -33,12 +33,13 @@ class Kohya:
         return reading.assemble(tensors, metadata, source, convert_rank=convert_rank)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-        writing.demand_names(adapter, self.name, self.fits, "lora_unet_down_blocks_0_attentions_0_proj_in")
-        return writing.with_alpha(adapter), writing.strings(adapter.metadata) | _network(adapter)
+        writing.check_names(adapter, self.name, self.is_native_name, "lora_unet_down_blocks_0_attentions_0_proj_in")
+        metadata = writing.string_metadata(adapter.metadata) | _network_metadata(adapter)
+        return writing.state_dict_with_alpha(adapter), metadata
 
 
-def _network(adapter: Adapter) -> dict[str, str]:
-    """What kohya's tools look for, told from the factors; "Dynamic" is their word for ranks that differ by layer."""
+def _network_metadata(adapter: Adapter) -> dict[str, str]:
+    """Metadata that kohya's tools need, from the factors; "Dynamic" is their word for ranks that differ by layer."""
     ranks = {part.rank for part in adapter.modules.values()}
     alphas = {float(part.rank if part.alpha is None else part.alpha) for part in adapter.modules.values()}
     return {

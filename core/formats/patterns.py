@@ -1,102 +1,116 @@
-"""Patterns of a PEFT configuration: regular expressions of a stranger's, matched without giving him the time.
+"""``rank_pattern`` and ``alpha_pattern`` of a PEFT configuration: untrusted regular expressions, bounded in time.
 
-PEFT looks for the first key of ``rank_pattern`` (or ``alpha_pattern``) for which ``(.*\\.)?(KEY)$`` matches a layer's
-name. Nearly all keys are names with a few dots and escapes: those are looked up. The rest goes to `re`, which is slow
-without a limit for some expressions, so only simple ones may.
+Nearly all keys are names of layers: those are looked up in a dict. Other expressions are matched by the `regex`
+package, which has a timeout.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import regex
+
 from ..errors import FormatError
 
-_NAME = re.compile(r"(\^?)((?:[\w\-/]|\.|\\[^\w\s])*)\$?")  # fixed length: letters, any one character, escapes
-_PIECE = re.compile(r"\\?.")
-_CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]")
-_MOST_CHOICES = 4  # quantifiers, and groups, of one expression
-_MOST_WORK = 3e9  # steps of all matching, as if every one went wrong; seconds, as it is never that bad
+_MAX_NAME = 1000  # characters of a key that is looked up
+_MAX_SIZE = 100_000  # characters of all expressions of a table, counted repetitions written out
+_MAX_SECONDS = 5.0  # processor time to look up all modules in a table
+# A key of a fixed length: ordinary characters, escaped ones, and dots, which match any character.
+_NAME = re.compile(rf"(\^?)((?:[^\\^$|?*+()\[\]{{}}]|\\\W){{0,{_MAX_NAME}}})\$?")
+_ESCAPED = re.compile(r"\\(\W)")
+_COUNT = re.compile(r"\{(\d*)")
+# Any other brace is literal for `re`, but for `regex` a number of errors. Verbose mode hides counts from _COUNT.
+_UNUSUAL = re.compile(r"\{(?!\d*,?\d*\})|\(\?\w*x")
 
 
-class Patterns:
-    """The values that a table of patterns gives to layers.
+class PatternTable:
+    """Values for modules, by the first key for which ``(.*\\.)?(KEY)$`` matches the module's name, as in PEFT.
 
     Args:
         table: Regular expression -> value, in the order of precedence.
 
     Raises:
-        FormatError: No regular expression, or one that might never come to an end.
+        FormatError: A key is not a regular expression, or the expressions are too large.
     """
 
     def __init__(self, table: Mapping[str, Any]) -> None:
         self._values = list(table.values())
-        # (length, places where any character fits) -> name with those places blanked -> position in the table
-        self._tails: dict[tuple[int, tuple[int, ...]], dict[str, int]] = defaultdict(dict)
-        self._whole: dict[str, int] = {}  # from the start of the layer's name on
-        self._others: list[tuple[int, re.Pattern[str], int]] = []
-        self._work = 0.0
+        # (whether the key begins with ^, text that the key matches with its dots as dots) -> position in the table
+        self._names: dict[tuple[bool, str], int] = {}
+        # (whether the key begins with ^, length of that text) -> (position, number of dots in it, the expression)
+        self._dotted: dict[tuple[bool, int], list[tuple[int, int, str]]] = defaultdict(list)
+        self._expressions: list[tuple[int, regex.Pattern[str]]] = []
+        self._size = 0.0
+        self._seconds = 0.0
         for position, key in enumerate(table):
             match = _NAME.fullmatch(key)
-            pieces = _PIECE.findall(match[2]) if match else []
-            text = "".join(piece[-1] for piece in pieces)
-            places = tuple(i for i, piece in enumerate(pieces) if piece == ".")
-            if match is None or (match[1] and places):
-                self._others.append((position, *_compiled(key)))
-            elif match[1]:
-                self._whole.setdefault(text, position)
-            else:
-                self._tails[len(text), places].setdefault(_blanked(text, places), position)
+            if match is None:
+                self._expressions.append((position, self._compile(key)))
+                continue
+            anchored, expression = bool(match[1]), match[2]
+            text = _ESCAPED.sub(r"\1", expression)
+            self._names.setdefault((anchored, text), position)
+            if "." in _ESCAPED.sub("", expression):
+                self._dotted[anchored, len(text)].append((position, text.count("."), expression))
+
+    def _compile(self, key: str) -> regex.Pattern[str]:
+        # `regex` compiles a{1000} to a thousand copies of a
+        self._size += len(key) * math.prod(max(1.0, float(count or 1)) for count in _COUNT.findall(key))
+        if self._size > _MAX_SIZE or _UNUSUAL.search(key):
+            raise FormatError(
+                "The patterns in the configuration are too large or too unusual to be matched.",
+                expected=f"at most {_MAX_SIZE} characters, no verbose mode, and braces only for counts such as {{1,3}}",
+                found=key[:200],
+                remedy="name the layers instead",
+            )
+        expression = rf"(.*\.)?({key})$"
+        try:
+            re.compile(expression)  # PEFT uses `re`: refuses what only `regex` can do
+            return regex.compile(expression)
+        except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+            raise FormatError("A pattern in the configuration is not a regular expression.", found=key[:200]) from error
 
     def get(self, module: str, default: Any) -> Any:
-        """The value of the first pattern that matches a layer's name."""
-        found = [self._whole[module]] if module in self._whole else []
-        for (length, places), names in self._tails.items():
-            start = len(module) - length
-            if start == 0 or (start > 0 and module[start - 1] == "."):
-                position = names.get(_blanked(module[start:], places))
-                found += [] if position is None else [position]
-        first = min(found, default=len(self._values))
-        for position, pattern, choices in self._others:
+        """The value of the first key that matches the module's name.
+
+        Raises:
+            FormatError: Looking up the modules has taken too long.
+        """
+        started = time.thread_time()
+        try:
+            position = self._position(module)
+        except (TimeoutError, MemoryError):  # MemoryError: `regex` limits its stack to 1 GB
+            position, self._seconds = 0, math.inf
+        self._seconds += time.thread_time() - started
+        if self._seconds > _MAX_SECONDS:
+            raise FormatError(
+                "Matching the patterns in the configuration takes too long.",
+                expected=f"at most {_MAX_SECONDS:g} seconds for all modules",
+                found=f"{len(self._expressions)} regular expressions among {len(self._values)} keys",
+                remedy="name the layers instead",
+            )
+        return self._values[position] if position < len(self._values) else default
+
+    def _position(self, module: str) -> int:
+        """The position of the first key that matches; the length of the table if none does."""
+        tail = module[-_MAX_NAME - 1 :]
+        endings = [(True, module), (False, module)]  # of a.b.c these, and b.c and c
+        endings += [(False, tail[match.end() :]) for match in re.finditer(r"\.", tail)]
+        first = min((self._names[ending] for ending in endings if ending in self._names), default=len(self._values))
+        for anchored, text in endings:
+            real_dots = text.count(".")
+            for position, dots, expression in self._dotted.get((anchored, len(text)), ()):
+                # with as many dots as the key, the text is the key itself, which was looked up above
+                if position < first and real_dots < dots and re.fullmatch(expression, text):
+                    first = position
+        for position, expression in self._expressions:
             if position > first:
                 break
-            self._work += len(module) ** (1 + choices)
-            if self._work > _MOST_WORK:
-                raise FormatError(
-                    "Matching the configuration's patterns would take too long.",
-                    found=f"{len(self._others)} regular expressions, such as {self._others[0][1].pattern[:200]}",
-                    remedy="name the layers instead",
-                )
-            if pattern.match(module):
-                first = position
-                break
-        return self._values[first] if first < len(self._values) else default
-
-
-def _blanked(text: str, places: tuple[int, ...]) -> str:
-    if not places:
-        return text
-    letters = list(text)
-    for i in places:
-        letters[i] = "\0"
-    return "".join(letters)
-
-
-def _compiled(key: str) -> tuple[re.Pattern[str], int]:
-    """The expression for a whole name, and how many choices it has to try in turn."""
-    bare = _CLASS.sub("x", re.sub(r"\\.", "x", key)).replace("(?:", "(")
-    choices = len(re.findall(r"[*+?{]", bare)) + bare.count("(")
-    # a repeated group, or a look ahead or behind: from there on the time may double with every letter
-    if re.search(r"\)[*+{]|\(\?", bare) or re.search(r"\\\d", key) or choices > _MOST_CHOICES or len(key) > 2000:
-        raise FormatError(
-            "A pattern in the configuration is too involved: matching it might never end.",
-            expected=f"a layer's name, or at most {_MOST_CHOICES} of * + ? {{}} () and no group repeated",
-            found=key[:200],
-            remedy="name the layers instead",
-        )
-    try:
-        return re.compile(rf"(.*\.)?({key})$"), choices
-    except (re.error, OverflowError, RecursionError) as error:
-        raise FormatError("A pattern in the configuration is not a regular expression.", found=key[:200]) from error
+            if expression.match(module, timeout=max(_MAX_SECONDS - self._seconds, 0.001)):
+                return position
+        return first

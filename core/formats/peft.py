@@ -14,59 +14,59 @@ from torch import Tensor
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import SaveError, name_some
 from . import reading, writing
-from .peft_config import PREFIX, PeftScale, as_lora, parse
+from .peft_config import PREFIX, PeftScale, lora_config, parse_config
 from .suffixes import role_of
 
-# said of how an adapter was initialised or run; PEFT warns of them where they are set for nothing
-_OF_TRAINING = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config", "runtime_config")
+# settings of initialisation and training; PEFT warns where they are set without effect
+_TRAINING_SETTINGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config", "runtime_config")
 _PARAMETER = re.compile(r"(.+)\.(weight|bias)")
-# how a running PEFT model calls the parameters of layers it has wrapped
+# names of parameters of wrapped layers in a running PEFT model
 _WRAPPED = re.compile(r"(.+)\.(?:base_layer|modules_to_save\.default)\.(weight|bias)")
 
 
 class Peft:
-    """Written by PEFT. Names lose the wrapper's ``base_model.model.`` and get it back."""
+    """Written by PEFT. Reading removes the wrapper's prefix ``base_model.model.``, writing adds it again."""
 
     name = "peft"
 
     def matches(self, keys: Collection[str]) -> bool:
         return any(key.startswith(PREFIX) for key in keys)
 
-    def fits(self, module: str) -> bool:
+    def is_native_name(self, module: str) -> bool:
         return not module.startswith(("lora_unet_", "lora_te", "lycoris_", "diffusion_model.", "text_encoders."))
 
-    def carries(self, module: str) -> bool:
-        return self.fits(module)
+    def can_store_name(self, module: str) -> bool:
+        return self.is_native_name(module)
 
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:
-        """A lone file without a configuration has scale 1, as image programs read it."""
-        named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        """A single file without a configuration has scale 1, as in programs for image models."""
+        unprefixed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         alpha_of = None
         if CONFIG_KEY in metadata:
-            config = parse(metadata[CONFIG_KEY], source)
+            config = parse_config(metadata[CONFIG_KEY], source)
             scale = PeftScale.from_config(config, source)
             if config["peft_type"].upper() == "LORA":
                 alpha_of = scale
             else:
-                named = _scaled(named, scale)
-                metadata = {**metadata, CONFIG_KEY: json.dumps(as_lora(config), sort_keys=True)}
-        adapter = reading.assemble(named, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
+                unprefixed = _fold_scales(unprefixed, scale)
+                metadata = {**metadata, CONFIG_KEY: json.dumps(lora_config(config), sort_keys=True)}
+        adapter = reading.assemble(unprefixed, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
         originals = {key.removeprefix(PREFIX): key for key in tensors}
-        extras = {_plain(originals[key], tensors): tensor for key, tensor in adapter.extras.items()}
+        extras = {_unwrapped_key(originals[key], tensors): tensor for key, tensor in adapter.extras.items()}
         return Adapter(adapter.modules, adapter.diffs, extras, metadata, source)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-        writing.demand_names(adapter, self.name, self.fits, "model.layers.0.self_attn.q_proj")
+        writing.check_names(adapter, self.name, self.is_native_name, "model.layers.0.self_attn.q_proj")
         state: dict[str, Tensor] = {}
         for name, part in adapter.modules.items():
-            down, up = writing.factors(part)
+            down, up = writing.unflatten(part)
             if name.endswith(".lora_embedding"):
                 state[f"{PREFIX}{name}_A"], state[f"{PREFIX}{name}_B"] = down, up
             else:
                 state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = down, up
-        biases = writing.low_rank_bias(adapter, self.name)
+        biases = writing.lora_B_biases(adapter, self.name)
         embeddings = [name for name in biases if name.endswith(".lora_embedding")]
         if embeddings:
             raise SaveError(
@@ -77,24 +77,24 @@ class Peft:
         for name, bias in biases.items():
             part = adapter.modules[name]
             state[f"{PREFIX}{name}.lora_B.bias"] = bias if part.scale == 1.0 else _unscaled(bias, part.scale)
-        carried = replace(adapter, extras=self._placed(adapter))
-        return writing.with_extras(state, carried), {"format": "pt", **writing.strings(adapter.metadata, CONFIG_KEY)}
+        metadata = {"format": "pt", **writing.string_metadata(adapter.metadata, CONFIG_KEY)}
+        return writing.add_extras(state, replace(adapter, extras=self._wrapped_extras(adapter))), metadata
 
-    def _placed(self, adapter: Adapter) -> dict[str, Tensor]:
-        """What is carried along, under the keys that PEFT looks for it: layers with a LoRA are wrapped.
+    def _wrapped_extras(self, adapter: Adapter) -> dict[str, Tensor]:
+        """The extras under the keys where PEFT looks for them: layers with a LoRA are wrapped.
 
         Raises:
-            SaveError: A layer that is saved whole has a LoRA too: PEFT would leave that out without a word.
+            SaveError: A layer that is saved whole has a LoRA too, which PEFT would ignore silently.
         """
         layers = {name.removesuffix(".lora_embedding") for name in adapter.modules}
-        saved = _saved(_given(adapter), adapter)
-        inside = [layer for layer in layers if any(_lies_in(module, f"{layer}.weight") for module in saved)]
-        if inside:
+        saved = _saved_modules(_input_config(adapter), adapter)
+        both = [layer for layer in layers if any(_contains(module, f"{layer}.weight") for module in saved)]
+        if both:
             raise SaveError(
                 "One LoRA replaces a layer as a whole, another adds a LoRA to it: PEFT has no place for both.",
-                module=name_some(sorted(inside), 3),
+                module=name_some(sorted(both), 3),
                 found=f"modules_to_save {name_some(saved, 3)}",
-                remedy=f"leave the latter out there: --module-weight '*{min(inside)}*=0'",
+                remedy=f"leave the latter out there: --module-weight '*{min(both)}*=0'",
             )
         extras: dict[str, Tensor] = {}
         for key, tensor in adapter.extras.items():
@@ -104,25 +104,25 @@ class Peft:
         return extras
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
-        """The ``adapter_config.json`` of the adapter: what the inputs' said, but our own ranks, alphas and targets."""
-        kept = _given(adapter)
+        """The adapter's ``adapter_config.json``: entries of its input, its own ranks, alphas and targets."""
+        config = _input_config(adapter)
         if not any(".token_adapter." in key for key in adapter.extras):
-            kept.pop("trainable_token_indices", None)
+            config.pop("trainable_token_indices", None)
         layers = {name.removesuffix(".lora_embedding"): part for name, part in adapter.modules.items()}
-        r = _commonest(part.rank for part in layers.values())
+        r = _most_common(part.rank for part in layers.values())
         alphas = {name: _alpha(part) for name, part in layers.items()}
-        lora_alpha = _commonest(alphas.values())
+        lora_alpha = _most_common(alphas.values())
         return {
             "fan_in_fan_out": False,
-            **{key: value for key, value in kept.items() if key not in _OF_TRAINING},
-            "bias": kept.get("bias", "none") if any(key.endswith(".bias") for key in adapter.extras) else "none",
-            "modules_to_save": _saved(kept, adapter) or None,
+            **{key: value for key, value in config.items() if key not in _TRAINING_SETTINGS},
+            "bias": config.get("bias", "none") if any(key.endswith(".bias") for key in adapter.extras) else "none",
+            "modules_to_save": _saved_modules(config, adapter) or None,
             "peft_type": "LORA",
             "r": r,
             "lora_alpha": lora_alpha,
             "use_rslora": False,
             "use_dora": False,
-            # ^ and escapes: a bare name would also match every layer whose name ends with it
+            # without ^ a name would also match all layers whose names end with it
             "rank_pattern": {f"^{re.escape(name)}": part.rank for name, part in layers.items() if part.rank != r},
             "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != lora_alpha},
             "target_modules": sorted(layers),
@@ -135,31 +135,32 @@ class Peft:
         }
 
 
-def _given(adapter: Adapter) -> dict[str, Any]:
-    given = adapter.metadata.get(CONFIG_KEY)
-    return {} if given is None else parse(given, adapter.source)
+def _input_config(adapter: Adapter) -> dict[str, Any]:
+    """The configuration in the adapter's metadata, ``{}`` without one."""
+    text = adapter.metadata.get(CONFIG_KEY)
+    return {} if text is None else parse_config(text, adapter.source)
 
 
-def _plain(key: str, all_keys: Collection[str]) -> str:
-    """The key of a carried tensor as a model without PEFT calls it, unless the file has that one too."""
+def _unwrapped_key(key: str, all_keys: Collection[str]) -> str:
+    """The key of an extra as in a model without PEFT, unless the file has that key too."""
     match = _WRAPPED.fullmatch(key)
-    plain = key if match is None else f"{match[1]}.{match[2]}"
-    return key if plain in all_keys else plain
+    unwrapped = key if match is None else f"{match[1]}.{match[2]}"
+    return key if unwrapped in all_keys else unwrapped
 
 
-def _saved(config: Mapping[str, Any], adapter: Adapter) -> list[str]:
-    """The entries of ``modules_to_save`` that mean modules the adapter does carry."""
-    carried = [key.removeprefix(PREFIX) for key in adapter.extras]
-    return [name for name in config.get("modules_to_save") or () if any(_lies_in(name, key) for key in carried)]
+def _saved_modules(config: Mapping[str, Any], adapter: Adapter) -> list[str]:
+    """The entries of ``modules_to_save`` that match extras of the adapter."""
+    keys = [key.removeprefix(PREFIX) for key in adapter.extras]
+    return [name for name in config.get("modules_to_save") or () if any(_contains(name, key) for key in keys)]
 
 
-def _lies_in(module: str, key: str) -> bool:
-    """Whether the parameter `key` lies in what an entry of ``modules_to_save`` means."""
+def _contains(module: str, key: str) -> bool:
+    """Whether a parameter belongs to a module that an entry of ``modules_to_save`` matches."""
     return re.match(rf"(.*\.)?{re.escape(module)}\.", key) is not None
 
 
-def _scaled(tensors: Mapping[str, Tensor], scale: PeftScale) -> dict[str, Tensor]:
-    """The factors of a LoHa or LoKr with the scale in one of them: PEFT's is alpha / r whatever is decomposed."""
+def _fold_scales(tensors: Mapping[str, Tensor], scale: PeftScale) -> dict[str, Tensor]:
+    """Multiply the scale into one factor of each LoHa or LoKr; PEFT's is alpha / r, decomposed factors or not."""
     result: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         module, role = role_of(key) or ("", "")
@@ -169,7 +170,7 @@ def _scaled(tensors: Mapping[str, Tensor], scale: PeftScale) -> dict[str, Tensor
 
 
 def _unscaled(bias: Tensor, scale: float) -> Tensor:
-    # a scale of 0 silences the bias of B too, so none can be stored
+    # a scale of 0 also multiplies the bias of B, so no bias can be stored
     return bias if scale == 0.0 else (bias.float() / scale).to(bias.dtype)
 
 
@@ -178,7 +179,7 @@ def _alpha(part: Any) -> float | int:
     return int(alpha) if float(alpha).is_integer() else float(alpha)
 
 
-def _commonest(values: Any) -> Any:
-    """The value most layers have; the smallest of several such."""
+def _most_common(values: Any) -> Any:
+    """The most common value; the smallest of several equally common ones."""
     counts = Counter(values)
     return min(counts, key=lambda value: (-counts[value], value))

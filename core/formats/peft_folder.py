@@ -1,4 +1,4 @@
-"""A PEFT folder: which files make it up, and whether they are all there."""
+"""PEFT folders: find and read their files, and check that they are complete."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ..json_text import from_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# transformers writes parts of an adapter with the index of a whole model
+# transformers names the index of a sharded adapter like that of a whole model
 INDEXES = (f"{WEIGHTS}.index.json", "model.safetensors.index.json")
 _MAX_TEXT = 32 << 20  # bytes of a configuration or index
-_PART = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 
 
 @dataclass(frozen=True)
-class Folder:
+class PeftFolder:
     """The files of a PEFT adapter.
 
     Args:
-        weights: Its weight file, or all parts of it, sorted by name.
-        config: Text of its configuration.
-        index: Where the parts are listed, ``None`` for a single file. keys: The tensors it lists.
+        weights: The weight file, or all shards, sorted by name.
+        config: Text of the configuration.
+        index: The file that lists the shards, ``None`` for a single weight file.
+        keys: Keys of the tensors that the index lists.
     """
 
     weights: tuple[Path, ...]
@@ -34,39 +35,42 @@ class Folder:
     index: Path | None = None
     keys: frozenset[str] = frozenset()
 
-    def demand_all(self, found: Collection[str]) -> None:
-        """Raise unless all tensors that the index lists were found.
+    def check_complete(self, keys: Collection[str]) -> None:
+        """Raise unless the weight files hold all tensors that the index lists.
+
+        Args:
+            keys: Keys of the tensors in the weight files.
 
         Raises:
-            FormatError: Names the missing ones.
+            FormatError: Names the missing keys.
         """
-        missing = sorted(self.keys - set(found))
+        missing = sorted(self.keys - set(keys))
         if missing:
             raise FormatError(
-                "Tensors that the index lists are in no part of the weights.",
+                "Tensors that the index lists are in no shard of the weights.",
                 file=self.index,
                 found=f"no {name_some(missing, 3)}",
-                remedy="download or export all parts again: they are not of one adapter",
+                remedy="download or export all shards again: they are not of one adapter",
             )
 
 
-def folder_of(path: Path) -> Path | None:
-    """The PEFT folder that a path means: itself, or where its weight file or a part of the weights was named."""
+def find_peft_folder(path: Path) -> Path | None:
+    """The PEFT folder that a path stands for: the path itself, or the folder of the weight file or shard it names."""
     if path.is_dir():
         return path
-    meant = (path.name == WEIGHTS and (path.parent / CONFIG).is_file()) or _PART.fullmatch(path.name)
-    return path.parent if meant and path.is_file() else None
+    belongs = (path.name == WEIGHTS and (path.parent / CONFIG).is_file()) or _SHARD.fullmatch(path.name)
+    return path.parent if belongs and path.is_file() else None
 
 
-def read_folder(folder: Path) -> Folder:
-    """The files of a PEFT folder.
+def read_peft_folder(folder: Path) -> PeftFolder:
+    """Read the configuration of a PEFT folder, and find its weight files.
 
     Raises:
-        FormatError: Weights or configuration are missing, a part of the weights is, or they are only there as a pickle.
+        FormatError: Weights, a shard or the configuration are missing, or the weights are a pickle.
     """
     config, single = folder / CONFIG, folder / WEIGHTS
-    parts = sorted(path.name for path in folder.iterdir() if _PART.fullmatch(path.name))
-    if not config.is_file() and not single.is_file() and not parts:
+    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    if not config.is_file() and not single.is_file() and not shards:
         raise FormatError(
             "The folder holds no PEFT adapter.", file=folder, expected=f"{WEIGHTS} and {CONFIG}", found="neither"
         )
@@ -74,21 +78,21 @@ def read_folder(folder: Path) -> Folder:
         raise FormatError(
             f"The folder has no {CONFIG}, so the scale is unknown.",
             file=folder,
-            remedy=f"fetch {CONFIG} from where the adapter came from",
+            remedy=f"download {CONFIG} from the source of the adapter",
         )
     try:
-        text = _text(config)
+        text = _read_text(config)
     except (OSError, ValueError) as error:
         raise FormatError(f"{CONFIG} cannot be read.", file=config, found=str(error)) from error
     if single.is_file():
-        return Folder((single,), text)
+        return PeftFolder((single,), text)
     for index in (folder / name for name in INDEXES):
-        listed = _listed(index) if index.is_file() else {}
-        if any(map(_PART.fullmatch, listed.values())):
-            return _in_parts(folder, parts, text, index, listed)
+        weight_map = _read_weight_map(index) if index.is_file() else {}
+        if any(map(_SHARD.fullmatch, weight_map.values())):
+            return _sharded(folder, shards, text, index, weight_map)
     pickle = folder / "adapter_model.bin"
-    if parts:
-        found = f"{name_some(parts, 3)}, without the index {INDEXES[0]}: the download or save was interrupted"
+    if shards:
+        found = f"{name_some(shards, 3)}, without the index {INDEXES[0]}: the download or save was interrupted"
     elif pickle.exists():
         found = "adapter_model.bin, a pickle, which can run any program when it is opened; it was not"
     else:
@@ -98,34 +102,35 @@ def read_folder(folder: Path) -> Folder:
     )
 
 
-def _text(path: Path) -> str:
-    """Raises: OSError. ValueError: Not UTF-8, or too long."""
+def _read_text(path: Path) -> str:
+    """Read a UTF-8 text. Raises: OSError; ValueError: Not UTF-8, or too long."""
     size = path.stat().st_size
     if size > _MAX_TEXT:
         raise ValueError(f"{size} bytes, more than {_MAX_TEXT}")
     return path.read_text(encoding="utf-8")
 
 
-def _in_parts(folder: Path, parts: list[str], config: str, index: Path, listed: dict[str, str]) -> Folder:
-    names = sorted(set(listed.values()))
-    missing = [name for name in names if name not in parts]
+def _sharded(folder: Path, shards: list[str], config: str, index: Path, weight_map: dict[str, str]) -> PeftFolder:
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if name not in shards]
     if missing:
         raise FormatError(
-            "A part of the weights is missing.",
+            "A shard of the weights is missing.",
             file=index,
             expected=f"{len(names)} files adapter_model-..-of-...safetensors beside the index that lists them",
             found=f"no {name_some(missing, 3)}",
             remedy="the download or save was interrupted: repeat it",
         )
-    return Folder(tuple(folder / name for name in names), config, index, frozenset(listed))
+    return PeftFolder(tuple(folder / name for name in names), config, index, frozenset(weight_map))
 
 
-def _listed(index: Path) -> dict[str, str]:
-    """Tensor -> file."""
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """The index as tensor -> file."""
     try:
-        listed: Any = from_json(_text(index))["weight_map"]
+        weight_map: Any = from_json(_read_text(index))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FormatError("The index of the weights cannot be read.", file=index, found=repr(error)) from error
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise FormatError("The index of the weights is not sound.", file=index, expected="weight_map: tensor to file")
-    return cast("dict[str, str]", listed)
+    names = weight_map.values() if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise FormatError("The index of the weights is not valid.", file=index, expected="weight_map: tensor to file")
+    return cast("dict[str, str]", weight_map)

@@ -1,4 +1,4 @@
-"""From named tensors to an Adapter: the part every format shares."""
+"""From tensors by key to an Adapter: the part that all formats share."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..memory import is_out_of_memory
 from . import convert
 from .suffixes import UNSUPPORTED, classify, role_of
 
-Scale = Callable[[str, int], float | None]
-"""The alpha of a module of a rank where the file has no alpha key; ``None`` means scale 1."""
+AlphaLookup = Callable[[str, int], float | None]
+"""(module, rank) -> alpha, for modules without an alpha key; ``None`` means scale 1."""
 
-_LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_LOHA_ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 def assemble(
@@ -26,32 +26,32 @@ def assemble(
     source: Source,
     *,
     convert_rank: int | None = None,
-    alpha_of: Scale | None = None,
+    alpha_of: AlphaLookup | None = None,
 ) -> Adapter:
-    """Put the tensors of a file together to modules, diffs and extras.
+    """Assemble the tensors of a file into modules, diffs and extras.
 
     Args:
-        tensors: Key -> tensor. Kept as they are, in their dtype; factors become views.
+        tensors: Key -> tensor. They keep their dtype; factors are views of them.
         metadata: The file's string metadata.
-        source: For the adapter and the errors.
+        source: The adapter's source, which errors name.
         convert_rank: LoHa, LoKr and full deltas become low-rank updates of this rank; ``None`` refuses them.
-        alpha_of: Alpha where no key says it.
+        alpha_of: Alpha of modules without an alpha key; ``None`` means scale 1 for all of them.
 
     Raises:
-        FormatError: Kinds of adapter that are not a low-rank sum, factors without a partner, shapes that do not fit,
-            or no LoRA at all.
+        FormatError: The adapter is not a low-rank sum, a factor has no partner, shapes do not fit, or the file holds
+            no LoRA.
     """
-    convert.check_rank(convert_rank)
+    convert.check_convert_rank(convert_rank)
     roles, rest = classify(tensors)
     _check_kinds(roles, tensors, source, convert_rank)
-    twice = [key for key in rest if role_of(key) is not None]
-    if twice:
+    duplicates = [key for key in rest if role_of(key) is not None]
+    if duplicates:
         raise FormatError(
-            "The file says one thing twice, under two spellings of one key.",
+            "The file holds one tensor twice, under two spellings of its key.",
             file=source.path or None,
-            module=name_some(twice, 3),
+            module=name_some(duplicates, 3),
             expected="one spelling, e.g. lora_A or lora_down",
-            found=name_some([key for key in tensors if role_of(key) == role_of(twice[0])], 3),
+            found=name_some([key for key in tensors if role_of(key) == role_of(duplicates[0])], 3),
             remedy="remove one of them, or export the LoRA again",
         )
     modules: dict[str, LowRank] = {}
@@ -64,10 +64,10 @@ def assemble(
                 modules[module] = updates[0] if len(updates) == 1 else concat(updates, [1.0] * len(updates))
             diffs.update(_diffs(module, parts, updates))
         except (FormatError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
-            # a product of tensors that do not fit, or are empty; numbers that are no numbers
+            # e.g. a product of tensors that do not fit, an empty tensor, an alpha that is not a number
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
-            raise _located(error, source, keys) from error
+            raise _add_location(error, source, keys) from error
     if not modules and not diffs:
         raise FormatError(
             "The file holds no LoRA.",
@@ -116,24 +116,24 @@ def _check_kinds(
 
 
 def _updates(
-    module: str, parts: Mapping[str, Tensor], convert_rank: int | None, alpha_of: Scale | None
+    module: str, parts: Mapping[str, Tensor], convert_rank: int | None, alpha_of: AlphaLookup | None
 ) -> list[LowRank]:
-    """Every low-rank update a module has: normally one."""
+    """All low-rank updates of a module: normally one."""
     alpha = _alpha(parts["alpha"]) if "alpha" in parts else None
     for role, tensor in parts.items():
         if convert_rank is not None and role.startswith(("hada_", "lokr_", "diff")):
-            check_finite(tensor, f"{module} ({role})", "")  # decompositions of NaN fail in ways of their own
+            check_finite(tensor, f"{module} ({role})", "")  # decompositions of NaN fail with unclear errors
     updates: list[LowRank] = []
     if "down" in parts or "up" in parts or "mid" in parts:
-        _demand(parts, ("down", "up"))
+        _require(parts, ("down", "up"))
         updates.append(_lora(module, parts, alpha, alpha_of))
     if convert_rank is not None and any(role.startswith("hada_") for role in parts):
-        _demand(parts, _LOHA)
+        _require(parts, _LOHA_ROLES)
         updates.append(convert.loha(parts, alpha, convert_rank))
     if convert_rank is not None and any(role.startswith("lokr_") for role in parts):
         for index in (1, 2):
             if f"lokr_w{index}" not in parts:
-                _demand(parts, (f"lokr_w{index}_a", f"lokr_w{index}_b"))
+                _require(parts, (f"lokr_w{index}_a", f"lokr_w{index}_b"))
         updates.append(convert.lokr(parts, alpha, convert_rank))
     if convert_rank is not None and "diff" in parts and parts["diff"].ndim > 1:
         updates.append(convert.full(parts["diff"], convert_rank))
@@ -142,7 +142,8 @@ def _updates(
     return updates
 
 
-def _demand(parts: Mapping[str, Tensor], roles: Sequence[str]) -> None:
+def _require(parts: Mapping[str, Tensor], roles: Sequence[str]) -> None:
+    """Raise unless a module has tensors of all these roles."""
     missing = [role for role in roles if role not in parts]
     if missing:
         raise FormatError(
@@ -159,7 +160,7 @@ def _alpha(tensor: Tensor) -> float:
     return float(tensor.reshape(()).item())
 
 
-def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_of: Scale | None) -> LowRank:
+def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_of: AlphaLookup | None) -> LowRank:
     down, up, mid = parts["down"], parts["up"], parts.get("mid")
     if min(down.ndim, up.ndim) < 2 or math.prod(up.shape[2:]) != 1:
         raise FormatError(
@@ -176,17 +177,17 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
                 found=f"mid {tuple(mid.shape)}, down {tuple(down.shape)}, up {tuple(up.shape)}",
             )
         kernel = tuple(mid.shape[2:])
-        convert.demand_room(mid.numel() // max(1, mid.shape[1]) * math.prod(down.shape[1:]))
+        convert.check_factor_size(mid.numel() // max(1, mid.shape[1]) * math.prod(down.shape[1:]))
         down = fold_tucker(down, mid)
     if alpha is None and alpha_of is not None:
         alpha = alpha_of(module, down.shape[0])
     part = LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
-    # merging takes the cube of the rank: hours, for a file of some kB
+    # merging takes time proportional to the cube of the rank: hours, for a file of some kB
     return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else within_width(part)
 
 
 def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank]) -> dict[str, Tensor]:
-    """What the module adds to one-dimensional parameters."""
+    """The module's changes of one-dimensional parameters."""
     diffs: dict[str, Tensor] = {}
     for role in ("diff", "diff_b", "up_bias"):
         if role in parts and parts[role].is_complex():
@@ -196,17 +197,17 @@ def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank])
     if "diff_b" in parts:
         diffs[f"{module}.bias"] = parts["diff_b"]
     if "up_bias" in parts:
-        _demand(parts, ("down", "up"))
-        # PEFT scales the whole output of B, its bias too
+        _require(parts, ("down", "up"))
+        # PEFT scales the output of B including its bias
         scale, bias = updates[0].scale, parts["up_bias"]
         bias = bias if scale == 1.0 else (scale * bias.float()).to(bias.dtype)
-        known = diffs.get(f"{module}.bias")
-        diffs[f"{module}.bias"] = bias if known is None else known + bias
+        other = diffs.get(f"{module}.bias")
+        diffs[f"{module}.bias"] = bias if other is None else other + bias
     return diffs
 
 
-def _located(error: Exception, source: Source, keys: Mapping[str, str]) -> FormatError:
-    """The same error, saying which file and keys."""
+def _add_location(error: Exception, source: Source, keys: Mapping[str, str]) -> FormatError:
+    """The error as a `FormatError` that names the file and the keys."""
     where = name_some(sorted(keys.values()), 4)
     if not isinstance(error, FormatError):
         return FormatError(

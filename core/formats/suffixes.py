@@ -1,7 +1,7 @@
-"""Key suffixes: which tensor of which module a key of a LoRA file is.
+"""Key suffixes: the module of a key in a LoRA file, and the role of its tensor there.
 
-One file may mix spellings, so every key is classified by itself: ``a.b.lora_down.weight`` is the role ``down`` of the
-module ``a.b``. What no rule knows has no role and is carried along as an extra.
+One file may mix spellings, so every key is classified by itself: ``a.b.lora_down.weight`` has the role ``down`` in the
+module ``a.b``. Keys that match no rule have no role; their tensors are carried along as extras.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ _SUFFIXES = {
     ".lora_B.bias": "up_bias",
     ".lora_B.default.bias": "up_bias",
     ".alpha": "alpha",
-    # added as they are
+    # full deltas, added unchanged
     ".diff": "diff",
     ".diff_b": "diff_b",
     ".w_norm": "diff",
     ".b_norm": "diff_b",
-    # magnitudes
+    # DoRA magnitudes
     ".dora_scale": "dora",
     ".lora_magnitude_vector": "dora",
     ".lora_magnitude_vector.weight": "dora",
     ".lora_magnitude_vector.default.weight": "dora",
-    # other products that are low rank too
+    # factors of LoHa and LoKr
     **{f".{name}": name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{f".{name}": name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     ".lokr_t1": "lokr_t1",
@@ -59,7 +59,7 @@ _SUFFIXES = {
 }
 UNSUPPORTED = ("OFT/BOFT", "GLoRA", "IA3", "VeRA")
 
-_DOTS = max(suffix.count(".") for suffix in _SUFFIXES)
+_MAX_DOTS = max(suffix.count(".") for suffix in _SUFFIXES)
 _EMBEDDING = re.compile(r"(.+\.lora_embedding)_([AB])(?:\.default)?(?:\.weight)?")
 # XLabs' `processor.qkv_lora1.down.weight` and the first diffusers' `processor.to_q_lora.down.weight`
 _PROCESSOR = re.compile(r"(.+_lora\d?)\.(down|up)\.weight")
@@ -67,22 +67,22 @@ _OLD_ATTENTION = re.compile(r"(.+?)(?:\.processor)?\.to_(q|k|v|out)_lora")
 
 
 def role_of(key: str) -> tuple[str, str] | None:
-    """The module a key belongs to and its role there, or ``None`` for a key that is not part of a LoRA's update."""
+    """The module of a key and the role of its tensor, or ``None`` for a key that is not part of a LoRA's update."""
     if match := _EMBEDDING.fullmatch(key):
-        # an embedding keeps the suffix in its name: its factors act on the transposed weight
+        # the module name keeps the suffix: factors of an embedding act on the transposed weight
         return match[1], "down" if match[2] == "A" else "up"
     if match := _PROCESSOR.fullmatch(key):
-        return _modern(match[1]), match[2]
-    pieces = key.rsplit(".", _DOTS)
-    for n in range(1, len(pieces)):  # the shortest module name wins, which is the longest suffix
-        suffix = f".{'.'.join(pieces[n:])}"
-        if suffix in _SUFFIXES and (module := ".".join(pieces[:n])):
+        return _current_name(match[1]), match[2]
+    parts = key.rsplit(".", _MAX_DOTS)
+    for n in range(1, len(parts)):  # the shortest module name wins, which is the longest suffix
+        suffix = f".{'.'.join(parts[n:])}"
+        if suffix in _SUFFIXES and (module := ".".join(parts[:n])):
             return module, _SUFFIXES[suffix]
     return None
 
 
-def _modern(module: str) -> str:
-    """The layer an old attention processor's factor acts on; XLabs' names stay, they mean fused layers."""
+def _current_name(module: str) -> str:
+    """The layer of an old attention processor's factor; XLabs' names, which are fused layers, stay."""
     match = _OLD_ATTENTION.fullmatch(module)
     if match is None:
         return module
@@ -95,15 +95,14 @@ def classify(keys: Iterable[str]) -> tuple[Roles, list[str]]:
     """Sort a file's keys into modules and roles.
 
     Returns:
-        Module -> role -> key, and the keys that are no part of an update.
+        Module -> role -> key, and the remaining keys: those without a role, and second spellings of a role.
     """
     roles: Roles = defaultdict(dict)
     rest: list[str] = []
     for key in keys:
-        found = role_of(key)
-        if found is None or found[1] in roles[found[0]]:
+        match = role_of(key)
+        if match is None or match[1] in roles[match[0]]:
             rest.append(key)
         else:
-            roles[found[0]][found[1]] = key
-    # PEFT's own modules_to_save, trained scalars called alpha ...: a role that no factor joins is not an update
-    return {module: known for module, known in roles.items() if known}, rest
+            roles[match[0]][match[1]] = key
+    return dict(roles), rest

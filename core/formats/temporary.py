@@ -1,4 +1,4 @@
-"""Names for what is not finished yet, and the files of a folder changed by one process at a time."""
+"""Names for unfinished files, a lock for folders, and an atomic swap of folders."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-_NAME = re.compile(r"[0-9a-f]{32}\.tmp")
-_STALE = 24 * 3600  # seconds
+_SUFFIX = re.compile(r"[0-9a-f]{32}\.tmp")
+_STALE_SECONDS = 24 * 3600
 
 
 def temporary_name(path: Path) -> Path:
-    """A name of its own beside `path`: ``.<name>.<32 hexadecimal digits>.tmp``.
+    """A unique name beside `path`: ``.<name>.<32 hexadecimal digits>.tmp``.
 
-    What a process that was killed left under such a name for this path is removed when it is a day old: until then its
-    owner may still be at work.
+    Removes files with such a name for this path that a killed process has left behind, once they are a day old: until
+    then their process may still be running.
     """
     stem = f".{path.name[:40]}."  # a name may have 255 bytes, and a character 4 of them
     with suppress(OSError):
         for other in path.parent.iterdir():
-            if other.name.startswith(stem) and _NAME.fullmatch(other.name[len(stem) :]):
+            if other.name.startswith(stem) and _SUFFIX.fullmatch(other.name[len(stem) :]):
                 with suppress(OSError):
-                    if time.time() - other.stat().st_mtime > _STALE:
+                    if time.time() - other.stat().st_mtime > _STALE_SECONDS:
                         remove(other)
     return path.with_name(f"{stem}{uuid.uuid4().hex}.tmp")
 
 
 def remove(path: Path) -> None:
-    """Take a file or folder away if it is there and that is allowed."""
+    """Remove a file or folder if it exists and permissions allow it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # on a read-only disk even the removal of nothing fails, and would hide the cause
+        with suppress(OSError):  # on a read-only disk removing a missing file fails too, and would hide the cause
             path.unlink()
 
 
 @contextmanager
 def exclusive_lock(folder: Path) -> Generator[None]:
-    """Wait until no other process is inside such a block for the folder.
+    """Wait until no other process holds the folder's lock, and hold it during the block.
 
-    The system lets go of the lock when a process dies. Windows does not lock folders: there nobody waits.
+    The system releases the lock when a process dies. Windows has no locks for folders: there nothing waits.
     """
     if fcntl is None:
         yield
@@ -65,13 +65,13 @@ def exclusive_lock(folder: Path) -> Generator[None]:
 
 
 def swap_folders(new: Path, old: Path) -> bool:
-    """Let two folders change places in one step, so that nobody ever finds `old` half written.
+    """Swap two folders in one step, so that no reader sees `old` half written.
 
-    What `old` holds beside the files of `new` is linked into `new` first.
+    Files of `old` that are missing in `new` are first linked into `new`.
 
     Returns:
-        Whether that was possible. It is not on Windows, where a file system cannot do it, for a link to a folder, and
-        where there are folders inside.
+        Whether the folders were swapped. They are not on Windows, where a file system cannot do it, where `old` is a
+        symbolic link, and where there are folders inside.
     """
     if old.is_symlink():
         return False

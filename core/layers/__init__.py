@@ -1,1 +1,1 @@
-"""One name per layer across dialects: key maps, alignment of adapters, and blocks told from layer names."""
+"""One name per layer across dialects: key maps, alignment of adapters, and blocks by layer names."""

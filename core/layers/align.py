@@ -1,4 +1,4 @@
-"""Bring adapters to common module names, or say why they cannot be brought there."""
+"""Bring adapters to common module names, or raise an error that says why that is impossible."""
 
 from __future__ import annotations
 
@@ -8,56 +8,59 @@ from itertools import combinations
 
 from ..adapter import Adapter, base_model, is_text_encoder
 from ..errors import LegoMoleError, MergeError, name_some
-from ..formats.peft_config import check_together
-from .keymap import KeyMap, rename, unmapped
-from .spelling import respelled
+from ..formats.peft_config import check_compatible
+from .keymap import KeyMap, apply_key_map, unmapped_modules
+from .spelling import unify_spelling
 
-_BLOCK = re.compile(r"\.\d+\.")
-Resolver = Callable[[Sequence[Adapter]], KeyMap]
+KeyMapResolver = Callable[[Sequence[Adapter]], KeyMap]
+_BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
-def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> list[Adapter]:
+def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None) -> list[Adapter]:
     """The adapters under common module names.
 
-    Adapters that name their layers alike are returned as they are: their names are those of the merged file. Where two
-    of them share no layer of the diffusion model (or of the text encoders), or each has kinds of layers the other lacks
-    (a fused ``qkv`` here, a ``to_q`` there), names that differ in prefix and punctuation only are spelled alike. If
-    that is not enough, the host's key map is asked, and followed if more of the layers meet under it. An adapter of the
-    text encoder alone and one of the diffusion model alone may be merged as long as they come in one dialect: they are
-    disjoint parts of one model. So may PEFT folders that name the same base model and have blocks of it in common.
+    Adapters that name their layers alike are returned unchanged: their names are those of the merged file. Where two
+    adapters share no layer of the diffusion model (or of the text encoders), or each has kinds of layers that the other
+    lacks (a fused ``qkv`` here, a ``to_q`` there), names that differ in prefix and punctuation only get one spelling.
+    If that is not enough, the host's key map is used, provided that more layers are shared under its names.
+
+    Adapters without a common layer may be merged where they are known to change parts of one model: one adapter of the
+    text encoders only and one of the diffusion model only, in one dialect; PEFT folders that name the same base model
+    and call its blocks alike; and adapters whose layers the key map finds in one network.
 
     Args:
-        adapters: As loaded.
-        key_map: A host's function from adapters to a key map; ``None`` where no host is at hand.
+        adapters: Adapters as loaded.
+        key_map: A host's function from adapters to a key map; ``None`` where there is no host.
 
     Returns:
-        The adapters, in order, renamed exactly where that was necessary.
+        The adapters, in order, renamed only where that is necessary.
 
     Raises:
-        MergeError: Adapters without a common layer, or for different base models or vocabularies.
+        MergeError: The adapters share no layer, or are for different base models or vocabularies.
     """
     adapters = list(adapters)
     result = adapters
-    met = _strangers(adapters) is None
-    if not met or _differ_in_kind(adapters):
-        spelled = respelled(adapters)
-        if _strangers(spelled) is None and (not met or _shared(spelled) > _shared(adapters)):
-            result, met = spelled, True
-    known: KeyMap = {}
-    if key_map is not None and len(adapters) > 1 and (not met or _differ_in_kind(result)):
+    connected = _disjoint_pair(adapters) is None
+    if not connected or _differ_in_kind(adapters):
+        respelled = unify_spelling(adapters)
+        gain = not connected or _shared_fraction(respelled) > _shared_fraction(adapters)
+        if gain and _disjoint_pair(respelled) is None:
+            result, connected = respelled, True
+    host_map: KeyMap = {}
+    if key_map is not None and len(adapters) > 1 and (not connected or _differ_in_kind(result)):
         try:
-            known = key_map(adapters)
+            host_map = key_map(adapters)
         except LegoMoleError:
-            if not met and not _one_base(adapters):
+            if not connected and not _name_one_base_model(adapters):
                 raise
-        renamed = [rename(adapter, known) for adapter in adapters]
+        renamed = [apply_key_map(adapter, host_map) for adapter in adapters]
         changed = any(new.layers != old.layers for new, old in zip(renamed, adapters, strict=True))
-        # the same layers under other names are no gain: the files' own names are kept then
-        if changed and (_shared(renamed) > _shared(result) * (1 + 1e-9) or not met):
+        # the files' own names are kept unless more layers are shared under the host's names
+        if changed and (_shared_fraction(renamed) > _shared_fraction(result) * (1 + 1e-9) or not connected):
             result = renamed
-    strangers = _strangers(result)
-    if strangers is not None and not _parts_of_one_model(strangers, adapters, known):
-        first, second = strangers
+    pair = _disjoint_pair(result)
+    if pair is not None and not _belong_to_one_model(pair, adapters, host_map):
+        first, second = pair
         raise MergeError(
             "Two LoRAs have no layer in common.",
             file=f"{first.source.path or first.label} and {second.source.path or second.label}",
@@ -70,7 +73,7 @@ def align(adapters: Sequence[Adapter], *, key_map: Resolver | None = None) -> li
             "so that the names can be translated",
         )
     _check_shapes(result)
-    check_together(result)
+    check_compatible(result)
     return result
 
 
@@ -80,46 +83,51 @@ def _components(adapter: Adapter) -> tuple[set[str], set[str]]:
     return set(adapter.modules) - text, text
 
 
-def _strangers(adapters: Sequence[Adapter]) -> tuple[Adapter, Adapter] | None:
-    """Two adapters that should have met and did not, or ``None`` when all are of one piece."""
+def _disjoint_pair(adapters: Sequence[Adapter]) -> tuple[Adapter, Adapter] | None:
+    """Two adapters that should share layers and do not, ``None`` if all are connected.
+
+    Within the diffusion model, and within the text encoders, adapters are connected if they share a layer, directly or
+    through others. An adapter of one component only belongs to one of the other component if both are in one dialect.
+    """
     parts = [_components(adapter) for adapter in adapters]
-    for side in (0, 1):
-        having = [i for i, part in enumerate(parts) if part[side]]
-        names, waiting = set[str]().union(*(parts[i][side] for i in having[:1])), having[1:]
+    for component in (0, 1):
+        having = [i for i, part in enumerate(parts) if part[component]]
+        reached, waiting = set[str]().union(*(parts[i][component] for i in having[:1])), having[1:]
         while waiting:
-            near = [i for i in waiting if names & parts[i][side]]
-            if not near:
+            connected = [i for i in waiting if reached & parts[i][component]]
+            if not connected:
                 return adapters[having[0]], adapters[waiting[0]]
-            names = names.union(*(parts[i][side] for i in near))
-            waiting = [i for i in waiting if i not in near]
-    kinds = [(bool(model), bool(text), _flat(adapter)) for (model, text), adapter in zip(parts, adapters, strict=True)]
-    for i, j in combinations(range(len(adapters)), 2):
-        met = any(a and b for a, b in zip(kinds[i][:2], kinds[j][:2], strict=True))
-        if any(kinds[i][:2]) and any(kinds[j][:2]) and not met and kinds[i][2] != kinds[j][2]:
-            return adapters[i], adapters[j]
+            reached = reached.union(*(parts[i][component] for i in connected))
+            waiting = [i for i in waiting if i not in connected]
+    for (first, first_parts), (second, second_parts) in combinations(zip(adapters, parts, strict=True), 2):
+        comparable = any(a and b for a, b in zip(first_parts, second_parts, strict=True))
+        if any(first_parts) and any(second_parts) and not comparable and _is_flat(first) != _is_flat(second):
+            return first, second
     return None
 
 
-def _flat(adapter: Adapter) -> bool:
-    """Whether the names are underscored rather than dotted."""
+def _is_flat(adapter: Adapter) -> bool:
+    """Whether the module names are underscored rather than dotted."""
     return all("." not in name for name in adapter.modules)
 
 
-def _parts_of_one_model(strangers: tuple[Adapter, Adapter], originals: Sequence[Adapter], known: KeyMap) -> bool:
-    """Whether both are known to have layers of the same network: merely disjoint ones then.
+def _belong_to_one_model(pair: tuple[Adapter, Adapter], originals: Sequence[Adapter], host_map: KeyMap) -> bool:
+    """Whether two adapters without a common layer are known to change layers of one network.
 
-    The key map knows all layers; or it knows none, and the adapters say it themselves.
+    The host's key map has all their layers; or it is empty, and their configurations name one base model.
     """
-    if not known:
-        return _one_base(strangers)
-    roots = [{name.split(".", 1)[0] for name in _components(adapter)[0]} for adapter in strangers]
-    return not unmapped(originals, known) and roots[0] == roots[1]
+    if not host_map:
+        return _name_one_base_model(pair)
+    roots = [{name.split(".", 1)[0] for name in _components(adapter)[0]} for adapter in pair]
+    return not unmapped_modules(originals, host_map) and roots[0] == roots[1]
 
 
-def _one_base(adapters: Sequence[Adapter]) -> bool:
+def _name_one_base_model(adapters: Sequence[Adapter]) -> bool:
     """Whether all are PEFT folders that name the same base model and call its blocks alike, if they have any."""
     bases = {base_model(adapter.metadata) if adapter.source.format == "peft" else None for adapter in adapters}
-    blocks = [{_BLOCK.split(name)[0] for name in adapter.modules if _BLOCK.search(name)} for adapter in adapters]
+    blocks = [
+        {_BLOCK_NUMBER.split(name)[0] for name in adapter.modules if _BLOCK_NUMBER.search(name)} for adapter in adapters
+    ]
     return len(bases) == 1 and None not in bases and all(a & b or not a or not b for a, b in combinations(blocks, 2))
 
 
@@ -129,8 +137,8 @@ def _differ_in_kind(adapters: Sequence[Adapter]) -> bool:
     return any(a - b and b - a for a, b in combinations(kinds, 2))
 
 
-def _shared(adapters: Sequence[Adapter]) -> float:
-    """The share of output rows that more than one adapter changes; the same for a fused layer and its pieces."""
+def _shared_fraction(adapters: Sequence[Adapter]) -> float:
+    """The fraction of output rows that several adapters change; equal for a fused layer and its split layers."""
     rows: dict[str, list[int]] = {}
     for adapter in adapters:
         for name, part in adapter.modules.items():
@@ -150,11 +158,11 @@ def _check_shapes(adapters: Sequence[Adapter]) -> None:
                     file=f"{other.source.path or other.label} and {adapter.source.path or adapter.label}",
                     module=name,
                     expected="the same layer shape (d_out, d_in) in all",
-                    found=f"{shape}{_base(other)} and {(part.d_out, part.d_in)}{_base(adapter)}",
+                    found=f"{shape}{_base_model_note(other)} and {(part.d_out, part.d_in)}{_base_model_note(adapter)}",
                     remedy="merge only LoRAs trained for the same base model",
                 )
 
 
-def _base(adapter: Adapter) -> str:
+def _base_model_note(adapter: Adapter) -> str:
     base = base_model(adapter.metadata)
     return "" if base is None else f" ({base})"

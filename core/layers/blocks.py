@@ -1,4 +1,4 @@
-"""Blocks of a model, told from the names of its layers alone: for reports, where no model is at hand."""
+"""Blocks of a model by the names of its layers alone: for reports, where no model is at hand."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from ..adapter import is_text_encoder
 
-MANY = 48
-"""With more blocks of the model than this, those inside of others (of a U-Net) are told of together."""
+MAX_INNER_BLOCKS = 48
+"""If the model has more blocks than this, nested blocks (of a U-Net) are grouped by their outermost block."""
 _NUMBER = re.compile(r"(?<=[._])\d+(?=[._])")
-# what names begin with that says nothing of the block
+# prefixes that do not identify a block
 _ROOT = re.compile(r"^(lora_(unet|transformer)_+|(unet|transformer|diffusion_model|model)\.|base_model\.model\.)+")
 _OUTSIDE = "outside of blocks"
 FIRST, MIDDLE, LAST = "the first blocks", "the middle blocks", "the last blocks"
@@ -24,9 +24,9 @@ class ModelBlock:
     """A block of the model.
 
     Args:
-        name: The common beginning of its layers' names.
-        region: Which stretch of the model it lies in, to be said in a sentence: `FIRST`, `MIDDLE`, `LAST` (thirds of
-            the blocks), `ALL` where there are fewer than three, `TEXT`, `REST`.
+        name: The common prefix of its layers' names.
+        region: Region of the model, as words for a sentence: `FIRST`, `MIDDLE`, `LAST` (thirds of the blocks), `ALL`
+            where there are fewer than three blocks, `TEXT`, `REST`.
         layers: Names of its layers, sorted.
     """
 
@@ -36,17 +36,18 @@ class ModelBlock:
 
 
 def blocks_of(layers: Iterable[str]) -> list[ModelBlock]:
-    """Layers by blocks, in the order of the model.
+    """Group layers into blocks, in the order of the model.
 
-    A block is the innermost numbered part of a name below which there are several kinds of layers
-    (``transformer_blocks.0``, but not ``to_out.0`` or ``ff.net.0``), else the outermost numbered one. Of blocks more
-    than `MANY` all are the outermost. Every text encoder is one part. Dotted and underscored names are read alike.
+    A block is the innermost numbered prefix of a name under which there are several kinds of layers
+    (``transformer_blocks.0``, but not ``to_out.0`` or ``ff.net.0``), else the outermost numbered prefix. If there are
+    more than `MAX_INNER_BLOCKS`, all blocks are outermost prefixes. Each text encoder is one block. Dotted and
+    underscored names give the same blocks.
     """
     layers = sorted(set(layers))
-    model = [name for name in layers if not is_text_encoder(name)]
-    block = _innermost(model)
-    if len(set(block.values())) > MANY:
-        block = {name: next(iter(_numbered(name)), (_OUTSIDE, ""))[0] for name in model}
+    model_layers = [name for name in layers if not is_text_encoder(name)]
+    block = _innermost_blocks(model_layers)
+    if len(set(block.values())) > MAX_INNER_BLOCKS:
+        block = {name: next(iter(_numbered_prefixes(name)), (_OUTSIDE, ""))[0] for name in model_layers}
     block |= {name: _NUMBER.split(name)[0].rstrip("._") for name in layers if is_text_encoder(name)}
     grouped: dict[str, list[str]] = defaultdict(list)
     for name in layers:
@@ -59,13 +60,13 @@ def blocks_of(layers: Iterable[str]) -> list[ModelBlock]:
     ]
 
 
-def short_names(parts_: Sequence[ModelBlock]) -> list[str]:
-    """What to call the parts in a picture: ``down 0 attentions 1 transformer 0``; whole names where those are alike."""
-    short = [_short(part.name) for part in parts_]
-    return short if len(set(short)) == len(short) else [part.name for part in parts_]
+def short_names(blocks: Sequence[ModelBlock]) -> list[str]:
+    """Names of blocks for figures: ``down 0 attentions 1 transformer 0``; full names if two short ones are equal."""
+    short = [_short_name(block.name) for block in blocks]
+    return short if len(set(short)) == len(short) else [block.name for block in blocks]
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     if name == _OUTSIDE:
         return name
     if is_text_encoder(name):
@@ -74,32 +75,33 @@ def _short(name: str) -> str:
     return " ".join(re.sub(r"[._]?blocks?$", "", word).strip("._") or word for word in words if word)
 
 
-def _innermost(layers: Iterable[str]) -> dict[str, str]:
-    found = {name: _numbered(name) for name in layers}
-    below: dict[str, set[str]] = defaultdict(set)
-    for levels in found.values():
-        for path, child in levels:
-            below[path].add(child)
+def _innermost_blocks(layers: Iterable[str]) -> dict[str, str]:
+    """Layer -> its block."""
+    prefixes = {name: _numbered_prefixes(name) for name in layers}
+    children: dict[str, set[str]] = defaultdict(set)
+    for levels in prefixes.values():
+        for prefix, child in levels:
+            children[prefix].add(child)
     block: dict[str, str] = {}
-    for name, levels in found.items():
-        several = [path for path, _ in levels if len(below[path]) > 1]
-        block[name] = several[-1] if several else levels[0][0] if levels else _OUTSIDE
+    for name, levels in prefixes.items():
+        with_several = [prefix for prefix, _ in levels if len(children[prefix]) > 1]
+        block[name] = with_several[-1] if with_several else levels[0][0] if levels else _OUTSIDE
     return block
 
 
-def _numbered(name: str) -> list[tuple[str, str]]:
-    """Beginnings of a name that end in a number, outermost first, each with what comes next."""
-    # underscores inside a word cannot be told from those between words: there the rest up to the next number is next
-    end = r"[^.]+" if "." in name else r".+?(?=_\d+(?:_|$)|$)"
-    found: list[tuple[str, str]] = []
+def _numbered_prefixes(name: str) -> list[tuple[str, str]]:
+    """Prefixes of a name that end in a number, outermost first, each with the part of the name that follows."""
+    # underscores within words cannot be told from those between words: there the part extends to the next number
+    part = r"[^.]+" if "." in name else r".+?(?=_\d+(?:_|$)|$)"
+    prefixes: list[tuple[str, str]] = []
     for match in _NUMBER.finditer(name):
-        child = re.match(end, name[match.end() + 1 :])
-        found.append((name[: match.end()], child[0] if child else ""))
-    return found
+        child = re.match(part, name[match.end() + 1 :])
+        prefixes.append((name[: match.end()], child[0] if child else ""))
+    return prefixes
 
 
 def _order(name: str) -> tuple[bool, bool, bool, list[tuple[int, str]]]:
-    """As a model runs: U-Net names sort that way by themselves, Flux has its single blocks last."""
+    """Sort key for the order of the model: alphabetical order fits U-Nets, Flux has its single blocks last."""
     words = [(int(word), "") if word.isdigit() else (-1, word) for word in re.split(r"(\d+)", name)]
     return is_text_encoder(name), name == _OUTSIDE, "single" in name, words
 

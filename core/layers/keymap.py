@@ -1,8 +1,8 @@
-"""Key maps: bring adapters whose files name (and fuse) the same layers differently to common module names.
+"""Key maps: common module names for adapters whose files name (and fuse) the same layers differently.
 
-A host library knows the names: it hands over a `KeyMap`, plain data that says for each module of a file which rows
-of its update go to which target. The values are untouched, so the mapping is exact. A fused ``qkv`` becomes three
-targets that share `A` and cut `B`.
+A host library knows the names. It provides a `KeyMap`, plain data that says for each module of a file which rows of its
+update belong to which target layer. Values are not changed, so the mapping is exact: a fused ``qkv`` becomes three
+targets that share `A` and split `B`.
 """
 
 from __future__ import annotations
@@ -19,33 +19,41 @@ from ..adapter import Adapter
 from ..errors import MergeError
 from ..lowrank import LowRank, concat
 
-Spans = tuple[tuple[int, int], ...]  # (start, stop) row ranges, concatenated in this order
+Spans = tuple[tuple[int, int], ...]  # (start, stop) ranges of rows, concatenated in this order
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One target layer fed by a module: `rows` of the module's output make up all of `target`; ``None`` = all rows."""
+class MappedRows:
+    """Rows of a module that are the whole update of a target layer.
+
+    Args:
+        target: Name of the target layer.
+        rows: Rows of the module's output, in the target's order; ``None`` for all rows.
+    """
 
     target: str
     rows: Spans | None = None
 
 
-def spans_of(rows: Tensor) -> Spans:
-    """Row numbers ``(n,)`` long, n at least 1, as the ranges they run through, in their order."""
+KeyMap = Mapping[str, tuple[MappedRows, ...]]
+"""Module name -> all rows of the module, by target layer."""
+
+
+def rows_to_spans(rows: Tensor) -> Spans:
+    """Row numbers, int64 ``(n,)`` with n at least 1, as spans of consecutive rows in the same order."""
     breaks = torch.nonzero(rows[1:] != rows[:-1] + 1)[:, 0] + 1
     edges = [0, *breaks.tolist(), len(rows)]
     return tuple((int(rows[a]), int(rows[b - 1]) + 1) for a, b in itertools.pairwise(edges))
 
 
-KeyMap = Mapping[str, tuple[Piece, ...]]
-
-
 @dataclass(frozen=True)
 class ParameterSlice:
-    """Where a module sits in a host's parameter: rows ``start .. stop`` of `key`.
+    """The position of a module in a host's parameter: rows ``start .. stop`` of `key`.
 
     Args:
-        order: Row permutation the host applies to the update on the way (e.g. scale and shift halves swapped).
+        key: The parameter's key in the host.
+        start, stop: Range of rows, ``stop`` excluded.
+        order: Permutation that the host applies to the update's rows (e.g. it swaps the halves scale and shift).
     """
 
     key: str
@@ -54,59 +62,65 @@ class ParameterSlice:
     order: Spans | None = None
 
 
-def refine(places: Mapping[str, ParameterSlice], leaf: Callable[[str, int, int], str]) -> KeyMap:
-    """Cut every place at every boundary any other place of the same key has, so that all pieces line up.
+def split_at_common_boundaries(
+    slices: Mapping[str, ParameterSlice], target_name: Callable[[str, int, int], str]
+) -> KeyMap:
+    """Split every slice at all boundaries of the other slices of its parameter.
 
     Args:
-        places: Module name -> place, over ALL adapters to be merged.
-        leaf: Names the piece ``(key, start, stop)``.
+        slices: Module name -> slice, over ALL adapters to be merged.
+        target_name: ``(key, start, stop)`` -> name of the target layer with these rows.
 
     Returns:
         The key map under which modules of different files overlap completely or not at all.
+
+    Raises:
+        MergeError: A slice with permuted rows would have to be split.
     """
     boundaries: dict[str, set[int]] = defaultdict(set)
-    for place in places.values():
-        boundaries[place.key] |= {place.start, place.stop}
-    key_map: dict[str, tuple[Piece, ...]] = {}
-    for name, place in places.items():
-        cuts = sorted(b for b in boundaries[place.key] if place.start <= b <= place.stop)
-        key_map[name] = tuple(
-            Piece(leaf(place.key, a, b), _compose(place.order, a - place.start, b - place.start, place))
-            for a, b in itertools.pairwise(cuts)
+    for part in slices.values():
+        boundaries[part.key] |= {part.start, part.stop}
+    key_map: dict[str, tuple[MappedRows, ...]] = {}
+    for module, part in slices.items():
+        cuts = sorted(b for b in boundaries[part.key] if part.start <= b <= part.stop)
+        key_map[module] = tuple(
+            MappedRows(target_name(part.key, start, stop), _module_rows(part, start - part.start, stop - part.start))
+            for start, stop in itertools.pairwise(cuts)
         )
     return key_map
 
 
-def _compose(order: Spans | None, start: int, stop: int, place: ParameterSlice) -> Spans | None:
-    whole = (start, stop) == (0, place.stop - place.start)
-    if order is None:
+def _module_rows(part: ParameterSlice, start: int, stop: int) -> Spans | None:
+    """The module's rows that become rows ``start .. stop`` of its slice; ``None`` for all in their order."""
+    whole = (start, stop) == (0, part.stop - part.start)
+    if part.order is None:
         return None if whole else ((start, stop),)
     if not whole:
-        raise MergeError("A permuted layer cannot also be split.", module=place.key)
-    return order
+        raise MergeError("A permuted layer cannot also be split.", module=part.key)
+    return part.order
 
 
-def rename(adapter: Adapter, key_map: KeyMap) -> Adapter:
-    """The adapter under the key map's target names. Exact; modules the map does not know keep their own name.
+def apply_key_map(adapter: Adapter, key_map: KeyMap) -> Adapter:
+    """The adapter under the key map's target names. Exact; modules that are not in the map keep their names.
 
-    Two modules that land on one target (a file with ``qkv`` AND ``to_q``) are added, as a loader adds them.
+    Two modules with the same target (a file with ``qkv`` AND ``to_q``) are added, as loaders do.
     """
     modules: dict[str, LowRank] = {}
     for name, part in adapter.modules.items():
-        for piece in key_map.get(name, (Piece(name),)):
-            cut = part if piece.rows is None else part.rows(piece.rows)
-            known = modules.get(piece.target)
-            modules[piece.target] = cut if known is None else concat([known, cut], [1.0, 1.0])
+        for mapped in key_map.get(name, (MappedRows(name),)):
+            update = part if mapped.rows is None else part.rows(mapped.rows)
+            other = modules.get(mapped.target)
+            modules[mapped.target] = update if other is None else concat([other, update], [1.0, 1.0])
     diffs: dict[str, Tensor] = {}
     for name, tensor in adapter.diffs.items():
         module, _, parameter = name.rpartition(".")
-        for piece in key_map.get(module, (Piece(module),)):
-            cut = tensor if piece.rows is None else torch.cat([tensor[a:b] for a, b in piece.rows])
-            target = f"{piece.target}.{parameter}"
-            diffs[target] = diffs[target] + cut if target in diffs else cut
+        for mapped in key_map.get(module, (MappedRows(module),)):
+            diff = tensor if mapped.rows is None else torch.cat([tensor[a:b] for a, b in mapped.rows])
+            target = f"{mapped.target}.{parameter}"
+            diffs[target] = diffs[target] + diff if target in diffs else diff
     return replace(adapter, modules=modules, diffs=diffs)
 
 
-def unmapped(adapters: Iterable[Adapter], key_map: KeyMap) -> list[str]:
-    """Modules of the adapters that the key map does not know, sorted."""
+def unmapped_modules(adapters: Iterable[Adapter], key_map: KeyMap) -> list[str]:
+    """Names of the adapters' modules that are not in the key map, sorted."""
     return sorted({name for adapter in adapters for name in adapter.modules} - set(key_map))

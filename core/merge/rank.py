@@ -72,3 +72,7 @@ class Rank:
             wanted = self.value if self.unit == "" else round(self.value * pool.size / len(pool.ranks))
             k = torch.full((pool.batch,), int(wanted), device=pool.device)
         return k.clamp(1, pool.size)
+
+
+MEAN_RANK = Rank(1, "x")
+"""The inputs' mean rank: the default of every method."""

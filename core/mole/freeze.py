@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..errors import MergeError, name_some
-from ..formats.peft_config import CONFIG_KEY, combined
+from ..formats.peft_config import CONFIG_KEY, combine_configs
 from ..merge.engine import MergeResult, merge
 from ..merge.methods import MergeMethod
 from ..progress import Progress
@@ -63,7 +63,7 @@ def freeze(
         progress=progress,
     )
     notes = (*result.report.notes, *_said(mixture, bank, mean, spread))
-    config = combined(mixture.experts)  # what PEFT must know of the base model, such as transposed layers
+    config = combine_configs(mixture.experts)  # what PEFT must know of the base model, such as transposed layers
     kept = {CONFIG_KEY: json.dumps(config, sort_keys=True)} if config else {}
     adapter = replace(result.adapter, metadata={**result.adapter.metadata, **kept})
     return MergeResult(adapter, replace(result.report, notes=notes))

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapter import CONFIG_KEY, Adapter
 from ..errors import name_some
-from ..formats.peft_config import combined, configs
+from ..formats.peft_config import combine_configs, labelled_configs
 from ..json_text import from_json
 from ..merge.report import MANY, MergeReport, ModuleReport
 from .recipe import HUB_PREFIX, Recipe
@@ -37,7 +37,7 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     The entry `KEY` holds the recipe and a compact report as JSON. Of the paths of inputs and statistics only the file
     names are kept, because folders are private, unlike names on the Hugging Face Hub. ``ss_base_model_version``,
     ``modelspec.architecture`` and similar entries are kept if the inputs agree; trigger phrases are joined; of each
-    training set's tags the most frequent are kept. For PEFT configurations see `combined`.
+    training set's tags the most frequent are kept. For PEFT configurations see `combine_configs`.
 
     Args:
         recipe: The merge.
@@ -66,7 +66,7 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     tags = _most_frequent_tags(inputs)
     if tags:
         metadata["ss_tag_frequency"] = json.dumps(tags, ensure_ascii=False)
-    config = combined(inputs)
+    config = combine_configs(inputs)
     if config:
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return metadata
@@ -109,7 +109,10 @@ def disagreements(inputs: Sequence[Adapter]) -> list[str]:
         and all(part.alpha is None for part in adapter.modules.values())
     ]
     values = {key: [(a.label, a.metadata[key]) for a in inputs if a.metadata.get(key)] for key in _KEPT_IF_EQUAL}
-    values |= {key: [(label, str(c[key])) for label, c in configs(inputs) if c.get(key)] for key in _PEFT_KEPT_IF_EQUAL}
+    values |= {
+        key: [(label, str(c[key])) for label, c in labelled_configs(inputs) if c.get(key)]
+        for key in _PEFT_KEPT_IF_EQUAL
+    }
     for key, pairs in values.items():
         if len({value for _, value in pairs}) > 1:
             notes.append(f"{key} differs: {name_some((f'{value} ({label})' for label, value in pairs), MANY)}")

@@ -36,7 +36,7 @@ def default_format(first_format: str, merged: Adapter, renamed: bool) -> str:
             express them too.
     """
     names = merged.layers
-    if not renamed and first_format in FORMATS and all(FORMATS[first_format].carries(name) for name in names):
+    if not renamed and first_format in FORMATS and all(FORMATS[first_format].can_store_name(name) for name in names):
         return first_format
     detected = detect(names)
-    return detected if all(FORMATS[detected].fits(name) for name in names) else "comfy"
+    return detected if all(FORMATS[detected].is_native_name(name) for name in names) else "comfy"

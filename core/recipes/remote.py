@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapter import Adapter
 from ..errors import FormatError
 from ..formats import fingerprint, load
-from ..layers.align import Resolver, align
+from ..layers.align import KeyMapResolver, align
 from ..merge.tasks import Batch, BatchMerger, BatchResult
 
 
@@ -30,7 +30,7 @@ class RemoteInputs:
     names: tuple[str, ...]
     fingerprints: tuple[str, ...]
     convert_ranks: tuple[int | None, ...]
-    key_map: Resolver | None
+    key_map: KeyMapResolver | None
 
     @classmethod
     def of(
@@ -38,7 +38,7 @@ class RemoteInputs:
         adapters: Sequence[Adapter],
         paths: Sequence[Path],
         convert_ranks: Sequence[int | None],
-        key_map: Resolver | None,
+        key_map: KeyMapResolver | None,
     ) -> RemoteInputs:
         """Describe inputs that are loaded on this machine."""
         names = tuple(adapter.source.path for adapter in adapters)
@@ -57,7 +57,7 @@ class RemoteInputs:
             try:
                 if fingerprint(path) != expected:
                     raise FormatError("The file differs.")
-                adapter = load(path, convert_rank=convert_rank, known=True)
+                adapter = load(path, convert_rank=convert_rank, verify=False)
             except FormatError as error:
                 raise FormatError(
                     "A machine of the cluster does not have an input of the merge.",

@@ -12,9 +12,9 @@ import torch
 
 from ..adapter import Adapter, Source
 from ..errors import name_some
-from ..formats import hashes, load, weights_of
-from ..formats.unchanged import unchanged
-from ..layers.align import Resolver, align
+from ..formats import hashes, load, weight_files
+from ..formats.file_changes import raise_if_changed
+from ..layers.align import KeyMapResolver, align
 from ..merge.cache import GramCache
 from ..merge.engine import BatchRunner, MergeResult, matching, merge
 from ..merge.methods import MergeMethod
@@ -27,7 +27,7 @@ from .output import default_format, should_have_kohya_names
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
 
-NamesForFormat = Callable[[Adapter, str], Adapter]
+RenameForFormat = Callable[[Adapter, str], Adapter]
 """A host's function: returns the adapter under names that a file format can express."""
 
 
@@ -35,8 +35,8 @@ def run(
     recipe: Recipe,
     *,
     folder: Path = Path(),
-    key_map: Resolver | None = None,
-    names_for_format: NamesForFormat | None = None,
+    key_map: KeyMapResolver | None = None,
+    rename_for_format: RenameForFormat | None = None,
     find_cached: Callable[[str], Path] | None = None,
     device: torch.device | str = "cpu",
     loading: Progress | None = None,
@@ -49,7 +49,7 @@ def run(
         recipe: The merge.
         folder: Base of the recipe's relative paths.
         key_map: A host's function for inputs whose files name the same layers differently, see `align`.
-        names_for_format: The same host's function. With it the result is ready to be saved in the recipe's format, and
+        rename_for_format: The same host's function. With it the result is ready to be saved in the recipe's format, and
             Stable Diffusion LoRAs keep kohya names if the first input has them; without it names stay as `align` left
             them.
         find_cached: A host's function: name of an adapter -> its folder in the local Hugging Face cache.
@@ -72,7 +72,7 @@ def run(
     paths = [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
     files = paths if statistics_path is None else [*paths, statistics_path]
-    with unchanged(files), hashes.hash_in_background([weights_of(path) for path in paths]) as pending_hashes:
+    with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
             adapters.append(_load(entry, path, recipe.convert_rank))
@@ -99,7 +99,7 @@ def run(
         result = merge_aligned(recipe, method, aligned, device=device, progress=progress, run_batches=run_batches)
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-    return describe(recipe, method, result, adapters, renamed=renamed, names_for_format=names_for_format)
+    return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
 
 
 def merge_aligned(
@@ -147,7 +147,7 @@ def describe(
     inputs: Sequence[Adapter],
     *,
     renamed: bool,
-    names_for_format: NamesForFormat | None = None,
+    rename_for_format: RenameForFormat | None = None,
 ) -> MergeResult:
     """Return a merge result whose adapter holds recipe and report in its metadata, and its file format in its source.
 
@@ -157,7 +157,7 @@ def describe(
         result: Result of the merge.
         inputs: The inputs as loaded, with the hashes of their files.
         renamed: Whether aligning the inputs renamed modules.
-        names_for_format: See `run`.
+        rename_for_format: See `run`.
     """
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
@@ -176,12 +176,12 @@ def describe(
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(made, report, inputs)
     first_format, format = inputs[0].source.format, recipe.format
-    if format is None and names_for_format is not None and should_have_kohya_names(first_format, merged):
+    if format is None and rename_for_format is not None and should_have_kohya_names(first_format, merged):
         format = "kohya"
     if format is None:
         format = default_format(first_format, merged, renamed)
-    elif names_for_format is not None:
-        merged = names_for_format(merged, format)
+    elif rename_for_format is not None:
+        merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
 
 
@@ -205,7 +205,7 @@ def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | Non
 
 
 def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
-    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), known=True)
+    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), verify=False)
     # a folder in the Hugging Face cache is named after a commit: keep the adapter's name
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB_PREFIX) else adapter
 

@@ -1,4 +1,4 @@
-"""Measuring the statistics of a calibrated merge on a diffusers pipeline."""
+"""Measure the statistics of a calibrated merge on a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...core.train.frozen import frozen
 from ...core.train.measure import CalibrationSettings, measure_statistics
 from .denoiser import PipelineDenoiser
 from .layer_names import key_map
-from .mixing import experts, model_of
+from .mixing import denoising_model, experts
 
 
 def calibrate_pipeline(
@@ -32,35 +32,38 @@ def calibrate_pipeline(
     strengths: Sequence[float] = (),
     size: tuple[int, int] | None = None,
     guidance: float | None = None,
-    paint_steps: int = 12,
+    sampling_steps: int = 12,
     progress: Progress | None = None,
 ) -> Statistics:
-    """What the layers of a pipeline's model see, by which LoRAs a prompt names; the pipeline is left as it was.
+    """Measure the inputs of a pipeline's layers, per set of adapters that a prompt names. The pipeline stays unchanged.
 
-    Layers of text encoders are not measured, nor are they at work: a calibrated merge gives them the plain SVD of the
-    sum.
+    Layers of text encoders are not measured, and the adapters' updates of them are not applied: a calibrated merge uses
+    the plain SVD of the sum for them.
 
     Args:
-        pipe: See `PipelineDenoiser` for those that are supported.
-        adapters: The LoRAs of the merge, as loaded.
-        concepts: Per LoRA, the words that name it in a prompt. texts: Prompts to measure on, see `prompts_for`.
-        settings: How widely to measure.
+        pipe: The pipeline; `PipelineDenoiser` lists the supported classes.
+        adapters: The adapters of the merge, as loaded.
+        concepts: Per adapter, the words that name it in a prompt.
+        texts: Prompts to measure on, see `prompts_for`.
+        settings: Measurement settings; default `CalibrationSettings()`.
         strengths: The weights of the merge; default 1.
-        size, guidance, paint_steps: Of the pictures that are painted, see `PipelineDenoiser`.
-        progress: Called with (done, in all, what is going on). May raise to cancel.
+        size: Height and width in pixels of the images that are sampled, see `PipelineDenoiser`.
+        guidance: Their guidance scale, see `PipelineDenoiser`.
+        sampling_steps: Number of sampling steps per image.
+        progress: Called with (steps done, steps in all, name of the current step). May raise an exception to cancel.
 
     Raises:
-        MergeError: LoRAs of another model, words that do not fit, or pictures that are not finite.
+        MergeError: The adapters are for another model, the words do not fit, or samples are not finite.
     """
     check_concepts(concepts, len(adapters))
     prompts = prompts_for(concepts, texts)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*are of text encoders")
+        warnings.filterwarnings("ignore", ".*belong to text encoders")
         mixture = Mixture(tuple(experts(pipe, adapters)), strengths=tuple(strengths))
-    model = model_of(pipe)
+    model = denoising_model(pipe)
     paths = _paths(align(adapters, key_map=key_map), adapters, {path for path, _ in model.named_modules() if path})
     with frozen(pipe.components.values()), attach(model, mixture) as attachment:
-        denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=paint_steps)
+        denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=sampling_steps)
         hashes = list(map(identity, adapters))
         return measure_statistics(
             attachment, denoiser, prompts, paths, settings,
@@ -69,12 +72,13 @@ def calibrate_pipeline(
 
 
 def _paths(aligned: Sequence[Adapter], adapters: Sequence[Adapter], layers: set[str]) -> dict[str, str]:
-    """Module name of the merge -> path of its layer in the model."""
+    """Module name in the merge -> path of its layer in the model."""
     names = [name for name in dict.fromkeys(n for a in aligned for n in a.modules) if not is_text_encoder(name)]
-    known = key_map(adapters)
-    found: dict[str, str] = {}
+    pieces = key_map(adapters)
+    path_of: dict[str, str] = {}
     for name in names:
-        targets = [name, *(piece.target for piece in known.get(name, ()))]
+        targets = [name, *(piece.target for piece in pieces.get(name, ()))]
         paths = [path for target in targets for path in (target, target.partition(".")[2]) if path in layers]
-        found[name] = paths[0]  # `experts` has refused LoRAs of other models; the parts of a fused layer share an input
-    return found
+        # there is one: `experts` has refused adapters of other models. The pieces of a fused layer share an input.
+        path_of[name] = paths[0]
+    return path_of

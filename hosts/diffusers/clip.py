@@ -12,34 +12,32 @@ from torch.nn import functional as F
 from transformers.models.clip.modeling_clip import CLIPModel
 from transformers.models.clip.processing_clip import CLIPProcessor
 
-from ...core.errors import FormatError
+from ..loading import format_errors
 from .denoiser import PipelineDenoiser
 
 
 def load_clip(path: str | Path) -> tuple[Any, Any]:
-    """A CLIP model and its processor from a folder, or under its name from the local cache. Nothing is downloaded.
+    """Load a CLIP model and its processor from a folder, or by name from the local Hugging Face cache.
+
+    Downloads nothing.
 
     Raises:
-        FormatError: There is none.
+        FormatError: The folder or name does not exist, or is damaged.
     """
-    try:
+    with format_errors(
+        "The CLIP model cannot be loaded.", path, expected="a folder that CLIPModel and CLIPProcessor were saved to"
+    ):
         model = CLIPModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
         return model, CLIPProcessor.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # of a damaged file its parsers raise errors of every kind
-        raise FormatError(
-            "The CLIP model cannot be loaded.",
-            file=path,
-            expected="a folder that CLIPModel and CLIPProcessor were saved to",
-            found=f"{type(error).__name__}: {error}".partition("\n")[0],
-        ) from error
 
 
 class PipelineClip:
     """Implements `core.train.Clip`.
 
     Args:
-        denoiser: Decodes latents. model: A `transformers.CLIPModel`, moved to where the pipeline computes.
-        processor: Its `CLIPProcessor`: the tokenizer, and mean and deviation of the pictures it learnt from.
+        denoiser: Decodes the latents.
+        model: A `transformers.CLIPModel`; it is moved to the pipeline's device.
+        processor: Its `CLIPProcessor`, which has the tokenizer, and the mean and deviation for the pixels.
     """
 
     def __init__(self, denoiser: PipelineDenoiser, model: Any, processor: Any) -> None:
@@ -47,25 +45,26 @@ class PipelineClip:
         self.tokenizer = processor.tokenizer
         mean, deviation = processor.image_processor.image_mean, processor.image_processor.image_std
         self.mean, self.deviation = torch.tensor(mean).view(3, 1, 1), torch.tensor(deviation).view(3, 1, 1)
-        self._texts: dict[str, Tensor] = {}
+        self._text_features: dict[str, Tensor] = {}
 
     def images(self, latents: Tensor) -> Tensor:
         x = (self.denoiser.decode(latents) / 2 + 0.5).clamp(0, 1)
         side = self.model.config.vision_config.image_size
         x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
         x = (x - self.mean.to(x)) / self.deviation.to(x)
-        return _unit(self.model.get_image_features(pixel_values=x.to(self.model.dtype)))
+        return _normalised(self.model.get_image_features(pixel_values=x.to(self.model.dtype)))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
+        new = [text for text in dict.fromkeys(texts) if text not in self._text_features]
         if new:
             tokens = self.tokenizer(new, padding=True, truncation=True, return_tensors="pt").to(self.denoiser.device)
             with torch.no_grad():
-                found = _unit(self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask))
-            self._texts.update(zip(new, found, strict=True))
-        return torch.stack([self._texts[text] for text in texts])
+                features = self.model.get_text_features(tokens.input_ids, attention_mask=tokens.attention_mask)
+            self._text_features.update(zip(new, _normalised(features), strict=True))
+        return torch.stack([self._text_features[text] for text in texts])
 
 
-def _unit(features: Any) -> Tensor:
-    found: Tensor = features if isinstance(features, Tensor) else features.pooler_output  # by transformers' version
-    return F.normalize(found.float(), dim=-1)
+def _normalised(features: Any) -> Tensor:
+    """CLIP features ``(B, F)`` at length 1; some versions of transformers wrap them in an output object."""
+    tensor: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return F.normalize(tensor.float(), dim=-1)

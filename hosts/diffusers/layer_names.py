@@ -1,15 +1,13 @@
-"""diffusers: what the layers of a LoRA file are called there, learnt from diffusers' own loaders.
+"""diffusers' names for the layers of a LoRA, derived from diffusers' own loaders.
 
-A loader is handed a *probe* instead of the weights: an ``up`` factor that numbers the rows of all modules, a ``down``
-factor that numbers the modules. What comes out says which rows of which module make up each target, so every renaming,
-split and permutation the library knows becomes exact plain data (a `KeyMap`), for any rank and any values.
+This module chooses the loader of the base model and the spelling that the loader expects; `probing` derives the
+key map. Where the loaders are incomplete, names come from a model or from the converter of checkpoints.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,71 +20,70 @@ from torch import Tensor
 from ...core.adapter import Adapter
 from ...core.errors import MergeError, name_some
 from ...core.formats import FORMATS
-from ...core.formats.suffixes import classify
-from ...core.layers.keymap import KeyMap, Piece, Spans, rename, spans_of
+from ...core.layers.keymap import KeyMap, MappedRows, apply_key_map
+from .probing import Converter, Probe, RowCounts, complete_modules, probe_converter
 
-_PATCHED_BLOCKS = SimpleNamespace(layers_per_block=2)  # all of Stability's U-Nets
-_STYLES = (("lora_A", "lora_B", False), ("lora_down", "lora_up", True), ("lora_down", "lora_up", False))
-_MAX_SPANS = 64
-
-Rows = Mapping[str, int]  # module -> number of output rows
-Converter = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+_IS_DIFFUSERS = FORMATS["diffusers"].is_native_name
+_IS_KOHYA = FORMATS["kohya"].is_native_name
 
 
 def key_map(adapters: Sequence[Adapter]) -> KeyMap:
-    """The diffusers names of the adapters' modules.
+    """The key map from the adapters' module names to diffusers' names.
 
     Modules that diffusers cannot convert, or only by changing their values, are not in the map (see
-    `core.layers.keymap.unmapped`) and keep their names.
+    `core.layers.keymap.unmapped_modules`) and keep their names.
 
     Args:
         adapters: LoRAs of one base model, in any dialects.
     """
-    known: dict[str, tuple[Piece, ...]] = {}
+    mapped: dict[str, tuple[MappedRows, ...]] = {}
     for adapter in adapters:
-        rows = _rows(adapter)
-        known.update({name: (Piece(target),) for name in rows if (target := _own_name(name)) is not None})
-        rest = {name: count for name, count in rows.items() if name not in known}
-        text = {name: count for name, count in rest.items() if _TEXT.match(name)}
+        rows = _row_counts(adapter)
+        mapped.update({name: (MappedRows(target),) for name in rows if (target := _native_name(name)) is not None})
+        rest = {name: count for name, count in rows.items() if name not in mapped}
+        text = {name: count for name, count in rest.items() if _TEXT_ENCODER.match(name)}
         model = {name: count for name, count in rest.items() if name not in text}
-        known.update(_convert(text, _load_with("StableDiffusionXLLoraLoaderMixin"), _spell_text))
+        mapped.update(
+            probe_converter(text, _loader("StableDiffusionXLLoraLoaderMixin"), _spell_text_encoder, _IS_DIFFUSERS)
+        )
         architecture = _architecture(adapter)
         if architecture == "sd3":
-            known.update(_sd3(model, adapter))
+            mapped.update(_sd3_key_map(model, adapter))
         elif architecture == "flux-onetrainer":
-            known.update(_underscored_flux(model))
+            mapped.update(_onetrainer_flux_key_map(model))
         elif architecture is not None:
-            loader, spell = _ROUTES[architecture]
-            known.update(_convert(model, _load_with(loader), spell))
-    return known
+            loader, spell = _LOADERS[architecture]
+            mapped.update(probe_converter(model, _loader(loader), spell, _IS_DIFFUSERS))
+    return mapped
 
 
 def to_diffusers(adapter: Adapter) -> Adapter:
     """The adapter under diffusers' names, ready to be saved in that format.
 
     Raises:
-        MergeError: Layers diffusers has no name for.
+        MergeError: diffusers has no name for a layer.
     """
-    known = key_map([adapter])
-    lost = sorted(set(adapter.modules) - set(known))
-    if lost:
+    mapped = key_map([adapter])
+    unnamed = sorted(set(adapter.modules) - set(mapped))
+    if unnamed:
         raise MergeError(
             "diffusers has no names for some layers.",
             file=adapter.source.path or None,
-            found=name_some(lost, 3),
+            found=name_some(unnamed, 3),
             remedy="keep the format of the inputs, or save as comfy",
         )
-    return rename(adapter, known)
+    return apply_key_map(adapter, mapped)
 
 
 def to_kohya(adapter: Adapter) -> Adapter:
     """The adapter under kohya's names, ready to be saved in that format. Stable Diffusion's U-Nets only.
 
     Raises:
-        MergeError: Another architecture, whose kohya names fuse layers or are not known.
+        MergeError: Another architecture, whose kohya names fuse layers or are unknown.
     """
-    adapter = adapter if all(FORMATS["kohya"].fits(name) for name in adapter.modules) else to_diffusers(adapter)
-    rows = {name: count for name, count in _rows(adapter).items() if "." in name}
+    if not all(_IS_KOHYA(name) for name in adapter.modules):
+        adapter = to_diffusers(adapter)
+    rows = {name: count for name, count in _row_counts(adapter).items() if "." in name}
     foreign = [name for name in rows if not name.startswith(("unet.", "text_encoder.", "text_encoder_2."))]
     if foreign:
         raise MergeError(
@@ -95,41 +92,41 @@ def to_kohya(adapter: Adapter) -> Adapter:
             found=name_some(foreign, 3),
             remedy="save as comfy or diffusers",
         )
-    if not any(name.startswith("text_encoder_2.") or _is_sdxl(name, adapter) for name in rows):
-        prefix = "lora_te"  # the only text encoder has no number
+    if not any(name.startswith("text_encoder_2.") or _is_sdxl_layer(name, adapter) for name in rows):
+        prefix = "lora_te"  # a single text encoder has no number
     else:
         prefix = "lora_te1"
-    known = _convert(rows, convert_state_dict_to_kohya, lambda name: name, fits=FORMATS["kohya"].fits)
-    return rename(
+    mapped = probe_converter(rows, convert_state_dict_to_kohya, lambda name: name, _IS_KOHYA)
+    return apply_key_map(
         adapter,
         {
-            name: tuple(Piece(re.sub("^lora_te1(?=_)", prefix, piece.target), piece.rows) for piece in pieces)
-            for name, pieces in known.items()
+            name: tuple(MappedRows(re.sub("^lora_te1(?=_)", prefix, part.target), part.rows) for part in parts)
+            for name, parts in mapped.items()
         },
     )
 
 
-def _is_sdxl(name: str, adapter: Adapter) -> bool:
+def _is_sdxl_layer(name: str, adapter: Adapter) -> bool:
     return name.endswith("attn2.to_k") and name in adapter.modules and adapter.modules[name].d_in == 2048
 
 
-def _rows(adapter: Adapter) -> dict[str, int]:
+def _row_counts(adapter: Adapter) -> dict[str, int]:
     rows = {name.rpartition(".")[0]: tensor.shape[0] for name, tensor in adapter.diffs.items() if tensor.ndim == 1}
     return {**rows, **{name: part.d_out for name, part in adapter.modules.items()}}
 
 
-# --- which loader -----------------------------------------------------------------------------------------------------
+# --- loader and spelling by architecture ------------------------------------------------------------------------------
 
-_TEXT = re.compile(r"lora_te\d?_text_(model|projection)|text_encoders\.clip_[lg]\.transformer\.text_")
+_TEXT_ENCODER = re.compile(r"lora_te\d?_text_(model|projection)|text_encoders\.clip_[lg]\.transformer\.text_")
 _UNET_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "time_embedding.", "add_embedding.")
 _DIT_ROOTS = ("transformer_blocks.", "single_transformer_blocks.")
 
 
-def _own_name(name: str) -> str | None:
-    """The full name of a module that already is in diffusers' dialect."""
+def _native_name(name: str) -> str | None:
+    """The full name of a module in diffusers' dialect; ``None`` if it is in another dialect."""
     if name.startswith("transformer.") and re.match(r"transformer\.(double|single|joint)_blocks\.", name):
         return None
-    if FORMATS["diffusers"].fits(name):
+    if _IS_DIFFUSERS(name):
         return name
     if name.startswith(_UNET_ROOTS):
         return f"unet.{name}"
@@ -139,11 +136,12 @@ def _own_name(name: str) -> str | None:
 
 
 def _architecture(adapter: Adapter) -> str | None:
-    """The base model's family, told from names and, where two families share names, from shapes."""
+    """The family of the base model, by names and, where two families share names, by shapes."""
     flat = {name.replace(".", "_"): part for name, part in adapter.modules.items()}
     text = " ".join(flat)
 
     def ratio(suffix: str) -> float:
+        """``d_out / d_in`` of the first module whose name ends so."""
         return next((part.d_out / part.d_in for name, part in flat.items() if name.endswith(suffix)), 0.0)
 
     if "joint_blocks_" in text:
@@ -167,8 +165,8 @@ def _architecture(adapter: Adapter) -> str | None:
     return None
 
 
-def _bare(name: str) -> str:
-    """A dotted or underscored native name without the prefix of its file's dialect."""
+def _without_prefix(name: str) -> str:
+    """A dotted or underscored native name without the prefix of its dialect."""
     for prefix in ("diffusion_model.", "transformer.", "unet.", "lora_unet__", "lora_unet_"):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
@@ -176,220 +174,100 @@ def _bare(name: str) -> str:
 
 
 def _spell_kohya(name: str) -> str:
-    return name if ".processor." in name else "lora_unet_" + _bare(name).replace(".", "_")
+    return name if ".processor." in name else "lora_unet_" + _without_prefix(name).replace(".", "_")
 
 
 def _spell_dotted(name: str) -> str:
-    return name if name.startswith("lora_") else "diffusion_model." + _bare(name)
+    return name if name.startswith("lora_") else "diffusion_model." + _without_prefix(name)
 
 
 def _spell_wan(name: str) -> str:
-    path = re.sub(r"^blocks_(\d+)_", r"blocks.\1.", _bare(name))
+    path = re.sub(r"^blocks_(\d+)_", r"blocks.\1.", _without_prefix(name))
     path = re.sub(r"(?<=\.)(self_attn|cross_attn)_", r"\1.", path)
     return "diffusion_model." + re.sub(r"(?<=\.)ffn_(?=\d)", "ffn.", path)
 
 
-def _spell_hunyuan(name: str) -> str:
-    return _bare(name)
-
-
-def _spell_text(name: str) -> str:
+def _spell_text_encoder(name: str) -> str:
     for prefix, number in (("text_encoders.clip_l.transformer.", "1"), ("text_encoders.clip_g.transformer.", "2")):
         if name.startswith(prefix):
             return f"lora_te{number}_" + name.removeprefix(prefix).replace(".", "_")
     return name
 
 
-_ROUTES: dict[str, tuple[str, Callable[[str], str]]] = {
+_LOADERS: dict[str, tuple[str, Callable[[str], str]]] = {
     "unet": ("StableDiffusionXLLoraLoaderMixin", _spell_kohya),
     "flux": ("FluxLoraLoaderMixin", _spell_kohya),
     "flux2": ("Flux2LoraLoaderMixin", _spell_dotted),
-    "hunyuan": ("HunyuanVideoLoraLoaderMixin", _spell_hunyuan),
+    "hunyuan": ("HunyuanVideoLoraLoaderMixin", _without_prefix),
     "wan": ("WanLoraLoaderMixin", _spell_wan),
     "qwen": ("QwenImageLoraLoaderMixin", _spell_dotted),
     "z-image": ("ZImageLoraLoaderMixin", _spell_dotted),
     "lumina2": ("Lumina2LoraLoaderMixin", _spell_dotted),
     "ltx": ("LTXVideoLoraLoaderMixin", _spell_dotted),
 }
+_UNET_CONFIG = SimpleNamespace(layers_per_block=2)  # that of all of Stability's U-Nets
 
 
-def _load_with(loader: str) -> Converter:
+def _loader(name: str) -> Converter:
+    """The conversion of state dicts by a loader of diffusers."""
+
     def converter(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        # a loader this diffusers is too old for fails like one that refuses the file
-        mixin: Any = getattr(lora_pipeline, loader)
-        result: Any = mixin.lora_state_dict(state, unet_config=_PATCHED_BLOCKS)
+        # a loader that this diffusers does not have yet fails here, like one that refuses the file
+        mixin: Any = getattr(lora_pipeline, name)
+        result: Any = mixin.lora_state_dict(state, unet_config=_UNET_CONFIG)
         return result[0] if isinstance(result, tuple) else result
 
     return converter
 
 
-# --- probing ----------------------------------------------------------------------------------------------------------
+# --- names from models and checkpoints, where the loaders are incomplete ----------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Numbers that tell every row of every module apart: module i holds ``starts[i] .. starts[i + 1]``."""
-
-    names: tuple[str, ...]
-    starts: Tensor
-
-    @staticmethod
-    def of(rows: Rows) -> _Probe:
-        counts = torch.tensor([0, *rows.values()])
-        return _Probe(tuple(rows), counts.cumsum(0) + 1)  # no zeros: loaders drop factors that are all zero
-
-    def up(self, index: int) -> Tensor:
-        """``(d_out, 1)`` float64, exact up to 2^53."""
-        return torch.arange(int(self.starts[index]), int(self.starts[index + 1]), dtype=torch.float64)[:, None]
-
-    def down(self, index: int) -> Tensor:
-        """``(1, 3)``: anything a loader does to the input side shows."""
-        return torch.tensor([[index + 1.0, -(index + 1.0), 7.0]], dtype=torch.float64)
-
-    def decode(self, up: Tensor) -> tuple[int, Spans] | None:
-        """The module and the rows that a converted `up` is made of; ``None`` for anything but whole rows of one."""
-        if up.ndim != 2 or up.shape[1] != 1 or not up.numel():
-            return None
-        values = up[:, 0].double()
-        numbers = values.long()
-        if not bool((numbers == values).all()) or int(numbers.min()) < 1 or int(numbers.max()) >= int(self.starts[-1]):
-            return None
-        index = int(torch.searchsorted(self.starts, numbers[:1], right=True)) - 1
-        start, stop = int(self.starts[index]), int(self.starts[index + 1])
-        if int(numbers.min()) < start or int(numbers.max()) >= stop:
-            return None
-        spans = spans_of(numbers - start)
-        return (index, spans) if len(spans) <= _MAX_SPANS else None
-
-
-def _convert(
-    rows: Rows,
-    converter: Converter,
-    spell: Callable[[str], str],
-    fits: Callable[[str], bool] = FORMATS["diffusers"].fits,
-) -> dict[str, tuple[Piece, ...]]:
-    """Run a converter over probes of all modules; where it refuses, over fewer, so that a bad key costs only itself."""
-    if not rows:
-        return {}
-    best: dict[str, tuple[Piece, ...]] = {}
-    for style in _STYLES:
-        try:
-            found = _run(rows, converter, spell, style, fits)
-        except Exception:
-            continue
-        if len(found) > len(best):
-            best = found
-        if len(best) == len(rows):
-            return best
-    if not best and len(rows) > 1:
-        names = list(rows)
-        for half in (names[: len(names) // 2], names[len(names) // 2 :]):
-            best.update(_convert({name: rows[name] for name in half}, converter, spell, fits))
-    return best
-
-
-def _run(
-    rows: Rows,
-    converter: Converter,
-    spell: Callable[[str], str],
-    style: tuple[str, str, bool],
-    fits: Callable[[str], bool],
-) -> dict[str, tuple[Piece, ...]]:
-    probe = _Probe.of(rows)
-    down, up, alpha = style
-    state: dict[str, Tensor] = {}
-    for index, name in enumerate(probe.names):
-        spelled = spell(name)
-        if ".processor." in spelled:
-            state[f"{spelled}.down.weight"], state[f"{spelled}.up.weight"] = probe.down(index), probe.up(index)
-            continue
-        state[f"{spelled}.{down}.weight"], state[f"{spelled}.{up}.weight"] = probe.down(index), probe.up(index)
-        if alpha:
-            state[f"{spelled}.alpha"] = torch.tensor(1.0, dtype=torch.float64)
-    converted = converter(state)
-    targets: dict[str, tuple[int, Spans]] = {}
-    for module, keys in classify(converted)[0].items():
-        if module.startswith("diffusion_model.") or not {"down", "up"} <= set(keys):
-            continue  # passed through as it was
-        # loaders leave some layers outside the blocks without the component's name, and then lose them
-        target = module if fits(module) or module.startswith("lora_") else f"transformer.{module}"
-        if not fits(target):
-            continue
-        found = probe.decode(converted[keys["up"]])
-        if found is not None and torch.equal(converted[keys["down"]].double(), probe.down(found[0])):
-            targets[target] = found
-    return _pieces(probe, rows, targets)
-
-
-def _pieces(probe: _Probe, rows: Rows, targets: Mapping[str, tuple[int, Spans]]) -> dict[str, tuple[Piece, ...]]:
-    """The map, of those modules whose every row arrives exactly once."""
-    pieces: dict[str, list[tuple[str, Spans]]] = {}
-    for target, (index, spans) in targets.items():
-        pieces.setdefault(probe.names[index], []).append((target, spans))
-    return {
-        name: tuple(Piece(target, None if spans == ((0, rows[name]),) else spans) for target, spans in found)
-        for name, found in pieces.items()
-        if _covers([span for _, spans in found for span in spans], rows[name])
-    }
-
-
-def _covers(spans: Iterable[tuple[int, int]], count: int) -> bool:
-    position = 0
-    for start, stop in sorted(spans):
-        if start != position:
-            return False
-        position = stop
-    return position == count
-
-
-# --- from models and checkpoints where the loaders fall short ---------------------------------------------------------
-
-
-def _underscored_flux(rows: Rows) -> dict[str, tuple[Piece, ...]]:
-    """OneTrainer's names: diffusers' own with underscores. The loader knows only some of them, the model knows all."""
+def _onetrainer_flux_key_map(rows: RowCounts) -> dict[str, tuple[MappedRows, ...]]:
+    """The key map of OneTrainer's Flux names: diffusers' own with underscores, of which the loader knows only some."""
     with torch.device("meta"):
         model = FluxTransformer2DModel(guidance_embeds=True)
-    flat = {f"lora_transformer_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
-    return {name: (Piece(f"transformer.{flat[name]}"),) for name in rows if name in flat}
+    paths = {f"lora_transformer_{path.replace('.', '_')}": path for path, _ in model.named_modules()}
+    return {name: (MappedRows(f"transformer.{paths[name]}"),) for name in rows if name in paths}
 
 
-class _Checkpoint(dict[str, Tensor]):
-    """A checkpoint that has every key the converter asks for, and remembers them."""
+class _RecordingCheckpoint(dict[str, Tensor]):
+    """A checkpoint that has any key, and records the keys that the converter pops."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(tensors)
-        self.asked: list[str] = []
+        self.popped: list[str] = []
 
     def __missing__(self, key: str) -> Tensor:
-        return torch.zeros(6, 1, dtype=torch.float64)  # may be cut in two or three
+        return torch.zeros(6, 1, dtype=torch.float64)  # divisible by two and three: the converter may split it
 
     def pop(self, key: str, *default: Any) -> Tensor:
-        self.asked.append(key)
+        self.popped.append(key)
         return super().pop(key, self[key])
 
 
-def _sd3(rows: Rows, adapter: Adapter) -> dict[str, tuple[Piece, ...]]:
-    """The map of native SD3 names, by the checkpoint converter run on probes for weights."""
-    flat = {_bare(name).replace(".", "_"): name for name in rows}
-    # the last block is converted in its own way, so their number matters: SD3 has one per 64 channels
+def _sd3_key_map(rows: RowCounts, adapter: Adapter) -> dict[str, tuple[MappedRows, ...]]:
+    """The key map of native SD3 names, by the checkpoint converter run on a probe."""
+    flat = {_without_prefix(name).replace(".", "_"): name for name in rows}
+    # the converter treats the last block differently, so the number of blocks matters: SD3 has one per 64 channels
     hidden = next((p.d_in for n, p in adapter.modules.items() if re.search(r"(attn.qkv|mlp.fc1)$", n)), 0)
     highest = max(int(match[1]) for name in flat if (match := re.search(r"joint_blocks_(\d+)_", name)))
     depth = max(hidden // 64, highest + 1)
     blocks = [f"joint_blocks.{i}.x_block.attn.qkv.weight" for i in range(depth)]
     blocks += [f"joint_blocks.{m[1]}.x_block.attn2.qkv.weight" for n in flat if (m := re.search(r"_(\d+)_.*attn2_", n))]
     filler = torch.zeros(6, 1, dtype=torch.float64)
-    dry = _Checkpoint(dict.fromkeys(blocks, filler))
-    single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dry)
-    native = {key.removesuffix(".weight").replace(".", "_"): key for key in dry.asked if key.endswith(".weight")}
-    known = {name: count for name, count in rows.items() if _bare(name).replace(".", "_") in native}
-    probe = _Probe.of(known)
-    real = _Checkpoint(dict.fromkeys(blocks, filler))
+    dry_run = _RecordingCheckpoint(dict.fromkeys(blocks, filler))
+    single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(dry_run)
+    native = {key.removesuffix(".weight").replace(".", "_"): key for key in dry_run.popped if key.endswith(".weight")}
+    convertible = {name: count for name, count in rows.items() if _without_prefix(name).replace(".", "_") in native}
+    probe = Probe.of(convertible)
+    checkpoint = _RecordingCheckpoint(dict.fromkeys(blocks, filler))
     for index, name in enumerate(probe.names):
-        real[native[_bare(name).replace(".", "_")]] = probe.up(index)
-    converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(real)
+        checkpoint[native[_without_prefix(name).replace(".", "_")]] = probe.up(index)
+    converted = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(checkpoint)
     targets = {
-        f"transformer.{key.removesuffix('.weight')}": found
+        f"transformer.{key.removesuffix('.weight')}": decoded
         for key, tensor in converted.items()
-        if key.endswith(".weight") and (found := probe.decode(tensor)) is not None
+        if key.endswith(".weight") and (decoded := probe.decode(tensor)) is not None
     }
-    return _pieces(probe, known, targets)
+    return complete_modules(probe, convertible, targets)

@@ -1,4 +1,4 @@
-"""MoLE on diffusers pipelines: LoRAs as experts under the model's own names, and the prompt router."""
+"""Mixtures (MoLE) on diffusers pipelines: adapters under the model's module paths, and the prompt router."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, is_text_encoder
-from ...core.errors import MergeError, name_some
-from ...core.layers.keymap import rename
+from ...core.errors import MergeError
+from ...core.layers.keymap import apply_key_map
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.gates import GateSet
 from ...core.mole.guidance import Rows
 from ...core.mole.mixture import Mixture
 from ...core.mole.router import check_concepts, named, routed_values
-from ...core.mole.scopes import uncompiled
 from ...core.mole.trained import TrainedGates
+from ..base_model import base_model_name, other_base_model
 from .layer_names import key_map
 
 
-def model_of(pipe: Any) -> nn.Module:
-    """The part of a pipeline that a mixture goes on: its transformer or U-Net.
+def denoising_model(pipe: Any) -> nn.Module:
+    """The transformer or U-Net of a pipeline, which mixtures are attached to.
 
     Raises:
-        MergeError: It has neither.
+        MergeError: The pipeline has neither.
     """
     model = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
     if model is None:
@@ -38,67 +38,49 @@ def model_of(pipe: Any) -> nn.Module:
     return model
 
 
-def base_of(pipe: Any) -> str:
-    """What gates remember of the model they were trained on: its class."""
-    return type(uncompiled(model_of(pipe))).__name__
-
-
 def experts(pipe: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
-    """LoRAs for a mixture on the pipeline's model, under names that are paths in it, whatever dialect they came in.
+    """Rename adapters of any dialect to the module paths of a pipeline's transformer or U-Net.
 
-    A mixture leaves text encoders alone. Their parts keep their place in the adapters, `Attachment.left_out` names
-    them, and a warning says so.
+    A mixture does not change text encoders. Their modules stay in the adapters, `Attachment.left_out` lists them, and
+    a warning gives their number.
 
     Args:
-        pipe: The pipeline the LoRAs were made for.
-        adapters: As loaded.
+        pipe: The pipeline that the adapters were trained for.
+        adapters: The adapters as loaded.
 
     Raises:
-        MergeError: Layers that are not in the model.
+        MergeError: An adapter has layers that the model lacks, or changes text encoders only.
     """
-    known = key_map(adapters)
-    paths = {path for path, _ in model_of(pipe).named_modules()}
-    found = [rename(adapter, known) for adapter in adapters]
-    for adapter in found:
-        model = [name for name in adapter.modules if not is_text_encoder(name)]
-        missing = [name for name in model if not {name, name.split(".", 1)[-1]} & paths]
-        if missing:
-            raise MergeError(
-                "The LoRA was made for another base model.",
-                file=adapter.source.path or adapter.label,
-                expected=f"layers of {base_of(pipe)}",
-                found=f"{len(missing)} layers that it lacks, such as {name_some(missing, 2)}",
-                remedy="use the pipeline the LoRA was trained for",
-            )
-        if not model:
+    names = key_map(adapters)
+    model = denoising_model(pipe)
+    paths = {path for path, _ in model.named_modules()}
+    renamed = [apply_key_map(adapter, names) for adapter in adapters]
+    for adapter in renamed:
+        modules = [name for name in adapter.modules if not is_text_encoder(name)]
+        if missing := [name for name in modules if not {name, name.split(".", 1)[-1]} & paths]:
+            raise other_base_model(adapter, missing, model, "use the pipeline the LoRA was trained for")
+        if not modules:
             raise MergeError(
                 "The LoRA changes text encoders only: there is nothing to mix.",
                 file=adapter.source.path or adapter.label,
                 remedy="load it with pipe.load_lora_weights",
             )
-        if text := len(adapter.modules) - len(model):
+        if left_out := len(adapter.modules) - len(modules):
             warnings.warn(
-                f"{adapter.label}: {text} layers are of text encoders and are not mixed; "
-                "docs/mole.md says how to have them all the same",
+                f"{adapter.label}: {left_out} layers belong to text encoders and are not mixed; "
+                "docs/mole.md describes how to use them beside the mixture",
                 stacklevel=2,
             )
-    return found
+    return renamed
 
 
 def load_gates(pipe: Any, path: str | Path, adapters: Sequence[Adapter]) -> GateSet:
-    """Trained gates for these LoRAs on this pipeline, in the LoRAs' order.
-
-    Args:
-        pipe: The pipeline. path: What `TrainedGates.save` wrote. adapters: See `experts`; of the gates' LoRAs, any.
-
-    Raises:
-        FormatError: No such file. MergeError: Gates for other LoRAs or another model.
-    """
-    return TrainedGates.load(path).of(adapters, base_of(pipe))
+    """Load trained gates for adapters on a pipeline, see `hosts.api.load_gates`."""
+    return TrainedGates.load(path).of(adapters, base_model_name(denoising_model(pipe)))
 
 
 def prompt_rows(pipe: Any) -> Rows:
-    """The rows of a batch that belong to the prompt, not to the negative one: for `attach`, and for `Record`."""
+    """Select the rows of a batch that belong to the prompt, not to the negative prompt; for `attach` and `Record`."""
 
     def rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
         return range(batch // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0, batch)
@@ -106,50 +88,57 @@ def prompt_rows(pipe: Any) -> Rows:
     return rows
 
 
-def mixed(pipe: Any, mixture: Mixture) -> Attachment:
-    """A mixture on a pipeline's model. Use it in a ``with`` block, or call `Attachment.detach` at the end::
+def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attachment:
+    """Attach a mixture to a pipeline's transformer or U-Net.
+
+    Use it in a ``with`` block, or call `Attachment.detach` at the end::
 
         with mixed(pipe, mixture):
             pipe("a heart in ember style")
 
-    Negative prompts take the gates of the prompt, see `mole.guidance`; not where the pipeline runs them in a pass of
-    their own (``true_cfg_scale``), there they go by their own words.
+    Negative prompts take the gates of the prompt (see `core.mole.guidance`), unless the pipeline runs them in a forward
+    pass of their own (``true_cfg_scale``): then their gates follow their own text.
+
+    Args:
+        pipe: The pipeline.
+        mixture: Adapters from `experts`, with their gates.
+        checkpointing: Recompute blocks in the backward pass, see `attach`.
 
     Raises:
         MergeError: See `attach`.
     """
-    return attach(model_of(pipe), mixture, prompt_rows=prompt_rows(pipe))
+    return attach(denoising_model(pipe), mixture, checkpointing=checkpointing, prompt_rows=prompt_rows(pipe))
 
 
 @contextmanager
 def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Generator[Attachment]:
-    """The prompt router at work: each prompt gets the LoRAs whose words it has. Needs no training.
+    """Attach a mixture with the prompt router: each prompt gets the adapters whose words it contains. No training.
 
-    Every row of a batch goes by the text it was encoded from, and the negative prompt's follow the prompt's::
+    Each row of a batch follows the text it was encoded from; rows of the negative prompt follow the prompt::
 
         with routed(pipe, mixture, [["ember style"], ["heart"]]):
             pipe("a heart in ember style")
 
     Args:
         pipe: The pipeline.
-        mixture: Its gates are not asked; their settings say how shares are given.
+        mixture: Its gates are not evaluated; their settings say how shares are distributed.
         concepts: Per expert, the words or phrases that name its concept.
 
     Raises:
-        MergeError: Another number of concepts than experts, a model that was compiled as a whole, or (while it works)
-            conditioning that was encoded elsewhere.
+        MergeError: The number of concepts differs from the number of experts, or the model was compiled as a whole.
+            Inside the block: the pipeline was called with conditioning that it did not encode itself.
     """
     check_concepts(concepts, len(mixture.experts))
-    model = model_of(pipe)
+    model = denoising_model(pipe)
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise MergeError(
-            "The router cannot look into a compiled model.",
+            "The prompt router does not work on a model that was compiled as a whole.",
             remedy="compile its blocks only (model.compile_repeated_blocks()), or train gates",
         )
-    router = _Router(pipe, mixture, concepts)
-    pipe.encode_prompt, before = router.encode, pipe.__dict__.get("encode_prompt")
+    router = _PromptRouter(pipe, mixture, concepts)
+    pipe.encode_prompt, before = router.encode_prompt, pipe.__dict__.get("encode_prompt")
     try:
-        with mixed(pipe, mixture) as attachment, router.holding(model, attachment):
+        with mixed(pipe, mixture) as attachment, router.hold_gates(model, attachment):
             yield attachment
     finally:
         if before is None:
@@ -158,39 +147,40 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
             pipe.encode_prompt = before
 
 
-class _Router:
-    """Listens to `encode_prompt`, and knows each row of conditioning again when the model is called with it."""
+class _PromptRouter:
+    """Records the conditioning that `encode_prompt` returns, and recognises its rows when the model is called."""
 
     def __init__(self, pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:
         self.concepts, self.settings = concepts, mixture.gates.settings
-        self.inner: Callable[..., Any] = pipe.encode_prompt
-        self.signature = inspect.signature(self.inner)
-        # conditioning (P, T, F) and gates (P, N) of the last prompts; a picture needs two at most
-        self.known: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)
+        self.original: Callable[..., Any] = pipe.encode_prompt
+        self.signature = inspect.signature(self.original)
+        # conditioning (P, T, F) and gates (P, N) of the latest prompts; one call of the pipeline needs at most two
+        self.encoded: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)
 
-    def encode(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.inner(*args, **kwargs)
-        given = self.signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        prefixes = ["", "negative_"] if "negative_prompt" in given.arguments else [""]
-        # between the two some pipelines return masks or pooled states
-        found = [value for value in result if isinstance(value, Tensor) and value.ndim == 3]
-        for prefix, embeddings in zip(prefixes, found, strict=False):
-            parts = [given.arguments.get(f"{prefix}prompt{n}") for n in ("", "_2", "_3", "_4")]
-            if prefix and given.arguments.get("negative_prompt_embeds") is None:
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.original(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        prefixes = ["", "negative_"] if "negative_prompt" in bound.arguments else [""]
+        # some pipelines return masks or pooled states between the prompt's embeddings and the negative prompt's
+        sequences = [value for value in result if isinstance(value, Tensor) and value.ndim == 3]
+        for prefix, embeddings in zip(prefixes, sequences, strict=False):
+            parts = [bound.arguments.get(f"{prefix}prompt{n}") for n in ("", "_2", "_3", "_4")]
+            if prefix and bound.arguments.get("negative_prompt_embeds") is None:
                 parts[0] = parts[0] or ""
             if parts[0] is not None:
-                asked = named(_texts(parts, len(embeddings)), self.concepts)
-                self.known.append((embeddings.detach(), routed_values(asked, self.settings)))
+                wanted = named(_row_texts(parts, len(embeddings)), self.concepts)
+                self.encoded.append((embeddings.detach(), routed_values(wanted, self.settings)))
         return result
 
     @contextmanager
-    def holding(self, model: nn.Module, attachment: Attachment) -> Generator[None]:
-        with ExitStack() as held:
+    def hold_gates(self, model: nn.Module, attachment: Attachment) -> Generator[None]:
+        """Hold the gates of each forward pass at the values for its conditioning."""
+        with ExitStack() as hold:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                held.close()
-                held.enter_context(attachment.hold(self.values(kwargs.get("encoder_hidden_states"))))
+                hold.close()
+                hold.enter_context(attachment.hold(self.gates_for(kwargs.get("encoder_hidden_states"))))
 
             handle = model.register_forward_pre_hook(before, with_kwargs=True)
             try:
@@ -198,33 +188,42 @@ class _Router:
             finally:
                 handle.remove()
 
-    def values(self, text: Tensor | None) -> Tensor:
-        """The gates ``(B, N)`` of conditioning ``(B, T, F)``."""
-        values: list[Tensor] = []
-        for row in [] if text is None else text:
+    def gates_for(self, conditioning: Tensor | None) -> Tensor:
+        """The gates ``(B, N)`` for conditioning ``(B, T, F)``.
+
+        Raises:
+            MergeError: A row is not among the recorded ones.
+        """
+        gates: list[Tensor] = []
+        for row in [] if conditioning is None else conditioning:
             matches = (
-                gates[i]
-                for embeddings, gates in reversed(self.known)
+                values[i]
+                for embeddings, values in reversed(self.encoded)
                 if embeddings.shape[1:] == row.shape
                 for i, other in enumerate(embeddings)
                 if torch.equal(other.to(row), row)
             )
-            found = next(matches, None)
-            if found is None:
+            match = next(matches, None)
+            if match is None:
                 break
-            values.append(found)
-        if text is None or len(values) != len(text):
+            gates.append(match)
+        if conditioning is None or len(gates) != len(conditioning):
             raise MergeError(
-                "The router does not know which prompt the model is called with.",
+                "The prompt router cannot tell which prompt the model was called with.",
                 expected="prompts given to the pipeline as text",
                 found="conditioning that was encoded elsewhere",
                 remedy="let the pipeline encode the prompts, or call its encode_prompt inside the with block",
             )
-        return torch.stack(values)
+        return torch.stack(gates)
 
 
-def _texts(parts: Sequence[str | Sequence[str] | None], rows: int) -> list[str]:
-    """The text of each row of conditioning: what all encoders were given, several rows in turn for each prompt."""
+def _row_texts(parts: Sequence[str | Sequence[str] | None], rows: int) -> list[str]:
+    """The text behind each row of conditioning: the prompts of all encoders, joined; consecutive rows share a prompt.
+
+    Args:
+        parts: Per text encoder a prompt, a list of prompts, or ``None``.
+        rows: Number of rows, a multiple of the number of prompts.
+    """
     lists = [[part] if isinstance(part, str) else list(part) for part in parts if part is not None]
     count = max(map(len, lists))
     prompts = ["\n".join(texts[i % len(texts)] or "" for texts in lists) for i in range(count)]

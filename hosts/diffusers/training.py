@@ -1,4 +1,4 @@
-"""Training the gates of a mixture on a diffusers pipeline."""
+"""Train the gates of a mixture on a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -15,35 +15,32 @@ from diffusers.utils import logging
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from ...core.digest import digest, some_of
-from ...core.errors import FormatError, MergeError
+from ...core.errors import MergeError
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.mixture import Mixture
 from ...core.mole.record import Record
 from ...core.mole.router import check_concepts, named
-from ...core.mole.trained import TrainedGates
 from ...core.progress import Progress
 from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, prompts_for, train
-from ...core.train.fit import FitRecord
 from ...core.train.frozen import frozen
+from ..base_model import base_model_name, weights_digest
+from ..loading import format_errors
 from .clip import PipelineClip
 from .denoiser import PipelineDenoiser
-from .mixing import base_of, model_of
+from .mixing import denoising_model
 
 
 @dataclass(frozen=True, eq=False)
-class PipelineTraining:
-    """Trained gates, how it went, and what they do.
+class PipelineTraining(TrainingResult):
+    """Result of a training on a pipeline: trained gates, losses, and the gates' values per prompt.
 
     Args:
-        gates: For `TrainedGates.save`. fit: Losses and entropies, step by step.
-        prompts: What was trained on. scopes: The parts of the model with a gate.
-        values: ``(prompts, scopes, N)``, the gates for each prompt at the first step of a picture.
-        left_out: Parts of the LoRAs that are not mixed, each with the reason.
+        prompts: The training prompts.
+        scopes: The parts of the model that have a gate.
+        values: ``(prompts, scopes, N)`` float32, gate values per prompt at the first sampling step.
+        left_out: Parts of the adapters that are not mixed, each with the reason.
     """
 
-    gates: TrainedGates
-    fit: FitRecord
     prompts: tuple[Prompt, ...]
     scopes: tuple[str, ...]
     values: Tensor
@@ -51,27 +48,31 @@ class PipelineTraining:
 
 
 def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A pipeline from a folder, or under its name from the local cache. Nothing is downloaded.
+    """Load a pipeline from a folder, or by its name from the local Hugging Face cache. Downloads nothing.
+
+    Args:
+        path: Folder or name.
+        device: Device the pipeline is moved to.
+        dtype: Dtype of its weights.
 
     Raises:
-        FormatError: There is none.
+        FormatError: The folder or name does not exist, or is damaged.
     """
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the number format goes by another name in later versions
-            pipe = DiffusionPipeline.from_pretrained(
-                str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
-            )
-    except Exception as error:  # of a damaged file its parsers raise errors of every kind
-        raise FormatError(
+    with (
+        format_errors(
             "The pipeline cannot be loaded.",
-            file=path,
+            path,
             expected="a folder in diffusers' format (with model_index.json), or a name that is in the local cache",
-            found=f"{type(error).__name__}: {error}".partition("\n")[0],
             remedy="save it with pipe.save_pretrained(FOLDER), or download it first",
-        ) from error
+        ),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # later versions of diffusers rename torch_dtype
+        pipe = DiffusionPipeline.from_pretrained(
+            str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -87,107 +88,112 @@ def train_gates(
     clip: tuple[Any, Any] | None = None,
     size: tuple[int, int] | None = None,
     guidance: float | None = None,
-    paint_steps: int = 12,
+    sampling_steps: int = 12,
     checkpointing: bool = False,
     folder: Path | None = None,
     devices: Devices | None = None,
     progress: Progress | None = None,
     keep: Callable[[TrainingResult], None] | None = None,
 ) -> PipelineTraining:
-    """Train the gates of a mixture on a pipeline, which is left as it was.
+    """Train the gates of a mixture on a pipeline. The pipeline is left unchanged.
 
     Args:
-        pipe: See `PipelineDenoiser` for those that are supported.
-        mixture: Of untrained gates; their settings say what is trained.
-        concepts: Per expert, the words that name it in a prompt. texts: Prompts to train on, see `prompts_for`.
-        settings: How to train.
-        images: For the objective ``denoise``: Pillow images, each with a prompt that describes it.
+        pipe: The pipeline; `PipelineDenoiser` lists the supported classes.
+        mixture: A mixture with untrained gates, whose settings say which gates are trained.
+        concepts: Per expert, the words that name it in a prompt.
+        texts: Training prompts, see `prompts_for`.
+        settings: Training settings.
+        images: For the objective ``denoise``: pairs of a Pillow image and a prompt that describes it.
         clip: For the objective ``clip``: a `transformers.CLIPModel` and its `CLIPProcessor`.
-        size, guidance, paint_steps: Of the pictures that are painted to learn from, see `PipelineDenoiser`.
-        checkpointing: Save memory by computing blocks twice.
+        size: Height and width in pixels of the images that are sampled to learn from, see `PipelineDenoiser`.
+        guidance: Their guidance scale, see `PipelineDenoiser`.
+        sampling_steps: Number of sampling steps per image.
+        checkpointing: Recompute blocks in the backward pass to save memory.
         folder, devices, progress, keep: See `core.train.train`.
 
     Raises:
-        MergeError: Settings, LoRAs, words or pictures that cannot be trained with.
+        MergeError: The settings, adapters, words or images cannot be used for training.
         FormatError: `folder` holds another training.
     """
     settings = settings or TrainSettings()
     check_concepts(concepts, len(mixture.experts))
     prompts = prompts_for(concepts, texts)
-    captions = [Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in _named(images, concepts)]
-    _check_images(captions, mixture, concepts)
+    captions = _captions(images, concepts)
+    _check_captions(captions, mixture, concepts)
     prompts = list(dict.fromkeys([*prompts, *captions]))
-    model = model_of(pipe)
+    model = denoising_model(pipe)
     with (
         frozen([*pipe.components.values(), *(clip or ())]),
         attach(model, mixture, checkpointing=checkpointing) as attachment,
     ):
-        denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=paint_steps)
-        own = None
+        denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=sampling_steps)
+        training_images = None
         if images:
-            latents = torch.cat([denoiser.encode([picture]).cpu() for picture, _ in images])
-            own = Images(latents, [prompts.index(caption) for caption in captions])
+            latents = torch.cat([denoiser.encode([image]).cpu() for image, _ in images])
+            training_images = Images(latents, [prompts.index(caption) for caption in captions])
         height, width = denoiser.family.pixels
-        done = train(
+        result = train(
             attachment,
             mixture,
             denoiser,
             prompts,
             concepts,
             settings,
-            base=base_of(pipe),
-            identity=json.dumps(
-                [digest(some_of(list(model.parameters()))), height, width, denoiser.family.guidance, paint_steps]
-            ),
-            images=own,
+            base=base_model_name(model),
+            identity=json.dumps([weights_digest(model), height, width, denoiser.family.guidance, sampling_steps]),
+            images=training_images,
             clip=None if clip is None else PipelineClip(denoiser, *clip),
             folder=folder,
             devices=devices,
             progress=progress,
             keep=keep,
         )
-        scopes, values = _values(attachment, denoiser, len(prompts), settings)
-    return PipelineTraining(done.gates, done.fit, tuple(prompts), scopes, values, attachment.left_out)
+        scopes, values = _gate_values(attachment, denoiser, len(prompts), settings)
+    return PipelineTraining(result.gates, result.fit, tuple(prompts), scopes, values, attachment.left_out)
 
 
-def _named(images: Sequence[tuple[Any, str]], concepts: Sequence[Sequence[str]]) -> list[tuple[str, list[bool]]]:
+def _captions(images: Sequence[tuple[Any, str]], concepts: Sequence[Sequence[str]]) -> list[Prompt]:
+    """The images' descriptions as prompts."""
     texts = [text.strip() for _, text in images]
-    return list(zip(texts, named(texts, concepts).tolist(), strict=True))
+    rows = named(texts, concepts).tolist()
+    return [Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)]
 
 
-def _check_images(captions: Sequence[Prompt], mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:
+def _check_captions(captions: Sequence[Prompt], mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:
+    """Raise MergeError unless every caption names a LoRA and every LoRA is named; no captions at all are fine."""
     if not captions:
         return
     nameless = [caption.text for caption in captions if not caption.named]
     if nameless:
         raise MergeError(
-            "A picture's description names none of the LoRAs.",
-            expected="the words of the LoRA that the picture is for",
+            "An image's description names none of the LoRAs.",
+            expected="the words of the LoRA that the image is for",
             found=repr(nameless[0]),
-            remedy="put the words into it",
+            remedy="add these words to the description",
         )
     for i, label in enumerate(mixture.labels):
         if not any(i in caption.named for caption in captions):
             raise MergeError(
-                "A LoRA has no pictures to learn from, so its gates would only learn to shut.",
+                "A LoRA has no images to learn from, so its gates would only learn to close.",
                 file=label,
-                expected=f"some pictures described with {' or '.join(map(repr, concepts[i]))}",
+                expected=f"some images described with {' or '.join(map(repr, concepts[i]))}",
                 found="none",
-                remedy="give pictures for every LoRA, or use the objective distil, which needs none",
+                remedy="give images for every LoRA, or use the objective distil, which needs none",
             )
 
 
-def _values(
+def _gate_values(
     attachment: Attachment, denoiser: PipelineDenoiser, prompts: int, settings: TrainSettings
 ) -> tuple[tuple[str, ...], Tensor]:
-    """The gates at the first step of a picture, per prompt: scopes, and ``(prompts, scopes, N)``."""
+    """Gate values at the first sampling step: the scopes, and ``(prompts, scopes, N)`` float32 on the CPU."""
     record = Record()
+    starts = range(0, prompts, settings.batch)
     with torch.no_grad(), attachment.watch(record):
-        for i in range(0, prompts, settings.batch):
-            numbers = range(i, min(i + settings.batch, prompts))
+        for start in starts:
+            numbers = range(start, min(start + settings.batch, prompts))
             denoiser.predict(denoiser.noise(len(numbers), settings.seed), torch.ones(len(numbers)), numbers)
     rows: list[Tensor] = []
-    for one, start in zip(record.passes, range(0, prompts, settings.batch), strict=True):
+    for gates, start in zip(record.passes, starts, strict=True):
         count = min(settings.batch, prompts - start)
-        rows.append(torch.stack([one[scope].expand(count, -1) for scope in record.scopes], 1).float().cpu())
+        rows.append(torch.stack([gates[scope].expand(count, -1) for scope in record.scopes], 1).float().cpu())
     return tuple(record.scopes), torch.cat(rows)

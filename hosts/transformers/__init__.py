@@ -1,1 +1,1 @@
-"""transformers: MoLE on language models."""
+"""transformers: mixtures (MoLE) on language models."""

@@ -1,4 +1,4 @@
-"""Training the gates of a mixture on a causal language model."""
+"""Train the gates of a mixture on a causal language model."""
 
 from __future__ import annotations
 
@@ -14,44 +14,47 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.models.auto.tokenization_auto import AutoTokenizer
 from transformers.utils import logging
 
-from ...core.digest import digest, some_of
-from ...core.errors import FormatError, MergeError
+from ...core.errors import MergeError
 from ...core.mole.mixture import Mixture
 from ...core.progress import Progress
 from ...core.train import Devices, FitSettings, Text, TrainingResult, train_on_texts
 from ...core.train.frozen import frozen
-from ..hub import cached
-from .mixing import base_of, check_reads, mixed
+from ..base_model import base_model_name, weights_digest
+from ..hub import cached_folder
+from ..loading import format_errors
+from .mixing import check_gate_inputs, mixed
 
-Words = str | Tensor | list[int]
-Example = Words | tuple[Words, Words]
+TextOrIds = str | Tensor | list[int]
+Example = TextOrIds | tuple[TextOrIds, TextOrIds]
 
 
 def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer from a folder, or under its name from the local cache.
+    """Load a causal language model and its tokenizer from a folder, or by name from the local Hugging Face cache.
 
-    A model that was saved quantised stays so. Nothing is downloaded.
+    A model that was saved quantised stays quantised. Downloads nothing.
+
+    Args:
+        path: Folder or name.
+        device: Device the model is loaded to.
+        dtype: Dtype of its weights.
 
     Raises:
-        FormatError: There is none.
+        FormatError: The folder or name does not exist, or is damaged.
     """
-    # a name would be looked for on the Hub, local_files_only or not: for an adapter that it might be
-    folder = str(path if Path(path).is_dir() else cached(str(path), "model"))
+    # looked up here: given a name, transformers asks the Hub whether it is an adapter, even with local_files_only
+    folder = str(path if Path(path).is_dir() else cached_folder(str(path), "model"))
     logging.disable_progress_bar()
     renamed = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 56)
-    place: dict[str, Any] = {"device_map": device, "dtype" if renamed else "torch_dtype": dtype}
-    safe: dict[str, Any] = {"trust_remote_code": False}  # unless told so, transformers asks on the terminal
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe, **place)
+    placement: dict[str, Any] = {"device_map": device, "dtype" if renamed else "torch_dtype": dtype}
+    safe: dict[str, Any] = {"trust_remote_code": False}  # by default transformers asks on the terminal
+    with format_errors(
+        "The language model cannot be loaded.",
+        path,
+        expected="a causal language model and its tokenizer, as transformers saves them",
+        remedy="save both with save_pretrained(FOLDER)",
+    ):
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **safe, **placement)
         return model.eval(), AutoTokenizer.from_pretrained(folder, **safe)
-    except Exception as error:  # of a damaged file its parsers raise errors of every kind
-        raise FormatError(
-            "The language model cannot be loaded.",
-            file=path,
-            expected="a causal language model and its tokenizer, as transformers saves them",
-            found=f"{type(error).__name__}: {error}".partition("\n")[0],
-            remedy="save both with save_pretrained(FOLDER)",
-        ) from error
 
 
 def train_gates(
@@ -68,61 +71,63 @@ def train_gates(
     progress: Progress | None = None,
     keep: Callable[[TrainingResult], None] | None = None,
 ) -> TrainingResult:
-    """Train the gates of a mixture on a causal language model, which is left as it was.
+    """Train the gates of a mixture on a causal language model. The model is left unchanged.
 
-    The loss is the model's own: how well it predicts the answers. The gates of a text read its prompt, see `mixed`.
+    The loss is the model's own, the cross entropy of the answers' tokens. Gates per text read the prompt, see `mixed`.
 
     Args:
-        model: The model, with its head.
-        mixture: Of untrained gates; their settings say what is trained: ``hidden``, ``experts`` or ``token``.
-        examples: Per LoRA, a few of ``(prompt, answer)``; for gates per token plain texts as well, of which every token
-            is learnt. As strings, which get the tokenizer's special tokens at their beginning and nothing at their
-            end, or as token ids.
-        tokenizer: For strings.
-        settings: How to train; default `FitSettings` with a batch of 8.
-        others: Examples of none of the LoRAs, on which the base model's predictions are to stay.
-        checkpointing: Save memory by computing blocks twice; always so where the model's own is enabled.
+        model: The model with its head.
+        mixture: A mixture with untrained gates that read ``hidden``, ``experts`` or ``token``.
+        examples: Per expert, a few ``(prompt, answer)`` pairs; for gates per token also plain texts, of which every
+            token is learnt. Each part is a string, which gets the tokenizer's special tokens at the start of the text
+            and none at its end, or a list or tensor of token ids.
+        tokenizer: The model's tokenizer; needed for strings only.
+        settings: Training settings; default `FitSettings` with a batch size of 8.
+        others: Examples for none of the experts, on which the base model's predictions are preserved.
+        checkpointing: Recompute blocks in the backward pass to save memory; always on if the model's own gradient
+            checkpointing is on.
         folder, devices, progress, keep: See `core.train.train_on_texts`.
 
     Raises:
-        MergeError: A model without next tokens, or gates, LoRAs or examples that cannot be trained with.
+        MergeError: The model has no language model head, or gates, adapters or examples cannot be used for training.
         FormatError: `folder` holds another training.
     """
-    check_reads(mixture, trains=True)
+    check_gate_inputs(mixture, trains=True)
     if not model.can_generate():
         raise MergeError(
-            "Gates learn from the next token, which this model does not predict.",
+            "Gates learn from next-token predictions, which this model does not make.",
             expected="a causal language model with its head (..ForCausalLM)",
-            found=base_of(model),
+            found=base_model_name(model),
         )
     if len(examples) != len(mixture.experts):
         raise MergeError("Every LoRA needs examples.", expected=f"{len(mixture.experts)} lists", found=len(examples))
     plain = mixture.gates.settings.reads == "token"
-    texts = [_text(example, tokenizer, i, plain) for i, own in enumerate(examples) for example in own]
-    texts += [_text(example, tokenizer, None, plain) for example in others]
+    texts = [_as_text(example, tokenizer, i, plain) for i, expert in enumerate(examples) for example in expert]
+    texts += [_as_text(example, tokenizer, None, plain) for example in others]
     checkpointing = checkpointing or bool(getattr(model, "is_gradient_checkpointing", False))
     with frozen([model]), mixed(model, mixture, checkpointing=checkpointing) as attachment:
         device = model.get_input_embeddings().weight.device
 
         def logits(texts: Sequence[Text]) -> Tensor:
             ids = pad_sequence([text.ids for text in texts], batch_first=True).to(device)
-            at = torch.arange(ids.shape[1], device=device)
+            position = torch.arange(ids.shape[1], device=device)
             ends = torch.tensor([[len(text.ids)] for text in texts], device=device)
             starts = torch.tensor([[text.start] for text in texts], device=device)
-            with attachment.prompt(at < starts):
-                return model(input_ids=ids, attention_mask=(at < ends).long(), use_cache=False).logits
+            with attachment.prompt(position < starts):
+                return model(input_ids=ids, attention_mask=(position < ends).long(), use_cache=False).logits
 
         return train_on_texts(
             attachment, mixture, texts, logits, settings or FitSettings(batch=8),
-            base=base_of(model), identity=digest(some_of(list(model.parameters()))),
+            base=base_model_name(model), identity=weights_digest(model),
             folder=folder, devices=devices, progress=progress, keep=keep,
         )  # fmt: skip
 
 
-def _text(example: Example, tokenizer: Any, expert: int | None, plain: bool) -> Text:
+def _as_text(example: Example, tokenizer: Any, expert: int | None, plain: bool) -> Text:
+    """Tokenize an example; `plain`: whether texts without a prompt are allowed."""
     if isinstance(example, tuple):
         prompt, answer = example
-        parts = [_ids(prompt, tokenizer, True), _ids(answer, tokenizer, False)]
+        parts = [_token_ids(prompt, tokenizer, True), _token_ids(answer, tokenizer, False)]
         return Text(torch.cat(parts), len(parts[0]), expert)
     if not plain:
         raise MergeError(
@@ -131,17 +136,17 @@ def _text(example: Example, tokenizer: Any, expert: int | None, plain: bool) -> 
             found="a text",
             remedy='give examples as (prompt, answer), or choose GateSettings(reads="token")',
         )
-    return Text(_ids(example, tokenizer, True), 1, expert)
+    return Text(_token_ids(example, tokenizer, True), 1, expert)
 
 
-def _ids(words: Words, tokenizer: Any, first: bool) -> Tensor:
-    """Token ids ``(T,)``; `first`: of a text's beginning, which gets the tokenizer's special tokens."""
-    if not isinstance(words, str):
-        return torch.as_tensor(words, dtype=torch.long)
+def _token_ids(text: TextOrIds, tokenizer: Any, special_tokens: bool) -> Tensor:
+    """Token ids ``(T,)``; for strings with or without the tokenizer's special tokens."""
+    if not isinstance(text, str):
+        return torch.as_tensor(text, dtype=torch.long)
     if tokenizer is None:
         raise MergeError(
-            "Examples in words need a tokenizer.",
-            found=repr(words[:40]),
+            "Examples given as strings need a tokenizer.",
+            found=repr(text[:40]),
             remedy="give the model's tokenizer, or token ids",
         )
-    return torch.tensor(tokenizer(words, add_special_tokens=first)["input_ids"], dtype=torch.long)
+    return torch.tensor(tokenizer(text, add_special_tokens=special_tokens)["input_ids"], dtype=torch.long)

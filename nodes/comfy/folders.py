@@ -7,7 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ...core.errors import FormatError, SaveError
-from ...core.safe_paths import inside, relative
+from ...core.safe_paths import is_inside, is_safe_name
 
 LORAS, GATES = "loras", "legomole_gates"  # kinds of model files, and the names of their folders
 OUTPUT = "output"  # ComfyUI's output folder
@@ -30,7 +30,7 @@ def path_of(name: str, kind: str) -> Path:
     Raises:
         FormatError: There is no such file.
     """
-    path = folder_paths.get_full_path(kind, name) if relative(name) else None
+    path = folder_paths.get_full_path(kind, name) if is_safe_name(name) else None
     if path is None:
         raise FormatError(
             "There is no such LoRA." if kind == LORAS else "There are no such gates.",
@@ -69,7 +69,7 @@ def new_path(prefix: str, kind: str = LORAS) -> Path:
     """
     is_page = kind == OUTPUT
     folder = Path(folder_paths.get_output_directory() if is_page else folder_paths.get_folder_paths(kind)[0])
-    if not inside(folder, prefix):
+    if not is_inside(folder, prefix):
         what = {LORAS: "A LoRA", GATES: "Gates", OUTPUT: "A report"}[kind]
         raise SaveError(
             f"{what} can only be saved inside the {kind} folder.",

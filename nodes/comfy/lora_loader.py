@@ -20,7 +20,7 @@ from ...core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
 from ...core.formats.hashes import sha256
-from ...core.layers.keymap import ParameterSlice, rename
+from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, nearest
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
@@ -60,7 +60,7 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
     names, row_count = layers.names, layers.row_count
     originals = [builder.build() for builder in builders]
     return LoadedLoras(
-        [rename(adapter, common.key_map) for adapter in originals],
+        [apply_key_map(adapter, common.key_map) for adapter in originals],
         originals,
         connected=f"{base_of(model)} model{'' if clip is None else ' with CLIP'}",
         dropped=tuple(line for builder in builders for line in builder.dropped),

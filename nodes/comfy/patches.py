@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import Adapter, Source
-from ...core.layers.keymap import KeyMap, ParameterSlice, Spans, refine, spans_of
+from ...core.layers.keymap import KeyMap, ParameterSlice, Spans, rows_to_spans, split_at_common_boundaries
 from ...core.lowrank import LowRank, fold_tucker
 
 Target = Any  # str | tuple[str, tuple[int, int, int] | None] | tuple[str, tuple[int, int, int] | None, Callable]
@@ -139,7 +139,7 @@ def _row_order(fn: Callable[[Tensor], Tensor], rows: int) -> Spans | None:
     moved = fn(torch.arange(rows, dtype=torch.float64)[:, None])
     if moved.shape != (rows, 1) or not torch.equal(moved.sort(0).values[:, 0], torch.arange(rows, dtype=moved.dtype)):
         return None
-    return spans_of(moved[:, 0].long())
+    return rows_to_spans(moved[:, 0].long())
 
 
 def to_low_rank(weights: tuple[Any, ...], kernel: tuple[int, ...]) -> LowRank:
@@ -159,7 +159,7 @@ class CommonNames:
     """Module names that several LoRAs of one model share.
 
     Args:
-        key_map: Name of a parameter slice -> common names, for `core.layers.keymap.rename`.
+        key_map: Name of a parameter slice -> common names, for `core.layers.keymap.apply_key_map`.
         slices: Common name -> the slice of a parameter.
         unnamed: Those of `slices` whose rows have no name that a loader reads.
     """
@@ -194,7 +194,7 @@ def find_common_names(
         common[name] = ParameterSlice(key, start, stop)
         return name
 
-    key_map = refine({**named, **slices}, name_of)
+    key_map = split_at_common_boundaries({**named, **slices}, name_of)
     return CommonNames({name: pieces for name, pieces in key_map.items() if name in slices}, common, unnamed)
 
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ...core.errors import LegoMoleError
-from ...core.file_info import About, of_file
+from ...core.file_info import FileInfo, read_file_info
 from . import folders
 
 
@@ -20,7 +20,7 @@ async def _list_loras(request: web.Request) -> web.Response:
 
 
 async def _describe_lora(request: web.Request) -> web.Response:
-    """Answer ``?name=..`` with an `About` as JSON, or with ``{"error": ..}``, which the page shows instead."""
+    """Answer ``?name=..`` with an `FileInfo` as JSON, or with ``{"error": ..}``, which the page shows instead."""
     try:
         path = folders.lora_path(request.query.get("name", ""))
         status = await asyncio.to_thread(path.stat)
@@ -31,9 +31,9 @@ async def _describe_lora(request: web.Request) -> web.Response:
 
 
 @lru_cache(maxsize=128)
-def _read(path: Path, version: tuple[int, int]) -> About:
+def _read(path: Path, version: tuple[int, int]) -> FileInfo:
     """Describe a file; `version` is part of the cache's key only."""
-    return of_file(path)
+    return read_file_info(path)
 
 
 def add() -> None:

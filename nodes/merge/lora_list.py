@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...core.errors import FormatError, MergeError
-from ...core.file_info import of_file
+from ...core.file_info import read_file_info
 from ..comfy import folders
 from ..sockets import CATEGORY, LORA_STACK
 
@@ -96,6 +96,6 @@ class LoRAList(io.ComfyNode):
     @classmethod
     def execute(cls, loras: str, lora_stack: list[tuple[str, float, float]] | None = None) -> io.NodeOutput:
         used = [entry for entry in parse_entries(loras) if entry.on]
-        words = [", ".join(of_file(folders.lora_path(entry.name)).words) for entry in used]
+        words = [", ".join(read_file_info(folders.lora_path(entry.name)).words) for entry in used]
         stack = [(entry.name, entry.strength, entry.strength) for entry in used]
         return io.NodeOutput([*(lora_stack or []), *stack], "\n".join(words))

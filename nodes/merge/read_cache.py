@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...core.formats.unchanged import states
+from ...core.formats.file_changes import file_states
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, read_files
 
@@ -85,5 +85,5 @@ def _drop(owner: weakref.ref[Any], loaded: weakref.ref[LoadedLoras]) -> None:
 
 def _state(lora: GraphLora) -> _Key:
     """What must be equal for a loaded LoRA to be used again: for a file also its size and time."""
-    content = states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
+    content = file_states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
     return (lora.label, lora.convert_rank, content)

@@ -99,7 +99,7 @@ def _obstacles(
     for lora in loras:
         if not isinstance(lora.content, Path):
             yield f"{lora.label} was made in the graph, save it with Save LoRA and load that file instead"
-    unusual = [name for name in merged.layers if not formats.FORMATS[format].fits(name)]
+    unusual = [name for name in merged.layers if not formats.FORMATS[format].is_native_name(name)]
     if unusual:
         yield f"layers such as {name_some(unusual, 1)} would be renamed"
 

@@ -14,7 +14,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .test_cli import done, run, squeezed
+from .command import done, run, squeezed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 

@@ -27,7 +27,7 @@ from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .test_cli import done, run, squeezed
+from .command import done, run, squeezed
 
 # the libraries' own affairs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")

@@ -23,7 +23,7 @@ from legomole.core.mole.trained import TrainedGates
 from ..hosts.test_accelerate import free_port
 from ..hosts.transformers.tiny_language import llama, lora, tokenizer
 from ..test_docs import blocks
-from .test_cli import done, run, squeezed
+from .command import done, run, squeezed
 
 # the libraries' own affairs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -87,7 +87,7 @@ def test_page_gets_names_and_descriptions_of_files(comfy: Server, files: dict[st
     metadata["modelspec.trigger_phrase"] = "<b>x</b>"
     save_file({"a": torch.zeros(1)}, file, metadata)
     assert comfy.get("/legomole/lora?name=described.safetensors") == {
-        "title": "", "base": "Flux", "words": ["<b>x</b>"], "thumbnail": THUMBNAIL,
+        "title": "", "base": "flux1", "words": ["<b>x</b>"], "thumbnail": THUMBNAIL,
     }  # fmt: skip
     file.write_bytes(b"broken")  # the description is not cached for a changed file
     assert "described.safetensors" in comfy.get("/legomole/lora?name=described.safetensors")["error"]

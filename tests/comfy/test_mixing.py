@@ -8,7 +8,7 @@ from typing import Any
 import legomole
 import pytest
 import torch
-from legomole.core.layers.keymap import Piece, rename
+from legomole.core.layers.keymap import MappedRows, apply_key_map
 from legomole.core.mole.attach import attach
 from legomole.core.mole.mixture import Mixture
 from safetensors.torch import load_file
@@ -153,8 +153,8 @@ def flux_of_diffusers() -> nn.Module:
 _SINGLE, _H = "transformer.single_transformer_blocks.0", tiny.HIDDEN
 NARROW_FLUX = {
     "lora_unet_single_blocks_0_linear1": (
-        *(Piece(f"{_SINGLE}.attn.to_{x}", ((i * _H, (i + 1) * _H),)) for i, x in enumerate("qkv")),
-        Piece(f"{_SINGLE}.proj_mlp", ((3 * _H, 7 * _H),)),
+        *(MappedRows(f"{_SINGLE}.attn.to_{x}", ((i * _H, (i + 1) * _H),)) for i, x in enumerate("qkv")),
+        MappedRows(f"{_SINGLE}.proj_mlp", ((3 * _H, 7 * _H),)),
     )
 }
 
@@ -209,7 +209,7 @@ def test_gradients_agree_with_diffusers(comfy: Server, measured: dict[str, Any],
     loras = [legomole.load(comfy.loras / f"{base}_{kind}.safetensors") for kind in ("kohya", "split")]
     names = {**key_map(loras), **(NARROW_FLUX if base == "flux" else {})}
     g = torch.tensor([[0.8, 0.3], [0.2, 1.1]], requires_grad=True)
-    with attach(model, Mixture(tuple(rename(lora, names) for lora in loras))) as attachment, attachment.hold(g):
+    with attach(model, Mixture(tuple(apply_key_map(lora, names) for lora in loras))) as attachment, attachment.hold(g):
         run = run_flux if base == "flux" else run_sd3
         out = run(model, saved["x"], saved["t"], saved["context"], saved["y"])
     loss = (out - saved["target"]).square().mean()

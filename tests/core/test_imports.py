@@ -1,7 +1,8 @@
-"""Who may import whom: the door is light, the engine knows no host. Each check runs in a fresh interpreter."""
+"""Import rules: the package root is light, the engine knows no host, rooms import only rooms before them."""
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -60,16 +61,8 @@ def test_the_guard_itself_works():
         run(FORBID.format(names={"torch"}) + "import torch")
 
 
-def test_public_names_resolve():
-    for name in ("Adapter", "Lego", "LowRank", "METHODS", "Rank", "align", "load", "merge", "save"):
-        assert getattr(legomole, name) is not None
-        assert name in dir(legomole)
-    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
-        _ = legomole.nonsense
-
-
 def test_only_relative_imports_inside():
-    """ComfyUI loads the folder by path, under a name of its own: `import legomole` would find nothing, or a twin."""
+    """ComfyUI loads the folder under a name of its own: `import legomole` would find nothing or a second copy."""
     inside = [p for folder in ("core", "hosts", "nodes", "cli") for p in (ROOT / folder).rglob("*.py")]
     guilty = [
         f"{p.relative_to(ROOT)}: {line}"
@@ -78,3 +71,99 @@ def test_only_relative_imports_inside():
         if line.lstrip().startswith(("import legomole", "from legomole"))
     ]
     assert guilty == []
+
+
+Floors = tuple[tuple[str, ...], ...]
+
+# Rooms from the ground up. A module imports only modules of its own room and of rooms on lower floors.
+FLOORS: Floors = (
+    ("core.errors", "core.version", "core.progress"),
+    ("core.lowrank", "core.json_text", "core.safe_paths", "core.memory"),
+    ("core.adapter",),
+    ("core.digest", "core.formats"),
+    ("core.file_info", "core.layers"),
+    ("core.merge",),
+    ("core.recipes", "core.mole"),
+    ("core.train",),
+    ("core.pictures",),
+    ("core.survey",),
+    ("hosts",),
+    ("nano", "api"),
+    ("cli", "nodes"),
+    ("__init__", "__main__"),
+)
+# Rooms of nodes/.
+NODE_FLOORS: Floors = (
+    ("nodes.lora", "nodes.settings"),
+    ("nodes.loaded_loras",),
+    ("nodes.comfy",),
+    ("nodes.sockets",),
+    ("nodes.merge",),
+    ("nodes.mole",),
+    ("nodes.compare",),
+    ("nodes.extension",),
+)
+
+
+def module_names() -> dict[str, Path]:
+    """Dotted name below the package -> file, of all modules of the package."""
+    folders = ("core", "hosts", "nodes", "cli", "nano")
+    files = [*ROOT.glob("*.py"), *(p for folder in folders for p in (ROOT / folder).rglob("*.py"))]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def imports_of(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """Modules of the package that a module imports, anywhere in its code and also for types only."""
+    package = name.split(".") if path.name == "__init__.py" and name != "__init__" else name.split(".")[:-1]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                found.add(whole if whole in modules else ".".join(base))
+    return {target for target in found if target in modules and target != name}
+
+
+def room_of(name: str, floors: Floors) -> tuple[int, str] | None:
+    """Floor and room of a module, ``None`` for one that lives in none of the rooms."""
+    for i, rooms in enumerate(floors):
+        for room in rooms:
+            if name == room or name.startswith(f"{room}."):
+                return i, room
+    return None
+
+
+@pytest.mark.parametrize("floors", [FLOORS, NODE_FLOORS])
+def test_no_import_runs_upwards(floors: Floors) -> None:
+    modules = module_names()
+    wrong: list[str] = []
+    for name, path in modules.items():
+        if (here := room_of(name, floors)) is None:
+            continue
+        for target in imports_of(name, path, modules):
+            there = room_of(target, floors)
+            if there is not None and there != here and there[0] >= here[0]:
+                wrong.append(f"{name} imports {target}")
+    assert wrong == []
+
+
+def test_every_module_has_a_room() -> None:
+    assert [name for name in module_names() if room_of(name, FLOORS) is None and name != "core"] == []
+
+
+def test_no_module_imports_private_names_of_another() -> None:
+    guilty: list[str] = []
+    for name, path in module_names().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                private = [
+                    alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"
+                ]
+                guilty += [f"{name}: {', '.join(private)} from {node.module}"] if private else []
+    assert guilty == []
+
+
+def test_core_has_at_most_19_entries() -> None:
+    entries = {p.name for p in (ROOT / "core").iterdir() if p.name != "__pycache__"}
+    assert len(entries) <= 19, sorted(entries)

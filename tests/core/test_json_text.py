@@ -1,4 +1,4 @@
-"""JSON from strangers is sound, or a ValueError."""
+"""from_json(): untrusted JSON gives plain data or a ValueError."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from legomole.core.json_text import from_json, is_shallow
 
 
-def test_ordinary_data_comes_back_as_json_has_it() -> None:
+def test_ordinary_data_equals_that_of_the_json_module() -> None:
     data = {"a": [1, 2.5, None, {"b": "é \U0001f600", "c": [[]]}], "": True}
     assert from_json(json.dumps(data)) == data == from_json(json.dumps(data, ensure_ascii=False))
 
@@ -21,8 +21,8 @@ def test_what_is_not_json(text: str) -> None:
 
 @pytest.mark.parametrize("levels", [65, 900, 100_000])
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
-def test_too_deep(levels: int, opening: str, closing: str) -> None:
-    """Both what the parser cannot take and what it just can, which would break whoever walks through it."""
+def test_too_many_levels(levels: int, opening: str, closing: str) -> None:
+    """Both texts that the parser refuses and texts that it accepts, whose data breaks recursive code."""
     with pytest.raises(ValueError, match="64 levels"):
         from_json(opening * levels + "1" + closing * levels)
     assert from_json(opening * 64 + "1" + closing * 64)
@@ -35,5 +35,5 @@ def test_levels_are_counted() -> None:
     assert not is_shallow([{"a": [1]}], 2)
 
 
-def test_half_a_character_is_replaced() -> None:
+def test_a_lone_surrogate_is_replaced() -> None:
     assert from_json('{"\\ud83d\\ude00": "\\ud800x"}') == {"\U0001f600": "?x"}

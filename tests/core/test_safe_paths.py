@@ -1,4 +1,4 @@
-"""Names of files that strangers give stay in the folders they are for."""
+"""Untrusted file names stay inside their folders."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from legomole.core.safe_paths import inside, relative
+from legomole.core.safe_paths import is_inside, is_safe_name
 
 
 @pytest.mark.parametrize(
     "name", ["merged", "styles/merged", "styles\\merged", "a..b", "%year%/x", "é \U0001f600", ".x"]
 )
-def test_names_that_stay(name: str, tmp_path: Path) -> None:
-    assert relative(name)
-    assert inside(tmp_path, name)
+def test_names_inside(name: str, tmp_path: Path) -> None:
+    assert is_safe_name(name)
+    assert is_inside(tmp_path, name)
 
 
 @pytest.mark.parametrize(
@@ -23,23 +23,23 @@ def test_names_that_stay(name: str, tmp_path: Path) -> None:
     ["", ".", "..", "../x", "a/../../x", "a/..", "..\\x", "a\\..\\x", "/etc/x", "//host/x", "\\\\host\\share\\x", "\\x",
      "C:\\x", "C:x", "c:/x", "a\0b"],
 )  # fmt: skip
-def test_names_that_lead_out(name: str, tmp_path: Path) -> None:
-    assert not relative(name)
-    assert not inside(tmp_path, name)
+def test_names_outside(name: str, tmp_path: Path) -> None:
+    assert not is_safe_name(name)
+    assert not is_inside(tmp_path, name)
 
 
 def test_links(tmp_path: Path) -> None:
-    """A link that leads out is refused as the place of a new file; one that stays inside is not."""
+    """A file below a link out of the folder is refused, one below a link inside the folder is not."""
     folder, other = tmp_path / "loras", tmp_path / "other"
     (folder / "sub").mkdir(parents=True)
     other.mkdir()
     (folder / "out").symlink_to(other, target_is_directory=True)
     (folder / "in").symlink_to(folder / "sub", target_is_directory=True)
     (tmp_path / "linked").symlink_to(folder, target_is_directory=True)
-    assert not inside(folder, "out/x")
-    assert not inside(folder, "in/../out/x")
-    assert inside(folder, "in/x")
-    assert inside(tmp_path / "linked", "sub/x")
+    assert not is_inside(folder, "out/x")
+    assert not is_inside(folder, "in/../out/x")
+    assert is_inside(folder, "in/x")
+    assert is_inside(tmp_path / "linked", "sub/x")
 
 
 PIECES = st.lists(
@@ -49,13 +49,13 @@ PIECES = st.lists(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(PIECES)
-def test_whatever_is_let_through_lies_inside(tmp_path: Path, pieces: list[str]) -> None:
+def test_every_accepted_name_is_inside(tmp_path: Path, pieces: list[str]) -> None:
     folder = tmp_path / "loras"
     if not folder.exists():
         folder.mkdir()
         (folder / "link").symlink_to(tmp_path, target_is_directory=True)
     name = "".join(pieces)
-    if inside(folder, name):
+    if is_inside(folder, name):
         assert (folder / name).parent.resolve().is_relative_to(folder.resolve())
         assert (folder / name).absolute() != folder
         assert ".." not in name.replace("\\", "/").split("/")

@@ -1,4 +1,4 @@
-"""Two processes that train together reach the gates that one reaches alone, with parts of every batch that differ."""
+"""Two processes that share every batch train the same gates as one process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytest.importorskip("accelerate")
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train.fit import Devices
 
-# A toy network, its prompts' conditioning and a mixture of two LoRAs; trained in this process or with the others. Then
-# the like with a language model as `train_gates` asks for one, whole and sharded.
+# Trains gates on a toy network with conditioning per prompt, alone or as one of several processes. Then also on a toy
+# language model with the interface that `train_gates` needs, once whole and once sharded.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -74,21 +74,21 @@ model = Net().requires_grad_(False)
 
 
 class Denoiser:
-    def sample(self, numbers, seed):
-        x = torch.randn(len(numbers), 4, 6, generator=torch.Generator().manual_seed(seed))
-        return x - 0.1 * model(x, conditioning[numbers])
+    def sample(self, prompts, seed):
+        x = torch.randn(len(prompts), 4, 6, generator=torch.Generator().manual_seed(seed))
+        return x - 0.1 * model(x, conditioning[prompts])
 
     def noised(self, latents, t, noise):
         return torch.lerp(latents, noise, t.view(-1, 1, 1))
 
-    def predict(self, noisy, t, numbers):
-        return model(noisy, conditioning[numbers])
+    def predict(self, noisy, t, prompts):
+        return model(noisy, conditioning[prompts])
 
 
 mixture = Mixture((lora(), lora()))
 settings = TrainSettings(steps=30, batch=9, accumulation=2, examples=32, samples=16, warmup=2)
 written = []
-folder = out / ("alone" if alone else f"state{devices.rank}")  # a folder for each, so that each one's writing shows
+folder = out / ("alone" if alone else f"state{devices.rank}")  # per process, to see which process writes
 
 
 def progress(done, total, what):
@@ -97,11 +97,11 @@ def progress(done, total, what):
 
 
 with attach(model, mixture) as attachment:
-    done = train(
+    result = train(
         attachment, mixture, Denoiser(), prompts, words, settings, folder=folder, devices=devices, progress=progress
     )
 name = "alone" if alone else f"rank{devices.rank}"
-done.gates.save(out / f"{name}.safetensors")
+result.gates.save(out / f"{name}.safetensors")
 (out / f"{name}.txt").write_text(" ".join(sorted(written)))
 
 
@@ -126,16 +126,16 @@ model = Language().requires_grad_(False)
 mixture = Mixture((lora(), lora()), GateSet(2, GateSettings(reads="hidden", granularity="block")))
 pairs = [(torch.randint(12, (2 + i % 3,), generator=g), torch.randint(12, (3,), generator=g)) for i in range(9)]
 settings = FitSettings(steps=6, batch=5, accumulation=2, warmup=0, learning_rate=0.05)
-done = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
-done.gates.save(out / f"{name}.text.safetensors")
+result = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
+result.gates.save(out / f"{name}.text.safetensors")
 
-if devices is not None:  # the same, with each process holding half of every weight
+if devices is not None:  # again, with half of every weight in each process
     mesh = init_device_mesh("cpu", (2,))
     for part in (*model.blocks, model):
         fully_shard(part, mesh=mesh)
     assert model.blocks[0][0].weight.to_local().shape == (3, 6)
-done = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
-done.gates.save(out / f"{name}.sharded.safetensors")
+result = train_gates(model, mixture, [pairs[:4], pairs[4:7]], None, settings, others=pairs[7:], devices=devices)
+result.gates.save(out / f"{name}.sharded.safetensors")
 if devices is not None:
     devices.accelerator.end_training()
 """
@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-def test_two_processes_reach_what_one_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_train_the_same_gates_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT, encoding="utf-8")
     env = os.environ | {"PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -177,14 +177,14 @@ def test_two_processes_reach_what_one_reaches(tmp_path: Path, monkeypatch: pytes
                 pairs = zip(other.gates[scope].parameters(), alone.gates[scope].parameters(), strict=True)
                 for found, expected in pairs:
                     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    # examples and state lie in the folder of the first process alone
+    # only the first process writes examples and state
     assert (tmp_path / "rank0.txt").read_text() == "examples.safetensors state.safetensors"
     assert (tmp_path / "alone.txt").read_text() == "examples.safetensors state.safetensors"
     assert (tmp_path / "rank1.txt").read_text() == ""
     assert not (tmp_path / "state1").exists()
 
 
-def test_a_process_of_its_own_has_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_has_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     from legomole.hosts.accelerate import AcceleratorDevices
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)

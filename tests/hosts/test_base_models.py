@@ -1,4 +1,4 @@
-"""Models that LoRAs are for: opened as safetensors only, none of their code run, and what is damaged told as such."""
+"""Base models: loaded from safetensors only, without running their code; damaged files raise a clear error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from legomole.hosts.transformers.training import load_model
 from .diffusers.tiny_pipelines import build, clip
 from .transformers.tiny_language import llama, tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # within the libraries
 
 
 def language(folder: Path) -> Path:
@@ -50,12 +50,12 @@ EACH = pytest.mark.parametrize("kind", KINDS)
 
 @EACH
 def test_pickles_are_not_opened(kind: str, tmp_path: Path) -> None:
-    """Not even in the safer way that torch has: here with numbers that would do."""
+    """Not even with torch's weights_only, which could load these."""
     from safetensors.torch import load_file
 
     write, load = KINDS[kind]
     (weights,) = write(tmp_path).glob("*.safetensors")
-    load(tmp_path)  # as it should be
+    load(tmp_path)  # valid before the change
     torch.save(load_file(weights), weights.parent / f"{weights.stem.replace('model', 'pytorch_model')}.bin")
     if kind == "pipeline":
         torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -66,7 +66,7 @@ def test_pickles_are_not_opened(kind: str, tmp_path: Path) -> None:
 
 @EACH
 @pytest.mark.parametrize("damage", ["cut off", "no header", "configuration"])
-def test_what_is_damaged_is_told(kind: str, damage: str, tmp_path: Path) -> None:
+def test_damaged_files(kind: str, damage: str, tmp_path: Path) -> None:
     write, load = KINDS[kind]
     folder = write(tmp_path)
     (weights,) = folder.glob("*.safetensors")
@@ -79,14 +79,14 @@ def test_what_is_damaged_is_told(kind: str, damage: str, tmp_path: Path) -> None
         load(tmp_path)
 
 
-def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_tokenizer(tmp_path: Path) -> None:
     (language(tmp_path) / "tokenizer.json").write_text("{}")
     with pytest.raises(FormatError, match="The language model cannot be loaded"):
         load_model(tmp_path)
 
 
 def test_code_beside_a_language_model_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does anybody ask on the terminal whether it may be."""
+    """And the user is not asked on the terminal whether to run it."""
     path = language(tmp_path) / "config.json"
     config = json.loads(path.read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}
     path.write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Names of the Hugging Face Hub, looked up in a cache of our own; no network."""
+"""Names of the Hugging Face Hub, looked up in a cache made by the test; no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.recipes.read import read_recipe  # noqa: E402
 from legomole.core.recipes.recipe import Input, Recipe, RecipeError  # noqa: E402
 from legomole.core.recipes.run import run  # noqa: E402
-from legomole.hosts.hub import cached  # noqa: E402
+from legomole.hosts.hub import cached_folder  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 COMMIT, OLDER = "1" * 40, "2" * 40
@@ -46,25 +46,25 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("name", "value"), [("me/tone", 1.0), ("me/tone@main", 1.0), ("me/tone@v1", 2.0), (f"me/tone@{OLDER}", 2.0)]
 )
 def test_names_and_revisions(name: str, value: float, cache: Path) -> None:
-    assert load(cached(name)).modules["model.x"].A[0, 0] == value
+    assert load(cached_folder(name)).modules["model.x"].A[0, 0] == value
 
 
 @pytest.mark.parametrize("name", ["me/none", "me/tone@none", "me/to--ne.."])
-def test_what_is_not_there(name: str, cache: Path) -> None:
+def test_missing_names(name: str, cache: Path) -> None:
     with pytest.raises(FormatError, match=r"no adapter of this name[\s\S]*hf download me/"):
-        cached(name)
+        cached_folder(name)
 
 
 @pytest.mark.parametrize("start", ["", "../../../"])
 def test_no_revision_leads_out_of_the_cache(start: str, cache: Path, tmp_path: Path) -> None:
-    """A revision is looked up as the name of a file that says where the adapter lies."""
+    """huggingface_hub opens a file named like the revision to find the adapter's folder."""
     save(lora(5.0), tmp_path / "elsewhere", format="peft")
     (tmp_path / "ref").write_text(str(tmp_path / "elsewhere"))
     with pytest.raises(FormatError, match="no branch, tag or commit"):
-        cached(f"me/tone@{start}ref" if start else f"me/tone@{tmp_path / 'ref'}")
+        cached_folder(f"me/tone@{start}ref" if start else f"me/tone@{tmp_path / 'ref'}")
 
 
-def test_the_command_line_takes_names_and_repeats_them(cache: Path, tmp_path: Path) -> None:
+def test_the_command_line_accepts_names_and_repeats_them(cache: Path, tmp_path: Path) -> None:
     def invoke(*arguments: str) -> str:
         result = CliRunner().invoke(app, list(arguments))
         assert result.exit_code == 0, result.output
@@ -83,8 +83,8 @@ def test_the_command_line_takes_names_and_repeats_them(cache: Path, tmp_path: Pa
     assert load("small").modules["model.x"].rank == 1
 
 
-def test_paths_go_before_names(cache: Path, tmp_path: Path) -> None:
-    """A folder of that name is meant, and one that is missing in a folder that is there is an error about a path."""
+def test_paths_take_precedence_over_names(cache: Path, tmp_path: Path) -> None:
+    """An existing folder of that name is used; a missing one in an existing folder is an error about a path."""
     (tmp_path / "me").mkdir()
     save(lora(5.0), tmp_path / "me" / "tone", format="peft")
     result = CliRunner().invoke(app, ["merge", "me/tone", "--method", "concat", "-o", "merged"])
@@ -98,6 +98,6 @@ def test_paths_go_before_names(cache: Path, tmp_path: Path) -> None:
     assert "hf download you/other" in result.output.replace("\n", " ")
 
 
-def test_without_a_host_the_engine_says_so() -> None:
+def test_without_a_host_the_engine_raises() -> None:
     with pytest.raises(RecipeError, match="command line only"):
         run(Recipe(method="concat", inputs=[Input(path="hf://me/tone")]))

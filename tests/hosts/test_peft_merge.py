@@ -1,7 +1,6 @@
-"""Merged PEFT folders in PEFT: what it computes with them, and what it makes of the same adapters itself.
+"""Merged PEFT folders in PEFT: its logits with them, and its own merges of the same adapters.
 
-All of this goes through the command line, and PEFT's warnings (of keys that are missing, of settings that it does not
-know or ignores) are errors here.
+All tests use the command line. PEFT's warnings (missing keys, settings that it does not know or ignores) are errors.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from .transformers.language import gpt2, llama, logits  # noqa: E402
+from .transformers.models_for_peft import gpt2, llama, logits  # noqa: E402
 
-# the libraries' own affairs: deprecations, notices about tied embeddings and embeddings it saved
+# warnings within the libraries: deprecations, and PEFT's about tied embeddings and embeddings that it saved
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning",
     "ignore::DeprecationWarning",
@@ -42,7 +41,7 @@ def small(**settings: Any) -> Any:
 
 
 def adapter(folder: Path, model: Any, config: Any, seed: int, **saving: Any) -> Path:
-    """An adapter with random factors (and whatever else it trains changed), saved by PEFT."""
+    """An adapter with random factors (and random changes of its other trained parameters), saved by PEFT."""
     torch.manual_seed(seed)
     config.init_lora_weights = False
     model.name_or_path = "tiny"
@@ -72,7 +71,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def added(model: Any, folders: Sequence[Path], base: Callable[[], Any], weights: Sequence[float] = WEIGHTS) -> Tensor:
-    """Logits of a model with what PEFT says are the deltas of each adapter, loaded alone, added to its weights."""
+    """Logits of a model with the delta of each adapter added to the weights, as PEFT computes it for it alone."""
     if model.config.tie_word_embeddings:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     for folder, weight in zip(folders, weights, strict=True):
@@ -85,7 +84,7 @@ def added(model: Any, folders: Sequence[Path], base: Callable[[], Any], weights:
 
 
 def loaded(model: Any, folder: Path) -> Any:
-    """PEFT's model of a merged folder; every key of the file has found its place, and every place its key."""
+    """PEFT's model of a merged folder, with no missing and no unexpected keys."""
     model = peft.PeftModel.from_pretrained(model, str(folder)).eval()
     result = peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder)))
     assert result.unexpected_keys == []
@@ -133,7 +132,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]]
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_exact_sum(case: str, tmp_path: Path) -> None:
-    """``concat`` is the weighted sum of the deltas, whatever their scales, ranks and layers."""
+    """``concat`` is the weighted sum of the deltas, for any scales, ranks and layers."""
     base, *configs = CASES[case]
     folders = [adapter(tmp_path / f"a{i}", base(), config(), i) for i, config in enumerate(configs)]
     result = merged(folders, "--method", "concat")
@@ -148,7 +147,7 @@ def test_the_exact_sum(case: str, tmp_path: Path) -> None:
 
 
 def test_ranks_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
-    """Their own ranks in the file, the scale 1 everywhere: also for readers that know one alpha and one r only."""
+    """Each layer keeps its rank, with scale 1 everywhere: also right for readers that know one alpha and one r only."""
     folders = [adapter(tmp_path / f"a{i}", small(), lora(r=4)(), i) for i in range(2)]
     result = merged(folders, "--method", "svd", "--rank", "80%")
     ours, config = load(result), config_of(result)
@@ -166,7 +165,7 @@ def test_ranks_that_differ_from_layer_to_layer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_adapters_that_keep_tied_layers_tied(tied: bool, tmp_path: Path) -> None:
-    """``ensure_weight_tying``: the head has the embeddings' delta. Beside one that has it not both get their own."""
+    """``ensure_weight_tying``: the head has the embeddings' delta. Merged with an untied adapter, each has its own."""
 
     def base() -> Any:
         return small(tie_word_embeddings=True)
@@ -191,9 +190,9 @@ METHODS = {
 def test_pefts_own_merges(method: str, tmp_path: Path) -> None:
     """``linear``, ``cat``, ``svd`` and ``ties_svd`` of PEFT's add_weighted_adapter.
 
-    Where ours differ on purpose (docs/llm.md): PEFT's ``ties`` votes on the entries of the factors, which mean nothing
-    by themselves, ours like its ``ties_svd`` on those of the deltas; of rsLoRAs PEFT keeps ``use_rslora`` and so
-    scales its result by sqrt(r) too much; of ranks that differ from layer to layer it takes the largest everywhere.
+    Ours differ on purpose (docs/llm.md): PEFT's ``ties`` votes on entries of the factors, which have no meaning alone,
+    ours and its ``ties_svd`` on entries of the deltas; from rsLoRAs PEFT keeps ``use_rslora``, so that its result is
+    too large by sqrt(r); where ranks differ by layer it uses the largest everywhere.
     """
     names, theirs, options = METHODS[method]
     configs = [lora(r=4, lora_alpha=6)(), lora(r=4, lora_alpha=3)()]
@@ -208,7 +207,7 @@ def test_pefts_own_merges(method: str, tmp_path: Path) -> None:
 
 
 def test_layers_saved_whole(tmp_path: Path) -> None:
-    """The head that one adapter trained as a whole is in the merge as it was, and the configuration says so."""
+    """The head that one adapter trained whole is in the merge unchanged, and listed in the configuration."""
     folders = [
         adapter(tmp_path / "a0", small(), lora(r=4, modules_to_save=["lm_head"])(), 1),
         adapter(tmp_path / "a1", small(), lora(r=2)(), 2),
@@ -222,8 +221,8 @@ def test_layers_saved_whole(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded(small(), result)), added(base, folders, small), rtol=1e-4, atol=1e-5)
 
 
-def test_of_two_heads_the_first_is_kept_and_the_other_named(tmp_path: Path) -> None:
-    """A classifier: PEFT saves its head by itself, and needs it to load the adapter."""
+def test_of_two_heads_the_first_is_kept_and_the_other_reported(tmp_path: Path) -> None:
+    """A classifier: PEFT saves its head unasked, and needs it to load the adapter."""
 
     def base() -> Any:
         torch.manual_seed(0)
@@ -235,7 +234,7 @@ def test_of_two_heads_the_first_is_kept_and_the_other_named(tmp_path: Path) -> N
         "merge", *(f"{f}:{w}" for f, w in zip(folders, WEIGHTS, strict=True)), "--method", "concat", "-o", str(output)
     )
     assert "base_model.model.score.weight of a1: it cannot be added, and a0 has another one" in report
-    assert config_of(output)["modules_to_save"] == ["score"]  # nobody has a classifier
+    assert config_of(output)["modules_to_save"] == ["score"]  # no adapter has a classifier
     changed = base()
     with torch.no_grad():
         changed.score.weight.copy_(load_file(folders[0] / "adapter_model.safetensors")["base_model.model.score.weight"])
@@ -246,7 +245,7 @@ def test_of_two_heads_the_first_is_kept_and_the_other_named(tmp_path: Path) -> N
 
 
 def test_embeddings_of_one_and_a_lora_on_them_of_another(tmp_path: Path) -> None:
-    """The first carries them for a larger vocabulary, the second adapts these: PEFT looks in a wrapped layer then."""
+    """The first saves them for a larger vocabulary, the second adapts them: PEFT then looks in a wrapped layer."""
 
     def base() -> Any:
         model = small()
@@ -273,7 +272,7 @@ def test_embeddings_of_one_and_a_lora_on_them_of_another(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 def test_biases_that_one_trained(bias: str, tmp_path: Path) -> None:
-    """They are whole parameters: carried, also those of layers that only the other adapts."""
+    """Biases are extras: carried along, also those of layers that only the other adapter adapts."""
 
     def base() -> Any:
         return small(attention_bias=True)
@@ -315,7 +314,7 @@ def test_trained_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
 def test_loha_and_lokr_as_peft_converts_them(kind: str, tmp_path: Path) -> None:
-    """Both are the best approximation at the rank. PEFT needs the base model and whole deltas for it, we factors."""
+    """Both give the best approximation of the rank. PEFT needs the base model and dense deltas, we need factors."""
     config = getattr(peft, f"{kind}Config")(
         r=2, alpha=3, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 1}, init_weights=False
     )
@@ -335,7 +334,7 @@ def test_loha_and_lokr_as_peft_converts_them(kind: str, tmp_path: Path) -> None:
     loaded(small(), tmp_path / "y")
 
 
-def test_parts_as_transformers_writes_them(tmp_path: Path) -> None:
+def test_shards_written_by_transformers(tmp_path: Path) -> None:
     model = small()
     torch.manual_seed(1)
     try:
@@ -343,7 +342,7 @@ def test_parts_as_transformers_writes_them(tmp_path: Path) -> None:
     except ValueError as error:
         if "version of PEFT" not in str(error):
             raise
-        pytest.skip(f"transformers {transformers.__version__}: {error}")  # 5.24 wants a PEFT that is not there yet
+        pytest.skip(f"transformers {transformers.__version__}: {error}")  # 5.24 needs a PEFT that is not released yet
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "parts", max_shard_size="1KB")
     assert len(list((tmp_path / "parts").glob("adapter_model-*-of-*.safetensors"))) > 1
@@ -356,7 +355,7 @@ def test_parts_as_transformers_writes_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_number_formats(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     folders = [adapter(tmp_path / f"a{i}", small().to(dtype), lora(r=4)(), i) for i in range(2)]
     for folder in folders:
         state = load_file(folder / "adapter_model.safetensors")
@@ -366,7 +365,7 @@ def test_number_formats(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded(small(), result)), added(small(), folders, small), rtol=0.02, atol=0.02)
 
 
-def test_other_names_of_the_base_model_are_a_note(tmp_path: Path) -> None:
+def test_different_names_of_the_base_model_are_a_note(tmp_path: Path) -> None:
     folders = [adapter(tmp_path / f"a{i}", small(), lora(r=4)(), i) for i in range(2)]
     config = config_of(folders[1]) | {"base_model_name_or_path": "elsewhere/tiny", "key_of_a_later_peft": {"x": 1}}
     (folders[1] / "adapter_config.json").write_text(json.dumps(config))
@@ -410,13 +409,13 @@ HARM = {
     no_weights: "the download or save was interrupted",
     half_of_the_weights: "The file is cut off",
     no_configuration: "so the scale is unknown",
-    another_kind: "it multiplies what layers put out",
+    another_kind: "it multiplies outputs of layers",
 }
 
 
 @pytest.mark.parametrize("harm", HARM, ids=lambda harm: harm.__name__)
 def test_bad_input_loses_nothing(harm: Callable[[Path], None], tmp_path: Path) -> None:
-    """The error says what is wrong; inputs and an older result stay as they are, nothing else is left."""
+    """The error says what is wrong; inputs and an older result are unchanged, and nothing else is left."""
     first = adapter(tmp_path / "a0", small(), lora(r=4, modules_to_save=["lm_head"])(), 0)
     second = adapter(tmp_path / "a1", small(), lora(r=4)(), 1)
     output = merged([first, second], "--method", "concat")

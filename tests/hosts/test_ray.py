@@ -1,4 +1,4 @@
-"""A merge on a Ray of two workers gives the bytes that one process gives."""
+"""A merge on a Ray cluster of two workers writes the same bytes as in one process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from legomole.core.merge.engine import merge  # noqa: E402
 from legomole.core.merge.methods import METHODS  # noqa: E402
 from legomole.core.merge.pool import Merged, Pool  # noqa: E402
 from legomole.core.recipes.remote import RemoteInputs  # noqa: E402
-from legomole.hosts.ray import cluster  # noqa: E402
+from legomole.hosts.ray import ray_runner  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 SHAPES = [(5, 6), (7, 6), (5, 9)]
@@ -37,13 +37,13 @@ NAMES = [f"model.layers.{i}.{kind}_proj" for i in range(4) for kind in "qkv"]
 
 @pytest.fixture(scope="module", autouse=True)
 def connected() -> Iterator[None]:
-    """A cluster of two workers on this machine, which import the package from where this process has it."""
+    """A cluster of two workers on this machine, which import the package from the same place as this process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ray, "init", partial(ray.init, num_cpus=2))
-        with cluster("local"):
+        with ray_runner("local"):
             yield
     torch.set_num_threads(threads)
 
@@ -63,7 +63,7 @@ def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
-def library(paths: list[Path]) -> RemoteInputs:
+def remote_inputs(paths: list[Path]) -> RemoteInputs:
     return RemoteInputs.of([load(path) for path in paths], [path.absolute() for path in paths], None, None)
 
 
@@ -71,14 +71,14 @@ def arguments(paths: list[Path], *more: str) -> list[str]:
     return ["merge", *map(str, paths), *more]
 
 
-def done(*texts: str) -> None:
+def succeed(*texts: str) -> None:
     result = CliRunner().invoke(app, list(texts))
     assert result.exit_code == 0, result.output
 
 
 @dataclass(frozen=True)
-class Telling:
-    """A method that says in a remark which process ran it, and leaves a mark on the disk."""
+class Logged:
+    """A method that names its process in a remark, and touches a file per module."""
 
     batch: ClassVar[int] = 1
 
@@ -93,7 +93,7 @@ class Telling:
 
 
 @dataclass(frozen=True)
-class Slow(Telling):
+class Slow(Logged):
     def __call__(self, pool: Pool) -> Merged:
         time.sleep(0.3)
         return super().__call__(pool)
@@ -102,23 +102,23 @@ class Slow(Telling):
 @pytest.mark.parametrize("method", ["lego", "svd", "ties"])
 def test_the_bytes_are_those_of_one_process(method: str, adapters: list[Path]) -> None:
     more = ("--method", method, "--rank", "3", "--module-weight", "2:*q_proj=0.5")
-    done(*arguments(adapters, *more, "-o", "here"))
-    done(*arguments(adapters, *more, "-o", "there", "--ray", "auto"))
+    succeed(*arguments(adapters, *more, "-o", "here"))
+    succeed(*arguments(adapters, *more, "-o", "there", "--ray", "auto"))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert Path("there", name).read_bytes() == Path("here", name).read_bytes()
     assert {part.rank for part in load("there").modules.values()} == {3}
 
 
-def test_workers_do_the_work_and_progress_is_told(tmp_path: Path, adapters: list[Path]) -> None:
-    loaded, told = [load(path) for path in adapters], []
-    with cluster("auto") as spread:
+def test_workers_merge_and_progress_is_reported(tmp_path: Path, adapters: list[Path]) -> None:
+    loaded, calls = [load(path) for path in adapters], []
+    with ray_runner("auto") as runner:
         result = merge(
             loaded,
-            Telling(tmp_path),
-            each=partial(spread, library(adapters)),
-            progress=lambda *told_: told.append(told_),
+            Logged(tmp_path),
+            each=partial(runner, remote_inputs(adapters)),
+            progress=lambda *call: calls.append(call),
         )
-    assert [(n, total) for n, total, _ in told] == [(n, 12) for n in range(1, 13)]
+    assert [(n, total) for n, total, _ in calls] == [(n, 12) for n in range(1, 13)]
     notes = " ".join(result.report.notes)
     assert "in process" in notes
     assert f"in process {os.getpid()}:" not in notes
@@ -126,15 +126,15 @@ def test_workers_do_the_work_and_progress_is_told(tmp_path: Path, adapters: list
         assert torch.equal(result.adapter.modules[name].A, part.A)
 
 
-def test_json_is_all_that_is_printed(adapters: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
-    """Ray writes past Python's streams where it writes."""
+def test_only_json_is_printed(adapters: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray would write to the process's streams, past Python's."""
     result = CliRunner().invoke(app, arguments(adapters, "--rank", "3", "--json", "-o", "there", "--ray", "auto"))
     assert json.loads(result.stdout)["output"] == "there"
     assert (result.stderr, *capfd.readouterr()) == ("", "", "")
 
 
-def test_an_address_where_no_cluster_is(adapters: list[Path]) -> None:
-    """In a process of its own, because this one is connected."""
+def test_an_address_without_a_cluster(adapters: list[Path]) -> None:
+    """In a new process, because this one is connected already."""
     more = arguments(adapters, "--rank", "3", "--json", "-o", "there", "--ray", "nowhere")
     env = os.environ | {"PYTHONSAFEPATH": "1"}
     ran = subprocess.run(
@@ -152,13 +152,13 @@ def test_an_address_where_no_cluster_is(adapters: list[Path]) -> None:
         (("svd", "--rank", "3"), "1e300", "too large or too small to be decomposed"),
     ],
 )
-def test_an_error_in_a_worker_is_the_error_here(
+def test_an_error_in_a_worker_is_reported_as_in_one_process(
     method: tuple[str, ...], factor: str, problem: str, adapters: list[Path]
 ) -> None:
     more = ("--method", *method, "--module-weight", f"1:model.layers.1.k_proj={factor}", "-o", "out")
     outputs = []
-    for place in ((), ("--ray", "auto")):
-        result = CliRunner().invoke(app, [*arguments(adapters, *more, "--json"), *place])
+    for option in ((), ("--ray", "auto")):
+        result = CliRunner().invoke(app, [*arguments(adapters, *more, "--json"), *option])
         assert result.exit_code == 3
         outputs.append(json.loads(result.stdout))
     assert outputs[0] == outputs[1]
@@ -167,39 +167,39 @@ def test_an_error_in_a_worker_is_the_error_here(
     assert not Path("out").exists()
 
 
-def test_a_bug_in_a_worker_is_no_error_of_the_cluster(tmp_path: Path, adapters: list[Path]) -> None:
-    loaded, method = [load(path) for path in adapters], Telling(tmp_path, NAMES[3])
-    with cluster("auto") as spread, pytest.raises(ZeroDivisionError, match=NAMES[3]):
-        merge(loaded, method, each=partial(spread, library(adapters)))
+def test_a_bug_in_a_worker_is_not_reported_as_a_cluster_error(tmp_path: Path, adapters: list[Path]) -> None:
+    loaded, method = [load(path) for path in adapters], Logged(tmp_path, NAMES[3])
+    with ray_runner("auto") as runner, pytest.raises(ZeroDivisionError, match=NAMES[3]):
+        merge(loaded, method, each=partial(runner, remote_inputs(adapters)))
 
 
-def test_a_worker_that_sees_another_file_says_so(adapters: list[Path]) -> None:
-    loaded, known = [load(path) for path in adapters], library(adapters)
+def test_a_worker_that_sees_another_file_reports_it(adapters: list[Path]) -> None:
+    loaded, inputs = [load(path) for path in adapters], remote_inputs(adapters)
     changed = Adapter({n: LowRank(p.A, 2 * p.B, p.alpha) for n, p in loaded[1].modules.items()})
     save(changed, adapters[1], format="peft")
-    with cluster("auto") as spread, pytest.raises(FormatError, match="another file") as caught:
-        merge(loaded, METHODS["concat"](), each=partial(spread, known))
+    with ray_runner("auto") as runner, pytest.raises(FormatError, match="another file") as caught:
+        merge(loaded, METHODS["concat"](), each=partial(runner, inputs))
     assert caught.value.file == str(adapters[1].absolute())
     assert "share" in str(caught.value.remedy)
 
 
-def test_what_is_cancelled_is_not_begun(tmp_path: Path, adapters: list[Path]) -> None:
-    """Of 12 tasks the rest is given up when the first is done; at most those that were running are finished."""
-    marks = tmp_path / "marks"
-    marks.mkdir()
+def test_cancelling_drops_pending_tasks(tmp_path: Path, adapters: list[Path]) -> None:
+    """Cancelled after the first of 12 tasks: only tasks that were running by then finish."""
+    touched = tmp_path / "touched"
+    touched.mkdir()
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    loaded, known = [load(path) for path in adapters], library(adapters)
-    with pytest.raises(KeyboardInterrupt), cluster("auto") as spread:
-        merge(loaded, Slow(marks), each=partial(spread, known), progress=stop)
-    ray.get(ray.remote(num_cpus=2)(lambda: None).remote())  # comes after whatever is left
-    assert 1 <= len(list(marks.iterdir())) < 12
+    loaded, inputs = [load(path) for path in adapters], remote_inputs(adapters)
+    with pytest.raises(KeyboardInterrupt), ray_runner("auto") as runner:
+        merge(loaded, Slow(touched), each=partial(runner, inputs), progress=stop)
+    ray.get(ray.remote(num_cpus=2)(lambda: None).remote())  # runs after all tasks that are left
+    assert 1 <= len(list(touched.iterdir())) < 12
 
 
-def test_more_threads_than_any_machine_has(monkeypatch: pytest.MonkeyPatch, adapters: list[Path]) -> None:
-    """Such tasks would wait for ever."""
+def test_more_threads_than_any_machine_has_cpus(monkeypatch: pytest.MonkeyPatch, adapters: list[Path]) -> None:
+    """Ray would keep such tasks waiting forever."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    with cluster("auto") as spread, pytest.raises(MergeError, match="OMP_NUM_THREADS=2"):
-        merge([load(path) for path in adapters], METHODS["concat"](), each=partial(spread, library(adapters)))
+    with ray_runner("auto") as runner, pytest.raises(MergeError, match="OMP_NUM_THREADS=2"):
+        merge([load(path) for path in adapters], METHODS["concat"](), each=partial(runner, remote_inputs(adapters)))

@@ -162,7 +162,7 @@ def test_list_shows_metadata_as_text_not_as_markup(board: Any, renderer: str) ->
             row.querySelector('.lm-badge').textContent, row.querySelector('.lm-words').textContent,
             [...row.querySelectorAll('img')].map(image => image.getAttribute('src'))])"""
     )
-    assert shown == [["Flux", "ember style, burning", [DOT]], [HOSTILE, HOSTILE, []]]
+    assert shown == [["flux1", "ember style, burning", [DOT]], [HOSTILE, HOSTILE, []]]
     assert board.title() != "owned"
 
 

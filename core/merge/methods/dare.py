@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pool import Merged, Pool
-from ..rank import Rank
+from ..rank import MEAN_RANK, Rank
 from .consensus import check_density
 from .dense import delta, merge_dense
 
@@ -32,7 +32,7 @@ class Dare:
 
     batch: ClassVar[int] = 1
 
-    rank: Rank
+    rank: Rank = MEAN_RANK
     density: float = 0.5
     seed: int = 0
 

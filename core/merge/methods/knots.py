@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import gram
 from ..pool import Merged, Pool
-from ..rank import Rank
+from ..rank import MEAN_RANK, Rank
 from .consensus import check_density, ties
 from .svd import SVD
 
@@ -38,7 +38,7 @@ class Knots:
     Source: arXiv:2410.19735.
     """
 
-    rank: Rank
+    rank: Rank = MEAN_RANK
     density: float = 0.5
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import gram
 from ..pool import LinearCombination, Merged, Pool
-from ..rank import Rank
+from ..rank import MEAN_RANK, Rank
 from ..statistics import Statistics
 from .calibrated import calibrate_units
 
@@ -46,7 +46,7 @@ class Lego:
             the model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
     """
 
-    rank: Rank
+    rank: Rank = MEAN_RANK
     geometry: Geometry = "rank-one"
     centroid: Centroid | None = None
     parameter_reweight: bool | None = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..pool import LinearCombination, Merged, Pool
-from ..rank import Rank
+from ..rank import MEAN_RANK, Rank
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SVD:
     Source: Eckart-Young; PEFT and kohya form the dense sum and call it ``svd``.
     """
 
-    rank: Rank
+    rank: Rank = MEAN_RANK
 
     def __call__(self, pool: Pool) -> Merged:
         k = self.rank.resolve(pool).clamp_max(pool.max_rank)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 from ..pool import Merged, Pool
-from ..rank import Rank
+from ..rank import MEAN_RANK, Rank
 from .consensus import Election, check_density, ties
 from .dense import delta, merge_dense
 
@@ -28,7 +28,7 @@ class Ties:
 
     batch: ClassVar[int] = 1
 
-    rank: Rank
+    rank: Rank = MEAN_RANK
     density: float = 0.5
     sign_election: Election = "total"
 

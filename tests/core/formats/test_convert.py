@@ -111,14 +111,14 @@ def test_a_full_delta_beside_factors_is_added() -> None:
     torch.testing.assert_close(found.delta(), delta + up @ down, rtol=1e-4, atol=1e-4)
 
 
-def test_not_without_permission() -> None:
+def test_no_conversion_without_a_rank() -> None:
     with pytest.raises(FormatError, match=r"4 keys: [\s\S]*hada_w1_a[\s\S]*--convert-rank"):
         from_state_dict({f"{M}.{key}": value for key, value in loha().items()})
     with pytest.raises(FormatError, match="at least 1"):
         read(loha(), 0)
 
 
-def test_missing_part() -> None:
+def test_missing_factor() -> None:
     p = loha()
     del p["hada_w2_b"]
     with pytest.raises(FormatError, match="no hada_w2_b"):

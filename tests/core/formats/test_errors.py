@@ -1,4 +1,4 @@
-"""Bad input and bad output: each its own clear error, nothing left behind."""
+"""Bad input and bad output: each case has its own error, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ BYTES = {
     "text": (b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file"),
     "long header": (header("{}", length=1 << 40), "cut off"),
     "huge header": (header(b"{" + b" " * 10, length=10 + (1 << 60)), "cut off"),
-    "not json": (header("{not json}"), "not a sound"),
+    "not json": (header("{not json}"), "not a valid"),
     "body missing": (header(f'{{"a":{entry(0, 4)}}}'), "cut off"),
-    "offsets lie": (header(f'{{"a":{entry(0, 400)}}}', b"1234"), "not a sound"),
-    "shape lies": (header(f'{{"a":{entry(0, 4, shape="[99999999999]")}}}', b"1234"), "not a sound"),
+    "offsets lie": (header(f'{{"a":{entry(0, 400)}}}', b"1234"), "not a valid"),
+    "shape lies": (header(f'{{"a":{entry(0, 4, shape="[99999999999]")}}}', b"1234"), "not a valid"),
     "zip": (b"PK\x03\x04" + b"\0" * 40, "pickle"),
     "pickle": (pickle.dumps({"a": 1}), "pickle"),
 }
@@ -66,7 +66,7 @@ def test_a_header_too_large_to_parse(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
-    # 640 = 0x280: the file starts with the bytes 80 02, a pickle's protocol mark
+    # 640 = 0x280: the file starts with the bytes 80 02, like a pickle of protocol 2
     state = files.state_dict(LAYER)
     blank = files.write(tmp_path / "blank.safetensors", state, {"pad": ""}).read_bytes()
     length = int.from_bytes(blank[:8], "little")
@@ -92,7 +92,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
             load(path)
 
 
-def test_names_too_long_for_the_system(tmp_path: Path) -> None:
+def test_names_too_long_for_the_file_system(tmp_path: Path) -> None:
     for read in (load, summarise):
         with pytest.raises(FormatError, match="path cannot be used"):
             read(tmp_path / ("x" * 400))
@@ -105,7 +105,7 @@ def test_names_too_long_for_the_system(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "match"), [(torch.full((3, 5), float("nan")), "NaN or infinite"), (torch.ones(0, 5), "do not fit")]
 )
-def test_whole_differences_that_cannot_be_decomposed(value: Tensor, match: str, tmp_path: Path) -> None:
+def test_full_deltas_that_cannot_be_decomposed(value: Tensor, match: str, tmp_path: Path) -> None:
     path = files.write(tmp_path / "x.safetensors", {**files.state_dict(LAYER), "lora_unet_y.diff": value})
     with pytest.raises(FormatError, match=rf"{match}[\s\S]*lora_unet_y"):
         load(path, convert_rank=2)
@@ -144,7 +144,7 @@ CONTENT = {
     "nan in down": (nan(DOWN), "NaN or infinite"),
     "nan in up": (nan(UP), "NaN or infinite"),
     "nan alpha": (nan(ALPHA), "alpha is not a finite number"),
-    "two spellings": (put(lora_A__weight=torch.ones(4, 3)), "one thing twice"),
+    "two spellings": (put(lora_A__weight=torch.ones(4, 3)), "one tensor twice"),
     "down alone": (drop(UP), "no partner"),
     "up alone": (drop(DOWN), "no partner"),
     "alpha alone": (drop(DOWN, UP), "alpha has no factors"),
@@ -174,7 +174,7 @@ def test_bad_content(case: str, tmp_path: Path) -> None:
         load(path)
     assert str(path) in str(error.value)
     assert "lora_unet_x" in str(error.value)
-    assert summarise(path).modules == 1  # a file that cannot be merged can still be looked at
+    assert summarise(path).modules == 1  # a file that cannot be merged can still be inspected
 
 
 def test_a_checkpoint_is_not_a_lora(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_full_disk(format: str, exists: bool, code: int, tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("format", ["comfy", "peft"])
 def test_read_only_disk(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There every change fails, clearing up included."""
+    """Every change fails there, removing files included."""
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -243,7 +243,7 @@ def test_a_folder_keeps_its_other_files(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "README.md").read_text() == "mine"
 
 
-def test_an_input_may_be_overwritten_by_what_is_made_of_it(tmp_path: Path) -> None:
+def test_an_input_may_be_overwritten_by_its_result(tmp_path: Path) -> None:
     path = save(lora(3.0), tmp_path / "x", format="comfy")
     read = load(path)
     save(read, path)
@@ -285,7 +285,7 @@ CONFIGS = {
     "dora": ({"use_dora": True}, "DoRA"),
     "changed base": ({"init_lora_weights": "pissa_niter_4"}, "changed base model"),
     "other rank": ({"r": 16}, "rank in the configuration"),
-    "nonsense": ({"lora_alpha": "much"}, "not sound"),
+    "nonsense": ({"lora_alpha": "much"}, "not valid"),
     "bad pattern": ({"rank_pattern": {"(": 4}}, "not a regular expression"),
 }
 
@@ -297,7 +297,7 @@ def test_bad_configuration(case: str, tmp_path: Path) -> None:
         load(peft_folder(tmp_path / "x", **config))
 
 
-def test_half_a_folder(tmp_path: Path) -> None:
+def test_an_incomplete_folder(tmp_path: Path) -> None:
     path = peft_folder(tmp_path / "x")
     (path / "adapter_config.json").rename(path / "config")
     with pytest.raises(FormatError, match="the scale is unknown"):

@@ -1,4 +1,4 @@
-"""load() and save(): what goes in comes out, in every format."""
+"""load() and save(): every format returns what was stored."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, SaveError
 from legomole.core.formats import FORMATS, detect, from_state_dict, load, save, summarise, to_state_dict
+from legomole.core.formats.peft import Peft
 from legomole.core.formats.suffixes import role_of
 from legomole.core.lowrank import LowRank
 from legomole.core.recipes.recipe import Input, Recipe
@@ -55,7 +56,7 @@ def test_round_trip(format: str, dtype: torch.dtype, tmp_path: Path) -> None:
     for name, part in original.modules.items():
         found = back.modules[name]
         assert (found.kernel, found.dtype, found.rank) == (part.kernel, dtype, part.rank)
-        # only diffusers' folded scale rounds, once, in one factor; the rest is float32 arithmetic of the test itself
+        # only diffusers' folded scale is rounded, once, in one factor; the rest is float32 arithmetic of the test
         eps = torch.finfo(dtype).eps if format == "diffusers" else 0.0
         bound = (eps + 1e-6) * part.scale * (part.B.float().abs() @ part.A.float().abs())
         assert bool(((found.delta() - part.delta()).abs() <= bound).all())
@@ -78,7 +79,7 @@ def test_same_bytes_every_time(format: str, tmp_path: Path) -> None:
 
 def test_kohya_keys_and_alpha() -> None:
     state = to_state_dict(adapter(NAMES["kohya"]), "kohya")
-    assert state["lora_unet_a_to_q.alpha"] == 2  # none given: the rank
+    assert state["lora_unet_a_to_q.alpha"] == 2  # no alpha given: the rank
     assert state["lora_unet_conv1.alpha"] == 3  # 1.5 * 2
     assert state["lora_unet_conv1.lora_down.weight"].shape == (3, 6, 3, 3)
     assert state["lora_unet_conv1.lora_up.weight"].shape == (5, 3, 1, 1)
@@ -94,8 +95,8 @@ def test_diffusers_folds_the_scale_and_writes_no_alpha() -> None:
         torch.testing.assert_close(delta, part.delta())
 
 
-def test_folding_spares_a_full_factor() -> None:
-    # |A| is near fp16's end: a scale of 8 has to go into B
+def test_the_scale_is_folded_into_the_factor_with_room_for_it() -> None:
+    # |A| is near the largest fp16 value: a scale of 8 must go into B
     part = LowRank(torch.full((1, 2), 60000.0).half(), torch.full((2, 1), 0.5).half(), alpha=8.0)
     state = to_state_dict(Adapter({"unet.x": part}), "diffusers")
     assert state["unet.x.lora_A.weight"].tolist() == [[60000, 60000]]
@@ -104,7 +105,7 @@ def test_folding_spares_a_full_factor() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_read_by_the_library(format: str, tmp_path: Path) -> None:
-    """Our writer against safetensors' own reader: the same numbers under the same keys."""
+    """Our writer against safetensors' own reader: the same values under the same keys."""
     a = adapter(NAMES[format])
     path = save(a, tmp_path / "out", format=format)
     found = load_file(path / "adapter_model.safetensors" if path.is_dir() else path)
@@ -216,20 +217,20 @@ def test_bias_of_B_carries_the_scale() -> None:
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
-def test_a_bias_is_written_for_all_layers_or_none(format: str) -> None:
+def test_biases_are_written_for_all_layers_or_none(format: str) -> None:
     names = NAMES[format]
     a = adapter(names)
     biased = Adapter(a.modules, {f"{names[1]}.bias": torch.arange(5.0)})
     state = to_state_dict(biased, format)
     assert sum(key.endswith(".lora_B.bias") for key in state) == 3
-    metadata = {"adapter_config": json.dumps(FORMATS["peft"].config(biased))} if format == "peft" else {}  # type: ignore[attr-defined]
+    metadata = {"adapter_config": json.dumps(Peft().config(biased))} if format == "peft" else {}
     back = from_state_dict(state, metadata).diffs
     torch.testing.assert_close(back[f"{names[1]}.bias"], torch.arange(5.0))
     assert not back[f"{names[0]}.bias"].any()
 
 
 @pytest.mark.parametrize("format", ["diffusers", "peft"])
-def test_a_norm_cannot_be_written_everywhere(format: str) -> None:
+def test_norms_cannot_be_written_in_every_format(format: str) -> None:
     a = Adapter(adapter(NAMES[format]).modules, {"unet.norm.weight": torch.ones(3)})
     with pytest.raises(SaveError, match="no place for changes of norms"):
         to_state_dict(a, format)
@@ -243,7 +244,7 @@ def test_foreign_names_are_refused(format: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_format_is_told_from_the_names(tmp_path: Path) -> None:
+def test_the_format_is_detected_from_the_names(tmp_path: Path) -> None:
     for format in ("kohya", "comfy", "diffusers"):
         assert load(save(adapter(NAMES[format]), tmp_path / format)).source.format == format
     peft = Adapter(adapter(NAMES["peft"]).modules, metadata={"adapter_config": '{"peft_type": "LORA"}'})
@@ -273,7 +274,7 @@ def test_overflow_is_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-BARE = {  # as they come: names of ComfyUI's or the model's own that its other readers do not know with a prefix
+BARE = {  # names without a prefix, which their readers do not know with one
     "LTX": "transformer_blocks.0.attn1.to_q",
     "Mochi": "blocks.0.attn.qkv_x",
     "BFL control": "img_in",
@@ -281,17 +282,17 @@ BARE = {  # as they come: names of ComfyUI's or the model's own that its other r
 
 
 @pytest.mark.parametrize("case", BARE)
-def test_bare_names_are_written_as_they_came(case: str, tmp_path: Path) -> None:
+def test_bare_names_are_written_unchanged(case: str, tmp_path: Path) -> None:
     state = files.state_dict({BARE[case]: (4, 3)}, files.PEFT, alpha=None)
     path = files.write(tmp_path / "x.safetensors", state)
-    assert not FORMATS["diffusers"].fits(BARE[case])  # not diffusers' own names: there a host must translate
+    assert not FORMATS["diffusers"].is_native_name(BARE[case])  # not diffusers' own names: a host must translate them
     merged = run(Recipe(method="concat", inputs=[Input(path=str(path), weight=0.5)])).adapter
     assert load_file(save(merged, tmp_path / "y")).keys() == state.keys()
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
-def test_xlabs_processors_are_written_as_they_came(prefix: str, tmp_path: Path) -> None:
-    """Their readers know no alpha and no lora_down."""
+def test_xlabs_processors_are_written_unchanged(prefix: str, tmp_path: Path) -> None:
+    """Their readers know neither alpha nor lora_down."""
     layer = f"{prefix}double_blocks.0.processor.qkv_lora1"
     state = files.state_dict({layer: (6, 3)}, ("down.weight", "up.weight"), alpha=None)
     path = files.write(tmp_path / "x.safetensors", state)

@@ -1,4 +1,4 @@
-"""PEFT's scale rules, worked by hand."""
+"""PEFT's scale rules, computed by hand."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def test_rslora_divides_by_the_root() -> None:
     assert set(scales(files.LLAMA, use_rslora=True).values()) == {8 / math.sqrt(4)}
 
 
-def test_a_pattern_matches_the_end_of_the_name_from_a_dot_on() -> None:
+def test_a_pattern_matches_the_end_of_a_name_after_a_dot() -> None:
     q, gate, gate_11 = files.LLAMA
     assert scales(files.LLAMA, alpha_pattern={"q_proj": 2}) == {q: 0.5, gate: 2.0, gate_11: 2.0}
     assert scales(files.LLAMA, alpha_pattern={"gate_proj": 2}) == {q: 2.0, gate: 0.5, gate_11: 0.5}
     assert scales(files.LLAMA, alpha_pattern={r"layers\.1\.mlp\.gate_proj": 2}) == {q: 2.0, gate: 0.5, gate_11: 2.0}
     assert scales(files.LLAMA, alpha_pattern={"_proj": 2}) == dict.fromkeys(files.LLAMA, 2.0)  # no dot before it
-    assert scales(files.LLAMA, alpha_pattern={"gate_proj": 4, r".*11.*": 2})[gate_11] == 1.0  # the first counts
+    assert scales(files.LLAMA, alpha_pattern={"gate_proj": 4, r".*11.*": 2})[gate_11] == 1.0  # the first match counts
 
 
-def test_a_lone_file_has_scale_one() -> None:
+def test_a_single_file_has_scale_one() -> None:
     state = files.state_dict(files.LLAMA, files.PEFT, alpha=None, prefix="base_model.model.")
     found = from_state_dict(state)
     assert {part.scale for part in found.modules.values()} == {1.0}
@@ -76,7 +76,7 @@ def test_extras_keep_the_key_of_the_file() -> None:
     assert to_state_dict(found, "peft").keys() == state.keys()
 
 
-def test_patterns_reach_embeddings() -> None:
+def test_patterns_apply_to_embeddings() -> None:
     state = {
         "base_model.model.embed.lora_embedding_A": torch.ones(2, 9),
         "base_model.model.embed.lora_embedding_B": torch.ones(3, 2),
@@ -94,7 +94,7 @@ def test_the_weight_file_of_a_folder_has_the_folders_scale(tmp_path: Path) -> No
     assert found.source.format == summarise(folder / "adapter_model.safetensors").format == "peft"
 
 
-def test_a_lone_file_is_written_as_one_with_the_scale_folded_in(tmp_path: Path) -> None:
+def test_a_single_file_stays_one_with_the_scale_folded_in(tmp_path: Path) -> None:
     state = files.state_dict({"double_blocks.0.x": (4, 3)}, files.PEFT, alpha=None, prefix="base_model.model.")
     lone = load(files.write(tmp_path / "in.safetensors", state))
     scaled = replace(lone, modules={name: replace(part, alpha=2.0) for name, part in lone.modules.items()})

@@ -1,4 +1,4 @@
-"""What an adapter_config.json says of one adapter, and what one can say of several."""
+"""adapter_config.json of one adapter, and of a merge of several."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from legomole.core.adapter import CONFIG_KEY, Adapter, Source, base_model
 from legomole.core.errors import FormatError, MergeError, SaveError
 from legomole.core.formats import FORMATS, from_state_dict, to_state_dict
 from legomole.core.formats.peft import Peft
-from legomole.core.formats.peft_config import combined
+from legomole.core.formats.peft_config import combine_configs
 from legomole.core.layers.align import align
-from legomole.core.layers.keymap import Piece
+from legomole.core.layers.keymap import MappedRows
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import METHODS
@@ -42,7 +42,7 @@ def written(*adapters: Adapter) -> dict[str, Any]:
     merged = merge(align(adapters), METHODS["concat"]()).adapter
     peft = FORMATS["peft"]
     assert isinstance(peft, Peft)
-    metadata = {CONFIG_KEY: json.dumps(combined(adapters))}
+    metadata = {CONFIG_KEY: json.dumps(combine_configs(adapters))}
     return peft.config(Adapter(merged.modules, merged.diffs, merged.extras, metadata))
 
 
@@ -50,7 +50,7 @@ OTHER_KINDS = {
     "PROMPT_TUNING": "to the prompt and no matrix",
     "PREFIX_TUNING": "to the prompt and no matrix",
     "P_TUNING": "to the prompt and no matrix",
-    "IA3": "multiplies what layers put out",
+    "IA3": "multiplies outputs of layers",
     "VERA": "not a LoRA[\\s\\S]*save_as_lora",
     "SOMETHING_NEW": "not a LoRA[\\s\\S]*peft_type SOMETHING_NEW",
 }
@@ -73,7 +73,7 @@ def test_other_kinds_of_adapter_are_refused_with_the_reason(kind: str) -> None:
         ("arrow_config", {"top_k": 3}),
     ],
 )
-def test_loras_whose_update_is_another_are_refused(key: str, value: Any) -> None:
+def test_loras_with_another_kind_of_update_are_refused(key: str, value: Any) -> None:
     state = files.state_dict({Q: (4, 3)}, files.PEFT, alpha=None, prefix=PREFIX)
     plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 4}
     assert from_state_dict(state, {CONFIG_KEY: json.dumps({**plain, key: None})}).modules
@@ -81,25 +81,25 @@ def test_loras_whose_update_is_another_are_refused(key: str, value: Any) -> None
         from_state_dict(state, {CONFIG_KEY: json.dumps({**plain, key: value})})
 
 
-def test_what_describes_carried_tensors_is_kept_if_one_says_it() -> None:
+def test_entries_about_extras_are_kept_if_one_adapter_has_them() -> None:
     head, score = {"lm_head.weight": torch.ones(9, 3)}, {"score.weight": torch.ones(2, 3)}
     a = adapter("a", extras=head, modules_to_save=["lm_head"], bias="none", task_type="CAUSAL_LM", r=2)
     b = adapter("b", extras=score, modules_to_save=["classifier", "(", "score"], bias="all", fan_in_fan_out=True)
     config = written(a, b)
-    assert config["modules_to_save"] == ["lm_head", "score"]  # nobody carries a classifier, or what "(" would mean
+    assert config["modules_to_save"] == ["lm_head", "score"]  # no adapter has extras of a classifier, or of "("
     assert config["fan_in_fan_out"] is True
-    assert config["bias"] == "none"  # nobody carries one
+    assert config["bias"] == "none"  # no adapter has one among its extras
     assert "task_type" not in config
 
 
-def test_the_strongest_bias_that_is_carried() -> None:
+def test_the_bias_setting_that_includes_the_others() -> None:
     a = adapter("a", extras={f"{Q}.bias": torch.ones(4)}, bias="lora_only")
     assert written(a, adapter("b", bias="none"))["bias"] == "lora_only"
     assert written(a, adapter("b", bias="all"))["bias"] == "all"
 
 
-def test_settings_of_the_training_are_left_out() -> None:
-    """PEFT warns of them where the initialisation is not theirs."""
+def test_training_settings_are_dropped() -> None:
+    """PEFT warns about them where the initialisation is another."""
     config = written(adapter(init_lora_weights="eva", eva_config={"rho": 2.0}, loftq_config={"x": 1}, later_key=3))
     assert not {"eva_config", "loftq_config"} & config.keys()
     assert (config["init_lora_weights"], config["later_key"]) == (True, 3)
@@ -121,7 +121,7 @@ def test_contradictions(key: str, first: Any, second: Any) -> None:
 
 
 def test_names_of_wrapped_layers() -> None:
-    """Read as the plain model has them, written as PEFT's has: under base_layer where there is a LoRA."""
+    """Read under the names of the plain model, written under those of PEFT's: base_layer where there is a LoRA."""
     state = files.state_dict({Q: (4, 3)}, files.PEFT, alpha=None, prefix=PREFIX)
     odd = {
         f"{Q}.base_layer.bias": torch.ones(4),
@@ -136,11 +136,11 @@ def test_names_of_wrapped_layers() -> None:
     assert kept == plain - {f"{Q}.bias"} | {f"{Q}.base_layer.bias"}
 
 
-def test_a_layer_that_is_saved_whole_has_no_room_for_a_lora() -> None:
+def test_a_layer_that_is_saved_whole_cannot_have_a_lora() -> None:
     a = adapter("a", extras={"lm_head.weight": torch.ones(4, 3)}, modules_to_save=["lm_head"])
     b = adapter("b", modules=("lm_head", Q))
     merged = merge(align([a, b]), METHODS["concat"]()).adapter
-    both = Adapter(merged.modules, extras=merged.extras, metadata={CONFIG_KEY: json.dumps(combined([a, b]))})
+    both = Adapter(merged.modules, extras=merged.extras, metadata={CONFIG_KEY: json.dumps(combine_configs([a, b]))})
     with pytest.raises(SaveError, match=r"PEFT has no place for both[\s\S]*--module-weight '\*lm_head\*=0'"):
         to_state_dict(both, "peft")
     quiet = merge([a, b], METHODS["concat"](), module_weights=[{}, {"*lm_head*": 0}]).adapter
@@ -164,13 +164,13 @@ def test_vocabularies_of_different_size() -> None:
 
 
 def test_one_base_model_with_no_layer_in_common() -> None:
-    """Attention here, feed-forward there: fine if both say for which model they are, and a host knows no better."""
+    """Attention and feed-forward layers: allowed if both name one base model, and a host does not contradict."""
 
     def absent(_: object) -> Any:
         raise MergeError("diffusers is not installed")
 
     a, b = adapter("a", base_model_name_or_path="m"), adapter("b", (V,), base_model_name_or_path="m")
-    same = {name: (Piece(name),) for name in (Q, V)}
+    same = {name: (MappedRows(name),) for name in (Q, V)}
     for host in (None, absent, lambda _: {}, lambda _: same):
         assert align([a, b], key_map=host) == [a, b]
     for other in (adapter("b", (V,), base_model_name_or_path="n"), adapter("b", (V,))):
@@ -182,27 +182,27 @@ def test_one_base_model_with_no_layer_in_common() -> None:
         other = adapter("b", (name,), base_model_name_or_path="m")
         if fits:
             assert align([a, other]) == [a, other]
-        else:  # the same model without the wrapper that the first was trained in
+        else:  # the same model without the wrapper of the first
             with pytest.raises(MergeError, match="no layer in common"):
                 align([a, other])
 
 
-def test_the_base_model_in_their_own_words() -> None:
+def test_the_base_model_in_the_words_of_the_file() -> None:
     a, b = adapter("a", base_model_name_or_path="m", revision="1"), adapter("b", base_model_name_or_path="n")
     assert base_model(a.metadata) == "m"
     assert base_model({CONFIG_KEY: "{"}) is None
     assert base_model({"ss_base_model_version": "sd_v1"}) == "sd_v1"
     assert disagreements([a, b]) == ["base_model_name_or_path differs: m (a), n (b)"]
     assert disagreements([a, a]) == []
-    for junk in ("{", "[]", "3"):  # under that name in a file of another format
+    for junk in ("{", "[]", "3"):  # under that key in a file of another format
         other = Adapter(a.modules, metadata={CONFIG_KEY: junk}, source=Source("c", format="kohya"))
         assert disagreements([a, other]) == []
-        assert combined([a, other]) == {}
+        assert combine_configs([a, other]) == {}
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "LOKR"])
-def test_loha_and_lokr_keep_only_what_is_true_of_a_lora(kind: str) -> None:
-    """LoKr of two whole factors: PEFT scales it by alpha / r all the same, which LyCORIS does not."""
+def test_loha_and_lokr_keep_only_entries_that_hold_for_a_lora(kind: str) -> None:
+    """PEFT scales a LoKr of two whole factors by alpha / r, LyCORIS does not."""
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b") if kind == "LOHA" else ("lokr_w1", "lokr_w2")
     state = {f"{PREFIX}{Q}.{name}": torch.full((2, 2), 2.0) for name in names}
     config = {"peft_type": kind, "r": 2, "alpha": 3, "alpha_pattern": {"q_proj": 5}, "task_type": "CAUSAL_LM"}

@@ -1,4 +1,4 @@
-"""Temporary names, folders that are swapped, and one writer at a time."""
+"""Temporary names, swapped folders, and one writer at a time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def lora(value: float) -> Adapter:
     return Adapter({"model.x": LowRank(torch.full((2, 3), value), torch.full((4, 2), value), 2 * value)})
 
 
-def test_names_are_ones_own_and_recognisable(tmp_path: Path) -> None:
+def test_names_are_unique_and_recognisable(tmp_path: Path) -> None:
     names = {temporary.temporary_name(tmp_path / "x.safetensors").name for _ in range(3)}
     assert len(names) == 3
     assert all(name.startswith(".x.safetensors.") and name.endswith(".tmp") for name in names)
     assert len(temporary.temporary_name(tmp_path / ("x" * 255)).name) < 100
 
 
-def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed_a_day_later(tmp_path: Path) -> None:
     old, young, other, mine = (
         tmp_path / name
         for name in (f".x.{'0' * 32}.tmp", f".x.{'1' * 32}.tmp", f".y.{'0' * 32}.tmp", ".x.not mine.tmp")
@@ -44,8 +44,8 @@ def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> No
 
 
 @UNIX
-def test_a_folder_is_exchanged_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the first file and the last there is no moment: the old folder and the new one change places."""
+def test_a_folder_is_swapped_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers see the old folder or the new one, and never a mixture."""
     path = save(lora(1.0), tmp_path / "x", format="peft")
     (path / "README.md").write_text("mine")
     before = path.stat().st_ino
@@ -62,7 +62,7 @@ def test_a_folder_is_exchanged_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("case", ["a folder inside", "a link", "a system without it"])
-def test_where_it_cannot_be_exchanged_its_files_are_replaced(
+def test_where_it_cannot_be_swapped_its_files_are_replaced(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save(lora(1.0), tmp_path / "x", format="peft")
@@ -95,7 +95,7 @@ def test_one_process_at_a_time_replaces_files(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
-def test_without_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(temporary, "fcntl", None)
     with temporary.exclusive_lock(tmp_path), temporary.exclusive_lock(tmp_path):
         pass

@@ -1,4 +1,4 @@
-"""align(): who may be merged with whom."""
+"""align(): which adapters can be merged, and under which names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import MergeError
 from legomole.core.layers.align import align
-from legomole.core.layers.keymap import KeyMap, Piece
+from legomole.core.layers.keymap import KeyMap, MappedRows
 from legomole.core.lowrank import LowRank
 
 
@@ -26,19 +26,19 @@ def names(adapters: Sequence[Adapter]) -> list[set[str]]:
     return [set(adapter.modules) for adapter in adapters]
 
 
-def test_one_dialect_stays_as_it_is() -> None:
+def test_adapters_of_one_dialect_are_returned_unchanged() -> None:
     adapters = [lora("lora_unet_a", "lora_unet_b"), lora("lora_unet_a")]
     assert align(adapters, key_map=never) == adapters
     assert align(adapters[:1], key_map=never) == adapters[:1]
     assert align([], key_map=never) == []
 
 
-def test_common_names_over_a_third() -> None:
+def test_adapters_connected_by_a_third() -> None:
     adapters = [lora("lora_unet_a"), lora("lora_unet_b"), lora("lora_unet_a", "lora_unet_b")]
     assert align(adapters) == adapters
 
 
-def test_a_flat_and_a_convolution_view_are_compatible() -> None:
+def test_linear_and_convolution_factors_are_compatible() -> None:
     conv = Adapter({"lora_unet_a": LowRank(torch.ones(2, 3), torch.ones(6, 2), kernel=(1, 1))})
     assert len(align([lora("lora_unet_a"), conv])) == 2
 
@@ -51,11 +51,15 @@ def test_text_encoder_alone_and_model_alone() -> None:
 
 
 DIALECTS: KeyMap = {
-    "lora_unet_qkv": (Piece("unet.q", ((0, 2),)), Piece("unet.k", ((2, 4),)), Piece("unet.v", ((4, 6),))),
-    "lora_unet_ff": (Piece("unet.ff"),),
-    "lora_te_x": (Piece("text_encoder.x"),),
-    **{f"unet.{name}": (Piece(f"unet.{name}"),) for name in ("q", "k", "v", "ff", "p")},
-    "lora_unet_q": (Piece("unet.q"),),
+    "lora_unet_qkv": (
+        MappedRows("unet.q", ((0, 2),)),
+        MappedRows("unet.k", ((2, 4),)),
+        MappedRows("unet.v", ((4, 6),)),
+    ),
+    "lora_unet_ff": (MappedRows("unet.ff"),),
+    "lora_te_x": (MappedRows("text_encoder.x"),),
+    **{f"unet.{name}": (MappedRows(f"unet.{name}"),) for name in ("q", "k", "v", "ff", "p")},
+    "lora_unet_q": (MappedRows("unet.q"),),
 }
 
 
@@ -70,20 +74,20 @@ def test_without_a_key_map_the_error_says_what_helps() -> None:
 
 
 def test_fused_against_split_with_other_layers_in_common() -> None:
-    """They share the ff under their own names already, but only the map makes qkv meet q."""
+    """They share ff under their own names already, but only the key map maps qkv to q."""
     fused = lora("lora_unet_ff", "lora_unet_qkv")
     split = Adapter({**lora("lora_unet_ff").modules, **lora("lora_unet_q", d_out=2).modules})
     found = align([fused, split], key_map=lambda _: DIALECTS)
     assert names(found) == [{"unet.ff", "unet.q", "unet.k", "unet.v"}, {"unet.ff", "unet.q"}]
 
 
-def test_own_names_are_kept_when_a_map_brings_no_more_together() -> None:
+def test_own_names_are_kept_if_no_more_layers_are_shared_under_a_key_map() -> None:
     adapters = [lora("lora_unet_ff", "lora_unet_qkv"), lora("lora_unet_ff", "lora_unet_p")]
-    renamed = {name: (Piece(f"unet.{name}"),) for adapter in adapters for name in adapter.modules}
+    renamed = {name: (MappedRows(f"unet.{name}"),) for adapter in adapters for name in adapter.modules}
     assert align(adapters, key_map=lambda _: renamed) == adapters
 
 
-def test_a_failing_map_does_not_stop_what_needs_none() -> None:
+def test_a_failing_key_map_does_not_matter_where_none_is_needed() -> None:
     def fail(adapters: Sequence[Adapter]) -> KeyMap:
         raise MergeError("diffusers is missing")
 
@@ -99,7 +103,7 @@ def test_disjoint_layers_of_one_model_may_be_merged() -> None:
 
 
 def test_disjoint_networks_may_not() -> None:
-    known = {**DIALECTS, "t": (Piece("transformer.t"),)}
+    known = {**DIALECTS, "t": (MappedRows("transformer.t"),)}
     with pytest.raises(MergeError, match="no layer in common"):
         align([lora("lora_unet_ff"), lora("t")], key_map=lambda _: known)
 

@@ -1,16 +1,15 @@
-"""Blocks from names, as they are found in the wild."""
+"""Blocks by layer names of real files."""
 
 from __future__ import annotations
 
 import pytest
-from legomole.core.layers import blocks as p
-from legomole.core.layers.blocks import ModelBlock, blocks_of, short_names
+from legomole.core.layers.blocks import ALL, FIRST, LAST, MIDDLE, REST, TEXT, ModelBlock, blocks_of, short_names
 
 from ... import lora_files as files
 
 
-def named(layers) -> dict[str, str]:
-    return {part.name: part.region for part in blocks_of(layers)}
+def regions(layers) -> dict[str, str]:
+    return {block.name: block.region for block in blocks_of(layers)}
 
 
 def test_dotted_and_underscored_names_have_the_same_blocks():
@@ -21,16 +20,16 @@ def test_dotted_and_underscored_names_have_the_same_blocks():
         for layer in ("attn1.to_q", "attn1.to_out.0", "attn2.to_k", "ff.net.0.proj", "ff.net.2")
     ]
     flat = [f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}" for name in dotted]
-    assert [part.name for part in blocks_of(dotted)] == [f"unet.down_blocks.{i}.{below}" for i in range(2)]
-    assert [part.name for part in blocks_of(flat)] == [
+    assert [block.name for block in blocks_of(dotted)] == [f"unet.down_blocks.{i}.{below}" for i in range(2)]
+    assert [block.name for block in blocks_of(flat)] == [
         f"lora_unet_down_blocks_{i}_{below.replace('.', '_')}" for i in range(2)
     ]
-    assert [len(part.layers) for part in blocks_of(flat)] == [5, 5]
+    assert [len(block.layers) for block in blocks_of(flat)] == [5, 5]
 
 
-def test_what_lies_around_a_block_is_a_block_too():
+def test_layers_around_a_nested_block_are_a_block_too():
     layers = ["down.0.attentions.0.proj_in", *(f"down.0.attentions.0.blocks.0.{x}.q" for x in ("attn1", "attn2"))]
-    assert {part.name: len(part.layers) for part in blocks_of(layers)} == {
+    assert {block.name: len(block.layers) for block in blocks_of(layers)} == {
         "down.0.attentions.0": 1,
         "down.0.attentions.0.blocks.0": 2,
     }
@@ -45,36 +44,36 @@ def test_flux_runs_from_double_to_single_blocks():
         "text_encoder.text_model.encoder.layers.1.mlp.fc1",
     ]
     double, single = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
-    assert list(named(layers).items()) == [
-        (f"{double}.0", p.FIRST),
-        (f"{double}.1", p.FIRST),
-        (f"{double}.2", p.MIDDLE),
-        (f"{single}.0", p.MIDDLE),
-        (f"{single}.2", p.LAST),
-        (f"{single}.10", p.LAST),
-        ("outside of blocks", p.REST),
-        ("text_encoder.text_model.encoder.layers", p.TEXT),
+    assert list(regions(layers).items()) == [
+        (f"{double}.0", FIRST),
+        (f"{double}.1", FIRST),
+        (f"{double}.2", MIDDLE),
+        (f"{single}.0", MIDDLE),
+        (f"{single}.2", LAST),
+        (f"{single}.10", LAST),
+        ("outside of blocks", REST),
+        ("text_encoder.text_model.encoder.layers", TEXT),
     ]
 
 
 def test_layers_of_one_kind_belong_to_the_outermost_number():
-    assert named(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]) == {
-        "model.layers.0": p.ALL,
-        "model.layers.1": p.ALL,
+    assert regions(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]) == {
+        "model.layers.0": ALL,
+        "model.layers.1": ALL,
     }
-    assert named(["x", "y"]) == {"outside of blocks": p.REST}
+    assert regions(["x", "y"]) == {"outside of blocks": REST}
     assert blocks_of([]) == []
 
 
-def test_too_many_blocks_are_told_of_by_the_outermost():
+def test_too_many_blocks_are_grouped_by_the_outermost():
     layers = [f"up.{i}.blocks.{j}.{x}.q" for i in range(7) for j in range(7) for x in ("a", "b")]
-    assert [part.name for part in blocks_of(layers)] == [f"up.{i}" for i in range(7)]
+    assert [block.name for block in blocks_of(layers)] == [f"up.{i}" for i in range(7)]
     assert len(blocks_of(layers[:-14])) == 42
 
 
 @pytest.mark.parametrize("shapes", [files.KOHYA_SD15, files.DIFFUSERS_SDXL, files.KOHYA_FLUX, files.KOHYA_SD3])
 def test_every_layer_is_in_one_block(shapes):
-    found = [name for part in blocks_of(shapes) for name in part.layers]
+    found = [name for block in blocks_of(shapes) for name in block.layers]
     assert sorted(found) == sorted(shapes)
 
 
@@ -94,9 +93,9 @@ def test_every_layer_is_in_one_block(shapes):
     ],
 )
 def test_short_names(name, short):
-    assert short_names([ModelBlock(name, p.ALL, ())]) == [short]
+    assert short_names([ModelBlock(name, ALL, ())]) == [short]
 
 
-def test_short_names_that_would_be_alike_stay_long():
+def test_equal_short_names_stay_long():
     names = ["unet.blocks.0", "model.blocks.0"]
-    assert short_names([ModelBlock(name, p.ALL, ()) for name in names]) == names
+    assert short_names([ModelBlock(name, ALL, ()) for name in names]) == names

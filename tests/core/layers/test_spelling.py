@@ -1,4 +1,4 @@
-"""respelled(): one layer under names that differ in prefix and punctuation only."""
+"""unify_spelling(): one layer under names that differ in prefix and punctuation only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.layers.align import align
-from legomole.core.layers.spelling import respelled
+from legomole.core.layers.spelling import unify_spelling
 from legomole.core.lowrank import LowRank
 
 
@@ -33,7 +33,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("case", PAIRS)
 @pytest.mark.parametrize("swap", [False, True])
-def test_pairs_meet_under_the_better_name(case: str, swap: bool) -> None:
+def test_pairs_get_the_name_that_more_programs_read(case: str, swap: bool) -> None:
     good, other = PAIRS[case]
     names = (other, good) if swap else (good, other)
     adapters = [lora(name) for name in names]
@@ -42,15 +42,15 @@ def test_pairs_meet_under_the_better_name(case: str, swap: bool) -> None:
     assert all(torch.equal(a.modules[good].A, b.modules[n].A) for a, b, n in zip(found, adapters, names, strict=True))
 
 
-def test_bare_paths_beside_underscored_ones_get_the_prefix_programs_read() -> None:
+def test_bare_paths_beside_underscored_ones_get_the_usual_prefix() -> None:
     found = align([lora("double_blocks.0.img_attn.qkv"), lora("lora_unet_double_blocks_0_img_attn_qkv")])
     assert all(list(adapter.modules) == ["diffusion_model.double_blocks.0.img_attn.qkv"] for adapter in found)
 
 
-def test_other_blocks_follow_their_like_and_what_has_none_keeps_its_name() -> None:
+def test_other_blocks_are_spelled_like_the_same_layer_of_another_block() -> None:
     dotted = lora("diffusion_model.blocks.0.ffn.0", diffs=("diffusion_model.blocks.0.norm_q.weight",))
     flat = lora("lora_unet_blocks_0_ffn_0", "lora_unet_blocks_12_ffn_2", "lora_unet_blocks_12_ffn_0", "lora_unet_head")
-    found = respelled([dotted, flat])
+    found = unify_spelling([dotted, flat])
     assert found[0].diffs.keys() == dotted.diffs.keys()
     assert list(found[1].modules) == [
         "diffusion_model.blocks.0.ffn.0",
@@ -60,9 +60,9 @@ def test_other_blocks_follow_their_like_and_what_has_none_keeps_its_name() -> No
     ]
 
 
-def test_two_names_of_a_layer_in_one_file_are_left_alone() -> None:
+def test_two_names_of_a_layer_in_one_file_are_not_changed() -> None:
     both = lora("diffusion_model.a.q", "lora_unet_a_q")
-    assert respelled([both, lora("diffusion_model.a.q")])[0] is both
+    assert unify_spelling([both, lora("diffusion_model.a.q")])[0] is both
 
 
 @pytest.mark.parametrize(

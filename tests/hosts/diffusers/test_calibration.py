@@ -1,4 +1,4 @@
-"""Statistics measured on a diffusers pipeline: whose names, which layers, and what they are."""
+"""Statistics measured on a diffusers pipeline: their module names, layers and values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from legomole.hosts.diffusers.layer_names import key_map, to_kohya
 
 from . import tiny_pipelines as tiny
 
-# the libraries' own affairs
+# deprecations inside the libraries
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
 SMALL = CalibrationSettings(samples=2, noised=1)
@@ -27,7 +27,7 @@ CONCEPTS = [["ember"], ["heart"]]
 
 
 def measured(pipe, *loras: Adapter):
-    return calibrate_pipeline(pipe, loras, CONCEPTS[: len(loras)], settings=SMALL, size=(16, 16), paint_steps=1)
+    return calibrate_pipeline(pipe, loras, CONCEPTS[: len(loras)], settings=SMALL, size=(16, 16), sampling_steps=1)
 
 
 @pytest.mark.parametrize("kind", ["SD 1.5", "Flux"])
@@ -59,13 +59,13 @@ def test_files_of_two_dialects_are_measured_under_their_merged_names():
     assert set(statistics.modules) == names
 
 
-def test_kohyas_names_alone_stay_kohyas():
+def test_kohya_names_are_kept_where_all_files_have_them():
     pipe = tiny.build("SD 1.5")
     statistics = measured(pipe, to_kohya(tiny.lora(pipe, 1)), to_kohya(tiny.lora(pipe, 2)))
     assert all(name.startswith("lora_unet_") for name in statistics.modules)
 
 
-def test_another_models_loras_are_refused():
+def test_adapters_of_another_model_are_refused():
     pipe = tiny.build("SD 1.5")
     with pytest.raises(MergeError, match="another base model"):
         measured(pipe, tiny.lora(tiny.build("Flux"), 1))

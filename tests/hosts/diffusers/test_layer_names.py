@@ -18,7 +18,7 @@ from legomole.core.errors import MergeError  # noqa: E402
 from legomole.core.formats import from_state_dict, load, save  # noqa: E402
 from legomole.core.formats.suffixes import classify  # noqa: E402
 from legomole.core.layers.align import align  # noqa: E402
-from legomole.core.layers.keymap import rename  # noqa: E402
+from legomole.core.layers.keymap import apply_key_map  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.recipes.recipe import Input, Recipe  # noqa: E402
 from legomole.core.recipes.run import run  # noqa: E402
@@ -27,7 +27,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from ... import lora_files as files  # noqa: E402
 
-# the libraries' own affairs: deprecations, and PEFT's notice that `proj_out` also ends another layer's name
+# warnings within the libraries: deprecations, and PEFT's that `proj_out` is also the end of another layer's name
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
 
@@ -46,7 +46,7 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
 
 
 def act(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """What an update does to four random inputs: tells deltas apart at a fraction of their size."""
+    """The update applied to four random inputs: distinguishes deltas at a fraction of their size."""
     X = torch.randn(A.shape[1], 4, generator=torch.Generator().manual_seed(A.shape[1]))
     return scale * (B @ (A @ X))
 
@@ -84,7 +84,7 @@ def test_kohya_meets_diffusers(first: files.Shapes, second: files.Shapes, loader
     a, b = align([from_state_dict(state), split(second)], key_map=key_map)
     assert a.modules.keys() == b.modules.keys() == second.keys()
     expected = converted_by_diffusers(loader, state)
-    # what the Flux loader leaves without a component and an alpha: it forgets both
+    # the Flux loader forgets the component and the alpha of these
     for name in ("norm_out.linear", "x_embedder"):
         if name in expected:
             expected[f"transformer.{name}"] = expected.pop(name) * (0.5 if name == "norm_out.linear" else 1.0)
@@ -212,19 +212,19 @@ def test_comfyui_names_mean_the_same_as_kohyas() -> None:
     assert len(found) == 2
 
 
-def test_what_diffusers_cannot_name_keeps_its_name() -> None:
+def test_layers_without_a_diffusers_name_keep_their_names() -> None:
     t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     odd = "lora_unet_double_blocks_0_no_such_layer"
     original = kohya({**files.KOHYA_FLUX, t5: (64, 64), odd: (64, 64)})
     found = key_map([original])
     assert original.modules.keys() - found.keys() == {t5, odd}
-    assert {t5, odd} <= rename(original, found).modules.keys()
+    assert {t5, odd} <= apply_key_map(original, found).modules.keys()
     with pytest.raises(MergeError, match=t5):
         to_diffusers(original)
 
 
-def test_rank_and_values_play_no_part() -> None:
-    """A block-sparse up factor of rank 3r makes the loader cut A too; the map stays a plain split of rows."""
+def test_the_key_map_does_not_depend_on_rank_or_values() -> None:
+    """A block-sparse up factor of rank 3r makes the loader split A too; the key map remains a plain split of rows."""
     state = files.state_dict({"lora_unet_double_blocks_0_img_attn_qkv": (9216, 3072)}, rank=3)
     up = state["lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"]
     for i in range(3):
@@ -257,8 +257,8 @@ def test_no_kohya_names_for_flux() -> None:
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_a_layer_diffusers_cannot_name_does_not_keep_the_merge_from_being_saved(swap: bool, tmp_path: Path) -> None:
-    """T5 layers have no diffusers names; the file holds names of two dialects then, each of which is read."""
+def test_a_merge_with_layers_without_a_diffusers_name_can_be_saved(swap: bool, tmp_path: Path) -> None:
+    """T5 layers have no diffusers names; the file then holds names of two dialects, and readers know both."""
     t5 = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     shapes = ({**files.KOHYA_FLUX, t5: (64, 64)}, files.AI_TOOLKIT_FLUX)
     paths = [
@@ -271,7 +271,7 @@ def test_a_layer_diffusers_cannot_name_does_not_keep_the_merge_from_being_saved(
 
 
 def test_translated_layers_are_saved_in_the_format_whose_names_they_have(tmp_path: Path) -> None:
-    """Of Wan's diffusers names no reader takes lora_down."""
+    """No reader accepts lora_down under Wan's diffusers names."""
     shapes: files.Shapes = {"transformer.blocks.0.attn1.to_q": (512, 512)}
     paths = [
         files.write(tmp_path / "native.safetensors", files.state_dict(files.WAN)),
@@ -339,7 +339,7 @@ def lora_for(pipeline: Any) -> Adapter:
         if model is None:
             continue
         layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        # what loaders expect of a text encoder
+        # the layers that loaders accept in a text encoder
         layers = [(n, m) for n, m in layers if component != "text_encoder" or n.endswith(("_proj", "fc1", "fc2"))]
         for i, (name, layer) in enumerate(layers[::3]):
             shape = layer.weight.shape
@@ -352,7 +352,7 @@ def lora_for(pipeline: Any) -> Adapter:
 
 @pytest.mark.parametrize("pipeline", [sd15, flux, sd3])
 def test_our_file_in_a_pipeline(pipeline: Any, tmp_path: Path) -> None:
-    """load_lora_weights on a tiny model: every layer gains the delta we meant, and no other layer changes."""
+    """load_lora_weights on a tiny model: every layer gains its delta, and no other layer changes."""
     pipe = pipeline()
     lora = lora_for(pipe)
     assert len({part.rank for part in lora.modules.values()}) == 3

@@ -1,4 +1,4 @@
-"""Mixtures on diffusers pipelines. Oracle: the library itself, its LoRA loading, its encoders, its samplers."""
+"""Mixtures on diffusers pipelines, compared with diffusers' own LoRA loading, encoders and samplers."""
 
 from __future__ import annotations
 
@@ -22,46 +22,48 @@ from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.record import Record
 from legomole.core.mole.trained import Expert, TrainedGates
+from legomole.hosts.base_model import base_model_name
 from legomole.hosts.diffusers.layer_names import to_kohya
-from legomole.hosts.diffusers.mixing import base_of, experts, load_gates, model_of, prompt_rows, routed
+from legomole.hosts.diffusers.mixing import denoising_model, experts, load_gates, mixed, prompt_rows, routed
 from torch import Tensor
 
+from ...core.mole.models import gradients
 from . import tiny_pipelines as tiny
 
-# the libraries' own affairs: deprecations, and PEFT's notice that `proj_out` also ends another layer's name
+# deprecations inside the libraries, and PEFT's notice that `proj_out` also matches the end of another layer's name
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
 SIZE = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
 
 
-def paint(pipe: Any, prompt: str | list[str] = "a heart in ember", **options: Any) -> Tensor:
-    """Latents of a picture; the same noise every time."""
+def sample(pipe: Any, prompt: str | list[str] = "a heart in ember", **options: Any) -> Tensor:
+    """Sample latents from a fixed seed."""
     return pipe(prompt, generator=torch.Generator().manual_seed(1), **SIZE, **options).images
 
 
-def like(found: Tensor, expected: Tensor) -> None:
+def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize("name", tiny.PIPELINES)
-def test_gates_act_as_the_librarys_own_loras(name: str, tmp_path: Path) -> None:
-    """One gate open: that LoRA alone. Both open: both LoRAs. Off again: the model as it was, bit for bit."""
+def test_gates_equal_diffusers_own_lora_loading(name: str, tmp_path: Path) -> None:
+    """One open gate equals that LoRA alone, two equal both; detaching restores the base model bit for bit."""
     pipe = tiny.build(name)
     loras = [tiny.lora(pipe, 1, kinds=(*tiny.LAYERS, "proj_in", "conv1")), tiny.lora(pipe, 2, rank=2)]
     paths = [save(lora, tmp_path / f"{i}", format="diffusers") for i, lora in enumerate(loras)]
-    base = paint(pipe)
-    with attach(model_of(pipe), Mixture(experts(pipe, [load(path) for path in paths]))) as attachment:
-        both = paint(pipe)
+    base = sample(pipe)
+    with attach(denoising_model(pipe), Mixture(experts(pipe, [load(path) for path in paths]))) as attachment:
+        both = sample(pipe)
         with attachment.hold([0.0, 1.0]):
-            second = paint(pipe)
-    assert torch.equal(paint(pipe), base)
+            second = sample(pipe)
+    assert torch.equal(sample(pipe), base)
     for i, path in enumerate(paths):
         pipe.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name=str(i))
     pipe.set_adapters(["0", "1"])
-    like(both, paint(pipe))
+    assert_near(both, sample(pipe))
     pipe.set_adapters(["1"])
-    like(second, paint(pipe))
+    assert_near(second, sample(pipe))
     assert float((second - base).abs().max()) > 1e-2 * float(base.abs().max())
 
 
@@ -70,7 +72,7 @@ def kohya_sd(pipe: Any) -> Adapter:
 
 
 def kohya_flux(pipe: Any) -> Adapter:
-    """The fused layers of kohya's Flux files: three of the model's in one."""
+    """The fused layers of kohya's Flux files: one of them covers three of the model's."""
     g = torch.Generator().manual_seed(1)
     rows = {"lora_unet_double_blocks_0_img_attn_qkv": 48, "lora_unet_double_blocks_0_txt_attn_proj": 16}
     return Adapter(
@@ -87,18 +89,18 @@ def kohya_flux(pipe: Any) -> Adapter:
 def test_kohya_files(name: str, made: Any, tmp_path: Path) -> None:
     pipe = tiny.build(name)
     path = save(made(pipe), tmp_path / "x", format="kohya")
-    with attach(model_of(pipe), Mixture(experts(pipe, [load(path)]))):
-        found = paint(pipe)
+    with attach(denoising_model(pipe), Mixture(experts(pipe, [load(path)]))):
+        found = sample(pipe)
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
-    like(found, paint(pipe))
+    assert_near(found, sample(pipe))
 
 
-def test_text_encoder_layers_are_named_not_dropped() -> None:
+def test_text_encoder_layers_are_reported_not_dropped() -> None:
     pipe = tiny.build("SD 1.5")
     lora = tiny.lora(pipe, 1)
     layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
     text = LowRank(torch.ones(1, 8), torch.ones(16, 1))
-    with pytest.warns(UserWarning, match="adapter: 1 layers are of text encoders and are not mixed"):
+    with pytest.warns(UserWarning, match="adapter: 1 layers belong to text encoders and are not mixed"):
         found = experts(pipe, [Adapter({**lora.modules, layer: text})])
     with attach(pipe.unet, Mixture(found)) as attachment:
         (left,) = attachment.left_out
@@ -118,7 +120,7 @@ def test_a_lora_for_another_model_is_refused(wrong: str) -> None:
 
 
 def text_gates(features: int, **settings: Any) -> GateSet:
-    """One random gate for the whole model that reads the prompt."""
+    """One random gate for the whole model, reading the text conditioning."""
     chosen = GateSettings(granularity="network", **settings)
     gate = Gate(features, 2, chosen)
     with torch.no_grad():
@@ -127,37 +129,59 @@ def text_gates(features: int, **settings: Any) -> GateSet:
 
 
 def test_each_row_of_a_guided_batch_has_its_own_gates() -> None:
-    """Negative prompts come first in the batch; without `prompt_rows` each row goes by its own conditioning."""
+    """Negative prompts come first in the batch. Without `prompt_rows` each row's gates read its own conditioning."""
     pipe = tiny.build("SD 1.5")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
     whole, positive = Record(), Record(rows=prompt_rows(pipe))
     with attach(pipe.unet, mixture) as attachment:
         with attachment.watch(whole):
-            found = paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"])
+            found = sample(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"])
         with attachment.watch(positive):
-            paint(pipe, ["a heart", "ember"])
+            sample(pipe, ["a heart", "ember"])
         texts = torch.cat([pipe.encode_prompt(p, "cpu", 1, False)[0] for p in ("blur", "x", "a heart", "ember")])
         expected = mixture.gates[""](texts.mean(1))
         for one in whole.passes:
             torch.testing.assert_close(one[""], expected)
         assert all(torch.equal(one[""], whole.passes[0][""][2:]) for one in positive.passes)
         with attachment.hold(expected.detach()):
-            like(found, paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"]))
+            assert_near(found, sample(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"]))
         with attachment.hold(expected.detach()[2:].repeat(2, 1)):
-            following = paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"])
+            following = sample(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"])
     assert float((expected[2] - expected[3]).detach().abs().max()) > 0.05
     with attach(pipe.unet, mixture, prompt_rows=prompt_rows(pipe)):
-        like(paint(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"]), following)
+        assert_near(sample(pipe, ["a heart", "ember"], negative_prompt=["blur", "x"]), following)
 
 
-# ---- the router
+def test_checkpointing_recomputes_blocks_and_changes_no_gradient() -> None:
+    pipe = tiny.build("SD 1.5")
+    mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
+    text = pipe.encode_prompt("a heart", "cpu", 1, False)[0].detach()
+    runs: list[int] = []
+    layer = next(module for name, module in pipe.unet.named_modules() if name.endswith("attn1.to_q"))
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    t = torch.tensor([500])
+    found: list[Tensor] = []
+    for checkpointing, expected in ((False, 1), (True, 2)):
+        runs.clear()
+        with mixed(pipe, mixture, checkpointing=checkpointing) as attachment:
+            found += gradients(
+                attachment,
+                lambda: pipe.unet(torch.ones(1, 4, 8, 8), t, encoder_hidden_states=text).sample.square().mean(),
+            ).values()
+        assert len(runs) == expected
+    for plain, recomputed in zip(found[: len(found) // 2], found[len(found) // 2 :], strict=True):
+        torch.testing.assert_close(recomputed, plain)
+        assert float(plain.abs().max()) > 0
+
+
+# ---- the prompt router
 
 
 def recorded(pipe: Any, mixture: Mixture, prompt: str | list[str], **options: Any) -> list[list[list[float]]]:
-    """The gates of every pass under the router, row by row."""
+    """Gates of every forward pass under the router, per row."""
     record = Record()
     with routed(pipe, mixture, [["ember", "burning"], ["heart"]]) as attachment, attachment.watch(record):
-        paint(pipe, prompt, **options)
+        sample(pipe, prompt, **options)
     return [next(iter(one.values())).tolist() for one in record.passes]
 
 
@@ -165,45 +189,45 @@ OFF, EMBER, HEART, BOTH = [0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["SD 1.5", "SDXL", "SD3"])
-def test_the_router_opens_what_each_prompt_names(name: str) -> None:
+def test_the_router_opens_the_gates_each_prompt_names(name: str) -> None:
     pipe = tiny.build(name)
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)])
     rows = recorded(pipe, mixture, ["a Heart", "ember hearts", "hearts"], num_images_per_prompt=2)
-    passes = [HEART, HEART, EMBER, EMBER, OFF, OFF] * 2  # of the negative prompts, which follow, and of the prompts
+    passes = [HEART, HEART, EMBER, EMBER, OFF, OFF] * 2  # negative prompts, which follow the prompts, then the prompts
     assert rows == [passes] * 2
     assert recorded(pipe, mixture, "burning heart", guidance_scale=1.0) == [[BOTH]] * 2
     assert recorded(pipe, mixture, "x", negative_prompt="heart") == [[OFF, OFF]] * 2
     assert "encode_prompt" not in pipe.__dict__
-    assert not model_of(pipe)._forward_pre_hooks
+    assert not denoising_model(pipe)._forward_pre_hooks
 
 
-def test_the_router_where_guidance_takes_two_passes() -> None:
+def test_the_router_with_guidance_in_two_passes() -> None:
     pipe = tiny.build("Flux")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)])
     assert recorded(pipe, mixture, "a heart", negative_prompt="", true_cfg_scale=2.0) == [[HEART], [OFF]] * 2
 
 
-def test_the_router_paints_what_held_gates_paint() -> None:
+def test_the_router_equals_held_gates() -> None:
     pipe = tiny.build("SD 1.5")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
     with routed(pipe, mixture, [["ember"], ["heart"]]):
-        found = paint(pipe, "a heart")
+        found = sample(pipe, "a heart")
     with attach(pipe.unet, mixture) as attachment, attachment.hold(HEART):
-        like(found, paint(pipe, "a heart"))
+        assert_near(found, sample(pipe, "a heart"))
 
 
-def test_the_router_gives_shares_where_gates_do() -> None:
+def test_the_router_gives_shares_for_softmax_gates() -> None:
     pipe = tiny.build("SD 1.5")
     null = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], GateSet(2, GateSettings(activation="softmax-null")))
     assert recorded(pipe, null, "burning heart") == [[[0.5, 0.5], [0.5, 0.5]]] * 2
 
 
-def test_the_router_says_what_it_cannot_do() -> None:
+def test_the_router_refuses_unknown_conditioning_and_compiled_models() -> None:
     pipe = tiny.build("SD 1.5")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)])
     text = torch.randn(1, tiny.TOKENS, 8)
     with routed(pipe, mixture, [["ember"], ["heart"]]), pytest.raises(MergeError, match="which prompt"):
-        paint(pipe, None, prompt_embeds=text, negative_prompt_embeds=text)  # type: ignore[arg-type]
+        sample(pipe, None, prompt_embeds=text, negative_prompt_embeds=text)  # type: ignore[arg-type]
     with pytest.raises(MergeError, match="2 lists"), routed(pipe, mixture, [["ember"]]):
         pass
     pipe.unet.compile(backend="eager")
@@ -211,15 +235,15 @@ def test_the_router_says_what_it_cannot_do() -> None:
         pass
 
 
-# ---- files of gates, offloading
+# ---- gate files, offloading
 
 
-def test_gates_know_their_loras_and_their_model(tmp_path: Path) -> None:
+def test_gate_files_match_adapters_and_model(tmp_path: Path) -> None:
     pipe = tiny.build("SD 1.5")
     paths = [save(to_kohya(tiny.lora(pipe, i)), tmp_path / f"{i}") for i in (1, 2)]
     loras = experts(pipe, [load(path) for path in paths])
     gates = text_gates(8)
-    TrainedGates(gates, tuple(map(Expert.of, loras)), base_of(pipe)).save(tmp_path / "gates.safetensors")
+    TrainedGates(gates, tuple(map(Expert.of, loras)), base_model_name(pipe.unet)).save(tmp_path / "gates.safetensors")
     turned = load_gates(pipe, tmp_path / "gates.safetensors", loras[::-1])
     assert torch.equal(turned[""].weight, gates[""].weight.flip(0))
     with pytest.raises(
@@ -231,27 +255,27 @@ def test_gates_know_their_loras_and_their_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["attached first", "offloaded first"])
-def test_gates_follow_every_picture_of_an_offloaded_pipeline(order: str) -> None:
-    """The library takes its hooks off and puts them on again after each picture."""
+def test_gates_work_on_every_call_of_an_offloaded_pipeline(order: str) -> None:
+    """diffusers removes and reinstalls its hooks after each call."""
     pipe = tiny.build("SD 1.5")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
     prompts: Sequence[str] = ("a heart", "ember", "x")
-    base = paint(pipe)
+    base = sample(pipe)
     with attach(pipe.unet, mixture):
-        expected = [paint(pipe, prompt) for prompt in prompts]
+        expected = [sample(pipe, prompt) for prompt in prompts]
     if order == "offloaded first":
         pipe.enable_model_cpu_offload(device="cpu")
     with attach(pipe.unet, mixture):
         if order == "attached first":
             pipe.enable_model_cpu_offload(device="cpu")
-        found = [paint(pipe, prompt) for prompt in prompts]
+        found = [sample(pipe, prompt) for prompt in prompts]
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
-    assert torch.equal(paint(pipe), base)
+    assert torch.equal(sample(pipe), base)
     pipe.remove_all_hooks()
-    assert torch.equal(paint(pipe), base)
+    assert torch.equal(sample(pipe), base)
 
 
 def test_a_pipeline_without_a_model_is_refused() -> None:
     with pytest.raises(MergeError, match="neither"):
-        model_of(diffusers.DiffusionPipeline())
+        denoising_model(diffusers.DiffusionPipeline())

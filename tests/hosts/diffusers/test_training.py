@@ -1,4 +1,4 @@
-"""Gate training on diffusers pipelines. Oracle of the denoiser: the pipelines' own sampling loops."""
+"""Gate training on diffusers pipelines. The denoiser is compared with the pipelines' own sampling loops."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import tiny_pipelines as tiny
 
-# the libraries' own affairs
+# deprecations inside the libraries
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 WORDS = [["ember"], ["heart"]]
@@ -48,8 +48,8 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("case", SCHEDULES)
-def test_it_paints_what_the_pipeline_paints(case: str) -> None:
-    """Guidance, conditioning, times and the solver: all as in the library's loop (DDIM is Euler's method)."""
+def test_it_samples_what_the_pipeline_samples(case: str) -> None:
+    """Guidance, conditioning, times and solver equal those of diffusers' loop (DDIM is Euler's method)."""
     name, scheduler, options = SCHEDULES[case]
     pipe = tiny.build(name, scheduler())
     prompts = ["a heart", "", "ember"]
@@ -78,24 +78,24 @@ def test_noise_goal_and_clean_agree(case: str) -> None:
         torch.testing.assert_close(noisy[3], n[3])
 
 
-def test_times_follow_the_schedulers_course() -> None:
-    """By hand: shift 3 makes of a half ``3 / 2 / (1 + 2 / 2) = 3/4``; DDIM's betas at the last of 1000 steps."""
+def test_times_follow_the_scheduler() -> None:
+    """Hand-computed: shift 3 maps 1/2 to ``3 / 2 / (1 + 2 / 2) = 3/4``; DDIM's alpha at the last of 1000 steps."""
     flow = PipelineDenoiser(tiny.build("SD3"), [""], size=(16, 16)).schedule
     assert flow.timestep(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([0, 750, 1000])
     noise = PipelineDenoiser(tiny.build("SD 1.5"), [""], size=(16, 16)).schedule
     assert noise.timestep(torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 499, 999]
-    assert noise.mix(torch.tensor([1.0]))[0].item() == pytest.approx(0.0047**0.5, rel=0.01)
+    assert noise.coefficients(torch.tensor([1.0]))[0].item() == pytest.approx(0.0047**0.5, rel=0.01)
 
 
-def test_the_size_is_the_pipelines_own_unless_told() -> None:
+def test_the_default_size_is_the_pipelines_own() -> None:
     assert PipelineDenoiser(tiny.build("SD 1.5"), [""]).family.pixels == (16, 16)
     assert PipelineDenoiser(tiny.build("SDXL"), [""]).family.pixels == (16, 16)
     with pytest.raises(MergeError, match="multiples of 4"):
         PipelineDenoiser(tiny.build("Flux"), [""], size=(16, 18))
 
 
-def test_models_that_are_told_the_guidance_get_it_in_one_pass() -> None:
-    """As LCM's: no second pass, and other pictures for another scale."""
+def test_models_with_a_guidance_input_run_one_pass() -> None:
+    """As for LCM: no second pass, and another scale gives other samples."""
     pipe = tiny.build("SD 1.5")
     pipe.unet = tiny.unet(cross_attention_dim=8, time_cond_proj_dim=8).eval()
     calls: list[int] = []
@@ -106,7 +106,7 @@ def test_models_that_are_told_the_guidance_get_it_in_one_pass() -> None:
 
 
 def test_long_and_short_prompts_share_a_batch() -> None:
-    """Encoders pad and cut all to one length."""
+    """Text encoders pad and truncate all prompts to one length."""
     pipe = tiny.build("Flux")
     denoiser = PipelineDenoiser(pipe, ["", "heart " * 200], size=(16, 16))
     x, t = denoiser.noise(2, 0), torch.tensor([0.5, 0.5])
@@ -123,23 +123,23 @@ def test_other_pipelines_and_schedulers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["SD 1.5", "Flux"])
-def test_pictures_go_to_latents_and_back_as_in_the_pipeline(name: str) -> None:
+def test_images_are_encoded_and_decoded_as_in_the_pipeline(name: str) -> None:
     pipe = tiny.build(name)
     denoiser = PipelineDenoiser(pipe, [""], size=(16, 16))
     latents = denoiser.noise(2, 0)
     found = pipe(
         ["", ""], latents=latents, height=16, width=16, num_inference_steps=1, output_type="latent"
-    ).images  # what its last step leaves
-    image = pipe(["", ""], latents=latents, height=16, width=16, num_inference_steps=1, output_type="pt").images
-    torch.testing.assert_close((denoiser.decode(found) / 2 + 0.5).clamp(0, 1), image, rtol=1e-4, atol=1e-5)
-    # the tiny VAE is no inverse of itself; by hand then, for one picture
-    picture = Image.new("RGB", (16, 16), (255, 0, 128))
+    ).images  # the clean latents of the last step
+    decoded = pipe(["", ""], latents=latents, height=16, width=16, num_inference_steps=1, output_type="pt").images
+    torch.testing.assert_close((denoiser.decode(found) / 2 + 0.5).clamp(0, 1), decoded, rtol=1e-4, atol=1e-5)
+    # the tiny VAE's encoder does not invert its decoder, so the expected latents of one image are computed by hand
+    image = Image.new("RGB", (16, 16), (255, 0, 128))
     x = torch.tensor([1.0, -1.0, 2 * 128 / 255 - 1]).view(1, 3, 1, 1).expand(1, 3, 16, 16)
     z = pipe.vae.encode(x).latent_dist.mode()
     z = (z - (pipe.vae.config.shift_factor or 0)) * 0.5
     if name == "Flux":
         z = z.reshape(1, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(1, 16, 4)
-    torch.testing.assert_close(denoiser.encode([picture]), z)
+    torch.testing.assert_close(denoiser.encode([image]), z)
 
 
 # ---- training
@@ -158,12 +158,12 @@ def test_training_lowers_the_loss_and_changes_nothing_but_gates(name: str) -> No
     model = getattr(pipe, tiny.component(pipe))
     model.train()
     settings = TrainSettings(**FEW, steps=20)
-    done = train_gates(pipe, mixture, WORDS, settings=settings, size=(16, 16), paint_steps=2)
-    losses = torch.tensor(done.fit.losses)
+    result = train_gates(pipe, mixture, WORDS, settings=settings, size=(16, 16), sampling_steps=2)
+    losses = torch.tensor(result.fit.losses)
     assert float(losses[-4:].mean()) < 0.7 * float(losses[:4].mean())
-    assert done.gates.base == type(model).__name__
-    # prompts for a LoRA open its gates wider than prompts for another do
-    alone = [done.values[[p.named == (i,) for p in done.prompts]].mean((0, 1)) for i in (0, 1)]
+    assert result.gates.base == type(model).__name__
+    # a LoRA's gates are larger for prompts that name it than for prompts that name the other
+    alone = [result.values[[p.named == (i,) for p in result.prompts]].mean((0, 1)) for i in (0, 1)]
     assert float(alone[0][0] - alone[1][0]) > 0.1
     after = weights(pipe)
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -174,58 +174,60 @@ def test_training_lowers_the_loss_and_changes_nothing_but_gates(name: str) -> No
     assert all(torch.equal(a, b) for a, b in zip(now, factors, strict=True))
 
 
-def test_the_values_are_what_the_gates_give_for_each_prompt() -> None:
+def test_values_are_the_gates_outputs_per_prompt() -> None:
     pipe = tiny.build("SD 1.5")
     settings = TrainSettings(**FEW, steps=3)
-    done = train_gates(pipe, mixed(pipe), WORDS, ["ember and heart"], settings, size=(16, 16), paint_steps=1)
-    for prompt, values in zip(done.prompts, done.values, strict=True):
+    result = train_gates(pipe, mixed(pipe), WORDS, ["ember and heart"], settings, size=(16, 16), sampling_steps=1)
+    for prompt, values in zip(result.prompts, result.values, strict=True):
         text = pipe.encode_prompt(prompt.text, "cpu", 1, False)[0].mean(1)
-        for scope, value in zip(done.scopes, values, strict=True):
-            torch.testing.assert_close(done.gates.gates[scope](text)[0], value)
-    assert done.prompts[0].named == (0, 1)
+        for scope, value in zip(result.scopes, values, strict=True):
+            torch.testing.assert_close(result.gates.gates[scope](text)[0], value)
+    assert result.prompts[0].named == (0, 1)
 
 
 @pytest.mark.parametrize(
     ("reads", "checkpointing"), [("experts", False), ("hidden", True)], ids=["experts", "hidden, checkpointing"]
 )
-def test_other_gates_train_too(reads: str, checkpointing: bool) -> None:
+def test_other_kinds_of_gates_train(reads: str, checkpointing: bool) -> None:
     pipe = tiny.build("SD 1.5")
     settings = TrainSettings(**FEW, steps=4)
     mixture = mixed(pipe, reads=reads, granularity="block", activation="softmax")
-    done = train_gates(
-        pipe, mixture, WORDS, settings=settings, size=(16, 16), paint_steps=1, checkpointing=checkpointing
+    result = train_gates(
+        pipe, mixture, WORDS, settings=settings, size=(16, 16), sampling_steps=1, checkpointing=checkpointing
     )
-    torch.testing.assert_close(done.values.sum(-1), torch.ones(done.values.shape[:2]))
-    assert float(done.values.std()) > 0
+    torch.testing.assert_close(result.values.sum(-1), torch.ones(result.values.shape[:2]))
+    assert float(result.values.std()) > 0
 
 
-def test_pictures_teach_their_own_noise() -> None:
-    """The targets of the user's pictures are the noise that was put on them; a description may be a new prompt."""
+def test_images_are_learnt_from_by_their_noise() -> None:
+    """The targets of the user's images are the noise added to them; a description may be a new prompt."""
     pipe = tiny.build("SD 1.5")
     g = torch.Generator().manual_seed(0)
-    pictures = [Image.fromarray(torch.randint(256, (20, 16, 3), generator=g).byte().numpy()) for _ in range(2)]
-    images = list(zip(pictures, ["the old ember", "heart"], strict=True))
+    pixels = [Image.fromarray(torch.randint(256, (20, 16, 3), generator=g).byte().numpy()) for _ in range(2)]
+    images = list(zip(pixels, ["the old ember", "heart"], strict=True))
     settings = TrainSettings(**FEW, steps=6, objective="denoise")
-    done = train_gates(pipe, mixed(pipe), WORDS, settings=settings, images=images, size=(16, 16), paint_steps=1)
-    assert [p.named for p in done.prompts if p.text in ("the old ember", "heart")] == [(1,), (0,)]
+    result = train_gates(pipe, mixed(pipe), WORDS, settings=settings, images=images, size=(16, 16), sampling_steps=1)
+    assert [p.named for p in result.prompts if p.text in ("the old ember", "heart")] == [(1,), (0,)]
     # the tiny model predicts almost nothing, so the loss is about the noise's variance on two of three examples
-    assert done.fit.losses[0] == pytest.approx(2 / 3, rel=0.5)
-    with pytest.raises(MergeError, match=r"no pictures to learn from[\s\S]*'heart'"):
+    assert result.fit.losses[0] == pytest.approx(2 / 3, rel=0.5)
+    with pytest.raises(MergeError, match=r"no images to learn from[\s\S]*'heart'"):
         train_gates(pipe, mixed(pipe), WORDS, settings=settings, images=images[:1], size=(16, 16))
     with pytest.raises(MergeError, match="names none of the LoRAs"):
-        train_gates(pipe, mixed(pipe), WORDS, settings=settings, images=[(pictures[0], "a dog")], size=(16, 16))
+        train_gates(pipe, mixed(pipe), WORDS, settings=settings, images=[(pixels[0], "a dog")], size=(16, 16))
 
 
-def test_the_models_number_format_is_kept() -> None:
-    """bfloat16 in, bfloat16 through the model; latents, losses and gates in float32."""
+def test_the_models_dtype_is_kept() -> None:
+    """A bfloat16 model gets bfloat16 inputs; latents, losses and gates are float32."""
     pipe = tiny.build("SD 1.5").to(torch.bfloat16)
-    seen: set[torch.dtype] = set()
-    pipe.unet.register_forward_pre_hook(lambda _, __, kwargs: seen.add(kwargs["sample"].dtype), with_kwargs=True)
-    done = train_gates(pipe, mixed(pipe), WORDS, settings=TrainSettings(**FEW, steps=2), size=(16, 16), paint_steps=1)
-    assert seen == {torch.bfloat16}
+    dtypes: set[torch.dtype] = set()
+    pipe.unet.register_forward_pre_hook(lambda _, __, kwargs: dtypes.add(kwargs["sample"].dtype), with_kwargs=True)
+    result = train_gates(
+        pipe, mixed(pipe), WORDS, settings=TrainSettings(**FEW, steps=2), size=(16, 16), sampling_steps=1
+    )
+    assert dtypes == {torch.bfloat16}
     assert pipe.unet.dtype == torch.bfloat16
-    assert {p.dtype for p in done.gates.gates.parameters()} == {torch.float32}
-    assert torch.isfinite(torch.tensor(done.fit.losses)).all()
+    assert {p.dtype for p in result.gates.gates.parameters()} == {torch.float32}
+    assert torch.isfinite(torch.tensor(result.fit.losses)).all()
 
 
 def test_every_lora_needs_words() -> None:
@@ -237,16 +239,16 @@ def test_every_lora_needs_words() -> None:
 # ---- CLIP guidance
 
 
-def test_clip_sees_what_its_processor_would_show_it() -> None:
+def test_clip_inputs_equal_its_processors() -> None:
     pipe = tiny.build("SD 1.5")
     denoiser = PipelineDenoiser(pipe, [""], size=(12, 12))
     model, processor = tiny.clip()
     clip = PipelineClip(denoiser, model, processor)
     latents = denoiser.noise(2, 0).requires_grad_()
     found = clip.images(latents)
-    pictures = (denoiser.decode(latents).detach() / 2 + 0.5).clamp(0, 1)
+    images = (denoiser.decode(latents).detach() / 2 + 0.5).clamp(0, 1)
     pixels = processor.image_processor(
-        images=list(pictures), do_rescale=False, do_resize=False, return_tensors="pt"
+        images=list(images), do_rescale=False, do_resize=False, return_tensors="pt"
     ).pixel_values
     features = model.get_image_features(pixel_values=pixels).pooler_output
     torch.testing.assert_close(found, nn.functional.normalize(features, dim=-1), rtol=1e-3, atol=1e-4)
@@ -254,30 +256,32 @@ def test_clip_sees_what_its_processor_would_show_it() -> None:
     assert float(latents.grad.abs().max()) > 0
     tokens = processor.tokenizer(["a heart in ember"], return_tensors="pt")
     text = nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # the second time from the cache
         torch.testing.assert_close(clip.texts(["x", "a heart in ember"])[1:], text, rtol=1e-4, atol=1e-5)
 
 
-def test_clip_guidance_moves_gates_alone() -> None:
+def test_clip_guidance_changes_gates_only() -> None:
     pipe, clip = tiny.build("SD 1.5"), tiny.clip()
     before = weights(pipe) | {f"clip.{k}": v.clone() for k, v in clip[0].state_dict().items()}
     settings = TrainSettings(**FEW, steps=4, objective="clip")
-    done = train_gates(pipe, mixed(pipe), WORDS, settings=settings, clip=clip, size=(12, 12), paint_steps=1)
-    assert all(0 < loss < 4 for loss in done.fit.losses)
-    assert float((done.values - 1).abs().max()) > 1e-3
+    result = train_gates(pipe, mixed(pipe), WORDS, settings=settings, clip=clip, size=(12, 12), sampling_steps=1)
+    assert all(0 < loss < 4 for loss in result.fit.losses)
+    assert float((result.values - 1).abs().max()) > 1e-3
     after = weights(pipe) | {f"clip.{k}": v for k, v in clip[0].state_dict().items()}
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
     assert all(p.grad is None for p in clip[0].parameters())
 
 
 def test_gradients_reach_gates_only() -> None:
-    """Also with the model's own gradients on, as the library leaves it: `train_gates` puts them aside."""
+    """diffusers leaves requires_grad on for the model; `train_gates` turns it off meanwhile."""
     pipe = tiny.build("SD 1.5")
-    seen: list[bool] = []
-    pipe.unet.register_forward_pre_hook(lambda *_: seen.append(any(p.requires_grad for p in pipe.unet.parameters())))
-    train_gates(pipe, mixed(pipe), WORDS, settings=TrainSettings(**FEW, steps=1), size=(16, 16), paint_steps=1)
-    assert seen
-    assert not any(seen)
+    required: list[bool] = []
+    pipe.unet.register_forward_pre_hook(
+        lambda *_: required.append(any(p.requires_grad for p in pipe.unet.parameters()))
+    )
+    train_gates(pipe, mixed(pipe), WORDS, settings=TrainSettings(**FEW, steps=1), size=(16, 16), sampling_steps=1)
+    assert required
+    assert not any(required)
     mixture = mixed(pipe)
     with attach(pipe.unet, mixture) as attachment:
         assert all(p.requires_grad for p in attachment.bank.parameters_of_gates)

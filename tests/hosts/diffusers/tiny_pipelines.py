@@ -1,4 +1,4 @@
-"""Tiny random pipelines with tokenizers and text encoders of their own: everything a real one has, in milliseconds."""
+"""Tiny random pipelines with all components of real ones, tokenizers and text encoders too."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from legomole.core.lowrank import LowRank
 from torch import nn
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz,"
-TOKENS = 40  # of a prompt: letter by letter, it must fit
+TOKENS = 40  # maximum prompt length; a letter is a token
 
 
 def clip_tokenizer() -> Any:
-    """Letters are the tokens; the last of a word has an ending of its own, as in CLIP's."""
+    """A tokenizer whose tokens are letters; the last letter of a word has another token, as in CLIP."""
     words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
     vocab = {word: i for i, word in enumerate(words)}
     return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
@@ -111,7 +111,7 @@ PIPELINES = {"SD 1.5": _sd15, "SDXL": _sdxl, "SD3": _sd3, "Flux": _flux}
 
 
 def build(name: str, scheduler: Any = None) -> Any:
-    """One of `PIPELINES`; the same one every time."""
+    """Build one of `PIPELINES`, always with the same weights."""
     torch.manual_seed(0)
     pipe = PIPELINES[name](scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -135,8 +135,8 @@ def clip() -> tuple[Any, Any]:
     config = transformers.CLIPConfig(
         text_config=clip_config(8, 6).to_dict(), vision_config=vision.to_dict(), projection_dim=6
     )
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
-    return transformers.CLIPModel(config).eval(), transformers.CLIPProcessor(pictures, clip_tokenizer())
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12})
+    return transformers.CLIPModel(config).eval(), transformers.CLIPProcessor(processor, clip_tokenizer())
 
 
 def component(pipe: Any) -> str:
@@ -147,7 +147,7 @@ LAYERS = ("to_q", "to_v", "to_out.0")
 
 
 def lora(pipe: Any, seed: int, *, rank: int = 3, kinds: Sequence[str] = LAYERS) -> Adapter:
-    """A LoRA in diffusers' names, loud enough to show."""
+    """A LoRA with diffusers' names, large enough to change samples visibly."""
     name = component(pipe)
     g = torch.Generator().manual_seed(seed)
     modules = {

@@ -1,4 +1,4 @@
-"""Mixtures on models whose layers bitsandbytes holds in 8 or 4 bits."""
+"""Mixtures on models quantised to 8 or 4 bits by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from legomole.hosts.transformers.training import train_gates
 
 from .tiny_language import llama, lora, prompts
 
-# the libraries' own affairs: 8 bit layers compute in float16
+# warnings inside the libraries: 8-bit layers compute in float16
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 BITS = {
     8: {"load_in_8bit": True},
@@ -43,11 +43,11 @@ def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 
 def pair(size: float = 0.25) -> tuple[Adapter, Adapter]:
-    """For the model as it was: packed weights have lost their shape."""
+    """Adapters for the model before quantisation, whose weights still have their shapes."""
     return lora(llama(), 1, size=size), lora(llama(), 2, 3, size=size)
 
 
-def test_a_mixture_adds_its_deltas_to_what_the_quantised_layers_put_out(quantised: Any) -> None:
+def test_a_mixture_adds_its_deltas_to_the_quantised_layers_outputs(quantised: Any) -> None:
     ids, (one, two) = prompts(6)[0], pair()
     with torch.no_grad():
         before = quantised(ids).logits
@@ -64,22 +64,24 @@ def test_a_mixture_adds_its_deltas_to_what_the_quantised_layers_put_out(quantise
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_mixture_is_near_the_one_on_the_model_that_was_not_quantised(quantised: Any) -> None:
-    """The LoRAs' effect is kept in full, so what is off is what quantising costs the model without LoRAs."""
+def test_a_mixture_is_close_to_the_one_on_the_model_before_quantisation(quantised: Any) -> None:
+    """The adapters' effect is preserved: the difference is about that of quantisation alone."""
     ids, plain, mixture = prompts(6)[0], llama(), Mixture(pair())
     with torch.no_grad():
-        cost = (quantised(ids).logits - plain(ids).logits).norm()
+        quantisation = (quantised(ids).logits - plain(ids).logits).norm()
         before = plain(ids).logits
         with mixed(quantised, mixture), mixed(plain, mixture):
-            off, effect = quantised(ids).logits - plain(ids).logits, plain(ids).logits - before
-    assert off.norm() < 2 * cost
-    assert off.norm() < 0.5 * effect.norm()
+            difference, effect = quantised(ids).logits - plain(ids).logits, plain(ids).logits - before
+    assert difference.norm() < 2 * quantisation
+    assert difference.norm() < 0.5 * effect.norm()
 
 
 def test_gates_learn_on_a_quantised_model(quantised: Any) -> None:
     mixture = Mixture(pair(0.5), GateSet(2, GateSettings(reads="hidden")))
     examples = [[(torch.tensor([1 + i, 20 + j]), torch.tensor([30 + i, 31])) for j in range(3)] for i in range(2)]
     before = [parameter.clone() for parameter in quantised.parameters()]
-    done = train_gates(quantised, mixture, examples, None, FitSettings(steps=12, batch=6, warmup=0, learning_rate=0.1))
-    assert done.fit.losses[-1] < 0.9 * done.fit.losses[0]
+    result = train_gates(
+        quantised, mixture, examples, None, FitSettings(steps=12, batch=6, warmup=0, learning_rate=0.1)
+    )
+    assert result.fit.losses[-1] < 0.9 * result.fit.losses[0]
     assert all(torch.equal(a, b) for a, b in zip(before, quantised.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""PEFT as the oracle: it writes what we read and reads what we write."""
+"""PEFT as the oracle: we read its folders, and it reads ours."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from torch import nn  # noqa: E402
 
-from .language import gpt2, llama, logits  # noqa: E402
+from .models_for_peft import gpt2, llama, logits  # noqa: E402
 
-# the libraries' own affairs: deprecations, and PEFT's notices about embeddings and one-dimensional biases it wrote
+# warnings within the libraries: deprecations, and PEFT's about embeddings and one-dimensional biases that it wrote
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:.*embedding layers", "ignore:.*invalid shape"
 )
@@ -68,7 +68,7 @@ def test_our_folder_in_peft(model: Any, targets: list[str], transpose: bool, tmp
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pefts_folder_in_ours(rslora: bool, tmp_path: Path) -> None:
-    """Its patterns, rsLoRA, an embedding and a bias of B: our deltas give its logits."""
+    """Patterns, rsLoRA, an embedding and a bias of B: our deltas give PEFT's logits."""
     config = peft.LoraConfig(
         r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q_proj", "up_proj", "embed_tokens"],
         rank_pattern={"layers.1.mlp.up_proj": 2}, alpha_pattern={"q_proj": 3}, init_lora_weights=False,

@@ -1,4 +1,4 @@
-"""Gates learn from a language model's own loss. `test_accelerate` has two processes do it together."""
+"""Gate training on causal language models. `test_accelerate` runs it in two processes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from torch import Tensor
 
 from ...core.mole.models import untouched
 from ...test_docs import blocks
-from .tiny_language import MODELS, bert, generate, lora, merged, opened
+from .tiny_language import MODELS, bert, gate_values, generate, lora, merged
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the library's own
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # transformers' own
 
 
 def prompts_of(kind: int, count: int, seed: int = 0) -> list[Tensor]:
-    """Prompts of four tokens; the first tells the kind."""
+    """Prompts of four tokens, the first of which marks the kind."""
     g = torch.Generator().manual_seed(10 * seed + kind)
     rest = torch.randint(10, 40, (count, 3), generator=g)
     return [torch.cat([torch.tensor([1 + kind]), row]) for row in rest]
 
 
 def examples_of(model: Any, adapters: Any, count: int = 6) -> list[list[tuple[Tensor, Tensor]]]:
-    """Per LoRA, what the model says under it alone to prompts of its kind: what the LoRA is for."""
-    found = []
+    """Per LoRA, prompts of its kind with the answers that the model generates under this LoRA alone."""
+    examples = []
     for i, adapter in enumerate(adapters):
-        alone, own = merged(model, [adapter], (1,)), prompts_of(i, count)
-        answers = generate(alone, {"input_ids": torch.stack(own)}, 5)
-        found.append(list(zip(own, answers, strict=True)))
-    return found
+        prompts = prompts_of(i, count)
+        answers = generate(merged(model, [adapter], (1,)), {"input_ids": torch.stack(prompts)}, 5)
+        examples.append(list(zip(prompts, answers, strict=True)))
+    return examples
 
 
 def prepared(kind: str = "llama", reads: str = "hidden", **chosen: Any) -> tuple[Any, Mixture, list[Any]]:
@@ -57,7 +57,7 @@ FEW = FitSettings(steps=30, batch=6, warmup=0, learning_rate=0.05)
 
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The page's small base model, and its two LoRAs, which learnt to count up and down."""
+    """The small base model of docs/llm_mole.md and its two LoRAs, trained to count up and down."""
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("counting")
     page: dict[str, Any] = {}
@@ -86,36 +86,36 @@ def test_training_lowers_the_loss_and_opens_the_right_gate(
     mix = Mixture(tuple(counting["loras"]), GateSet(2, settings))
     before = {name: p.clone() for name, p in model.named_parameters()}
     fitting = FitSettings(steps=60, batch=10, learning_rate=0.05)
-    done = train_gates(model, mix, [tasks("+")[::2], tasks("-")[::2]], tokenizer, fitting)
-    losses = done.fit.losses
+    result = train_gates(model, mix, [tasks("+")[::2], tasks("-")[::2]], tokenizer, fitting)
+    losses = result.fit.losses
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
     assert untouched(model)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     for i, sign in enumerate("+-"):  # prompts that were not trained on
         ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in tasks(sign)[1::2]])
-        values = opened(model, Mixture(mix.experts, done.gates.gates), input_ids=ids)
+        values = gate_values(model, Mixture(mix.experts, result.gates.gates), input_ids=ids)
         mean = torch.stack([value.mean(0) for value in values.values()]).mean(0)
         assert mean[i] > mean[1 - i] + apart, (sign, mean)
 
 
-def test_texts_of_no_lora_keep_to_the_base_model(counting: dict[str, Any]) -> None:
-    """The Kullback-Leibler divergence from it falls; what the LoRAs are for is learnt beside it."""
+def test_other_texts_preserve_the_base_models_predictions(counting: dict[str, Any]) -> None:
+    """The Kullback-Leibler divergence from the base model falls while the LoRAs' tasks are learnt."""
     model, tasks, tokenizer = counting["model"], counting["tasks"], counting["Tokenizer"]()
     mix = Mixture(tuple(counting["loras"]), GateSet(2, GateSettings(reads="hidden")))
     others = [(a + b + c, "55") for a, b, c in ("123", "876", "404", "919", "252", "630")]
     fitting = FitSettings(steps=60, batch=10, learning_rate=0.05)
-    done = train_gates(model, mix, [tasks("+")[::2], tasks("-")[::2]], tokenizer, fitting, others=others)
-    assert done.gates.training["texts"] == [5, 5, 6]
-    assert sum(done.fit.losses[-5:]) < 0.7 * sum(done.fit.losses[:5])
+    result = train_gates(model, mix, [tasks("+")[::2], tasks("-")[::2]], tokenizer, fitting, others=others)
+    assert result.gates.training["texts"] == [5, 5, 6]
+    assert sum(result.fit.losses[-5:]) < 0.7 * sum(result.fit.losses[:5])
     ids = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in others])
-    away = []
+    divergences = []
     with torch.no_grad():
         base = model(ids).logits[:, -1].log_softmax(-1)
-        for gates in (mix.gates, done.gates.gates):
+        for gates in (mix.gates, result.gates.gates):
             with mixed(model, Mixture(mix.experts, gates)):
                 found = model(ids).logits[:, -1].log_softmax(-1)
-            away.append(float((base.exp() * (base - found)).sum(-1).mean()))
-    assert away[1] < 0.7 * away[0]
+            divergences.append(float((base.exp() * (base - found)).sum(-1).mean()))
+    assert divergences[1] < 0.7 * divergences[0]
 
 
 def test_the_same_seed_gives_the_same_gates() -> None:
@@ -134,7 +134,7 @@ def equal(one: TrainingResult, other: TrainingResult) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_training_that_was_cancelled_goes_on(tmp_path: Path) -> None:
+def test_a_cancelled_training_resumes(tmp_path: Path) -> None:
     model, mix, examples = prepared()
     settings = FEW.model_copy(update={"steps": 6})
     whole = train_gates(model, mix, examples, settings=settings)
@@ -153,20 +153,20 @@ def test_a_training_that_was_cancelled_goes_on(tmp_path: Path) -> None:
     assert kept[0].gates.training["stopped"] == "interrupted after 3 of 6 steps"
     with pytest.raises(FormatError, match="another training"):
         train_gates(model, mix, [examples[1], examples[0]], settings=settings, folder=tmp_path)
-    gone_on = train_gates(model, mix, examples, settings=settings, folder=tmp_path)
-    assert equal(gone_on, whole)
-    assert gone_on.fit.losses == whole.fit.losses
+    resumed = train_gates(model, mix, examples, settings=settings, folder=tmp_path)
+    assert equal(resumed, whole)
+    assert resumed.fit.losses == whole.fit.losses
     assert list(tmp_path.iterdir()) == []
 
 
 def test_gates_from_a_file(tmp_path: Path) -> None:
     model, mix, examples = prepared()
-    done = train_gates(model, mix, examples, settings=FEW.model_copy(update={"steps": 3}))
-    done.gates.save(tmp_path / "gates.safetensors")
+    result = train_gates(model, mix, examples, settings=FEW.model_copy(update={"steps": 3}))
+    result.gates.save(tmp_path / "gates.safetensors")
     found = load_gates(model, tmp_path / "gates.safetensors", mix.experts[::-1])
     assert TrainedGates.load(tmp_path / "gates.safetensors").base == "LlamaForCausalLM"
     (ids, _), *_ = examples[0]
-    with mixed(model, Mixture(mix.experts, done.gates.gates)):
+    with mixed(model, Mixture(mix.experts, result.gates.gates)):
         expected = generate(model, {"input_ids": ids[None]})
     with mixed(model, Mixture(mix.experts[::-1], found)):
         assert torch.equal(generate(model, {"input_ids": ids[None]}), expected)
@@ -190,7 +190,7 @@ def test_checkpointing_changes_nothing(reads: str) -> None:
     torch.testing.assert_close(again.fit.losses, plain.fit.losses, rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_is_as_it_was() -> None:
+def test_the_model_is_restored() -> None:
     model, mix, examples = prepared()
     model.train()
     model.lm_head.weight.requires_grad_(True)
@@ -200,13 +200,13 @@ def test_the_model_is_as_it_was() -> None:
 
 
 class Tokenizer:
-    """Letters as tokens, 1 at the beginning."""
+    """A tokenizer with letters as tokens, and token 1 at the beginning."""
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [1] * add_special_tokens + [ord(letter) - 87 for letter in text]}
 
 
-def test_words_are_the_same_as_token_ids() -> None:
+def test_strings_equal_token_ids() -> None:
     model, mix, _ = prepared()
     words = [[("abc", "xyz"), ("bcd", "yza")], [("uvw", "nop")]]
     ids = [[tuple(Tokenizer()(w, i == 0)["input_ids"] for i, w in enumerate(pair)) for pair in own] for own in words]
@@ -217,7 +217,7 @@ def test_words_are_the_same_as_token_ids() -> None:
     assert one.gates.training["texts"] == [2, 1, 1]
 
 
-def test_what_is_refused() -> None:
+def test_refused_inputs() -> None:
     model, mix, examples = prepared()
     with pytest.raises(MergeError, match=r"does not say where it ends[\s\S]*reads=\"token\""):
         train_gates(model, mix, [[torch.arange(5)], *examples[1:]])
@@ -228,5 +228,5 @@ def test_what_is_refused() -> None:
     with pytest.raises(MergeError, match="no text conditioning"):
         train_gates(model, Mixture(mix.experts), examples)
     encoder = bert()
-    with pytest.raises(MergeError, match=r"next token[\s\S]*BertForSequenceClassification"):
+    with pytest.raises(MergeError, match=r"next-token predictions[\s\S]*BertForSequenceClassification"):
         train_gates(encoder, Mixture((lora(encoder, 1), lora(encoder, 2)), mix.gates), examples)

@@ -1,8 +1,9 @@
-"""Tiny language models from configs, PEFT-like LoRAs for them, and what a mixture means as merged weights."""
+"""Tiny language models from configs, LoRAs for them as PEFT names them, and merged weights to compare mixtures with."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from legomole.core.adapter import Adapter
 from legomole.core.lowrank import LowRank
-from legomole.core.mole.attach import attach
+from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.hosts.transformers.mixing import mixed
@@ -18,6 +19,21 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 WORDS = 40
+READS = ("hidden", "experts", "token")
+# the argument for a key-value cache: since transformers 5.24, and before
+CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def gate_settings(reads: str, granularity: str = "layer", activation: str = "sigmoid") -> GateSettings:
+    return GateSettings(reads=reads, granularity=granularity, activation=activation)  # type: ignore[arg-type]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def logits(model: Any, **inputs: Tensor) -> Tensor:
+    return model(**inputs).logits
 
 
 def llama(tied: bool = False, **more: Any) -> Any:
@@ -30,7 +46,7 @@ def llama(tied: bool = False, **more: Any) -> Any:
 
 
 def tokenizer() -> Any:
-    """Of whole words, ``w0`` to ``w39``."""
+    """A tokenizer of whole words, ``w0`` to ``w39``."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
@@ -69,7 +85,7 @@ TARGETS = {
 
 
 def lora(model: nn.Module, seed: int, rank: int = 2, size: float = 0.25, more: Sequence[str] = ()) -> Adapter:
-    """Random factors for the layers PEFT would target."""
+    """Random factors for some layers that PEFT targets."""
     g = torch.Generator().manual_seed(seed)
     targets = (*TARGETS[type(model).__name__], *more)
     modules: dict[str, LowRank] = {}
@@ -82,7 +98,7 @@ def lora(model: nn.Module, seed: int, rank: int = 2, size: float = 0.25, more: S
 
 
 def merged(model: Any, adapters: Sequence[Adapter], gates: Sequence[float] | Mapping[str, Tensor]) -> Any:
-    """A copy with the LoRAs in its weights, at one value each, or at values ``(N,)`` by module name."""
+    """A copy with the LoRAs merged into its weights, at one gate value each, or at values ``(N,)`` by module name."""
     model = copy.deepcopy(model)
     for i, adapter in enumerate(adapters):
         for name, part in adapter.modules.items():
@@ -93,13 +109,13 @@ def merged(model: Any, adapters: Sequence[Adapter], gates: Sequence[float] | Map
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[Tensor]:
-    """Token ids ``(1, T)``, none of them 0."""
+    """Random token ids ``(1, T)`` for each length, none of them 0."""
     g = torch.Generator().manual_seed(seed)
     return [torch.randint(1, WORDS, (1, n), generator=g) for n in lengths]
 
 
 def padded(texts: Sequence[Tensor], side: str) -> dict[str, Tensor]:
-    """A batch as a tokenizer makes it."""
+    """Pad texts to a batch, as tokenizers do."""
     T = max(text.shape[1] for text in texts)
     rows, masks = [], []
     for text in texts:
@@ -111,20 +127,20 @@ def padded(texts: Sequence[Tensor], side: str) -> dict[str, Tensor]:
 
 
 def mixture(model: Any, settings: GateSettings, mixing: str = "delta", size: float = 1.0, **kw: Any) -> Mixture:
-    """Two LoRAs with random gates that read what they would read: as if trained."""
+    """Two LoRAs with random gates of the sizes that training would give them."""
     experts = lora(model, 1, **kw), lora(model, 2, 3, **kw)
     even = Mixture(experts, GateSet(2, settings), mixing=mixing)  # type: ignore[arg-type]
-    found: dict[str, tuple[int, Tensor | None]] = {}
+    features_of: dict[str, tuple[int, Tensor | None]] = {}  # scope -> number of features, their owners
     with (
-        attach(model, even) as at,
-        at.measure(lambda scope, f, owner: found.update({scope: (f.shape[1], owner)})),
+        attach(model, even) as attachment,
+        attachment.measure(lambda scope, f, owner: features_of.update({scope: (f.shape[1], owner)})),
         torch.no_grad(),
     ):
         model(prompts(5)[0], **({} if type(model).__name__.startswith("Bert") else {"use_cache": False}))
-        layers = at.layers_read
+        layers = attachment.layers_read
     g = torch.Generator().manual_seed(3)
     gates: dict[str, Gate] = {}
-    for scope, (features, owner) in found.items():
+    for scope, (features, owner) in features_of.items():
         gates[scope] = gate = Gate(features, 2, settings, owner=owner, layer=layers[scope])
         with torch.no_grad():
             gate.weight.copy_(size * torch.randn(gate.weight.shape, generator=g))
@@ -132,8 +148,8 @@ def mixture(model: Any, settings: GateSettings, mixing: str = "delta", size: flo
     return Mixture(experts, GateSet(2, settings, gates), mixing=mixing)  # type: ignore[arg-type]
 
 
-class Opened:
-    """Notes what the gates open to, pass by pass. A `GateObserver`."""
+class GateRecorder:
+    """Records gate values by forward pass and scope. A `GateObserver`."""
 
     def __init__(self) -> None:
         self.passes: list[dict[str, Tensor]] = []
@@ -144,16 +160,21 @@ class Opened:
     def seen(self, scope: str, value: Tensor) -> None:
         self.passes[-1][scope] = value
 
+    def first_pass(self, attachment: Attachment) -> dict[str, Tensor]:
+        """Module name -> its gate ``(B, N)`` in the first forward pass."""
+        bank = attachment.bank
+        return {name: self.passes[0][bank.scopes[path].name] for name, path in bank.paths.items()}
 
-def opened(model: Any, mixture: Mixture, **inputs: Any) -> dict[str, Tensor]:
-    """Module name -> its gate ``(B, N)`` in a pass of the model."""
-    seen = Opened()
-    with mixed(model, mixture) as at, at.watch(seen), torch.no_grad():
+
+def gate_values(model: Any, mixture: Mixture, **inputs: Any) -> dict[str, Tensor]:
+    """Module name -> its gate ``(B, N)`` in a forward pass of the model."""
+    recorder = GateRecorder()
+    with mixed(model, mixture) as attachment, attachment.watch(recorder), torch.no_grad():
         model(**inputs)
-        return {name: seen.passes[0][at.bank.scopes[path].name] for name, path in at.bank.paths.items()}
+        return recorder.first_pass(attachment)
 
 
 def generate(model: Any, inputs: Mapping[str, Tensor], tokens: int = 8, **kw: Any) -> Tensor:
     """The new tokens of greedy decoding."""
-    found = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **kw)
-    return found[:, inputs["input_ids"].shape[1] :]
+    ids = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, **kw)
+    return ids[:, inputs["input_ids"].shape[1] :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.layers.keymap import ParameterSlice, rename
+from legomole.core.layers.keymap import ParameterSlice, apply_key_map
 from legomole.core.lowrank import LowRank
 from legomole.nodes.comfy.patches import LoaderNames, find_common_names, fuse_unnamed, slice_of, to_low_rank
 
@@ -97,7 +97,10 @@ def test_unnamed_rows_are_fused_into_the_whole_layer() -> None:
     slices = {"whole": ParameterSlice(KEY, 0, 6), "first": ParameterSlice(KEY, 0, 1)}
     common = find_common_names(slices, names, row_count)
     whole, first = part(6, 2), part(1, 3, seed=1)
-    renamed = [rename(Adapter({"whole": whole}), common.key_map), rename(Adapter({"first": first}), common.key_map)]
+    renamed = [
+        apply_key_map(Adapter({"whole": whole}), common.key_map),
+        apply_key_map(Adapter({"first": first}), common.key_map),
+    ]
     assert set(common.unnamed) == {"diffusion_model.block.qkv[0:1]", "diffusion_model.block.qkv[1:6]"}
     assert set(renamed[0].modules) == set(common.unnamed)
     fused = [fuse_unnamed(adapter, common, names, row_count) for adapter in renamed]

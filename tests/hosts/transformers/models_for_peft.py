@@ -1,4 +1,4 @@
-"""Tiny language models, always with the same weights."""
+"""Tiny language models to load PEFT adapters into, always with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs that change under a reader."""
+"""Input files that change while they are read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import FormatError
 from legomole.core.formats import load, save
-from legomole.core.formats.unchanged import unchanged
+from legomole.core.formats.file_changes import raise_if_changed
 from legomole.core.lowrank import LowRank
 from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.run import run
@@ -20,9 +20,9 @@ def lora(value: float, rank: int = 2) -> Adapter:
     return Adapter({f"model.{i}": LowRank(torch.full((rank, 3), value), torch.ones(4, rank)) for i in range(3)})
 
 
-def test_a_file_that_stays_is_let_through(tmp_path: Path) -> None:
+def test_an_unchanged_file_raises_nothing(tmp_path: Path) -> None:
     path = save(lora(1.0), tmp_path / "x", format="comfy")
-    with unchanged([path, tmp_path / "none", tmp_path / ("x" * 400)]):
+    with raise_if_changed([path, tmp_path / "none", tmp_path / ("x" * 400)]):
         assert load(path).modules
 
 
@@ -31,7 +31,7 @@ def test_a_file_that_changes(how: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     if how != "made":
         save(lora(1.0), path, format="comfy")
-    with pytest.raises(FormatError, match=r"changed while it was read[\s\S]*x\.safetensors"), unchanged([path]):
+    with pytest.raises(FormatError, match=r"changed while it was read[\s\S]*x\.safetensors"), raise_if_changed([path]):
         change(path, how)
 
 
@@ -48,7 +48,7 @@ def change(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_folder_of_which_one_file_changes(name: str, tmp_path: Path) -> None:
+def test_a_folder_in_which_one_file_changes(name: str, tmp_path: Path) -> None:
     path = save(lora(1.0), tmp_path / "x", format="peft")
 
     def rewrite() -> None:
@@ -57,12 +57,12 @@ def test_a_folder_of_which_one_file_changes(name: str, tmp_path: Path) -> None:
         (path / name).write_bytes(content)
         os.utime(path / name, ns=(0, 1))
 
-    with pytest.raises(FormatError, match=rf"changed while[\s\S]*{name}"), unchanged([path]):
+    with pytest.raises(FormatError, match=rf"changed while[\s\S]*{name}"), raise_if_changed([path]):
         rewrite()
 
 
-def test_an_input_that_is_overwritten_in_the_middle_of_a_merge(tmp_path: Path) -> None:
-    """Another program writes into the mapped file: half of the modules would come of the one, half of the other."""
+def test_an_input_that_is_overwritten_during_a_merge(tmp_path: Path) -> None:
+    """Another program writes into the mapped file: the result would mix modules of the old and the new LoRA."""
     a, b = (save(lora(value), tmp_path / name, format="comfy") for name, value in (("a", 1.0), ("b", 2.0)))
     other = save(lora(9.0), tmp_path / "c", format="comfy").read_bytes()
     recipe = Recipe(method="ties", settings={"rank": 2}, inputs=[Input(path=a.name), Input(path=b.name)])

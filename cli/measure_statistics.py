@@ -1,13 +1,13 @@
-"""What `merge --calibrate` does before it merges."""
+"""Measure the statistics of a calibrated merge, for `legomole merge --calibrate`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..hosts.hub import cached
+from ..hosts.hub import cached_folder
 from .console import out, progress_bar
-from .environment import computing, host
+from .environment import default_dtype, import_host
 from .gates_input import parse_size, parse_words, read_lines
 from .options import check_free, size_of
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..core.recipes.recipe import Recipe
 
 
-def measure(
+def measure_statistics(
     pipeline: str,
     recipe: Recipe,
     folder: Path,
@@ -37,13 +37,15 @@ def measure(
 
     Args:
         pipeline: Folder or name of the diffusers pipeline.
-        recipe: The merge: its LoRAs, with the weights it gives them. folder: Where their paths start.
-        words: Per LoRA, its words with commas between. prompts: File with one prompt a line.
-        target: File to write. size, guidance, paint_steps, seed: As typed.
-        device, overwrite, json: As for the merge.
+        recipe: The merge; its LoRAs and their weights are used.
+        folder: Base of the recipe's relative paths.
+        words: Words of each LoRA, separated by commas.
+        prompts: File with one prompt per line.
+        target: File to write.
+        size, guidance, paint_steps, seed, device, overwrite, json: Options as typed.
 
     Raises:
-        MergeError: The device is too small, and see `calibrate_pipeline`.
+        MergeError: Out of memory, or an error of `calibrate_pipeline`.
     """
     import torch
 
@@ -57,19 +59,21 @@ def measure(
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
     adapters = [
-        load(input_path(entry.path, folder, cached), convert_rank=entry.convert_rank or recipe.convert_rank)
+        load(input_path(entry.path, folder, cached_folder), convert_rank=entry.convert_rank or recipe.convert_rank)
         for entry in recipe.inputs
     ]
-    whole = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
-    pipe = host("diffusers.training").load_pipeline(pipeline, device=device, dtype=getattr(torch, computing(device)))
+    total = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
+    pipe = import_host("diffusers.training").load_pipeline(
+        pipeline, device=device, dtype=getattr(torch, default_dtype(device))
+    )
     with (
-        progress_bar("measuring", quiet=json, telling=True) as progress,
+        progress_bar("measuring", quiet=json, show_step=True) as progress,
         report_out_of_memory("try a smaller --size, or --device cpu"),
     ):
-        statistics = host("diffusers.calibration").calibrate_pipeline(
+        statistics = import_host("diffusers.calibration").calibrate_pipeline(
             pipe, adapters, concepts, texts, CalibrationSettings(seed=seed or 0),
-            strengths=[entry.weight / (whole or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
-            paint_steps=paint_steps, progress=progress,
+            strengths=[entry.weight / (total or 1.0) for entry in recipe.inputs], size=pixels, guidance=guidance,
+            sampling_steps=paint_steps, progress=progress,
         )  # fmt: skip
     statistics.save(target)
     if not json:
