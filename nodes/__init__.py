@@ -1,1 +1,1 @@
-"""The ComfyUI nodes. Only this folder knows ComfyUI; only `comfy.py` and `program.py` know more than its node API."""
+"""The ComfyUI nodes. No other folder imports ComfyUI, and here only `comfy` uses more than its node API."""

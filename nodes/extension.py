@@ -1,4 +1,4 @@
-"""The list of nodes, as ComfyUI asks for it."""
+"""The list of nodes that ComfyUI loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class LegoMoleExtension(ComfyExtension):
             from .merge import apply, load, lora_list, merge, save
             from .mole import calibrate, gates, mole, train_gates
         except Exception:
-            _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI itself logs one line without the traceback
+            _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI logs one line without the traceback
             raise
         routes.add()
         return [

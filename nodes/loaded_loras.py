@@ -1,4 +1,4 @@
-"""Read LoRAs without a model: by the file formats the engine knows."""
+"""LoRAs as the engine merges them, and how to load them without a model: by the file formats the engine knows."""
 
 from __future__ import annotations
 
@@ -9,35 +9,45 @@ from pathlib import Path
 
 from ..core import formats
 from ..core.adapter import Adapter, Source
-from ..core.layers.align import align
+from ..core.layers.align import KeyMapResolver, align
 from ..core.layers.keymap import ParameterSlice
 from ..core.merge.cache import GramCache
-from .lora import Lora
+from .graph_lora import GraphLora
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedLoras:
-    """LoRAs as the engine merges them: under common module names.
+    """LoRAs under common module names.
 
     Args:
-        adapters: One per LoRA.
-        dropped: Keys of the files that have no place in the model, with the reason, for the report.
-        notes: Other things worth saying in the report.
-        finish: Makes of the merged adapter one that the stock loader reads whole.
-        places: Where the layers sit in the connected model, by name; empty without one.
-        products: What merges of them can use again.
+        adapters: One per LoRA, under the common names.
+        originals: The same under the names of their own files.
+        renamed: Whether aligning them without a model renamed layers.
+        connected: The connected model in words, e.g. ``Flux with CLIP``; empty without one.
+        dropped: Keys of the files that the model has no layer for, with the reason, for the report.
+        notes: Other lines for the report.
+        finish: Turns the merged adapter into one whose names the stock loader reads.
+        slices: Module name -> its rows of a parameter of the connected model; empty without one.
+        cache: Gram matrices of these adapters, for the next merge.
     """
 
     adapters: list[Adapter]
+    originals: list[Adapter]
+    renamed: bool = False
+    connected: str = ""
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
-    places: Mapping[str, ParameterSlice] = field(default_factory=dict)
+    slices: Mapping[str, ParameterSlice] = field(default_factory=dict)
     cache: GramCache = field(default_factory=GramCache)
 
 
-def adapter_of(lora: Lora) -> Adapter:
-    """A LoRA as an adapter, under its own file's names."""
+def adapter_of(lora: GraphLora) -> Adapter:
+    """A LoRA as an adapter, under the names of its own file.
+
+    Raises:
+        FormatError: A file that cannot be read.
+    """
     if isinstance(lora.content, Adapter):
         return lora.content
     rank = lora.convert_rank or None
@@ -46,14 +56,22 @@ def adapter_of(lora: Lora) -> Adapter:
     return formats.from_state_dict(lora.content, {}, source=Source(lora.label), convert_rank=rank)
 
 
-def read_files(loras: Sequence[Lora]) -> LoadedLoras:
-    """Read LoRAs and bring them to common names, with diffusers' key maps where it is installed.
+def read_files(loras: Sequence[GraphLora]) -> LoadedLoras:
+    """Load LoRAs without a model and bring them to common names, by diffusers' key maps where it is installed.
 
     Raises:
-        MergeError: Files whose names cannot be told to mean the same layers without the model.
+        MergeError: LoRAs whose names cannot be matched without the model.
+        FormatError: A file that cannot be read.
     """
+    originals = [adapter_of(lora) for lora in loras]
+    adapters = align(originals, key_map=file_key_map())
+    renamed = any(before is not after for before, after in zip(originals, adapters, strict=True))
+    return LoadedLoras(adapters, originals, renamed)
+
+
+def file_key_map() -> KeyMapResolver | None:
+    """diffusers' key map for `align`, or ``None`` where diffusers is not installed."""
     try:
-        key_map = importlib.import_module("...hosts.diffusers.layer_names", __name__).key_map
-    except (ImportError, RuntimeError):  # RuntimeError: a diffusers that does not fit the installed torch
-        key_map = None
-    return LoadedLoras(align([adapter_of(lora) for lora in loras], key_map=key_map))
+        return importlib.import_module("...hosts.diffusers.layer_names", __name__).key_map
+    except (ImportError, RuntimeError):  # RuntimeError: this diffusers does not work with the installed torch
+        return None

@@ -1,4 +1,4 @@
-"""What a merge method lets the user set, read from its dataclass, and the text form of per-layer weights."""
+"""The settings of merge methods as widgets, read from their dataclasses, and rules for layer weights."""
 
 from __future__ import annotations
 
@@ -19,43 +19,41 @@ from ..core.recipes.method_settings import build_method
 
 AUTO, ON, OFF = "auto", "on", "off"
 
-
 RANK_HELP = (
-    "The merged rank: a number (16), a multiple of the inputs' rank (1x, 1.5x), a share of the energy of their sum "
-    "(95%, chosen per layer), or auto (95%)."
+    "Rank of the result: a number (16), a multiple of the LoRAs' mean rank (1x, 1.5x), or the share of their sum's "
+    "energy to keep, with a rank per layer (95%). auto is 95%."
 )
-
-# What a field of a method means to the person at the widget.
+# Field of a method -> tooltip.
 _TOOLTIPS = {
     "rank": RANK_HELP,
-    "geometry": "How units are compared. rank-one: by what they do to the model, whatever the trainer's scale, sign or "
-    "rotation. paper: by their raw factors, as published.",
-    "centroid": "What a cluster becomes: the mean of its members (as published) or their sum. auto: sum for rank-one, "
+    "geometry": "How units are compared. rank-one: by their effect on the model; best for most. paper: by their raw "
+    "factors, as published.",
+    "centroid": "What replaces the units of a cluster: their mean (as published) or their sum. auto: sum for rank-one, "
     "mean for paper.",
-    "parameter_reweight": "Rescale each merged unit to the mean size of its members, against norm decay. auto: on for "
-    "paper, off for rank-one.",
-    "output_reweight": "Multiply the result by sqrt(inputs' rank / merged rank), against growing variance. auto: on "
-    "for paper, off for rank-one.",
-    "norm": "How parameter_reweight measures size: by the largest entry (inf) or by length (l2).",
-    "starts": "Random starts of the clustering beside the deterministic one. They rarely find a better one.",
-    "seed": "Of the random draws. The same seed gives the same file.",
-    "density": "Share of each LoRA's entries that is kept; 1 keeps all.",
-    "lam": "How much leaving the base model alone counts.",
-    "mu": "How much prompts that name several LoRAs count.",
-    "joint_scale": "How much louder than their sum LoRAs should be where a prompt names several.",
-    "sign_election": "Which sign wins where LoRAs disagree: that of their sum (total) or the most frequent one.",
+    "parameter_reweight": "Scale each merged unit to the mean size of its cluster, because averaging shrinks it. auto: "
+    "on for paper, off for rank-one.",
+    "output_reweight": "Scale the result by sqrt(mean rank of the LoRAs / merged rank). auto: on for paper, off for "
+    "rank-one.",
+    "norm": "The size that parameter_reweight uses: the largest entry (inf) or the length (l2).",
+    "starts": "Random starts of the clustering, besides the deterministic one. They rarely improve it.",
+    "seed": "Random seed. The same seed gives the same file.",
+    "density": "Share of each LoRA's entries to keep; 1 keeps all.",
+    "lam": "How much it matters to change little where a prompt asks for none of the LoRAs. 0 ignores it.",
+    "mu": "How much prompts that ask for several LoRAs matter. 0 ignores them.",
+    "joint_scale": "Factor on the LoRAs' sum for prompts that ask for several of them.",
+    "sign_election": "Which sign is kept where LoRAs disagree: that of their sum (total), or the most frequent one.",
 }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One widget.
+    """A setting of a merge method as a widget.
 
     Args:
-        name: Of the field, and of the widget.
+        name: Name of the field and of the widget.
         kind: ``rank``, ``choice``, ``share`` (0 .. 1), ``number`` (0 or more) or ``integer``.
-        default: What the widget starts with.
-        choices: For ``choice``.
+        default: Default value of the widget.
+        choices: The options of a ``choice``.
     """
 
     name: str
@@ -68,14 +66,14 @@ class Setting:
         return _TOOLTIPS[self.name]
 
 
-def has_widgets(method: type[MergeMethod]) -> bool:
-    """Whether widgets can say all a method needs (not so for one that needs measured statistics)."""
+def works_without_statistics(method: type[MergeMethod]) -> bool:
+    """Return whether a method can be used without statistics, so that widgets alone can set it up."""
     fields = {field.name: field for field in dataclasses.fields(method)}  # type: ignore[arg-type]
     return "statistics" not in fields or fields["statistics"].default is None
 
 
-def settings(method: type[MergeMethod]) -> list[Setting]:
-    """The method's fields as widgets; an optional field gets the choice ``auto``. Statistics come from a socket."""
+def settings_of(method: type[MergeMethod]) -> list[Setting]:
+    """Return a method's settings. An optional field gets the choice ``auto``. Statistics have a socket instead."""
     hints = get_type_hints(method)
     return [
         _setting(field, hints[field.name])
@@ -101,10 +99,10 @@ def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     )
 
 
-def chosen(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dict[str, Any]:
-    """The widgets' values as `build_method` takes them; ``auto`` leaves the choice to the method."""
+def setting_values(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the values of widgets to those of `build_method`; without ``auto``, so that the method decides."""
     values: dict[str, Any] = {}
-    for setting in settings(method):
+    for setting in settings_of(method):
         value = widgets.get(setting.name, setting.default)
         if setting.choices[-2:] == (ON, OFF):
             value = {ON: True, OFF: False}.get(value, AUTO)
@@ -113,27 +111,29 @@ def chosen(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dict[str, A
     return values
 
 
-def built(
+def method_from_widgets(
     methods: Mapping[str, type[MergeMethod]], widgets: Mapping[str, Any], statistics: Statistics | None = None
 ) -> MergeMethod:
-    """The method that a choice among `methods` and its settings' widgets ask for.
+    """Build the chosen merge method.
 
     Args:
-        methods: To choose from. widgets: ``method``, and the settings of that one.
-        statistics: What is connected, for a method that takes them.
+        methods: Name -> method, to choose from.
+        widgets: Values of the widgets: ``method``, and its settings.
+        statistics: The connected statistics, if any.
 
     Raises:
-        MergeError: The method needs statistics and there are none, or it cannot use any.
+        MergeError: The method needs statistics and there are none, or it does not use any.
+        RecipeError: A setting has an invalid value.
     """
     name = widgets["method"]
-    values = chosen(methods[name], widgets)
-    takes = any(field.name == "statistics" for field in dataclasses.fields(methods[name]))  # type: ignore[arg-type]
-    if statistics is not None and not takes:
+    values = setting_values(methods[name], widgets)
+    fields = dataclasses.fields(methods[name])  # type: ignore[arg-type]
+    if statistics is not None and not any(field.name == "statistics" for field in fields):
         raise MergeError(
-            f"The method {name} takes no statistics.",
+            f"The method {name} uses no statistics.",
             remedy="choose calibrated, use LEGO Merge, or disconnect statistics",
         )
-    if statistics is None and not has_widgets(methods[name]):
+    if statistics is None and not works_without_statistics(methods[name]):
         raise MergeError(
             f"The method {name} needs statistics.",
             expected="the statistics output of Calibrate",
@@ -144,17 +144,24 @@ def built(
 
 
 def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]:
-    """Read per-layer weights, one rule a line: ``*attn2* = 0.5`` for every LoRA, ``2: *attn2* = 0.5`` for the second.
+    """Parse rules for layer weights, one per line: ``*attn2* = 0.5`` for all LoRAs, ``2: * = 0.5`` for the second.
 
-    Empty lines and ``#`` comments are skipped.
+    Empty lines and ``#`` comments are skipped. A rule for every LoRA and one for a single LoRA multiply, also where
+    they have the same pattern; of two rules with the same pattern for the same LoRA the last counts.
 
     Args:
-        adapters: The LoRAs. A rule without a number goes to those that have such layers.
+        text: The rules.
+        adapters: The LoRAs. A rule without a number applies to those that have layers the pattern matches.
+
+    Returns:
+        Per adapter, pattern -> factor, sorted by pattern: a recipe is stored in that order, and the order in which
+        factors are multiplied can change the last digit.
 
     Raises:
-        MergeError: A line that is no rule, a LoRA that is not there.
+        MergeError: A line that is not a rule, or the number of a LoRA that does not exist.
     """
-    rules: list[dict[str, float]] = [{} for _ in adapters]
+    for_all: dict[str, float] = {}
+    for_one: list[dict[str, float]] = [{} for _ in adapters]
     for line in text.splitlines():
         line = line.partition("#")[0].strip()
         if not line:
@@ -167,19 +174,20 @@ def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]
                 "This is not a rule for layer weights.",
                 expected="lines like  *attn2* = 0.5  or  2: *attn2* = 0.5",
                 found=line,
-                remedy="write one rule a line: [number of the LoRA:] pattern of layer names = factor",
+                remedy="write one rule per line: [number of the LoRA:] pattern of layer names = factor",
             ) from None
-        if number is not None:
-            if not 1 <= int(number) <= len(adapters):
-                raise MergeError(
-                    "A rule for layer weights names a LoRA that is not there.",
-                    expected=f"1 .. {len(adapters)}",
-                    found=line,
-                )
-            rules[int(number) - 1][pattern] = factor
-            continue
-        for i in matching(pattern, adapters) or range(
-            len(adapters)
-        ):  # matching nothing anywhere is the engine's error to raise
-            rules[i][pattern] = factor
-    return rules
+        if number is None:
+            for_all[pattern] = factor
+        elif 1 <= int(number) <= len(adapters):
+            for_one[int(number) - 1][pattern] = factor
+        else:
+            raise MergeError(
+                "A rule for layer weights names a LoRA that does not exist.",
+                expected=f"1 .. {len(adapters)}",
+                found=line,
+            )
+    for pattern, factor in for_all.items():
+        # a pattern that matches no layer goes to all of them, so that the merge refuses it
+        for i in matching(pattern, adapters) or range(len(adapters)):
+            for_one[i][pattern] = for_one[i].get(pattern, 1.0) * factor
+    return [dict(sorted(rules.items())) for rules in for_one]

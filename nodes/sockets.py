@@ -1,4 +1,4 @@
-"""The socket types our nodes speak, and the inputs several of them share."""
+"""Socket types, and the inputs and outputs that several nodes share."""
 
 from __future__ import annotations
 
@@ -8,72 +8,46 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..core.merge.methods import MergeMethod
-from .settings import Setting, settings
+from .settings import Setting, settings_of
 
-LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `Lora`
+LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `GraphLora`
 LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.mole.trained.TrainedGates`
 LEGOMOLE_STATISTICS = io.Custom("LEGOMOLE_STATISTICS")  # `core.merge.statistics.Statistics`
 LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train LoRA returns
 LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]
 
 CATEGORY = "LegoMoLE"
+GRANULARITIES = ["network", "block", "layer", "matrix"]
 
 
-def strength(name: str, tooltip: str) -> Any:
-    """A strength slider with the stock loader's range."""
+def strength_input(name: str, tooltip: str) -> Any:
+    """A strength, with the stock loader's range."""
     return io.Float.Input(name, default=1.0, min=-100.0, max=100.0, step=0.01, tooltip=tooltip)
 
 
 def loras_input() -> Any:
-    """The growing row of LoRA sockets."""
-    one = io.MultiType.Input(
+    """A growing row of LoRA sockets."""
+    socket = io.MultiType.Input(
         "lora",
         [LEGOMOLE_LORA, LORA_MODEL, LORA_STACK],
-        tooltip="A LoRA from Load LoRA or another merge, one trained in this graph (LORA_MODEL), or a whole "
-        "LORA_STACK, which counts as its entries. Strengths come with the LoRAs.",
+        tooltip="A LoRA from Load LoRA or a merge, a LoRA trained in this graph (LORA_MODEL), or a LORA_STACK, which "
+        "counts as several. Strengths come with the LoRAs.",
     )
     return io.Autogrow.Input(
         "loras",
-        # none is required by itself: any one of them may be muted or bypassed
-        template=io.Autogrow.TemplatePrefix(one, prefix="lora", min=0, max=50),
-        tooltip="The LoRAs. A new socket appears as you connect the last one.",
+        # min=0, because any of the connected nodes may be muted or bypassed
+        template=io.Autogrow.TemplatePrefix(socket, prefix="lora", min=0, max=50),
+        tooltip="The LoRAs. A new socket appears when you connect the last one.",
     )
 
 
-def words_input() -> Any:
-    """What prompts call each LoRA; `train_gates.concepts_of` reads it."""
-    return io.String.Input(
-        "words",
-        default="",
-        multiline=True,
-        tooltip="One line per LoRA, in their order: the words that name it in a prompt, separated by "
-        "commas. An empty line takes the trigger words from the file.",
-    )
-
-
-def painting_inputs() -> list[Any]:
-    """How the pictures are painted that a node learns from."""
-    return [
-        io.Int.Input(
-            "sampling_steps", default=12, min=1, max=1000, advanced=True, tooltip="Of painting those pictures."
-        ),
-        io.Float.Input(
-            "cfg",
-            default=4.0,
-            min=1.0,
-            max=100.0,
-            step=0.1,
-            tooltip="Guidance of those pictures, as you sample this model: 1 for Flux and for distilled models.",
-        ),
-    ]
-
-
-def seed_input(tooltip: str, **options: Any) -> Any:
+def seed_input(tooltip: str, largest: int = 2**31 - 1, **options: Any) -> Any:
+    """A seed with ComfyUI's "control after generate", which is off at first."""
     return io.Int.Input(
         "seed",
         default=0,
         min=0,
-        max=2**31 - 1,
+        max=largest,
         control_after_generate=io.ControlAfterGenerate.fixed,
         tooltip=tooltip,
         **options,
@@ -81,14 +55,14 @@ def seed_input(tooltip: str, **options: Any) -> Any:
 
 
 def model_inputs() -> list[Any]:
-    """MODEL and CLIP, through which any LoRA that ComfyUI can load becomes mergeable."""
+    """An optional model, with which any LoRA can be merged that ComfyUI can load into it."""
     return [
         io.Model.Input(
             "model",
             optional=True,
-            tooltip="The base model. With it, any LoRA ComfyUI can load into it can be merged, whatever tool wrote it.",
+            tooltip="The base model. With it, any LoRAs can be merged that ComfyUI can load into it.",
         ),
-        io.Clip.Input("clip", optional=True, tooltip="Its text encoders, for LoRAs that also train those."),
+        io.Clip.Input("clip", optional=True, tooltip="Its text encoders, for LoRAs that also change those."),
     ]
 
 
@@ -99,13 +73,23 @@ def module_weights_input() -> Any:
         multiline=True,
         optional=True,
         advanced=True,
-        tooltip="Weights per layer, one rule a line: '*attn2* = 0.5' for every LoRA, '2: *single_blocks* = 0' to keep "
-        "the second out of some layers, '1: * = 0.8' for a LoRA's overall strength.",
+        tooltip="Weights for some layers, one rule per line. '*attn2* = 0.5': every LoRA. '2: *single_blocks* = 0': "
+        "not the second LoRA there. '1: * = 0.8': the first LoRA everywhere. Rules that match multiply.",
     )
 
 
-def widget(setting: Setting, advanced: bool = False) -> Any:
-    """The input for a merge method's setting."""
+def filename_input(folder: str, default: str) -> Any:
+    """The name of a new file."""
+    return io.String.Input(
+        "filename_prefix",
+        default=default,
+        tooltip=f"Name in {folder}; a number is added, and existing files are kept. A subfolder and the date as "
+        "%year%, %month%, %day% are allowed.",
+    )
+
+
+def setting_input(setting: Setting, advanced: bool = False) -> Any:
+    """The input for a setting of a merge method."""
     common = {"tooltip": setting.tooltip, "advanced": advanced}
     if setting.kind == "rank":
         return io.String.Input(setting.name, default=setting.default, **common)
@@ -121,11 +105,11 @@ def widget(setting: Setting, advanced: bool = False) -> Any:
 
 
 def method_input(methods: Mapping[str, type[MergeMethod]], tooltip: str) -> Any:
-    """A choice of merge methods, each with its settings; `settings.built` takes what it gives."""
+    """A choice of merge methods, each with its settings; `settings.method_from_widgets` reads the value."""
     return io.DynamicCombo.Input(
         "method",
         options=[
-            io.DynamicCombo.Option(name, [widget(setting) for setting in settings(method)])
+            io.DynamicCombo.Option(name, [setting_input(setting) for setting in settings_of(method)])
             for name, method in methods.items()
         ],
         tooltip=tooltip,
@@ -136,10 +120,18 @@ def statistics_input() -> Any:
     return LEGOMOLE_STATISTICS.Input(
         "statistics",
         optional=True,
-        tooltip="From Calibrate, with the same LoRAs and the same model: then the merge acts like each LoRA where that "
-        "one is asked for, and leaves the model alone elsewhere.",
+        tooltip="From Calibrate, with the same LoRAs and the same model. The merge then acts like each LoRA where a "
+        "prompt asks for it, and changes little elsewhere.",
     )
 
 
 def lora_output(tooltip: str) -> Any:
     return LEGOMOLE_LORA.Output("lora", display_name="lora", tooltip=tooltip)
+
+
+def report_output(tooltip: str) -> Any:
+    return io.String.Output("report", display_name="report", tooltip=tooltip)
+
+
+def path_output() -> Any:
+    return io.String.Output("path", display_name="path", tooltip="Path of the file that was written.")

@@ -1,20 +1,20 @@
-// Nodes with growing sockets keep room for one socket more. ComfyUI 0.33 adds one while it loads such a node and takes it
-// away again; a node without the room stays taller than it was saved, which the page counts as a step for undo.
+// Nodes with growing sockets are kept tall enough for one more socket. ComfyUI 0.33 adds a socket while it loads such a
+// node and removes it again; a node that was too small stays taller than saved, which the page counts as a step for undo.
 import { app } from "../../scripts/app.js";
 import { widen } from "./page.js";
 
-const SOCKET = 20; // pixels
+const SOCKET_HEIGHT = 20; // pixels
 
 app.registerExtension({
   name: "legomole.growing",
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("LegoMoLE_") || !node.inputs?.some(({ name }) => name.startsWith("loras."))) return;
-    const room = () => widen(node, 0, node.computeSize()[1] + SOCKET);
+    const makeRoom = () => widen(node, 0, node.computeSize()[1] + SOCKET_HEIGHT);
     const { onConnectionsChange } = node;
     node.onConnectionsChange = function () {
       onConnectionsChange?.apply(this, arguments);
-      requestAnimationFrame(() => node.graph && room()); // the page grows the sockets after this call
+      requestAnimationFrame(() => node.graph && makeRoom()); // the page adds sockets after this call
     };
-    queueMicrotask(room); // after the widgets that other parts of ours add to a new node
+    queueMicrotask(makeRoom); // after our other extensions have added their widgets to a new node
   },
 });

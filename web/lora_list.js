@@ -1,19 +1,21 @@
-// The list of LoRAs on the node LoRA List. Its value is a JSON text, see nodes/merge/lora_list.py.
+// The widget of LoRA List. Its value is a JSON text, see nodes/merge/lora_list.py.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { changed, fit, h, mount, short, text, widen } from "./page.js";
 
-const SHOWN = 20; // files found by a search
-const ROW = 74; // pixels, for making room
+const MAX_RESULTS = 20; // of a search
+const ROW_HEIGHT = 74; // pixels
 let count = 0; // for ids that are unique in the page
 
-const names = () => api.fetchApi("/legomole/loras").then((answer) => answer.json());
+const fetchNames = () => api.fetchApi("/legomole/loras").then((answer) => answer.json());
 
-const known = new Map(); // name -> promise of what the file says about itself
-function about(name) {
-  if (!known.has(name))
-    known.set(name, api.fetchApi(`/legomole/lora?name=${encodeURIComponent(name)}`).then((answer) => answer.json()));
-  return known.get(name);
+const descriptions = new Map(); // name -> promise of the description of a file
+function describe(name) {
+  if (!descriptions.has(name)) {
+    const url = `/legomole/lora?name=${encodeURIComponent(name)}`;
+    descriptions.set(name, api.fetchApi(url).then((answer) => answer.json()));
+  }
+  return descriptions.get(name);
 }
 
 class LoraList {
@@ -25,11 +27,11 @@ class LoraList {
       type: "search",
       placeholder: text("addLora"),
       aria: { role: "combobox", expanded: "false", controls: id, label: text("addLora"), autocomplete: "list" },
-      on: { input: () => this.find(), focus: () => this.open(), keydown: (event) => this.searchKey(event) },
+      on: { input: () => this.showResults(), focus: () => this.open(), keydown: (event) => this.onSearchKey(event) },
     });
-    this.found = h("ul", { id, className: "lm-found", aria: { role: "listbox", label: text("found") } });
+    this.results = h("ul", { id, className: "lm-found", aria: { role: "listbox", label: text("found") } });
     this.rows = h("ul", { aria: { label: text("loras") } });
-    const under = h("div", { className: "lm-under" }, this.rows, this.found);
+    const under = h("div", { className: "lm-under" }, this.rows, this.results);
     this.element = h("div", { className: "lm" }, this.search, under);
     this.element.addEventListener("focusout", (event) => {
       if (!this.element.contains(event.relatedTarget)) this.close();
@@ -41,10 +43,10 @@ class LoraList {
     return JSON.stringify(this.entries);
   }
 
-  set value(given) {
-    let entries = given;
+  set value(value) {
+    let entries = value;
     try {
-      if (typeof given === "string") entries = JSON.parse(given || "[]");
+      if (typeof value === "string") entries = JSON.parse(value || "[]");
     } catch {
       entries = [];
     }
@@ -55,11 +57,12 @@ class LoraList {
     this.draw();
   }
 
-  /** Room for three rows, which the files found cover, and up to five: a search must not change a node's size. */
+  /** Height for three to five rows. Search results cover the rows, so that a search does not change the node's size. */
   get height() {
-    return 40 + ROW * Math.min(Math.max(this.entries.length, 3), 5);
+    return 40 + ROW_HEIGHT * Math.min(Math.max(this.entries.length, 3), 5);
   }
 
+  /** Report a change by the user. */
   commit() {
     this.widget?.callback?.(this.value);
     changed(this.node);
@@ -75,17 +78,17 @@ class LoraList {
   }
 
   row(entry) {
-    const named = { name: short(entry.name) };
+    const name = short(entry.name);
     const badge = h("span", { className: "lm-badge" });
     const words = h("div", { className: "lm-words" });
-    const use = (property) => ({ target }) => {
+    const set = (property) => ({ target }) => {
       entry[property] = property === "on" ? target.checked : Number(target.value);
       if (property === "strength" && !Number.isFinite(entry.strength)) entry.strength = 1;
       item.classList.toggle("lm-off", !entry.on);
       for (const input of [slider, number]) if (input !== target) input.value = entry.strength;
     };
-    const inputs = (property) => ({ input: use(property), change: () => this.commit() });
-    const label = text("strength", named);
+    const inputs = (property) => ({ input: set(property), change: () => this.commit() });
+    const label = text("strength", { name });
     const slider = h("input", {
       type: "range", min: -1, max: 2, step: 0.05, value: entry.strength, aria: { label }, on: inputs("strength"),
     });
@@ -93,27 +96,27 @@ class LoraList {
       type: "number", min: -100, max: 100, step: 0.01, value: entry.strength, aria: { label }, on: inputs("strength"),
     });
     const grip = h("button", {
-      className: "lm-grip", type: "button", title: text("moveHelp"), aria: { label: text("move", named) },
-      on: { pointerdown: (event) => this.drag(event, item), keydown: (event) => this.moveKey(event, entry) },
+      className: "lm-grip", type: "button", title: text("moveHelp"), aria: { label: text("move", { name }) },
+      on: { pointerdown: (event) => this.drag(event, item), keydown: (event) => this.onMoveKey(event, entry) },
     }, "⠿");
     const line = h("div", { className: "lm-line" },
-      h("input", { type: "checkbox", checked: entry.on, aria: { label: text("use", named) }, on: inputs("on") }),
-      h("span", { className: "lm-name", title: entry.name }, named.name),
+      h("input", { type: "checkbox", checked: entry.on, aria: { label: text("use", { name }) }, on: inputs("on") }),
+      h("span", { className: "lm-name", title: entry.name }, name),
       badge,
       h("button", {
-        className: "lm-remove", type: "button", title: text("remove", named), aria: { label: text("remove", named) },
+        className: "lm-remove", type: "button", title: text("remove", { name }), aria: { label: text("remove", { name }) },
         on: { click: () => this.remove(entry) },
       }, "✕"),
     );
     const body = h("div", { className: "lm-body" }, line, h("div", { className: "lm-line" }, slider, number), words);
     const item = h("li", { className: "lm-row" + (entry.on ? "" : " lm-off") }, grip, body);
     item.entry = entry;
-    about(entry.name).then((said) => {
-      item.classList.toggle("lm-missing", Boolean(said.error));
-      words.title = said.error ?? said.words.join(", ");
+    describe(entry.name).then((file) => {
+      item.classList.toggle("lm-missing", Boolean(file.error));
+      words.title = file.error ?? file.words.join(", ");
       words.textContent = words.title.split("\n")[0];
-      badge.textContent = badge.title = said.base ?? "";
-      if (said.thumbnail) body.before(h("img", { src: said.thumbnail, alt: "" }));
+      badge.textContent = badge.title = file.base ?? "";
+      if (file.thumbnail) body.before(h("img", { src: file.thumbnail, alt: "" }));
     });
     return item;
   }
@@ -125,7 +128,7 @@ class LoraList {
     this.commit();
   }
 
-  moveKey(event, entry) {
+  onMoveKey(event, entry) {
     const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
     const from = this.entries.indexOf(entry);
     const to = from + step;
@@ -141,7 +144,7 @@ class LoraList {
     item.classList.add("lm-moving");
     const move = ({ clientY }) => {
       const others = [...this.rows.children].filter((other) => other !== item);
-      // the rectangles are as the page shows them, zoomed or not, like the pointer
+      // rectangles and pointer are both in pixels of the page, whatever the zoom
       const next = others.find((other) => {
         const { top, height } = other.getBoundingClientRect();
         return clientY < top + height / 2;
@@ -158,49 +161,49 @@ class LoraList {
       this.commit();
     };
     const ends = ["pointerup", "pointercancel"];
-    window.addEventListener("pointermove", move, true); // a row that moves could not capture the pointer
+    window.addEventListener("pointermove", move, true); // moving a row in the document would end its pointer capture
     for (const name of ends) window.addEventListener(name, drop, true);
   }
 
   // ---- search
 
   async open() {
-    this.names = await names().catch(() => []);
-    known.clear(); // files may have changed
-    this.find();
+    this.names = await fetchNames().catch(() => []);
+    descriptions.clear(); // files may have changed
+    this.showResults();
   }
 
-  find() {
-    const wanted = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    const fitting = (this.names ?? []).filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
-    this.matches = fitting.slice(0, SHOWN);
+  showResults() {
+    const words = this.search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const matches = (this.names ?? []).filter((name) => words.every((word) => name.toLowerCase().includes(word)));
+    this.matches = matches.slice(0, MAX_RESULTS);
     const items = this.matches.map((name, i) => {
       const badge = h("span", { className: "lm-badge" });
-      about(name).then((said) => (badge.textContent = said.base ?? ""));
+      describe(name).then((file) => (badge.textContent = file.base ?? ""));
       return h("li", {
-        id: `${this.found.id}-${i}`, title: name, aria: { role: "option", selected: "false" },
+        id: `${this.results.id}-${i}`, title: name, aria: { role: "option", selected: "false" },
         on: { pointerdown: (event) => { event.preventDefault(); this.add(name); } },
       }, h("span", { className: "lm-name" }, name.replace(/\.safetensors$/, "")), badge);
     });
-    const more = fitting.length - SHOWN;
+    const more = matches.length - MAX_RESULTS;
     if (more > 0) items.push(h("li", { className: "lm-note", aria: { role: "presentation" } }, text("more", { more })));
-    if (!fitting.length) items.push(h("li", { className: "lm-note", aria: { role: "presentation" } }, text("none")));
-    this.found.replaceChildren(...items);
+    if (!matches.length) items.push(h("li", { className: "lm-note", aria: { role: "presentation" } }, text("none")));
+    this.results.replaceChildren(...items);
     this.search.setAttribute("aria-expanded", "true");
     this.mark(0);
   }
 
   mark(choice) {
     this.choice = Math.max(0, Math.min(choice, this.matches.length - 1));
-    [...this.found.children].forEach((item, i) => item.setAttribute("aria-selected", String(i === this.choice)));
-    const marked = this.matches.length ? this.found.children[this.choice] : null;
+    [...this.results.children].forEach((item, i) => item.setAttribute("aria-selected", String(i === this.choice)));
+    const marked = this.matches.length ? this.results.children[this.choice] : null;
     this.search.setAttribute("aria-activedescendant", marked?.id ?? "");
     marked?.scrollIntoView({ block: "nearest" });
   }
 
-  searchKey(event) {
+  onSearchKey(event) {
     if (event.key === "Escape") this.close();
-    else if (!this.found.childElementCount) return;
+    else if (!this.results.childElementCount) return;
     else if (event.key === "ArrowDown") this.mark(this.choice + 1);
     else if (event.key === "ArrowUp") this.mark(this.choice - 1);
     else if (event.key === "Enter" && this.matches.length) this.add(this.matches[this.choice]);
@@ -217,7 +220,7 @@ class LoraList {
   }
 
   close() {
-    this.found.replaceChildren();
+    this.results.replaceChildren();
     this.search.setAttribute("aria-expanded", "false");
     this.search.removeAttribute("aria-activedescendant");
   }

@@ -36,7 +36,8 @@ def compose(
         settings: Settings of the method, by name; those with value ``None`` are not given.
         module_weights: Pattern -> factor for every input; replaces the base's factor of an equal pattern.
         input_module_weights: The same per input, in order; may be shorter than the inputs.
-        normalize, dtype, format, convert_rank: See `Recipe`; ``None`` keeps the base's.
+        normalize, dtype, format: See `Recipe`; ``None`` keeps the base's.
+        convert_rank: The same; also replaces those of the base's inputs.
         file: File of the base, named in errors.
 
     Raises:
@@ -45,6 +46,9 @@ def compose(
     data: dict[str, Any] = {"method": DEFAULT_METHOD} if base is None else base.model_dump(exclude_unset=True)
     if inputs:
         data["inputs"] = [dict(entry) for entry in inputs]
+    elif convert_rank is not None:
+        for entry in data.get("inputs", ()):
+            entry.pop("convert_rank", None)
     given = {key: value for key, value in (settings or {}).items() if value is not None}
     if method is not None and method != data["method"]:
         data |= {"method": method, "settings": {}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapter import CONFIG_KEY, Adapter
@@ -52,7 +52,7 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     stored = recipe.model_copy(update={"inputs": entries, "settings": settings})
     labels = [adapter.label for adapter in inputs]
     metadata = {
-        KEY: json.dumps({"recipe": stored.to_dict(), "report": compact(report)}, sort_keys=True, ensure_ascii=False),
+        KEY: _to_json({"recipe": stored.to_dict(), "report": compact(report)}),
         "modelspec.title": f"{' + '.join(labels)} ({report.method})",
         "modelspec.merged_from": ", ".join(labels),
     }
@@ -70,6 +70,16 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     if config:
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return metadata
+
+
+def with_recipe_fields(metadata: Mapping[str, str], **fields: Any) -> dict[str, str]:
+    """Return the metadata of a merged file with some fields of its recipe replaced, e.g. the format."""
+    data = from_json(metadata[KEY])
+    return {**metadata, KEY: _to_json({**data, "recipe": {**data["recipe"], **fields}})}
+
+
+def _to_json(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True, ensure_ascii=False)
 
 
 def _file_name(path: str) -> str:

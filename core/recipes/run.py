@@ -15,6 +15,7 @@ from ..errors import name_some
 from ..formats import hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
+from ..merge.cache import GramCache
 from ..merge.engine import BatchRunner, MergeResult, matching, merge
 from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
@@ -109,6 +110,7 @@ def merge_aligned(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     run_batches: BatchRunner | None = None,
+    cache: GramCache | None = None,
 ) -> MergeResult:
     """Merge the inputs of a recipe, given as adapters under common module names.
 
@@ -116,7 +118,7 @@ def merge_aligned(
         recipe: Weights, module weights and dtype are taken from here.
         method: The recipe's method.
         adapters: The recipe's inputs, in order.
-        device, progress, run_batches: See `merge`.
+        device, progress, run_batches, cache: See `merge`.
 
     Raises:
         MergeError: See `merge`.
@@ -134,6 +136,7 @@ def merge_aligned(
         device=device,
         progress=progress,
         each=run_batches,
+        cache=cache,
     )
 
 

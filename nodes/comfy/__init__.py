@@ -1,1 +1,1 @@
-"""ComfyUI itself: everything in the pack that touches more of it than the node schemas."""
+"""The modules that use more of ComfyUI than the node schemas."""

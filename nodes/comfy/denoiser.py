@@ -1,4 +1,4 @@
-"""A ComfyUI model as the denoiser that gate training asks for."""
+"""A ComfyUI model as the denoiser of gate training and calibration."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from torch import Tensor
 
 from ...core.mole.attach import Attachment
 
-Conditioning = Sequence[Any]  # ComfyUI's: [[tensor, {"pooled_output": ..}], ..]
+Conditioning = Sequence[Any]  # ComfyUI's CONDITIONING: [[tensor, {"pooled_output": ..}], ..]
 
 
 class ComfyDenoiser:
-    """Implements `core.train.Denoiser`. Noise levels are ComfyUI's sigmas; predictions are ``(x - clean) / sigma``:
-    the noise for models that predict noise, the velocity for flow models.
+    """Implements `core.train.Denoiser` with ComfyUI's sigmas as noise levels.
+
+    Predictions are ``(x - clean) / sigma``: the noise for models that predict noise, the velocity for flow models.
 
     Args:
-        patcher: A model patcher whose model is loaded and not for inference only.
+        patcher: Model patcher whose model is loaded, for training with tensors that allow gradients.
         attachment: The mixture on that model.
-        prompts: The conditioning of every prompt. The last is the empty prompt, for guidance.
-        latent: A LATENT of the size to train at; only its shape is used.
-        cfg: Guidance when the model paints; 1 for models that are guided already.
-        steps: Of painting, by Euler's method.
+        prompts: The conditioning of each prompt. The last one is the empty prompt, for guidance.
+        latent: Samples of a LATENT of the size to train at; only the shape is used.
+        cfg: Guidance scale of sampling; 1 for models with built-in guidance.
+        steps: Number of sampling steps (Euler's method).
     """
 
     def __init__(
@@ -42,20 +43,20 @@ class ComfyDenoiser:
         self.patcher, self.model, self.attachment = patcher, patcher.model, attachment
         self.device = patcher.load_device
         self.cfg, self.steps = cfg, steps
-        self._prompts = [_owned(conditioning) for conditioning in prompts]
+        self._prompts = [_copied(conditioning) for conditioning in prompts]
         self._shape = comfy.sample.fix_empty_latent_channels(patcher, latent).shape[1:]
         self._options = {
             **patcher.model_options,
             "transformer_options": {**patcher.model_options["transformer_options"]},
         }
-        patcher.pre_run()  # as before any sampling run
+        patcher.pre_run()
 
     @property
     def _sampling(self) -> Any:
         return self.model.model_sampling
 
     def latents(self, latents: Tensor) -> Tensor:
-        """A user's LATENT as the model sees it."""
+        """Convert samples of a user's LATENT to the model's latent space."""
         return self.model.process_latent_in(comfy.sample.fix_empty_latent_channels(self.patcher, latents))
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
@@ -63,12 +64,12 @@ class ComfyDenoiser:
         noise = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         x = self._sampling.noise_scaling(sigmas[:1], noise, torch.zeros_like(noise), True)
         empty = [len(self._prompts) - 1] * len(prompts)
-        for sigma, following in itertools.pairwise(sigmas):
+        for sigma, next_sigma in itertools.pairwise(sigmas):
             d = self._direction(x, sigma.expand(len(prompts)), prompts)
             if self.cfg != 1.0:
-                none = self._direction(x, sigma.expand(len(prompts)), empty)
-                d = none + self.cfg * (d - none)
-            x = x + d * (following - sigma)
+                unconditional = self._direction(x, sigma.expand(len(prompts)), empty)
+                d = unconditional + self.cfg * (d - unconditional)
+            x = x + d * (next_sigma - sigma)
         return x
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -85,15 +86,15 @@ class ComfyDenoiser:
         return noisy.to(self.device) - _like(self._sigma(t), noisy) * prediction
 
     def _sigma(self, t: Tensor) -> Tensor:
-        """Times as shares of the model's schedule: 0 clean, 1 all noise (which ComfyUI calls percent 0)."""
+        """Convert times (0 clean, 1 pure noise) to sigmas. ComfyUI's percent runs the other way round."""
         percent = (1 - t.double()).clamp(1e-6, 1).tolist()
         return torch.tensor([float(self._sampling.percent_to_sigma(p)) for p in percent]).to(self.device)
 
     def _direction(self, x: Tensor, sigma: Tensor, prompts: Sequence[int]) -> Tensor:
-        """``(x - clean) / sigma``. Prompts whose conditioning has one shape share a batch."""
+        """Return ``(x - clean) / sigma``. Prompts whose conditioning has the same shape share a batch."""
         groups: dict[Any, list[int]] = {}
         for row, number in enumerate(prompts):
-            groups.setdefault(_form(self._prompts[number]), []).append(row)
+            groups.setdefault(_batch_key(self._prompts[number]), []).append(row)
         out: list[tuple[int, Tensor]] = []
         for rows in groups.values():
             with self.attachment.part(rows):
@@ -112,16 +113,16 @@ def _like(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.view(-1, *(1 for _ in range(x.ndim - 1)))
 
 
-def _owned(conditioning: Conditioning) -> list[list[Any]]:
-    """Copies that gradients may pass by: ComfyUI's nodes work on tensors for inference only."""
+def _copied(conditioning: Conditioning) -> list[list[Any]]:
+    """Clone the tensors, because those of ComfyUI's nodes were made in inference mode and allow no gradients."""
     return [
         [tensor.clone(), {k: v.clone() if isinstance(v, Tensor) else v for k, v in extra.items()}]
         for tensor, extra in conditioning
     ]
 
 
-def _form(conditioning: Conditioning) -> Any:
-    """What must agree for two prompts to share a batch."""
+def _batch_key(conditioning: Conditioning) -> Any:
+    """Return what must be equal for two prompts to share a batch."""
     return tuple(
         (
             tuple(tensor.shape),
@@ -132,7 +133,7 @@ def _form(conditioning: Conditioning) -> Any:
 
 
 def _batched(prompts: Sequence[Conditioning]) -> list[list[Any]]:
-    """One conditioning for a batch of samples, each with its own prompt; all of one form."""
+    """Join the conditioning of prompts with the same `_batch_key` into that of a batch."""
     first = prompts[0]
     return [
         [

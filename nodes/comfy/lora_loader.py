@@ -1,4 +1,4 @@
-"""LoRAs as ComfyUI reads and applies them: its key maps, its loader, its patches."""
+"""Load and apply LoRAs through ComfyUI's own key maps, loader and patches."""
 
 from __future__ import annotations
 
@@ -22,40 +22,61 @@ from ...core.formats import files
 from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, nearest
+from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
-from ..lora import Lora
-from .patches import Names, Sites, Target, common_names, fuse_unnamed, kind_of, low_rank, parts, place
-from .program import progress
+from .display import progress_bar
+from .patches import (
+    AdapterBuilder,
+    LoaderNames,
+    Target,
+    find_common_names,
+    fuse_unnamed,
+    kind_of_update,
+    slice_of,
+    split_target,
+    to_low_rank,
+)
 
-# Adapters whose update does not depend on the weight they act on, so that it can be computed on zeros.
+# Kinds of adapters whose update does not depend on the weight it is added to, so that it can be computed from zeros.
 _ADDITIVE = ("lora", "loha", "lokr")
 
 
-def read(loras: Sequence[Lora], model: Any, clip: Any) -> LoadedLoras:
-    """Read LoRAs through ComfyUI's own key maps and loader: whatever it can load into `model` can be merged.
+def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
+    """Load LoRAs through ComfyUI's key maps and loader, so that whatever it can load into `model` can be merged.
 
     Args:
-        model: A MODEL. clip: A CLIP or ``None``; without it text encoder layers cannot be placed.
+        loras: The LoRAs.
+        model: The MODEL.
+        clip: The CLIP or ``None``; without it text encoder layers are dropped.
 
     Raises:
         MergeError: A LoRA of another base model, or updates that are not low rank and may not be converted.
         FormatError: A file that cannot be read.
     """
-    host = _Host(model, clip)
-    sites = [host.sites(lora) for lora in loras]
-    common = common_names({name: at for site in sites for name, at in site.places.items()}, host.names, host.rows)
-    names, rows = host.names, host.rows
+    layers = _ModelLayers(model, clip)
+    builders = [layers.read(lora) for lora in loras]
+    slices = {name: rows for builder in builders for name, rows in builder.slices.items()}
+    common = find_common_names(slices, layers.names, layers.row_count)
+    names, row_count = layers.names, layers.row_count
+    originals = [builder.build() for builder in builders]
     return LoadedLoras(
-        [apply_key_map(site.adapter(), common.key_map) for site in sites],
-        tuple(line for site in sites for line in site.dropped),
-        tuple(line for site in sites for line in site.notes),
-        lambda adapter: fuse_unnamed(adapter, common, names, rows),  # holds no model
-        common.places,
+        [apply_key_map(adapter, common.key_map) for adapter in originals],
+        originals,
+        connected=f"{base_of(model)} model{'' if clip is None else ' with CLIP'}",
+        dropped=tuple(line for builder in builders for line in builder.dropped),
+        notes=tuple(line for builder in builders for line in builder.notes),
+        finish=lambda adapter: fuse_unnamed(adapter, common, names, row_count),  # must not refer to the model
+        slices=common.slices,
     )
 
 
-class _Host:
-    """The connected model: what ComfyUI calls its layers, and their weights."""
+def base_of(model: Any) -> str:
+    """Return ComfyUI's name for the kind of a MODEL, e.g. ``Flux``."""
+    return type(model.model).__name__
+
+
+class _ModelLayers:
+    """The layers of the connected model: ComfyUI's names for them, and their weights."""
 
     def __init__(self, model: Any, clip: Any) -> None:
         self.key_map: dict[str, Target] = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -64,162 +85,166 @@ class _Host:
             comfy.lora.model_lora_keys_clip(clip.cond_stage_model, self.key_map)
             self._patchers.append(clip.patcher)
         self.clip = clip
-        self.names = Names(self.key_map)
+        self.names = LoaderNames(self.key_map)
         self._weights: dict[str, Tensor] = {}
         for patcher in self._patchers:
             self._weights.update(patcher.model_state_dict())
-        heights = {key: weight.shape[0] for key, weight in self._weights.items() if weight.ndim}
-        self.rows = heights.__getitem__  # outlives the model, see `again`
+        row_counts = {key: weight.shape[0] for key, weight in self._weights.items() if weight.ndim}
+        self.row_count = row_counts.__getitem__  # the cache of loaded LoRAs keeps it, and must not keep the model
 
-    def sites(self, lora: Lora) -> Sites:
-        """Read one LoRA; every key of it ends up merged, carried or in `dropped`."""
+    def read(self, lora: GraphLora) -> AdapterBuilder:
+        """Read one LoRA. Each of its keys is merged, passed on, or listed in `dropped`."""
         state_dict, metadata = open_lora(lora)
         source = _source(lora, state_dict)
-        given = comfy.lora_convert.convert_lora(self.spelled(state_dict))
+        converted = comfy.lora_convert.convert_lora(self.readable_names(state_dict))
         try:
-            patches = comfy.lora.load_lora(given, self.key_map, log_missing=False)
-        except (KeyError, ValueError, RuntimeError) as error:  # a factor without its partner, an alpha of two numbers
+            patches = comfy.lora.load_lora(converted, self.key_map, log_missing=False)
+        except (KeyError, ValueError, RuntimeError) as error:  # e.g. a factor is missing, or an alpha has two values
             raise FormatError(
                 "ComfyUI cannot read the LoRA: a tensor is missing or has the wrong shape.",
                 file=source.path,
                 found=str(error),
                 remedy="the file is damaged or incomplete: export it again",
             ) from error
-        sites = Sites(lora.label, lora.convert_rank, metadata, source)
-        full: list[tuple[Target, Any]] = []
+        builder = AdapterBuilder(lora.label, lora.convert_rank, metadata, source)
+        to_convert: list[tuple[Target, Any]] = []
         for target, patch in patches.items():
-            key = parts(target)[0]
+            key = split_target(target)[0]
             if key not in self._weights:
-                sites.dropped.append(f"{key} of {lora.label}: the model has no such parameter")
-            elif not self._take(sites, target, patch):
-                full.append((target, patch))
-        if full:
-            self._convert(sites, full)
-        sites.dropped += self._unread(lora, given, patches)
-        if not (sites.modules or sites.diffs or sites.extras):
+                builder.dropped.append(f"{key} of {lora.label}: the model has no such parameter")
+            elif not self._add_patch(builder, target, patch):
+                to_convert.append((target, patch))
+        if to_convert:
+            self._convert(builder, to_convert)
+        builder.dropped += self._unread_keys(lora, converted, patches)
+        if not (builder.modules or builder.diffs or builder.extras):
             raise MergeError(
                 "ComfyUI finds nothing in this LoRA for the connected model.",
                 file=source.path,
                 expected="a LoRA of the model's architecture",
-                found=sites.dropped[0] if patches else f"keys like {name_some(state_dict, 3)}",
+                found=builder.dropped[0] if patches else f"keys like {name_some(state_dict, 3)}",
                 remedy="connect the base model the LoRA was trained for (and its CLIP)",
             )
-        return sites
+        return builder
 
-    def spelled(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Names that ComfyUI reads for those it does not: ``unet.<path>`` also as ``lora_unet_<path with _>``."""
-        spelled: dict[str, Tensor] = {}
+    def readable_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename keys that ComfyUI does not read: ``unet.<path>`` becomes ``lora_unet_<path with _>`` where it can."""
+        renamed: dict[str, Tensor] = {}
         for key, tensor in state_dict.items():
             head, dot, tail = key, "", ""
-            while key.startswith("unet.") and head and f"lora_unet_{_flat(head)}" not in self.key_map:
+            while key.startswith("unet.") and head and f"lora_unet_{_underscored(head)}" not in self.key_map:
                 head, dot, rest = head.rpartition(".")
                 tail = f"{dot}{rest}{tail}"
-            spelled[f"lora_unet_{_flat(head)}{tail}" if key.startswith("unet.") and head else key] = tensor
-        return spelled
+            renamed[f"lora_unet_{_underscored(head)}{tail}" if key.startswith("unet.") and head else key] = tensor
+        return renamed
 
-    def _take(self, sites: Sites, target: Target, patch: Any) -> bool:
-        """Take a patch as it is: low rank, a vector to add, a value to set. ``False``: it needs converting."""
-        key = parts(target)[0]
+    def _add_patch(self, builder: AdapterBuilder, target: Target, patch: Any) -> bool:
+        """Add a patch that is low rank, a vector to add, or a value to set. ``False`` if it must be converted."""
+        key = split_target(target)[0]
         weight = self._weights[key]
         if isinstance(patch, comfy.weight_adapter.WeightAdapterBase):
             if patch.name != "lora" or patch.weights[4] is not None:
                 return False
-            at = place(target, patch.weights[0].shape[0])
-            if at is None:
+            rows = slice_of(target, patch.weights[0].shape[0])
+            if rows is None:
                 return False
             try:
-                part = low_rank(patch.weights, tuple(weight.shape[2:]))
-            except (FormatError, RuntimeError) as error:  # RuntimeError: a mid matrix that does not fit
-                raise _placed(error, sites, key) from None
+                update = to_low_rank(patch.weights, tuple(weight.shape[2:]))
+            except (FormatError, RuntimeError) as error:  # RuntimeError: a Tucker core of the wrong shape
+                raise _located(error, builder, key) from None
             reshape = patch.weights[5]
             if reshape is not None:
-                sites.extras[f"{self.names.whole(key)}.reshape_weight"] = torch.tensor(reshape)
+                builder.extras[f"{self.names.of_parameter(key)}.reshape_weight"] = torch.tensor(reshape)
             elif weight.is_floating_point():
-                fits = (weight.shape[0] if isinstance(target, str) else part.d_out, weight[0].numel())
-                if (part.d_out, part.d_in) != fits:
-                    raise self._misfit(sites, key, fits, (part.d_out, part.d_in))
-            sites.add(part, at)
+                expected = (weight.shape[0] if isinstance(target, str) else update.d_out, weight[0].numel())
+                if (update.d_out, update.d_in) != expected:
+                    raise self._wrong_shape(builder, key, expected, (update.d_out, update.d_in))
+            builder.add(update, rows)
             return True
         kind, values = patch
         if kind == "set":
-            offset = parts(target)[1]
-            rows = None if offset is None else self.names.rows(key, offset[1], offset[1] + offset[2])
-            sites.extras[f"{rows or self.names.whole(key)}.set_weight"] = values[0]
+            offset = split_target(target)[1]
+            name = None if offset is None else self.names.of_rows(key, offset[1], offset[1] + offset[2])
+            builder.extras[f"{name or self.names.of_parameter(key)}.set_weight"] = values[0]
             return True
         if kind == "diff" and values[0].ndim < 2:
             if values[0].shape != weight.shape:
-                raise self._misfit(sites, key, tuple(weight.shape), tuple(values[0].shape))
-            sites.diffs[self._parameter(key)] = values[0]
+                raise self._wrong_shape(builder, key, tuple(weight.shape), tuple(values[0].shape))
+            builder.diffs[self._diff_name(key)] = values[0]
             return True
         return False
 
-    def _parameter(self, key: str) -> str:
-        """Name of a diff from which the comfy format makes the key that the stock loader reads."""
+    def _diff_name(self, key: str) -> str:
+        """Return the name of a diff that the comfy format saves under a key that the stock loader reads."""
         module, _, parameter = key.rpartition(".")
         if parameter == "bias":
-            return f"{self.names.whole(f'{module}.weight')}.bias"
-        return f"{self.names.whole(key)}.weight"
+            return f"{self.names.of_parameter(f'{module}.weight')}.bias"
+        return f"{self.names.of_parameter(key)}.weight"
 
-    def _convert(self, sites: Sites, full: Sequence[tuple[Target, Any]]) -> None:
-        """Updates that are not low rank, as their best approximation of rank `convert_rank`."""
-        kinds = sorted({kind_of(patch) for _, patch in full})
-        if sites.convert_rank < 1:
-            names = [self.names.whole(parts(target)[0]) for target, _ in full]
+    def _convert(self, builder: AdapterBuilder, patches: Sequence[tuple[Target, Any]]) -> None:
+        """Add updates that are not low rank as their best approximations of rank `convert_rank`."""
+        kinds = sorted({kind_of_update(patch) for _, patch in patches})
+        if builder.convert_rank < 1:
+            names = [self.names.of_parameter(split_target(target)[0]) for target, _ in patches]
             raise MergeError(
-                f"The LoRA holds updates that are not low rank ({', '.join(kinds)}) and cannot be merged as they are.",
-                file=sites.source.path,
+                f"The LoRA has updates that are not low rank ({', '.join(kinds)}) and cannot be merged without "
+                "approximating them.",
+                file=builder.source.path,
                 module=name_some(names),
                 expected="plain LoRA layers, or a convert_rank",
-                found=f"{len(full)} such layers",
+                found=f"{len(patches)} such layers",
                 remedy="set convert_rank on Load LoRA (e.g. 32): each becomes its best low-rank approximation",
             )
-        kept = whole = 0.0
-        advance = progress()
-        for done, (target, patch) in enumerate(full):
-            advance(done, len(full), parts(target)[0])
-            delta, at = self._delta(target, patch, sites.source.path)
+        kept_energy = total_energy = 0.0
+        progress = progress_bar()
+        for number, (target, patch) in enumerate(patches):
+            progress(number, len(patches), split_target(target)[0])
+            delta, rows = self._delta(target, patch, builder.source.path)
             if not torch.isfinite(delta).all():
-                raise FormatError("The file contains NaN or infinite numbers.", file=sites.source.path, module=at.key)
-            if not delta.any():  # ComfyUI logs an update it cannot compute, and goes on
-                sites.dropped.append(f"{at.key} of {sites.label}: ComfyUI computes no change from its {kind_of(patch)}")
+                raise FormatError(
+                    "The file contains NaN or infinite numbers.", file=builder.source.path, module=rows.key
+                )
+            if not delta.any():  # where ComfyUI cannot compute an update it logs that and changes nothing
+                reason = f"ComfyUI computes no change from its {kind_of_update(patch)}"
+                builder.dropped.append(f"{rows.key} of {builder.label}: {reason}")
                 continue
             kernel = tuple(delta.shape[2:])
-            A, B = nearest(delta.flatten(1), min(sites.convert_rank, *delta.flatten(1).shape))
-            kept += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
-            whole += float(delta.double().square().sum())
-            sites.add(LowRank(A, B, kernel=kernel), at)
-        sites.notes.append(
-            f"{sites.label}: {len(full)} layers ({', '.join(kinds)}) were approximated at rank {sites.convert_rank}, "
-            f"which keeps {kept / (whole or 1):.1%} of their energy"
+            A, B = nearest(delta.flatten(1), min(builder.convert_rank, *delta.flatten(1).shape))
+            kept_energy += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
+            total_energy += float(delta.double().square().sum())
+            builder.add(LowRank(A, B, kernel=kernel), rows)
+        builder.notes.append(
+            f"{builder.label}: {len(patches)} layers ({', '.join(kinds)}) were approximated at rank "
+            f"{builder.convert_rank}, which keeps {kept_energy / (total_energy or 1):.1%} of their energy"
         )
 
     def _delta(self, target: Target, patch: Any, file: str) -> tuple[Tensor, ParameterSlice]:
-        """What a patch adds to the model's own weight: after minus before, as ComfyUI computes it."""
-        key, offset, fn = parts(target)
-        # what is added does not depend on the weight, unless magnitudes (DoRA) are rescaled along with it
+        """Return what a patch adds to the model's weight, as ComfyUI computes it: after minus before."""
+        key, offset, fn = split_target(target)
+        # an additive update depends on the weight only where the magnitudes are rescaled too (DoRA)
         if isinstance(patch, tuple) or (
             patch.name in _ADDITIVE and patch.weights[-2 if patch.name == "lora" else -1] is None
         ):
             weight = torch.zeros(self._weights[key].shape, dtype=torch.float32)
         else:
-            weight = self._own_weight(key)
+            weight = self._unpatched_weight(key)
         start, size = (0, weight.shape[0]) if offset is None else offset[1:]
         before = weight[start : start + size].clone()
         entry = (1.0, patch, 1.0, None if offset is None else tuple(offset), fn)
-        try:  # in float32 beside the weight, as the stock loader: OFT and BOFT work in no other
+        try:  # float32 as in the stock loader: OFT and BOFT work in no other dtype
             after = comfy.lora.calculate_weight([entry], weight, key, intermediate_dtype=torch.float32)
         except (RuntimeError, TypeError) as error:
             raise FormatError(
-                f"ComfyUI cannot compute the change from a layer's {kind_of(patch)}.",
+                f"ComfyUI cannot compute the change from a layer's {kind_of_update(patch)}.",
                 file=file,
-                module=self.names.whole(key),
+                module=self.names.of_parameter(key),
                 found=str(error),
                 remedy="the stock loader cannot use this file either: train or export it in another form",
             ) from error
         return (after[start : start + size] - before).float(), ParameterSlice(key, start, start + size)
 
-    def _own_weight(self, key: str) -> Tensor:
-        """The weight without any LoRA that is patched in, in float64 so that after - before keeps its digits."""
+    def _unpatched_weight(self, key: str) -> Tensor:
+        """Return the weight without patched-in LoRAs, in float64 to keep the precision of after minus before."""
         weight, convert = self._originals[key]
         return convert(weight.detach().to(device="cpu", dtype=torch.float64, copy=True), inplace=True)
 
@@ -227,33 +252,37 @@ class _Host:
     def _originals(self) -> dict[str, tuple[Tensor, Callable[..., Tensor]]]:
         return {key: entry[0] for patcher in self._patchers for key, entry in patcher.get_key_patches().items()}
 
-    def _unread(self, lora: Lora, given: Mapping[str, Tensor], patches: Mapping[Target, Any]) -> Iterator[str]:
-        """Keys of the file that ComfyUI did not use."""
+    def _unread_keys(
+        self, lora: GraphLora, state_dict: Mapping[str, Tensor], patches: Mapping[Target, Any]
+    ) -> Iterator[str]:
+        """Yield the keys of the file that ComfyUI did not use, with the reason."""
         used = {id(tensor) for patch in patches.values() for tensor in _tensors(patch)}
-        read = {key for key, tensor in given.items() if id(tensor) in used}
+        read = {key for key, tensor in state_dict.items() if id(tensor) in used}
         modules = {".".join(parts[:n]) for parts in (key.split(".") for key in read) for n in range(1, len(parts))}
-        for key in given:
-            # these two are read as plain numbers, along with their module
+        for key in state_dict:
+            # alpha and reshape_weight do not appear in patches as tensors: they count as read if their module was
             if key in read or (key.endswith((".alpha", ".reshape_weight")) and key.rpartition(".")[0] in modules):
                 continue
             if self.clip is None and is_text_encoder(key):
                 reason = "it belongs to a text encoder: connect the CLIP"
             else:
-                reason = "the model has no place for it, or another key of the file takes that place"
+                reason = "the model has no such layer, or another key of the file changes the same layer"
             yield f"{key} of {lora.label}: {reason}"
 
-    def _misfit(self, sites: Sites, key: str, expected: tuple[int, ...], found: tuple[int, ...]) -> MergeError:
+    def _wrong_shape(
+        self, builder: AdapterBuilder, key: str, expected: tuple[int, ...], found: tuple[int, ...]
+    ) -> MergeError:
         return MergeError(
             "The LoRA was made for another base model: one of its layers has a different shape.",
-            file=sites.source.path,
-            module=self.names.whole(key),
+            file=builder.source.path,
+            module=self.names.of_parameter(key),
             expected=f"{expected} as in the connected model",
             found=found,
             remedy="connect the base model the LoRA was trained for",
         )
 
 
-def _flat(name: str) -> str:
+def _underscored(name: str) -> str:
     return name.removeprefix("unet.").replace(".", "_")
 
 
@@ -267,18 +296,18 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _placed(error: FormatError | RuntimeError, sites: Sites, key: str) -> FormatError:
-    """The same error, with the file and layer it is about."""
+def _located(error: FormatError | RuntimeError, builder: AdapterBuilder, key: str) -> FormatError:
+    """Return the error with its file and layer."""
     if isinstance(error, RuntimeError):
-        return FormatError("The factors do not fit together.", file=sites.source.path, module=key, found=str(error))
-    return error.at(sites.source.path, key)
+        return FormatError("The factors do not fit together.", file=builder.source.path, module=key, found=str(error))
+    return error.at(builder.source.path, key)
 
 
-def open_lora(lora: Lora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """The tensors by key as the stock loader would get them, and the metadata.
+def open_lora(lora: GraphLora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Return the tensors by key, as the stock loader would get them, and the metadata.
 
     Raises:
-        FormatError: A file that is not a sound safetensors file.
+        FormatError: A damaged safetensors file, or a file of another type.
     """
     content = lora.content
     if isinstance(content, Adapter):
@@ -286,12 +315,12 @@ def open_lora(lora: Lora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     return files.read_tensors(content) if isinstance(content, Path) else (dict(content), {})
 
 
-def trigger_words(lora: Lora) -> str:
-    """The words that a LoRA's file says it is called by, ``""`` where it says none."""
+def trigger_words(lora: GraphLora) -> str:
+    """Return the trigger words in the metadata of a LoRA's file, ``""`` if there are none."""
     return open_lora(lora)[1].get("modelspec.trigger_phrase", "")
 
 
-def _source(lora: Lora, state_dict: Mapping[str, Tensor]) -> Source:
+def _source(lora: GraphLora, state_dict: Mapping[str, Tensor]) -> Source:
     if isinstance(lora.content, Adapter):
         return lora.content.source
     if isinstance(lora.content, Path):
@@ -299,14 +328,17 @@ def _source(lora: Lora, state_dict: Mapping[str, Tensor]) -> Source:
     return Source(lora.label)
 
 
-def apply(lora: Lora, model: Any, clip: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
-    """Patch a LoRA into a model and its text encoders: the stock loader, on the state dict that Save LoRA writes.
+def apply(lora: GraphLora, model: Any, clip: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
+    """Patch a LoRA into a model and its text encoders with the stock loader, from the tensors Save LoRA would write.
 
-    Names that only other hosts read are respelled first, as for a merge.
+    Names that only other hosts read are renamed first, as for a merge.
+
+    Returns:
+        The patched MODEL and CLIP.
 
     Raises:
-        MergeError: Nothing of the LoRA fits, or a strength is no number.
-        FormatError: NaN or infinity in the LoRA, which the stock loader would paint with.
+        MergeError: No layer of the LoRA fits, or a strength is not finite.
+        FormatError: NaN or infinity in the LoRA, which the stock loader would sample with.
     """
     strength_model, strength_clip = strength_model * lora.strength_model, strength_clip * lora.strength_clip
     if not (math.isfinite(strength_model) and math.isfinite(strength_clip)):
@@ -322,7 +354,7 @@ def apply(lora: Lora, model: Any, clip: Any, strength_model: float, strength_cli
     file = str(lora.content) if isinstance(lora.content, Path) else lora.label
     for key, tensor in tensors.items():
         check_finite(tensor, key, file)
-    state_dict = _Host(model, clip).spelled(tensors)
+    state_dict = _ModelLayers(model, clip).readable_names(tensors)
     applied = comfy.sd.load_lora_for_models(model, clip, state_dict, strength_model, strength_clip)
     if _patch_count(*applied) == _patch_count(model, clip):
         raise MergeError(

@@ -1,4 +1,4 @@
-"""What the page asks the server for: names of LoRA files, and what each says about itself."""
+"""What the page requests from the server: the names of LoRA files, and the description of one."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from server import PromptServer
 
 from ...core.errors import LegoMoleError
 from ...core.file_info import FileInfo, read_file_info
-from . import program
+from . import folders
 
 
-async def _names(request: web.Request) -> web.Response:
-    return web.json_response(await asyncio.to_thread(program.names, program.LORAS))
+async def _list_loras(request: web.Request) -> web.Response:
+    return web.json_response(await asyncio.to_thread(folders.file_names, folders.LORAS))
 
 
-async def _about(request: web.Request) -> web.Response:
-    """``?name=..``: a `FileInfo` as JSON, or ``{"error": ..}``, which is an answer, too: the page shows it."""
+async def _describe_lora(request: web.Request) -> web.Response:
+    """Answer ``?name=..`` with an `FileInfo` as JSON, or with ``{"error": ..}``, which the page shows instead."""
     try:
-        path = program.lora_path(request.query.get("name", ""))
+        path = folders.lora_path(request.query.get("name", ""))
         status = await asyncio.to_thread(path.stat)
-        found = await asyncio.to_thread(_read, path, (status.st_mtime_ns, status.st_size))
+        about = await asyncio.to_thread(_read, path, (status.st_mtime_ns, status.st_size))
     except (LegoMoleError, OSError) as error:
         return web.json_response({"error": str(error)})
-    return web.json_response(asdict(found))
+    return web.json_response(asdict(about))
 
 
 @lru_cache(maxsize=128)
-def _read(path: Path, state: tuple[int, int]) -> FileInfo:
-    """Once for every state of a file, which `state` tells."""
+def _read(path: Path, version: tuple[int, int]) -> FileInfo:
+    """Describe a file; `version` is part of the cache's key only."""
     return read_file_info(path)
 
 
 def add() -> None:
     """Let the server answer ``/legomole/loras`` and ``/legomole/lora``."""
     routes = PromptServer.instance.routes
-    routes.get("/legomole/loras")(_names)
-    routes.get("/legomole/lora")(_about)
+    routes.get("/legomole/loras")(_list_loras)
+    routes.get("/legomole/lora")(_describe_lora)

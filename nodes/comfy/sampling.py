@@ -1,4 +1,4 @@
-"""ComfyUI's own sampling, as its nodes run it: from a prompt to a picture."""
+"""ComfyUI's own sampling: from a prompt to images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import comfy.utils
 from torch import Tensor
 
 SAMPLERS, SCHEDULERS = comfy.samplers.KSampler.SAMPLERS, comfy.samplers.KSampler.SCHEDULERS
-_SIZES = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # of the model an empty latent was made for
+_RATIO_KEYS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # entries of an empty LATENT, as ComfyUI spells
 
 
 def encode(clip: Any, text: str) -> Any:
-    """A prompt's conditioning."""
+    """Return the conditioning of a prompt."""
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
@@ -32,17 +32,25 @@ def sample(
     scheduler: str = "simple",
     progress: Callable[[int], None],
 ) -> Tensor:
-    """Sample from noise.
+    """Sample from noise, as KSampler does.
 
     Args:
-        model: A MODEL. positive, negative: Conditioning. latent: A LATENT.
-        progress: Told the number of steps done. May raise to cancel.
+        model: A MODEL.
+        positive: Conditioning of the prompt.
+        negative: Conditioning of the negative prompt.
+        latent: An empty LATENT.
+        seed: Random seed of the noise.
+        steps: Number of sampling steps.
+        cfg: Guidance scale.
+        sampler: A name in `SAMPLERS`.
+        scheduler: A name in `SCHEDULERS`.
+        progress: Called with the number of finished steps. May raise an exception to cancel.
 
     Returns:
-        The latent's new samples.
+        The samples of the resulting LATENT.
     """
     samples = comfy.sample.fix_empty_latent_channels(
-        model, latent["samples"], **{name: latent[name] for name in _SIZES if name in latent}
+        model, latent["samples"], **{name: latent[name] for name in _RATIO_KEYS if name in latent}
     )
     return comfy.sample.sample(
         model,
@@ -62,9 +70,15 @@ def sample(
 
 
 def decode(vae: Any, samples: Tensor, scale: float = 1.0) -> Tensor:
-    """Pictures ``(B, H, W, 3)`` in 0 .. 1 of a latent's samples, whose sides are multiplied by `scale` before."""
+    """Decode samples of a latent to images ``(B, H, W, 3)`` in 0 .. 1; a video's frames become a batch.
+
+    Args:
+        vae: A VAE.
+        samples: Samples of a LATENT.
+        scale: Factor to resize the latent by before it is decoded.
+    """
     if scale != 1:
         height, width = (round(side * scale) for side in samples.shape[-2:])
         samples = comfy.utils.common_upscale(samples, width, height, "area", "disabled")
     images = vae.decode(samples)
-    return images.reshape(-1, *images.shape[-3:])[..., :3]  # of a video, its frames
+    return images.reshape(-1, *images.shape[-3:])[..., :3]

@@ -1,10 +1,11 @@
-"""Gate training and calibration inside ComfyUI: the model loaded for it, its memory, its state on disk."""
+"""Gate training and calibration inside ComfyUI: loading the model for them, and resuming an interrupted training."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,133 +19,153 @@ from ...core.errors import MergeError
 from ...core.merge.statistics import Statistics
 from ...core.mole.attach import attach
 from ...core.mole.bank import Bank
+from ...core.progress import Progress
 from ...core.train import Images, Prompt, TrainingResult, TrainSettings, train
 from ...core.train.measure import AT_ONCE, CalibrationSettings, measure_statistics
 from .denoiser import ComfyDenoiser, Conditioning
-from .mixes import Mix
+from .mixture import ComfyMixture
 from .sampling import encode
 
 
+@dataclass(frozen=True, eq=False)
+class SamplingSetup:
+    """What gate training and calibration sample images with.
+
+    Args:
+        mix: The mixture, with untrained gates.
+        model: The MODEL it was built for.
+        clip: The CLIP, with the experts' text encoder modules merged into it.
+        latent: Samples of a LATENT of the size to sample at.
+        prompts: The prompts, see `core.train.prompts_for`.
+        concepts: Per expert, the words that name it.
+        cfg: Guidance scale.
+        steps: Number of sampling steps.
+    """
+
+    mix: ComfyMixture
+    model: Any
+    clip: Any
+    latent: Tensor
+    prompts: Sequence[Prompt]
+    concepts: Sequence[Sequence[str]]
+    cfg: float
+    steps: int
+
+    def encode_prompts(self) -> list[Conditioning]:
+        """Encode the prompts. Call it before the model is loaded: a small GPU does not hold both."""
+        return [encode(self.clip, prompt.text) for prompt in self.prompts]
+
+    def fingerprint(self) -> str:
+        """Return what distinguishes the trained model from others: weights, patches, LoRAs, gates and sizes."""
+        weights = self.model.model_state_dict()
+        patches = repr([(key, len(patches)) for key, patches in sorted(self.model.patches.items())])
+        hashed = digest(some_of([weights[name] for name in sorted(weights)]), patches)
+        mixture = self.mix.mixture
+        experts, gates = [*map(identity, mixture.experts)], mixture.gates.settings.model_dump()
+        shape = list(self.latent.shape[1:])
+        return json.dumps([hashed, experts, gates, mixture.strengths, shape, self.cfg, self.steps])
+
+
 def train_gates(
-    mix: Mix,
-    model: Any,
-    clip: Any,
-    latent: Tensor,
-    prompts: Sequence[Prompt],
-    concepts: Sequence[Sequence[str]],
+    setup: SamplingSetup,
     settings: TrainSettings,
     *,
-    cfg: float,
-    sampling_steps: int,
     checkpointing: bool,
     images: Mapping[int, Tensor],
     captions: Mapping[int, Conditioning],
     folder: Path,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
     keep: Callable[[TrainingResult], None],
 ) -> TrainingResult:
-    """Train the gates of a mix on its model.
+    """Train the gates of a mixture on its model.
 
     Args:
-        mix: Of untrained gates. model: The MODEL it was built for. clip: The CLIP, with the experts' parts.
-        latent: A LATENT's samples of the size to train at.
-        prompts, concepts, settings: See `core.train`.
-        cfg: Guidance of the pictures the models paint. sampling_steps: Their steps.
-        checkpointing: Save memory by computing blocks twice.
-        images: Expert -> its pictures as latents, for the denoising objective.
-        captions: Expert -> the conditioning that describes its pictures; default prompts that name it alone.
-        folder: Where unfinished trainings are kept.
-        progress: See `core.train.train`. keep: Also.
+        setup: The mixture, the model and the prompts.
+        settings: See `core.train.train`.
+        checkpointing: Recompute blocks in the backward pass, to save memory.
+        images: Expert -> samples of a LATENT of its images, for the denoising objective.
+        captions: Expert -> conditioning that describes its images; default the prompts that name it alone.
+        folder: Folder for the state of unfinished trainings.
+        progress, keep: See `core.train.train`.
+
+    Raises:
+        MergeError, FormatError: See `core.train.train`; also a model that cannot be copied.
     """
-    told = _identity(model, mix, latent, cfg, sampling_steps)
-    told += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
-    key = json.dumps([told, settings.model_dump(), [p.text for p in prompts], [list(c) for c in concepts]])
-    state = folder / digest([], key)[:16]
-    encoded = _encoded(clip, prompts)
-    if images:  # described in front: the last prompt is the empty one
+    training_id = setup.fingerprint()
+    training_id += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
+    prompts = setup.prompts
+    key = [training_id, settings.model_dump(), [prompt.text for prompt in prompts], [*map(list, setup.concepts)]]
+    state = folder / digest([], json.dumps(key))[:16]
+    encoded = setup.encode_prompts()
+    if images:  # captions come first, because the last prompt must be the empty one
         prompts = [*(Prompt(f"caption {i + 1}", (i,)) for i in captions), *prompts]
         encoded = [*captions.values(), *encoded]
     with (
         torch.inference_mode(False),
-        _trainable(model) as patcher,
-        _mixed(mix, patcher, encoded, latent, cfg, sampling_steps, checkpointing=checkpointing) as denoiser,
+        _trainable(setup.model) as patcher,
+        _denoiser(setup, patcher, encoded, checkpointing=checkpointing) as denoiser,
     ):
-        done = train(
+        result = train(
             denoiser.attachment,
-            mix.mixture,
+            setup.mix.mixture,
             denoiser,
             prompts,
-            concepts,
+            setup.concepts,
             settings,
-            base=mix.base,
-            identity=told,
-            images=_images(images, captions, prompts, denoiser),
+            base=setup.mix.base,
+            identity=training_id,
+            images=_images_with_prompts(images, captions, prompts, denoiser),
             folder=state,
             progress=progress,
             keep=keep,
         )
     if state.is_dir() and not any(state.iterdir()):
         state.rmdir()
-    return done
+    return result
 
 
-def calibrate(
-    mix: Mix,
-    model: Any,
-    clip: Any,
-    latent: Tensor,
-    prompts: Sequence[Prompt],
-    settings: CalibrationSettings,
-    *,
-    cfg: float,
-    sampling_steps: int,
-    progress: Callable[[int, int, str], None],
-) -> Statistics:
-    """Measure what a calibrated merge of a mix's LoRAs needs; arguments as for `train_gates`."""
-    modules = {name: place.key for name, place in mix.mixture.places.items()}
-    encoded = _encoded(clip, prompts)
-    with (
-        _loaded(model, latent, settings.batch) as patcher,
-        _mixed(mix, patcher, encoded, latent, cfg, sampling_steps) as denoiser,
-    ):
+def calibrate(setup: SamplingSetup, settings: CalibrationSettings, progress: Progress) -> Statistics:
+    """Measure the statistics that a calibrated merge of a mixture's LoRAs needs.
+
+    Args:
+        setup: The mixture, the model and the prompts.
+        settings, progress: See `measure_statistics`.
+
+    Raises:
+        MergeError: See `measure_statistics`.
+    """
+    mixture = setup.mix.mixture
+    modules = {name: rows.key for name, rows in mixture.places.items()}
+    encoded = setup.encode_prompts()
+    with _loaded(setup, settings.batch) as patcher, _denoiser(setup, patcher, encoded) as denoiser:
         return measure_statistics(
-            denoiser.attachment, denoiser, prompts, modules, settings,
-            adapters=list(map(identity, mix.mixture.experts)), strengths=mix.mixture.strengths, progress=progress,
-        )  # fmt: skip
-
-
-def _encoded(clip: Any, prompts: Sequence[Prompt]) -> list[Conditioning]:
-    """Before the model is loaded: on a small GPU the text encoders make room for it."""
-    return [encode(clip, prompt.text) for prompt in prompts]
+            denoiser.attachment,
+            denoiser,
+            setup.prompts,
+            modules,
+            settings,
+            adapters=[*map(identity, mixture.experts)],
+            strengths=mixture.strengths,
+            progress=progress,
+        )
 
 
 @contextmanager
-def _mixed(
-    mix: Mix, patcher: Any, prompts: Sequence[Conditioning], latent: Tensor, cfg: float, steps: int, *,
-    checkpointing: bool = False,
-) -> Generator[ComfyDenoiser]:  # fmt: skip
-    """A loaded model with the mix on it, as the engine sees a model; arguments as for `train_gates`."""
+def _denoiser(
+    setup: SamplingSetup, patcher: Any, prompts: Sequence[Conditioning], *, checkpointing: bool = False
+) -> Generator[ComfyDenoiser]:
+    """Attach the mixture to a loaded model, and yield the denoiser that runs it."""
     network = patcher.model.diffusion_model
-    bank = Bank(network, mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
+    bank = Bank(network, setup.mix.mixture, dtype=patcher.model.get_dtype_inference()).to(patcher.load_device)
     with attach(network, bank, checkpointing=checkpointing) as attachment:
-        yield ComfyDenoiser(patcher, attachment, prompts, latent, cfg, steps)
-
-
-def _identity(model: Any, mix: Mix, latent: Tensor, cfg: float, steps: int) -> str:
-    """What tells this training from others beside the settings: the model's weights (patches too), LoRAs, sizes."""
-    weights = model.model_state_dict()
-    patches = repr([(key, len(patches)) for key, patches in sorted(model.patches.items())])
-    told = digest(some_of([weights[name] for name in sorted(weights)]), patches)
-    experts = list(map(identity, mix.mixture.experts))
-    chosen = mix.mixture.gates.settings.model_dump()
-    return json.dumps([told, experts, chosen, mix.mixture.strengths, list(latent.shape[1:]), cfg, steps])
+        yield ComfyDenoiser(patcher, attachment, prompts, setup.latent, setup.cfg, setup.steps)
 
 
 @contextmanager
-def _loaded(model: Any, latent: Tensor, batch: int) -> Generator[Any]:
-    """The model itself, loaded as for sampling such a batch, with room for what is measured."""
-    patcher = model.clone()
-    shape = (batch, *comfy.sample.fix_empty_latent_channels(patcher, latent).shape[1:])
+def _loaded(setup: SamplingSetup, batch: int) -> Generator[Any]:
+    """Load the model as for sampling a batch, with memory left for the statistics."""
+    patcher = setup.model.clone()
+    shape = (batch, *comfy.sample.fix_empty_latent_channels(patcher, setup.latent).shape[1:])
     models = [patcher, *patcher.get_nested_additional_models()]
     comfy.model_management.load_models_gpu(models, memory_required=patcher.memory_required(shape) + AT_ONCE)
     try:
@@ -155,21 +176,21 @@ def _loaded(model: Any, latent: Tensor, batch: int) -> Generator[Any]:
 
 @contextmanager
 def _trainable(model: Any) -> Generator[Any]:
-    """A copy of the model whose tensors gradients may pass by, loaded, in a number format that gradients survive."""
+    """Load a copy of the model whose tensors allow gradients, in a dtype in which gradients do not vanish."""
     try:
         patcher = model.clone(force_deepcopy=True)
-    except RuntimeError as error:  # ComfyUI loads the file again for it, and cannot where another pack loaded it
+    except RuntimeError as error:  # ComfyUI reads the file again, and cannot if another pack's node loaded it
         raise MergeError(
             "This model cannot be copied for training.",
             found=str(error),
             remedy="load it with one of ComfyUI's own loaders",
         ) from error
-    if patcher.model.get_dtype_inference() == torch.float16:  # small gradients vanish in it
+    if patcher.model.get_dtype_inference() == torch.float16:
         bf16 = comfy.model_management.should_use_bf16(patcher.load_device)
         patcher.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
     patcher.model.requires_grad_(False)
     comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
-    comfy.model_management.in_training = True  # some of ComfyUI's kernels have no backward
+    comfy.model_management.in_training = True  # without it ComfyUI uses kernels that have no backward pass
     try:
         with torch.enable_grad():
             yield patcher
@@ -178,20 +199,20 @@ def _trainable(model: Any) -> Generator[Any]:
         patcher.detach()
 
 
-def _images(
+def _images_with_prompts(
     images: Mapping[int, Tensor],
     captions: Mapping[int, Conditioning],
     prompts: Sequence[Prompt],
     denoiser: ComfyDenoiser,
 ) -> Images | None:
-    """The pictures of all experts, each with its caption, else with the prompts that name the expert alone, in turn."""
+    """Join all experts' images, each with its caption or, in turn, with the prompts that name the expert alone."""
     if not images:
         return None
     latents: list[Tensor] = []
     numbers: list[int] = []
-    for expert, own in images.items():
-        alone = [i for i, prompt in enumerate(prompts) if prompt.named == (expert,)]
-        alone = alone[:1] if expert in captions else alone  # it comes first
-        latents.append(denoiser.latents(own.clone()).float().cpu())
-        numbers += [alone[i % len(alone)] for i in range(len(own))]
+    for expert, samples in images.items():
+        matching = [i for i, prompt in enumerate(prompts) if prompt.named == (expert,)]
+        matching = matching[:1] if expert in captions else matching  # the caption is the first of them
+        latents.append(denoiser.latents(samples.clone()).float().cpu())
+        numbers += [matching[i % len(matching)] for i in range(len(samples))]
     return Images(torch.cat(latents), numbers)

@@ -1,1 +1,1 @@
-"""Nodes that compare: a report of LoRAs, and a sheet of pictures."""
+"""Nodes that compare: a report on LoRAs, and a grid of images."""

@@ -1,9 +1,9 @@
-"""The cells of a comparison: LoRAs put on the model in several ways, and a picture painted with each."""
+"""The cells of a comparison: a model prepared in several ways, and images sampled with each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,26 +15,27 @@ from ...core.merge.statistics import Statistics
 from ...core.mole.gates import GateSettings
 from ...core.mole.trained import TrainedGates
 from ...core.pictures.comparison import MIX, PLAIN, Cell, ModelSetup
-from ..comfy import mixes
+from ...core.progress import Progress
+from ..comfy import mixture
 from ..comfy.lora_loader import apply
 from ..comfy.sampling import decode, encode, sample
+from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
-from ..lora import Lora
-from ..merge.merge import merged
 from ..merge.read_cache import read
-from ..settings import built
-
-Progress = Callable[[int, int, str], None]
+from ..merge.recorded import merge_loaded
+from ..settings import method_from_widgets
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
-    """A model to paint with.
+class PreparedModel:
+    """A model to sample a setup's cells with.
 
     Args:
-        model: With the LoRAs on it. positive: Conditioning by prompt. negative: Of the negative prompt.
-        remark: What making it took, and kept.
-        warnings: What was dropped, and what else is worth knowing.
+        model: The MODEL with the setup's LoRAs.
+        positive: Prompt -> its conditioning.
+        negative: Conditioning of the negative prompt.
+        remark: How the model was prepared, for the report.
+        warnings: What was dropped, and other notes.
     """
 
     model: Any
@@ -44,13 +45,17 @@ class Ready:
     warnings: tuple[str, ...] = ()
 
 
-class Bench:
-    """What the setups of one comparison share: the model, the LoRAs (read once) and the prompts' conditioning.
+class ModelPreparer:
+    """Prepares a model for each setup of a comparison. The LoRAs are loaded once.
 
     Args:
-        model: A MODEL. clip: A CLIP. negative: The negative prompt.
-        loras: With their own strengths. gates: For `MIX`. statistics: For calibrated methods.
-        progress: Told of the merges.
+        model: The MODEL without LoRAs.
+        clip: The CLIP without LoRAs.
+        negative: The negative prompt.
+        loras: The LoRAs, with their own strengths.
+        gates: Trained gates for `MIX`, if any.
+        statistics: Statistics for calibrated methods, if any.
+        progress: Called during merges, see `core.merge.engine.merge`.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class Bench:
         model: Any,
         clip: Any,
         negative: str,
-        loras: Sequence[Lora],
+        loras: Sequence[GraphLora],
         *,
         gates: TrainedGates | None,
         statistics: Statistics | None,
@@ -66,60 +71,66 @@ class Bench:
     ) -> None:
         self.model, self.clip, self.negative, self.loras = model, clip, negative, loras
         self.gates, self.statistics, self.progress = gates, statistics, progress
-        self._reading: LoadedLoras | None = None
-        self._plain: dict[str, Any] = {}  # conditioning by text, of the text encoders as they are
+        self._loaded: LoadedLoras | None = None
+        self._unpatched_conditioning: dict[str, Any] = {}  # text -> conditioning from the CLIP without LoRAs
 
-    def ready(self, groups: Mapping[ModelSetup, Sequence[Cell]]) -> dict[ModelSetup, Ready]:
-        """Put every setup on the model, and encode the prompts of its cells. Nothing is loaded but text encoders.
+    def prepare(self, cells: Mapping[ModelSetup, Sequence[Cell]]) -> dict[ModelSetup, PreparedModel]:
+        """Prepare a model for every setup, and encode the prompts of its cells. Only text encoders are loaded.
 
         Raises:
-            MergeError: LoRAs, gates or statistics that do not fit. FormatError: A file that cannot be read.
+            MergeError: LoRAs, gates or statistics that do not fit.
+            FormatError: A file that cannot be read.
         """
-        return {setup: self._made(setup, [cell.prompt for cell in cells]) for setup, cells in groups.items()}
+        return {setup: self._prepare(setup, [cell.prompt for cell in members]) for setup, members in cells.items()}
 
-    def _made(self, setup: ModelSetup, prompts: Sequence[str]) -> Ready:
+    def _prepare(self, setup: ModelSetup, prompts: Sequence[str]) -> PreparedModel:
         start = time.perf_counter()
-        model, clip, remark, warnings = self._patched(setup)
+        model, clip, remark, warnings = self._patch(setup)
         if setup.is_merge:
             remark = f"merged in {time.perf_counter() - start:.1f} s, {remark}"
-        changed = _patches(clip) != _patches(self.clip)
-        known: dict[str, Any] = {} if changed else self._plain
+        is_patched = _patch_count(clip) != _patch_count(self.clip)
+        conditioning: dict[str, Any] = {} if is_patched else self._unpatched_conditioning
         for text in (*prompts, self.negative):
-            if text not in known:
-                known[text] = encode(clip, text)
-        return Ready(model, known, known[self.negative], remark, warnings)
+            if text not in conditioning:
+                conditioning[text] = encode(clip, text)
+        return PreparedModel(model, conditioning, conditioning[self.negative], remark, warnings)
 
-    def _patched(self, setup: ModelSetup) -> tuple[Any, Any, str, tuple[str, ...]]:
-        """MODEL and CLIP, a remark, and warnings."""
+    def _patch(self, setup: ModelSetup) -> tuple[Any, Any, str, tuple[str, ...]]:
+        """Return MODEL and CLIP with the setup's LoRAs, a remark, and warnings."""
         if setup.method == PLAIN:
             return self.model, self.clip, "", ()
-        if self._reading is None:
-            self._reading = read(self.loras, self.model, self.clip)
+        if self._loaded is None:
+            self._loaded = read(self.loras, self.model, self.clip)
         loras = [
             replace(lora, strength_model=lora.strength_model * factor, strength_clip=lora.strength_clip * factor)
             for lora, factor in zip(self.loras, setup.strength_factors, strict=True)
         ]
         if setup.method == MIX:
-            settings = GateSettings(granularity="block")
-            mix = mixes.build(loras, self.model, self.clip, reading=self._reading, gates=self.gates, settings=settings)
-            clip = mixes.on_clip(mix, self.model, self.clip, METHODS["concat"]())
-            kind = "trained gates" if mix.mixture.gates.trained else "even gates"
-            return mixes.on_model(mix, self.model), clip, kind, (*self._reading.dropped, *self._reading.notes)
+            return self._mix(loras, self._loaded)
         statistics = None
         if setup.needs_statistics and self.statistics is not None:
-            statistics = self.statistics.of(self._reading.adapters)
-        method = built(METHODS, {"method": setup.merge_method, "rank": setup.rank}, statistics)
-        told = partial(_told, self.progress, f"merging {setup.describe()}")
-        lora, report = merged(loras, self._reading, method, self.model, progress=told)
+            statistics = self.statistics.of(self._loaded.adapters)
+        method = method_from_widgets(METHODS, {"method": setup.merge_method, "rank": setup.rank}, statistics)
+        what = f"merging {setup.describe()}"
+        lora, report = merge_loaded(
+            loras, self._loaded, method, progress=lambda done, total, _: self.progress(done, total, what)
+        )
         model, clip = apply(lora, self.model, self.clip, 1.0, 1.0)
         low, high = report.ranks_out
-        kept = f"rank {low}{f' to {high}' * (high > low)}, {report.energy_kept:.1%} of the sum's energy kept"
-        return model, clip, kept, (*report.dropped, *report.notes)
+        remark = f"rank {low}{f' to {high}' * (high > low)}, {report.energy_kept:.1%} of the sum's energy kept"
+        return model, clip, remark, (*report.dropped, *report.notes)
+
+    def _mix(self, loras: Sequence[GraphLora], loaded: LoadedLoras) -> tuple[Any, Any, str, tuple[str, ...]]:
+        settings = GateSettings(granularity="block")
+        mix = mixture.build_mixture(loras, self.model, self.clip, loaded=loaded, gates=self.gates, settings=settings)
+        clip = mixture.apply_to_clip(mix, self.model, self.clip)
+        remark = "trained gates" if mix.mixture.gates.trained else "even gates"
+        return mixture.apply_to_model(mix, self.model), clip, remark, (*loaded.dropped, *loaded.notes)
 
 
-def paint(
-    groups: Mapping[ModelSetup, Sequence[Cell]],
-    ready: dict[ModelSetup, Ready],
+def sample_cells(
+    cells: Mapping[ModelSetup, Sequence[Cell]],
+    models: dict[ModelSetup, PreparedModel],
     vae: Any,
     latent: Mapping[str, Any],
     *,
@@ -130,52 +141,51 @@ def paint(
     latent_scale: float,
     progress: Progress,
 ) -> tuple[dict[Cell, Tensor], dict[Cell, float]]:
-    """Paint every cell.
+    """Sample every cell.
 
     Args:
-        groups: The cells by setup. ready: Their models; each is let go when it is done with.
-        vae: A VAE. latent: A LATENT to start from.
-        latent_scale: On its sides, before it is decoded.
-        progress: Told of all steps of all cells. May raise to cancel.
+        cells: The cells of each setup.
+        models: The model of each setup. It is removed here once its cells are sampled, to free its memory.
+        vae: A VAE.
+        latent: An empty LATENT.
+        steps, cfg, sampler, scheduler: See `sampling.sample`.
+        latent_scale: Factor to resize latents by before they are decoded.
+        progress: Called with (steps done, steps in all, text), over all cells. May raise an exception to cancel.
 
     Returns:
-        Pictures ``(B, H, W, 3)`` in 0 .. 1, and seconds.
+        Per cell its images ``(B, H, W, 3)`` in 0 .. 1, and the seconds it took.
     """
-    pictures: dict[Cell, Tensor] = {}
+    images: dict[Cell, Tensor] = {}
     seconds: dict[Cell, float] = {}
-    count = sum(map(len, groups.values()))
-    for setup, cells in groups.items():
-        made = ready.pop(setup)
-        for cell in cells:
-            start, number = time.perf_counter(), len(pictures)
+    count = sum(map(len, cells.values()))
+    for setup, members in cells.items():
+        prepared = models.pop(setup)
+        for cell in members:
+            start, number = time.perf_counter(), len(images)
             what = f"cell {number + 1} of {count} ({setup.describe()}): all steps"
-            told = partial(_step, progress, number * steps, count * steps, what)
-            told(0)
+            report_step = partial(_report_step, progress, number * steps, count * steps, what)
+            report_step(0)
             samples = sample(
-                made.model,
-                made.positive[cell.prompt],
-                made.negative,
+                prepared.model,
+                prepared.positive[cell.prompt],
+                prepared.negative,
                 latent,
                 seed=cell.seed,
                 steps=steps,
                 cfg=cfg,
                 sampler=sampler,
                 scheduler=scheduler,
-                progress=told,
+                progress=report_step,
             )
-            pictures[cell] = decode(vae, samples, latent_scale)
+            images[cell] = decode(vae, samples, latent_scale)
             seconds[cell] = time.perf_counter() - start
-    return pictures, seconds
+    return images, seconds
 
 
-def _patches(clip: Any) -> int:
-    """How many changes there are to the text encoders: those of a LoRA without text encoder parts are none."""
+def _patch_count(clip: Any) -> int:
+    """Return the number of patches on the text encoders: a LoRA without text encoder modules adds none."""
     return 0 if clip is None else sum(map(len, clip.patcher.patches.values()))
 
 
-def _told(progress: Progress, what: str, done: int, total: int, name: str) -> None:
-    progress(done, total, what)
-
-
-def _step(progress: Progress, before: int, total: int, what: str, done: int) -> None:
-    progress(before + done, total, what)
+def _report_step(progress: Progress, steps_before: int, total: int, what: str, done: int) -> None:
+    progress(steps_before + done, total, what)

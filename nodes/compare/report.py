@@ -13,15 +13,15 @@ from ...core.survey.findings import findings
 from ...core.survey.page import html_page
 from ...core.survey.picture import draw_survey
 from ...core.survey.survey import survey
-from ..comfy import program
-from ..lora import flatten
+from ..comfy import display, folders
+from ..graph_lora import connected_loras
 from ..merge.read_cache import read
-from ..settings import settings
-from ..sockets import CATEGORY, loras_input, model_inputs, widget
+from ..settings import settings_of
+from ..sockets import CATEGORY, loras_input, model_inputs, setting_input
 
 
 class LoRAReport(io.ComfyNode):
-    """Look at LoRAs together before they are merged."""
+    """Shows how LoRAs relate to each other before they are merged."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,8 +29,8 @@ class LoRAReport(io.ComfyNode):
             node_id="LegoMoLE_LoRAReport",
             display_name="LoRA Report",
             category=CATEGORY,
-            description="Shows where LoRAs work together or against each other, in which blocks each is strong, what "
-            "rank their sum needs, and where the units of their LEGO merge come from.",
+            description="Shows where LoRAs act alike or against each other, in which blocks each is strong, what rank "
+            "their sum needs, and which LoRAs the units of a LEGO merge come from.",
             search_aliases=[
                 "compare loras",
                 "lora overlap",
@@ -39,21 +39,21 @@ class LoRAReport(io.ComfyNode):
                 "lora heatmap",
                 "legomole",
             ],
-            is_output_node=True,  # it shows its picture itself
+            is_output_node=True,  # it shows its own image
             inputs=[
                 loras_input(),
-                *(widget(setting) for setting in settings(METHODS["lego"]) if setting.name == "rank"),
+                *(setting_input(setting) for setting in settings_of(METHODS["lego"]) if setting.name == "rank"),
                 io.String.Input(
                     "filename_prefix",
                     default="legomole/report",
-                    tooltip="Name of the page (.html) inside the output folder, a number is added. Left empty, none is "
+                    tooltip="Name in the output folder for a page (.html) with all numbers. If empty, no page is "
                     "written.",
                 ),
                 *model_inputs(),
             ],
             outputs=[
-                io.Image.Output("IMAGE", tooltip="The report as a picture."),
-                io.String.Output("summary", display_name="summary", tooltip="What it says, in sentences."),
+                io.Image.Output("IMAGE", tooltip="The report as an image."),
+                io.String.Output("summary", display_name="summary", tooltip="The findings, in sentences."),
             ],
         )
 
@@ -61,22 +61,22 @@ class LoRAReport(io.ComfyNode):
     def execute(
         cls, loras: dict[str, Any], rank: str, filename_prefix: str, model: Any = None, clip: Any = None
     ) -> io.NodeOutput:
-        values = flatten(loras, program.lora_path)
-        path = program.save_path(filename_prefix, program.OUTPUT) if filename_prefix else None
-        reading = read(values, model, clip)
+        values = connected_loras(loras, folders.lora_path)
+        path = folders.new_path(filename_prefix, folders.OUTPUT) if filename_prefix else None
+        loaded = read(values, model, clip)
         found = survey(
-            reading.adapters,
+            loaded.adapters,
             [value.strength_model for value in values],
             text_encoder_weights=[value.strength_clip for value in values],
             rank=Rank.parse(rank),
-            progress=program.progress(),
+            progress=display.progress_bar(),
         )
-        text = "\n".join([*findings(found), *reading.dropped, *reading.notes])
-        shown = text
+        text = "\n".join([*findings(found), *loaded.dropped, *loaded.notes])
+        shown_text = text
         if path is not None:
-            write_bytes(path, html_page(found, reading.adapters).encode(errors="xmlcharrefreplace"))
-            shown += f"\nAs a page, with all numbers: {path}"
-        image = program.picture(draw_survey(found))
+            write_bytes(path, html_page(found, loaded.adapters).encode(errors="xmlcharrefreplace"))
+            shown_text += f"\nPage with all numbers: {path}"
+        image = display.to_image(draw_survey(found))
         return io.NodeOutput(
-            image, text, ui={**ui.PreviewImage(image, cls=cls).as_dict(), **program.show(shown).as_dict()}
+            image, text, ui={**ui.PreviewImage(image, cls=cls).as_dict(), **display.show_text(shown_text).as_dict()}
         )

@@ -10,44 +10,37 @@ from comfy_api.latest import io, ui
 
 from ...core.merge.statistics import Statistics
 from ...core.mole.trained import TrainedGates
-from ...core.pictures.comparison import (
-    AXIS_KINDS,
-    METHOD_CHOICES,
-    NOTHING,
-    Axis,
-    cells_by_setup,
-    describe_cells,
-    grid_of_cells,
-)
+from ...core.pictures import comparison
+from ...core.pictures.comparison import AXIS_KINDS, METHOD_CHOICES, NOTHING, Axis
 from ...core.pictures.sheet import comparison_sheet
-from ..comfy import program
+from ..comfy import display, folders
 from ..comfy.sampling import SAMPLERS, SCHEDULERS
-from ..lora import flatten
+from ..graph_lora import connected_loras
 from ..settings import RANK_HELP
-from ..sockets import CATEGORY, LEGOMOLE_GATES, LEGOMOLE_STATISTICS, loras_input
-from .cells import Bench, paint
+from ..sockets import CATEGORY, LEGOMOLE_GATES, LEGOMOLE_STATISTICS, loras_input, report_output, seed_input
+from .cells import ModelPreparer, sample_cells
 
-_VALUES = (
-    "Separated by commas: none, concat, svd, lego, mole (method); 8, 1x, 95% (rank); 0, 0.5, 1 (strength); 1, 2, 3 "
-    "(seed). Prompts one per line."
+_VALUES_HELP = (
+    "Separated by commas, e.g. none, concat, svd, lego, mole (method); 8, 1x, 95% (rank); 0, 0.5, 1 (strength); 1, 2, "
+    "3 (seed). Prompts: one per line."
 )
 
 
-def _axis(side: str, kind: str, values: str, where: str) -> list[Any]:
+def _axis_inputs(side: str, kind: str, values: str, direction: str) -> list[Any]:
     return [
         io.Combo.Input(
             f"{side}_axis",
             options=list(AXIS_KINDS),
             default=kind,
-            tooltip=f"What changes from {where}. strength is a factor on all LoRAs' own strengths, strength 2 on the "
-            "second LoRA's alone.",
+            tooltip=f"What changes from {direction}. strength is a factor on the strengths of all LoRAs, strength 2 on "
+            "that of the second alone.",
         ),
-        io.String.Input(f"{side}_values", default=values, multiline=True, tooltip=_VALUES),
+        io.String.Input(f"{side}_values", default=values, multiline=True, tooltip=_VALUES_HELP),
     ]
 
 
 class XYCompare(io.ComfyNode):
-    """One picture per method, rank, strength, seed or prompt, side by side."""
+    """Samples one prompt with several methods, ranks, strengths, seeds or prompts, side by side."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -55,46 +48,48 @@ class XYCompare(io.ComfyNode):
             node_id="LegoMoLE_XYCompare",
             display_name="XY Compare",
             category=CATEGORY,
-            description="Paints the same picture with several methods, ranks, strengths, seeds or prompts, and puts "
-            "them on one labelled sheet.",
+            description="Samples images with several methods, ranks, strengths, seeds or prompts, and puts them on one "
+            "labelled sheet.",
             search_aliases=["xy plot", "grid", "compare loras", "compare methods", "lora strength plot", "legomole"],
-            is_output_node=True,  # it shows its picture itself
+            is_output_node=True,  # it shows its own image
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, without the LoRAs."),
                 io.Clip.Input("clip", tooltip="Its text encoders, without the LoRAs."),
-                io.Vae.Input("vae", tooltip="Decodes the pictures."),
+                io.Vae.Input("vae", tooltip="Decodes the images."),
                 loras_input(),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size to paint."),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the image size."),
                 io.String.Input(
                     "prompt",
                     default="",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What to paint, where no axis says it.",
+                    tooltip="The prompt, unless an axis changes it.",
                 ),
-                io.String.Input("negative", default="", multiline=True, tooltip="What not to paint."),
-                *_axis("x", "method", "none, concat, svd, lego, mole", "column to column"),
-                *_axis("y", NOTHING, "", "row to row"),
+                io.String.Input("negative", default="", multiline=True, tooltip="The negative prompt."),
+                *_axis_inputs("x", "method", "none, concat, svd, lego, mole", "column to column"),
+                *_axis_inputs("y", NOTHING, "", "row to row"),
                 io.Combo.Input(
                     "method",
                     options=list(METHOD_CHOICES),
                     default="lego",
-                    tooltip="Where no axis says it. none: the plain model. mole: as MoLE Mix. calibrated and lego "
-                    "calibrated need statistics. The others: as LEGO Merge and Merge LoRAs do it.",
+                    tooltip="How the LoRAs are used, unless an axis changes it. none: the model without them. mole: "
+                    "as in MoLE Mix. calibrated and lego calibrated: with statistics from Calibrate. The others: as in "
+                    "LEGO Merge and Merge LoRAs.",
                 ),
-                io.String.Input("rank", default="1x", tooltip=f"Where no axis says it. {RANK_HELP}"),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Of the noise, where no axis says it.",
+                io.String.Input("rank", default="1x", tooltip=f"Unless an axis changes it. {RANK_HELP}"),
+                seed_input("Random seed, unless an axis changes it.", 2**64 - 1),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Number of sampling steps per image."),
+                io.Float.Input(
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Guidance scale, as in KSampler.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of every picture."),
-                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance."),
-                io.Combo.Input("sampler_name", options=SAMPLERS, tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=SCHEDULERS, tooltip="As in KSampler."),
+                io.Combo.Input("sampler_name", options=SAMPLERS, tooltip="Sampler, as in KSampler."),
+                io.Combo.Input("scheduler", options=SCHEDULERS, tooltip="Scheduler, as in KSampler."),
                 io.Float.Input(
                     "latent_scale",
                     default=1.0,
@@ -102,18 +97,22 @@ class XYCompare(io.ComfyNode):
                     max=8.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Resizes the latent before it is decoded. 1 for all models but LegoMoLE's own small one, "
-                    "which works on latents twice as large as its pictures: 0.5.",
+                    tooltip="Factor to resize the latent by before decoding. Leave it at 1, except for LegoMoLE's demo "
+                    "model, whose latents are twice as large as its images: 0.5.",
                 ),
-                LEGOMOLE_GATES.Input("gates", optional=True, tooltip="For mole. Without any, all LoRAs go in evenly."),
+                LEGOMOLE_GATES.Input(
+                    "gates",
+                    optional=True,
+                    tooltip="Trained gates for mole. Without gates every LoRA is used at its own strength.",
+                ),
                 LEGOMOLE_STATISTICS.Input(
-                    "statistics", optional=True, tooltip="From Calibrate: for calibrated and lego calibrated."
+                    "statistics", optional=True, tooltip="From Calibrate, for calibrated and lego calibrated."
                 ),
             ],
             outputs=[
-                io.Image.Output("grid", display_name="grid", tooltip="All pictures on one sheet, with labels."),
-                io.Image.Output("IMAGE", tooltip="The pictures alone, row by row."),
-                io.String.Output("report", display_name="report", tooltip="What each cell is, and how long it took."),
+                io.Image.Output("grid", display_name="grid", tooltip="All images on one sheet, with labels."),
+                io.Image.Output("IMAGE", tooltip="The images as a batch, row by row."),
+                report_output("The setup of each cell, and how long it took."),
             ],
         )
 
@@ -142,9 +141,10 @@ class XYCompare(io.ComfyNode):
         gates: TrainedGates | None = None,
         statistics: Statistics | None = None,
     ) -> io.NodeOutput:
-        values = flatten(loras, program.lora_path) if any(lora is not None for lora in loras.values()) else []
+        is_any_connected = any(lora is not None for lora in loras.values())
+        values = connected_loras(loras, folders.lora_path) if is_any_connected else []
         x, y = Axis.parse("x", x_axis, x_values), Axis.parse("y", y_axis, y_values)
-        grid = grid_of_cells(
+        grid = comparison.grid_of_cells(
             x,
             y,
             method=method,
@@ -154,15 +154,15 @@ class XYCompare(io.ComfyNode):
             loras=len(values),
             statistics=statistics is not None,
         )
-        found = cells_by_setup(grid)
-        progress = program.told_progress()
-        bench = Bench(model, clip, negative, values, gates=gates, statistics=statistics, progress=progress)
-        ready = bench.ready(found)
-        remarks = {setup: made.remark for setup, made in ready.items()}
-        warnings = dict.fromkeys(line for made in ready.values() for line in made.warnings)
-        pictures, seconds = paint(
-            found,
-            ready,
+        cells_by_setup = comparison.cells_by_setup(grid)
+        progress = display.progress_bar_with_text()
+        preparer = ModelPreparer(model, clip, negative, values, gates=gates, statistics=statistics, progress=progress)
+        models = preparer.prepare(cells_by_setup)
+        remarks = {setup: prepared.remark for setup, prepared in models.items()}
+        warnings = dict.fromkeys(line for prepared in models.values() for line in prepared.warnings)
+        images, seconds = sample_cells(
+            cells_by_setup,
+            models,
             vae,
             latent_image,
             steps=steps,
@@ -173,15 +173,15 @@ class XYCompare(io.ComfyNode):
             progress=progress,
         )
         labels = [lora.label for lora in values]
-        drawn = comparison_sheet(  # of several pictures in a cell, one beside the other
-            [[torch.cat([*pictures[cell]], 1) for cell in row] for row in grid],
+        drawn = comparison_sheet(
+            [[torch.cat([*images[cell]], 1) for cell in row] for row in grid],  # a cell's batch, side by side
             x.values,
             y.values,
             x.title(labels),
             y.title(labels),
         )
-        text = "\n".join([describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
-        image = program.picture(drawn)
-        program.show(text)
-        batch = torch.cat([pictures[cell] for row in grid for cell in row])
+        text = "\n".join([comparison.describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
+        image = display.to_image(drawn)
+        display.show_text(text)
+        batch = torch.cat([images[cell] for row in grid for cell in row])
         return io.NodeOutput(image, batch, text, ui=ui.PreviewImage(image, cls=cls))

@@ -7,13 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..comfy import program
-from ..lora import Lora
-from ..sockets import CATEGORY, LORA_STACK, lora_output, strength
+from ..comfy import folders
+from ..graph_lora import GraphLora
+from ..sockets import CATEGORY, LORA_STACK, lora_output, strength_input
 
 
 class LoadLoRA(io.ComfyNode):
-    """A LoRA file and the strengths to use it at. The file itself is read where it is used."""
+    """Names a LoRA file and its strengths. The nodes that use it read the file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -21,39 +21,37 @@ class LoadLoRA(io.ComfyNode):
             node_id="LegoMoLE_LoadLoRA",
             display_name="Load LoRA (file)",
             category=CATEGORY,
-            description="A LoRA file for merging or applying. Chain several through lora_stack.",
+            description="A LoRA file to merge or apply. Chain several through lora_stack.",
             search_aliases=["lora loader", "lora stack", "legomole", "lego lora"],
             inputs=[
                 io.Combo.Input(
-                    "lora_name", options=program.names(program.LORAS), tooltip="A file in the loras folder."
+                    "lora_name", options=folders.file_names(folders.LORAS), tooltip="A file in the loras folder."
                 ),
-                strength("strength_model", "How strongly it acts on the diffusion model. Negative subtracts it."),
-                strength("strength_clip", "How strongly it acts on the text encoders."),
+                strength_input("strength_model", "Strength on the diffusion model. A negative one subtracts the LoRA."),
+                strength_input("strength_clip", "Strength on the text encoders."),
                 io.Int.Input(
                     "convert_rank",
                     default=0,
                     min=0,
                     max=1024,
                     advanced=True,
-                    tooltip="For LoHa, LoKr, DoRA and the like: the rank of their low-rank approximation in a merge. "
-                    "0 refuses such files instead of approximating them.",
+                    tooltip="Only for LoHa, LoKr, DoRA and other files that are not plain LoRAs: a merge "
+                    "approximates them at this rank, e.g. 32. 0 refuses them.",
                 ),
                 LORA_STACK.Input(
-                    "lora_stack", optional=True, tooltip="A stack to put this LoRA on, from here or any other pack."
+                    "lora_stack", optional=True, tooltip="A stack to add this LoRA to, also from other packs."
                 ),
             ],
             outputs=[
                 lora_output("This LoRA, with its strengths."),
-                LORA_STACK.Output(
-                    "stack", display_name="LORA_STACK", tooltip="The incoming stack with this LoRA on top."
-                ),
+                LORA_STACK.Output("stack", display_name="LORA_STACK", tooltip="The incoming stack plus this LoRA."),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others: Any) -> object:
-        """Changes when the file changes, so that a merge of an overwritten LoRA runs again."""
-        return program.fingerprint(lora_name, program.LORAS)
+        """Run the node, and the merges after it, again when the file has changed."""
+        return folders.fingerprint(lora_name, folders.LORAS)
 
     @classmethod
     def execute(
@@ -64,6 +62,6 @@ class LoadLoRA(io.ComfyNode):
         convert_rank: int = 0,
         lora_stack: list[tuple[str, float, float]] | None = None,
     ) -> io.NodeOutput:
-        path = program.lora_path(lora_name)
-        lora = Lora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank)
+        path = folders.lora_path(lora_name)
+        lora = GraphLora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank)
         return io.NodeOutput(lora, [*(lora_stack or []), (lora_name, strength_model, strength_clip)])

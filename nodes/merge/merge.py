@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
 
-from ...core import formats
-from ...core.adapter import Adapter, Source
+from ...core.adapter import Adapter
 from ...core.errors import MergeError
-from ...core.merge.engine import merge
-from ...core.merge.methods import METHODS, MergeMethod
-from ...core.merge.report import MergeReport
+from ...core.merge.methods import METHODS
 from ...core.merge.statistics import Statistics
-from ...core.recipes import recipe
-from ...core.recipes.metadata import file_metadata
-from ...core.recipes.method_settings import method_settings
-from ..comfy import program
-from ..loaded_loras import LoadedLoras
-from ..lora import Lora, flatten
-from ..settings import built, module_weights, settings
+from ..comfy import display, folders
+from ..graph_lora import connected_loras
+from ..settings import method_from_widgets, settings_of
 from ..sockets import (
     CATEGORY,
     lora_output,
@@ -30,132 +23,34 @@ from ..sockets import (
     method_input,
     model_inputs,
     module_weights_input,
+    report_output,
+    setting_input,
     statistics_input,
-    widget,
 )
 from .read_cache import read
+from .recorded import merge_loaded
 
 _LOG = logging.getLogger(__name__)
 
-LEGO = METHODS["lego"]
-OTHERS = {name: method for name, method in METHODS.items() if method is not LEGO}
-
-
-def _outputs() -> list[Any]:
-    return [
-        lora_output("The merged LoRA: connect it to Apply LoRA, Save LoRA or another merge."),
-        io.String.Output("report", display_name="report", tooltip="What the merge did, layer by layer in short."),
-    ]
-
-
-def _merge(
-    loras: Mapping[str, Any],
-    method: str,
-    widgets: Mapping[str, Any],
-    statistics: Statistics | None,
-    model: Any,
-    clip: Any,
-    rules: str | None,
-) -> io.NodeOutput:
-    """Read, merge, and say what happened: what both nodes do."""
-    if statistics is not None and model is None:
-        raise MergeError(
-            "Statistics call layers by the names that the connected model gives them, and no model is connected.",
-            expected="the model that Calibrate measured",
-            found="nothing connected to model",
-            remedy="connect the same model (and clip) here",
-        )
-    values = flatten(loras, program.lora_path)
-    built(METHODS, {**widgets, "method": method}, statistics)  # wrong settings are told before large files are read
-    reading = read(values, model, clip)
-    measured = None if statistics is None else statistics.of(reading.adapters)
-    chosen = built(METHODS, {**widgets, "method": method}, measured)
-    lora, report = merged(values, reading, chosen, model, rules or "", program.progress())
-    shown = text = report.text()
-    if report.dropped:
-        shown = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"  # a node shows few lines at first
-        _LOG.warning("LegoMoLE: %d keys could not be merged: %s", len(report.dropped), report.dropped)
-    return io.NodeOutput(lora, text, ui=program.show(shown))
-
-
-def merged(
-    values: Sequence[Lora],
-    reading: LoadedLoras,
-    chosen: MergeMethod,
-    model: Any,
-    rules: str = "",
-    progress: Callable[[int, int, str], None] | None = None,
-) -> tuple[Lora, MergeReport]:
-    """Merge LoRAs that have been read; the result with its recipe, and what happened.
-
-    Args:
-        values: With their strengths. reading: What was read of them.
-        chosen: The method. model: The MODEL they were read with, if any.
-        rules: Weights per layer, see `settings.module_weights`.
-        progress: See `core.merge.engine.merge`.
-
-    Raises:
-        MergeError: See `core.merge.engine.merge`.
-    """
-    per_module = module_weights(rules, reading.adapters)
-    result = merge(
-        reading.adapters,
-        chosen,
-        [value.strength_model for value in values],
-        text_encoder_weights=[value.strength_clip for value in values],
-        module_weights=per_module,
-        progress=progress,
-        cache=reading.cache,
-    )
-    report = replace(
-        result.report,
-        dropped=(*result.report.dropped, *reading.dropped),
-        notes=(*result.report.notes, *reading.notes, *_advice(result.adapter, model)),
-    )
-    made = recipe.Recipe(
-        method=report.method,
-        settings=method_settings(chosen),
-        inputs=[
-            recipe.Input(
-                path=adapter.source.path or value.label,
-                sha256=adapter.source.sha256,
-                weight=value.strength_model,
-                text_encoder_weight=value.strength_clip,
-                module_weights=weights,
-            )
-            for value, adapter, weights in zip(values, reading.adapters, per_module, strict=True)
-        ],
-        convert_rank=max(value.convert_rank for value in values) or None,
-    )
-    label = f"{report.method}({', '.join(report.inputs)})"
-    adapter = replace(
-        reading.finish(result.adapter),
-        metadata=file_metadata(made, report, reading.adapters),
-        source=Source(label, format="comfy" if model is not None else formats.detect([*result.adapter.modules])),
-    )
-    return Lora(adapter, label), report
-
-
-def _advice(adapter: Adapter, model: Any) -> Iterator[str]:
-    if model is None and any(name.startswith("unet.") for name in adapter.modules):
-        yield "ComfyUI's stock loader does not read names such as unet.*: connect the model to get names it reads"
+_LEGO = METHODS["lego"]
+_OTHER_METHODS = {name: method for name, method in METHODS.items() if method is not _LEGO}
+_BASIC_SETTINGS = ("rank", "geometry", "parameter_reweight", "output_reweight")  # the others are advanced
 
 
 class LegoMerge(io.ComfyNode):
-    """LoRA-LEGO (arXiv 2409.16167): the LoRAs' units are clustered, each cluster becomes one unit of the result."""
+    """Merges LoRAs by LoRA-LEGO (arXiv 2409.16167): units are clustered, and each cluster becomes one unit."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shown = ("rank", "geometry", "parameter_reweight", "output_reweight")
         return io.Schema(
             node_id="LegoMoLE_LegoMerge",
             display_name="LEGO Merge",
             category=CATEGORY,
-            description="Merge LoRAs of any ranks into one by clustering their smallest building blocks (LoRA-LEGO).",
+            description="Merges LoRAs of any ranks into one, by clustering their rank-one units (LoRA-LEGO).",
             search_aliases=["merge lora", "combine loras", "lora lego", "legomole", "lora merger"],
             inputs=[
                 loras_input(),
-                *(widget(setting, advanced=setting.name not in shown) for setting in settings(LEGO)),
+                *(setting_input(s, advanced=s.name not in _BASIC_SETTINGS) for s in settings_of(_LEGO)),
                 *model_inputs(),
                 statistics_input(),
                 module_weights_input(),
@@ -171,13 +66,13 @@ class LegoMerge(io.ComfyNode):
         clip: Any = None,
         statistics: Statistics | None = None,
         module_weights: str | None = None,
-        **widgets: Any,
+        **settings: Any,
     ) -> io.NodeOutput:
-        return _merge(loras, "lego", widgets, statistics, model, clip, module_weights)
+        return _merge(loras, {**settings, "method": "lego"}, model, clip, statistics, module_weights)
 
 
 class MergeLoRAs(io.ComfyNode):
-    """The other methods of the table, to use and to compare with."""
+    """Merges LoRAs by one of the other methods."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -185,15 +80,15 @@ class MergeLoRAs(io.ComfyNode):
             node_id="LegoMoLE_MergeLoRAs",
             display_name="Merge LoRAs",
             category=CATEGORY,
-            description="Merge LoRAs by another method than LEGO: the exact sum (concat), its best low-rank "
-            "approximation (svd), the known heuristics (linear, TIES, DARE, KnOTS), or calibrated on the model.",
+            description="Merges LoRAs by a method other than LEGO: their exact sum (concat), its best low-rank "
+            "approximation (svd), published heuristics (linear, TIES, DARE, KnOTS), or calibrated on the model.",
             search_aliases=["merge lora", "combine loras", "ties", "dare", "knots", "svd", "legomole", "lora merger"],
             inputs=[
                 loras_input(),
                 method_input(
-                    OTHERS,
-                    "concat: the exact sum, with the ranks added up. svd: the closest LoRA of a given rank to that "
-                    "sum. linear, ties, dare, knots: the known heuristics. calibrated: least squares on what Calibrate "
+                    _OTHER_METHODS,
+                    "concat: the exact sum, with the ranks added up. svd: the LoRA of the chosen rank that is closest "
+                    "to the sum. linear, ties, dare, knots: published heuristics. calibrated: fitted to what Calibrate "
                     "measured.",
                 ),
                 *model_inputs(),
@@ -213,4 +108,58 @@ class MergeLoRAs(io.ComfyNode):
         statistics: Statistics | None = None,
         module_weights: str | None = None,
     ) -> io.NodeOutput:
-        return _merge(loras, method["method"], method, statistics, model, clip, module_weights)
+        return _merge(loras, method, model, clip, statistics, module_weights)
+
+
+def _outputs() -> list[Any]:
+    return [
+        lora_output("The merged LoRA. Connect it to Apply LoRA, Save LoRA or another merge."),
+        report_output("A summary of the merge."),
+    ]
+
+
+def _merge(
+    loras: Mapping[str, Any],
+    widgets: Mapping[str, Any],
+    model: Any,
+    clip: Any,
+    statistics: Statistics | None,
+    rules: str | None,
+) -> io.NodeOutput:
+    """Load and merge LoRAs, and show the report.
+
+    Args:
+        loras: Values of the growing input.
+        widgets: The method and its settings.
+        model, clip, statistics: What is connected, if anything.
+        rules: Rules for layer weights.
+    """
+    if statistics is not None and model is None:
+        raise MergeError(
+            "Statistics name layers as the connected model does, and no model is connected.",
+            expected="the model that Calibrate measured",
+            found="nothing connected to model",
+            remedy="connect the same model (and clip) here",
+        )
+    values = connected_loras(loras, folders.lora_path)
+    method_from_widgets(METHODS, widgets, statistics)  # report wrong settings before large files are read
+    loaded = read(values, model, clip)
+    aligned_statistics = None if statistics is None else statistics.of(loaded.adapters)
+    method = method_from_widgets(METHODS, widgets, aligned_statistics)
+    lora, report = merge_loaded(values, loaded, method, rules or "", display.progress_bar())
+    if model is None and isinstance(lora.content, Adapter):
+        report = replace(report, notes=(*report.notes, *_notes_for_comfyui(lora.content)))
+    text = report.text()
+    shown_text = text
+    if report.dropped:
+        # a node shows a few lines, and the list of dropped keys comes late in the report
+        shown_text = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"
+        _LOG.warning("LegoMoLE: %d keys could not be merged: %s", len(report.dropped), report.dropped)
+    return io.NodeOutput(lora, text, ui=display.show_text(shown_text))
+
+
+def _notes_for_comfyui(adapter: Adapter) -> list[str]:
+    """Return notes that only matter in ComfyUI, and so are not stored in the metadata of the file."""
+    if any(name.startswith("unet.") for name in adapter.modules):
+        return ["ComfyUI's stock loader does not read names such as unet.*: connect the model to get names it reads"]
+    return []

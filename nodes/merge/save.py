@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import torch
 from comfy_api.latest import io
 
 from ...core import formats
-from ...core.adapter import Adapter
-from ...core.merge.engine import merge
-from ...core.merge.methods import METHODS
-from ..comfy import program
-from ..loaded_loras import adapter_of
-from ..lora import Lora
-from ..sockets import CATEGORY, LEGOMOLE_LORA
+from ..comfy import display, folders
+from ..graph_lora import GraphLora
+from ..sockets import CATEGORY, LEGOMOLE_LORA, filename_input, path_output
+from .recorded import DTYPES, save_lora
 
-AS_IS, AUTO = "as is", "auto"
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def lora_format(adapter: Adapter) -> str:
-    """The file format an adapter came in, or comfy where that is not a single file."""
-    format = adapter.source.format
-    return format if format in formats.FORMATS and format != "peft" else "comfy"
+_AS_IS, _AUTO = "as is", "auto"
 
 
 class SaveLoRA(io.ComfyNode):
-    """Write a LoRA into the loras folder, with the recipe of its making in the metadata."""
+    """Writes a LoRA to the loras folder; a merged LoRA has its recipe in the metadata."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -35,43 +22,39 @@ class SaveLoRA(io.ComfyNode):
             node_id="LegoMoLE_SaveLoRA",
             display_name="Save LoRA",
             category=CATEGORY,
-            description="Save a LoRA to the loras folder, so that any loader can use it.",
+            description="Saves a LoRA to the loras folder, for any loader.",
             search_aliases=["export lora", "write lora", "legomole"],
             is_output_node=True,
             inputs=[
                 LEGOMOLE_LORA.Input("lora", tooltip="A merged or loaded LoRA. Its strengths become part of the file."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="legomole/merged",
-                    tooltip="Name inside the loras folder, a number is added. May hold a subfolder and the date as "
-                    "%year%, %month%, %day%. Existing files are never overwritten.",
-                ),
+                filename_input("the loras folder", "legomole/merged"),
                 io.Combo.Input(
                     "format",
-                    options=[AUTO, *(name for name in formats.FORMATS if name != "peft")],
-                    default=AUTO,
+                    options=[_AUTO, *(name for name in formats.FORMATS if name != "peft")],
+                    default=_AUTO,
                     advanced=True,
-                    tooltip="How the keys are named. auto: as ComfyUI names them after a merge with a model connected, "
-                    "else as in the LoRAs that went in.",
+                    tooltip="How the keys are named. auto: ComfyUI's names if a model was connected to the merge, "
+                    "otherwise those of the LoRAs.",
                 ),
                 io.Combo.Input(
                     "dtype",
-                    options=[AS_IS, *_DTYPES],
-                    default=AS_IS,
+                    options=[_AS_IS, *DTYPES],
+                    default=_AS_IS,
                     advanced=True,
-                    tooltip="Number format of the file. as is: the widest of the LoRAs that went in.",
+                    tooltip="Number format of the file. as is: that of the LoRAs, of several the most precise. Another "
+                    "one may take as long as the merge.",
                 ),
             ],
-            outputs=[io.String.Output("path", display_name="path", tooltip="Where the file was written.")],
+            outputs=[path_output()],
         )
 
     @classmethod
-    def execute(cls, lora: Lora, filename_prefix: str, format: str, dtype: str) -> io.NodeOutput:
-        adapter = adapter_of(lora)
-        if (lora.strength_model, lora.strength_clip) != (1.0, 1.0):
-            sum_of_one = METHODS["concat"]()
-            scaled = merge([adapter], sum_of_one, [lora.strength_model], text_encoder_weights=[lora.strength_clip])
-            adapter = replace(scaled.adapter, metadata=adapter.metadata, source=adapter.source)
-        chosen = format if format != AUTO else lora_format(adapter)
-        path = formats.save(adapter, program.save_path(filename_prefix), format=chosen, dtype=_DTYPES.get(dtype))
-        return io.NodeOutput(str(path), ui=program.show(str(path)))
+    def execute(cls, lora: GraphLora, filename_prefix: str, format: str, dtype: str) -> io.NodeOutput:
+        path = save_lora(
+            lora,
+            folders.new_path(filename_prefix),
+            None if format == _AUTO else format,
+            None if dtype == _AS_IS else dtype,
+            display.progress_bar(),
+        )
+        return io.NodeOutput(str(path), ui=display.show_text(str(path)))

@@ -1,1 +1,1 @@
-"""Nodes that mix LoRAs by gates, train the gates and measure statistics."""
+"""Nodes that mix LoRAs by gates, train gates, and measure statistics."""

@@ -7,17 +7,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...core.merge.methods import METHODS
-from ...core.train import prompts_for
 from ...core.train.measure import CalibrationSettings
-from ..comfy import mixes, program, training
-from ..lora import flatten
-from ..sockets import CATEGORY, LEGOMOLE_STATISTICS, loras_input, painting_inputs, seed_input, words_input
-from .train_gates import concepts_of
+from ..comfy import display, training
+from ..sockets import CATEGORY, LEGOMOLE_STATISTICS, report_output, seed_input
+from .sampling_setup import model_and_prompt_inputs, sampling_inputs, sampling_setup
 
 
 class Calibrate(io.ComfyNode):
-    """Measure what the model's layers see, by which LoRAs a prompt names: what a calibrated merge needs."""
+    """Measures the statistics of a model's layers that a calibrated merge needs."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -25,39 +22,38 @@ class Calibrate(io.ComfyNode):
             node_id="LegoMoLE_Calibrate",
             display_name="Calibrate",
             category=CATEGORY,
-            description="Runs some prompts through the model and notes what its layers see. With that, LEGO Merge and "
-            "Merge LoRAs (calibrated) make a LoRA that acts like each where it is asked for and leaves the rest alone.",
+            description="Measures the inputs of the model's layers while it samples some prompts. With these "
+            "statistics LEGO Merge and Merge LoRAs (calibrated) make a LoRA that acts like each LoRA where a prompt "
+            "asks for it, and changes little elsewhere.",
             search_aliases=["calibrated merge", "regmean", "merge lora", "legomole"],
             inputs=[
-                io.Model.Input("model", tooltip="The base model, without the LoRAs."),
-                io.Clip.Input("clip", tooltip="Its text encoders."),
-                loras_input(),
-                words_input(),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size to measure at, e.g. 512 x 512."),
-                io.String.Input(
-                    "prompts",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Prompts to measure on, one a line: with one LoRA's words, with several, with none; the "
-                    "more unlike, the better. Left empty, they are made from the words.",
-                ),
+                *model_and_prompt_inputs(),
                 io.Int.Input(
                     "pictures",
                     default=24,
                     min=1,
                     max=10000,
-                    tooltip="How many pictures the model paints with each LoRA alone, with each group, and with none.",
+                    tooltip="Number of images to sample for each LoRA alone, for LoRAs together, and for none. More is "
+                    "more accurate and takes longer.",
                 ),
-                *painting_inputs(),
-                io.Int.Input("batch_size", default=8, min=1, max=1024, advanced=True, tooltip="Pictures at a time."),
-                seed_input("Of everything drawn. The same seed gives the same statistics."),
+                *sampling_inputs(),
+                io.Int.Input(
+                    "batch_size",
+                    default=8,
+                    min=1,
+                    max=1024,
+                    advanced=True,
+                    tooltip="Images per batch. Lower it if the GPU runs out of memory.",
+                ),
+                seed_input("Random seed. The same seed gives the same statistics."),
             ],
             outputs=[
                 LEGOMOLE_STATISTICS.Output(
-                    "statistics", display_name="statistics", tooltip="For LEGO Merge and Merge LoRAs, same LoRAs."
+                    "statistics",
+                    display_name="statistics",
+                    tooltip="Connect them to LEGO Merge or Merge LoRAs, together with the same LoRAs.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="What was measured."),
+                report_output("What was measured."),
             ],
         )
 
@@ -76,26 +72,17 @@ class Calibrate(io.ComfyNode):
         seed: int,
         prompts: str | None = None,
     ) -> io.NodeOutput:
-        values = flatten(loras, program.lora_path)
-        asked = prompts_for(concepts_of(words, values), (prompts or "").splitlines())
-        mix = mixes.build(values, model, clip)
-        found = training.calibrate(
-            mix,
-            model,
-            mixes.on_clip(mix, model, clip, METHODS["concat"]()),
-            latent_image["samples"],
-            asked,
-            CalibrationSettings(samples=pictures, batch=batch_size, seed=seed),
-            cfg=cfg,
-            sampling_steps=sampling_steps,
-            progress=program.told_progress(),
-        )
-        kinds = len({prompt.named for prompt in asked})
+        setup = sampling_setup(model, clip, loras, words, latent_image, prompts, sampling_steps=sampling_steps, cfg=cfg)
+        settings = CalibrationSettings(samples=pictures, batch=batch_size, seed=seed)
+        statistics = training.calibrate(setup, settings, display.progress_bar_with_text())
+        mixture = setup.mix.mixture
+        kinds = len({prompt.named for prompt in setup.prompts})
         text = (
-            f"measured {len(found.modules)} layers with {', '.join(mix.mixture.labels)}\n"
-            f"{len(asked)} prompts of {kinds} kinds, {pictures} pictures of each; {found.size / 1e6:.1f} MB in memory"
+            f"measured {len(statistics.modules)} layers with {', '.join(mixture.labels)}\n"
+            f"{len(setup.prompts)} prompts of {kinds} kinds, {pictures} images of each; "
+            f"{statistics.size / 1e6:.1f} MB in memory"
         )
-        left_out = len(mix.mixture.places) - len(found.modules)
+        left_out = len(mixture.places) - len(statistics.modules)
         if left_out:
-            text += f"\n{left_out} layers are too wide to be measured, or not used: they get the plain SVD of the sum"
-        return io.NodeOutput(found, text, ui=program.show(text))
+            text += f"\n{left_out} layers are too wide or were not used: a merge takes the plain SVD of the sum there"
+        return io.NodeOutput(statistics, text, ui=display.show_text(text))

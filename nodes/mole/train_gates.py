@@ -3,96 +3,82 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
 from ...core.errors import MergeError
-from ...core.merge.methods import METHODS
 from ...core.mole.gates import GateSettings
 from ...core.pictures.charts import curves
-from ...core.train import TrainingResult, TrainSettings, prompts_for
-from ..comfy import lora_loader, mixes, program, training
-from ..lora import Lora, flatten
-from ..sockets import CATEGORY, LEGOMOLE_GATES, loras_input, painting_inputs, seed_input, words_input
-from .mole import GRANULARITIES
+from ...core.train import TrainingResult, TrainSettings
+from ..comfy import display, folders, training
+from ..sockets import CATEGORY, GRANULARITIES, LEGOMOLE_GATES, report_output, seed_input
+from .sampling_setup import model_and_prompt_inputs, sampling_inputs, sampling_setup
 
 _LOG = logging.getLogger(__name__)
 
 
 class TrainGates(io.ComfyNode):
-    """Teach gates which LoRA a prompt asks for, without any images."""
+    """Trains the gates of a mixture to open for the LoRAs that a prompt asks for."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        latents = io.Autogrow.TemplatePrefix(
-            io.Latent.Input("latents", tooltip="Pictures of this LoRA's own subject or style, encoded; one batch."),
-            prefix="latents",
-            min=0,
-            max=50,
-        )
-        captions = io.Autogrow.TemplatePrefix(
-            io.Conditioning.Input("captions", tooltip="An encoded prompt for the pictures of this LoRA."),
-            prefix="captions",
-            min=0,
-            max=50,
-        )
         return io.Schema(
             node_id="LegoMoLE_TrainGates",
             display_name="Train Gates",
             category=CATEGORY,
-            description="Trains the gates of a mix from the models' own pictures: gates learn to let in the LoRAs a "
-            "prompt names, and none where it names none. Takes a minute or two, needs no images.",
+            description="Trains gates for MoLE Mix, so that a prompt uses the LoRAs it asks for and no others. Takes a "
+            "minute or two and needs no images: the model samples its own.",
             search_aliases=["mole training", "train mixture of lora experts", "legomole"],
             inputs=[
-                io.Model.Input("model", tooltip="The base model, without the LoRAs."),
-                io.Clip.Input("clip", tooltip="Its text encoders."),
-                loras_input(),
-                words_input(),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size to train at, e.g. 512 x 512."),
-                io.String.Input(
-                    "prompts",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Prompts to learn from, one a line: with one LoRA's words, with several, with none. Left "
-                    "empty, they are made from the words. Prompts unlike all of these may be read wrongly.",
-                ),
+                *model_and_prompt_inputs(),
                 io.Combo.Input(
                     "objective",
-                    options=["distil", "router", "denoise"],
+                    options=["distil", "denoise", "router"],
                     default="distil",
-                    tooltip="distil: imitate the sum of the LoRAs a prompt names. router: no training, gates follow "
-                    "the words at once. denoise: learn from pictures of each LoRA (connect latents).",
+                    tooltip="What the gates learn. distil: best for most; needs no images. denoise: if you have images "
+                    "of each LoRA's subject or style; connect latents. router: gates that follow the words, in "
+                    "seconds and without training; for a first try.",
                 ),
                 io.Combo.Input(
                     "granularity",
                     options=GRANULARITIES,
                     default="layer",
-                    tooltip="Parts of the model with a gate of their own: the whole, a block, an attention or "
-                    "feed-forward, a weight matrix.",
+                    tooltip="How large a part of the model shares one gate: all of it (network), a block, an attention "
+                    "or feed-forward (layer), or one weight matrix. layer is a good choice.",
                 ),
                 io.Combo.Input(
                     "activation",
                     options=["sigmoid", "softmax", "softmax-null"],
                     default="sigmoid",
                     advanced=True,
-                    tooltip="sigmoid: every LoRA has a gate of its own, all may be shut. softmax: they share out 1, as "
-                    "published. softmax-null: the same, with a share for none of them.",
+                    tooltip="sigmoid: best for most; each LoRA has its own gate, and all can be off. softmax: the "
+                    "gates of all LoRAs add up to 1, as in the paper. softmax-null: they add up to 1 or less.",
                 ),
                 io.Combo.Input(
                     "reads",
-                    options=["text", "hidden", "experts", "flat"],
+                    options=["text", "hidden", "experts"],
                     default="text",
                     advanced=True,
-                    tooltip="What a gate decides by: the prompt (text), the layer's input (hidden), what the LoRAs add "
-                    "(experts, the paper's), the same of every position apart (flat, fixed size).",
+                    tooltip="What a gate decides by. text: the prompt; best for most. hidden: the layer's input; gates "
+                    "may change from step to step. experts: what the LoRAs add, as in the paper.",
                 ),
-                io.Int.Input("steps", default=200, min=1, max=100000, tooltip="TrainingResult steps."),
-                io.Int.Input("batch_size", default=8, min=1, max=1024, tooltip="Examples per step. Costs memory."),
+                io.Int.Input("steps", default=200, min=1, max=100000, tooltip="Number of training steps."),
+                io.Int.Input(
+                    "batch_size",
+                    default=8,
+                    min=1,
+                    max=1024,
+                    tooltip="Examples per training step. Lower it if the GPU runs out of memory.",
+                ),
                 io.Float.Input(
-                    "learning_rate", default=0.01, min=1e-7, max=1.0, step=1e-4, tooltip="At its peak; falls to 0."
+                    "learning_rate",
+                    default=0.01,
+                    min=1e-7,
+                    max=1.0,
+                    step=1e-4,
+                    tooltip="Highest learning rate; it falls to 0 at the end.",
                 ),
                 io.Float.Input(
                     "balance",
@@ -101,8 +87,8 @@ class TrainGates(io.ComfyNode):
                     max=100.0,
                     step=0.01,
                     advanced=True,
-                    tooltip="Weight of the balance loss, which keeps any LoRA from being starved. The paper has 0.5, "
-                    "for softmax gates.",
+                    tooltip="Weight of the balance loss, which keeps gates from ignoring a LoRA. The paper uses 0.5 "
+                    "with softmax.",
                 ),
                 io.Int.Input(
                     "pictures",
@@ -110,7 +96,7 @@ class TrainGates(io.ComfyNode):
                     min=1,
                     max=10000,
                     advanced=True,
-                    tooltip="How many pictures the models paint.",
+                    tooltip="Number of images the model samples to learn from.",
                 ),
                 io.Int.Input(
                     "examples",
@@ -118,9 +104,9 @@ class TrainGates(io.ComfyNode):
                     min=1,
                     max=100000,
                     advanced=True,
-                    tooltip="How many noised versions of them the gates learn from.",
+                    tooltip="Number of training examples: these images at different noise levels.",
                 ),
-                *painting_inputs(),
+                *sampling_inputs(),
                 io.Float.Input(
                     "compose",
                     default=1.2,
@@ -128,32 +114,33 @@ class TrainGates(io.ComfyNode):
                     max=10.0,
                     step=0.05,
                     advanced=True,
-                    tooltip="How strong the sum is that is imitated where a prompt names several LoRAs.",
+                    tooltip="Factor on the LoRAs' strengths for prompts that ask for several of them.",
                 ),
                 io.Boolean.Input(
                     "save_memory",
                     default=True,
                     advanced=True,
-                    tooltip="Compute blocks again in the backward pass instead of keeping all they computed.",
+                    tooltip="Use less memory by computing each block twice. Slower.",
                 ),
-                seed_input("Of everything drawn. The same seed gives the same gates."),
-                io.Autogrow.Input(
+                seed_input("Random seed. The same seed gives the same gates."),
+                _per_lora_input(
                     "latents",
-                    template=latents,
-                    optional=True,
-                    tooltip="For denoise: one batch of encoded pictures per LoRA, in the LoRAs' order.",
+                    io.Latent.Input("latents", tooltip="Encoded images of this LoRA's subject or style, as a batch."),
+                    "For denoise: one batch of encoded images per LoRA, in the order of the LoRAs.",
                 ),
-                io.Autogrow.Input(
+                _per_lora_input(
                     "captions",
-                    template=captions,
-                    optional=True,
-                    tooltip="For denoise: what describes the pictures of each LoRA. Default: prompts with its words.",
+                    io.Conditioning.Input("captions", tooltip="An encoded prompt that describes this LoRA's images."),
+                    "For denoise: a prompt that describes the images of each LoRA. Optional: without it prompts with "
+                    "the LoRA's words are used.",
                 ),
             ],
             outputs=[
-                LEGOMOLE_GATES.Output("gates", display_name="gates", tooltip="For MoLE Mix and Save Gates."),
-                io.Image.Output("IMAGE", tooltip="Loss and entropy of the gates, step by step."),
-                io.String.Output("report", display_name="report", tooltip="How the training went."),
+                LEGOMOLE_GATES.Output(
+                    "gates", display_name="gates", tooltip="Connect them to MoLE Mix, and to Save Gates to keep them."
+                ),
+                io.Image.Output("IMAGE", tooltip="A chart of the loss and of the gates' entropy."),
+                report_output("How the training went."),
             ],
         )
 
@@ -184,10 +171,7 @@ class TrainGates(io.ComfyNode):
         latents: dict[str, Any] | None = None,
         captions: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        values = flatten(loras, program.lora_path)
-        concepts = concepts_of(words, values)
-        asked = prompts_for(concepts, (prompts or "").splitlines())
-        gate = GateSettings.model_validate({"granularity": granularity, "activation": activation, "reads": reads})
+        gates = GateSettings.model_validate({"granularity": granularity, "activation": activation, "reads": reads})
         settings = TrainSettings.model_validate(
             {
                 "objective": objective,
@@ -201,45 +185,59 @@ class TrainGates(io.ComfyNode):
                 "seed": seed,
             }
         )
-        mix = mixes.build(values, model, clip, settings=gate)
-        text_encoders = mixes.on_clip(mix, model, clip, METHODS["concat"]())
-        done = training.train_gates(
-            mix,
-            model,
-            text_encoders,
-            latent_image["samples"],
-            asked,
-            concepts,
+        setup = sampling_setup(
+            model, clip, loras, words, latent_image, prompts, sampling_steps=sampling_steps, cfg=cfg, gates=gates
+        )
+        experts = len(setup.concepts)
+        result = training.train_gates(
+            setup,
             settings,
-            cfg=cfg,
-            sampling_steps=sampling_steps,
             checkpointing=save_memory,
-            images={i: latent["samples"] for i, latent in _by_lora("latents", latents, len(values)).items()},
-            captions=_by_lora("captions", captions, len(values)),
-            folder=program.unfinished_folder(),
-            progress=program.told_progress(),
+            images={i: latent["samples"] for i, latent in _by_lora("latents", latents, experts).items()},
+            captions=_by_lora("captions", captions, experts),
+            folder=folders.unfinished_folder(),
+            progress=display.progress_bar_with_text(),
             keep=_keep,
         )
-        fit = done.fit
-        text = told(done)
-        drawn = curves({"loss": fit.losses, "entropy": fit.entropies}, f"TrainingResult the gates: {objective}")
-        return io.NodeOutput(done.gates, program.picture(drawn), text, ui=program.show(text))
+        text = _report(result)
+        fit = result.fit
+        chart = curves({"loss": fit.losses, "entropy": fit.entropies}, f"Gate training: {objective}")
+        return io.NodeOutput(result.gates, display.to_image(chart), text, ui=display.show_text(text))
 
 
-def _keep(partly: TrainingResult) -> None:
-    """A cancelled training: what it learnt becomes a file of its own, beside the state it can go on from."""
-    path = program.save_path("interrupted", program.GATES)
-    partly.gates.save(path)
-    text = f"{partly.fit.stopped}: queue again to go on. What was learnt so far is in {path.name} (Load Gates)."
+def _per_lora_input(name: str, socket: Any, tooltip: str) -> Any:
+    """A growing row of optional sockets, one per LoRA."""
+    template = io.Autogrow.TemplatePrefix(socket, prefix=name, min=0, max=50)
+    return io.Autogrow.Input(name, template=template, optional=True, tooltip=tooltip)
+
+
+def _by_lora(row: str, values: Mapping[str, Any] | None, experts: int) -> dict[int, Any]:
+    """Return what is connected to a growing row, by the position of its LoRA.
+
+    Raises:
+        MergeError: Something is connected past the last LoRA.
+    """
+    connected = {int(name.removeprefix(row)): value for name, value in (values or {}).items() if value is not None}
+    if connected and max(connected) >= experts:
+        raise MergeError(
+            f"More {row} are connected than LoRAs.", expected=f"at most {experts}", found=f"{row}{max(connected)}"
+        )
+    return dict(sorted(connected.items()))
+
+
+def _keep(partial: TrainingResult) -> None:
+    """Save the gates of a cancelled training to a file; its state, from which it can be resumed, is saved already."""
+    path = folders.new_path("interrupted", folders.GATES)
+    partial.gates.save(path)
+    text = f"{partial.fit.stopped}: queue again to resume. The gates so far are in {path.name} (Load Gates)."
     _LOG.warning("LegoMoLE: %s", text)
-    program.show(text)
+    display.show_text(text)
 
 
-def told(done: TrainingResult) -> str:
-    """How a training went, for people."""
-    fit, labels = done.fit, [expert.label for expert in done.gates.experts]
-    names = done.gates.gates.names
-    lines = [f"{len(names)} gates for {', '.join(labels)}"]
+def _report(result: TrainingResult) -> str:
+    """Describe a training to the user."""
+    fit, labels = result.fit, [expert.label for expert in result.gates.experts]
+    lines = [f"{len(result.gates.gates.names)} gates for {', '.join(labels)}"]
     if fit.losses:
         lines.append(
             f"loss {fit.losses[0]:.4g} at the first step, {fit.losses[-1]:.4g} at the last of {len(fit.losses)}"
@@ -248,38 +246,3 @@ def told(done: TrainingResult) -> str:
     if fit.stopped:
         lines.append(f"STOPPED: {fit.stopped}")
     return "\n".join(lines)
-
-
-def concepts_of(words: str, loras: Sequence[Lora]) -> list[list[str]]:
-    """The words of each LoRA: a line of the widget, or the trigger words of its file where the line is empty.
-
-    Raises:
-        MergeError: More lines than LoRAs.
-    """
-    lines = words.rstrip().splitlines()
-    if len(lines) > len(loras):
-        raise MergeError(
-            "There are more lines of words than LoRAs.",
-            expected=f"{len(loras)} lines, one per LoRA",
-            found=f"{len(lines)} lines",
-            remedy="put all words of a LoRA on one line, separated by commas",
-        )
-    lines += [""] * (len(loras) - len(lines))
-    return [
-        [word.strip() for word in (line.strip() or lora_loader.trigger_words(lora)).split(",") if word.strip()]
-        for line, lora in zip(lines, loras, strict=True)
-    ]
-
-
-def _by_lora(row: str, values: Mapping[str, Any] | None, experts: int) -> dict[int, Any]:
-    """What is connected to a growing row, by the position of the LoRA it belongs to.
-
-    Raises:
-        MergeError: Something is connected past the last LoRA.
-    """
-    found = {int(name.removeprefix(row)): value for name, value in (values or {}).items() if value is not None}
-    if found and max(found) >= experts:
-        raise MergeError(
-            f"More {row} are connected than LoRAs.", expected=f"at most {experts}", found=f"{row}{max(found)}"
-        )
-    return dict(sorted(found.items()))

@@ -1,9 +1,12 @@
-"""What comes out of the server."""
+"""Fixtures that read the results of a server, and measurements made by ComfyUI's own Python."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,8 @@ Picture = tuple[np.ndarray, Tensor]
 
 
 @pytest.fixture
-def paint(comfy: Server) -> Callable[[Graph, str], Picture]:
-    """Run a graph; the picture of its saving node and the latent it was made from."""
+def sample(comfy: Server) -> Callable[[Graph, str], Picture]:
+    """Runs a graph; returns the image of its SaveImage node and the latent it was decoded from."""
 
     def run(graph: Graph, node: str) -> Picture:
         return picture_of(comfy, comfy.run(graph.nodes), node)
@@ -27,7 +30,21 @@ def paint(comfy: Server) -> Callable[[Graph, str], Picture]:
     return run
 
 
+@pytest.fixture(scope="session")
+def measure(comfy: Server, files: dict[str, str]) -> Callable[[str], dict[str, Any]]:
+    """Runs a script of this folder with ComfyUI's own Python; returns the JSON object it prints last."""
+
+    def run(script: str) -> dict[str, Any]:
+        command = [comfy.python, Path(__file__).with_name(script), comfy.folder, comfy.base]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        assert result.returncode == 0, result.stderr[-4000:]
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run
+
+
 def picture_of(comfy: Server, run: Run, node: str) -> Picture:
+    """Return the image of a SaveImage node, and the latent it was decoded from."""
     number = node.removeprefix("SaveImage")
     return (
         np.asarray(Image.open(_output(comfy, run.outputs[node]["images"][0])), dtype=np.int16),

@@ -1,4 +1,4 @@
-"""Prompts (API format), built piece by piece."""
+"""Builds prompts in ComfyUI's API format, node by node."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ Link = list[Any]  # [node id, output number]
 
 
 class Graph:
-    """A prompt under construction. Node ids are readable: the class name and a number."""
+    """A prompt under construction. Node ids are class names with a number.
+
+    Args:
+        base: The tiny model: ``flux``, or ``sd15``.
+    """
 
     def __init__(self, base: str = "flux") -> None:
         self.nodes: Prompt = {}
         checkpoint, _ = self.add("CheckpointLoaderSimple", ckpt_name="sd15_nano.safetensors")
         self.model, self.clip, self._vae = [checkpoint, 0], [checkpoint, 1], [checkpoint, 2]
         self._latent, self._cfg = "EmptyLatentImage", 4.0
-        if base == "flux":  # its own text encoders are large: CLIP-L's states have the width it was made for
+        if base == "flux":  # with the CLIP-L of SD1.5, because Flux's own text encoders are large
             self.model = self.add("UNETLoader", unet_name="flux_nano.safetensors", weight_dtype="default")
             self._vae = self.add("VAELoader", vae_name="taef1")
             self._latent, self._cfg = "EmptySD3LatentImage", 1.0
 
     def add(self, kind: str, **inputs: Any) -> Link:
-        """Add a node; a link to its first output. ``loras__lora0`` stands for ``loras.lora0``."""
+        """Add a node and return a link to its first output. ``loras__lora0`` stands for ``loras.lora0``."""
         name = f"{kind}{sum(node['class_type'] == kind for node in self.nodes.values())}"
         self.nodes[name] = {
             "class_type": kind,
@@ -67,7 +71,7 @@ class Graph:
         return [node, 0], [node, 1]
 
     def stock(self, *names: str, strengths: list[float] | None = None) -> tuple[Link, Link]:
-        """A chain of stock loaders."""
+        """Add a chain of stock loaders; returns MODEL and CLIP."""
         model, clip = self.model, self.clip
         for name, strength in zip(names, strengths or [1.0] * len(names), strict=True):
             node, _ = self.add(
@@ -82,7 +86,7 @@ class Graph:
         return model, clip
 
     def mix(self, *loras: Link, gates: Link | None = None, clip: Link | None = None, **settings: Any) -> Link:
-        """MoLE Mix on the model; its MODEL (outputs 1 and 2 are CLIP and the report)."""
+        """Add MoLE Mix; returns its MODEL (outputs 1 and 2 are CLIP and the report)."""
         defaults = {"scale": 1.0, "mixing": "delta", "granularity": "block", "clip_method": "concat"}
         model = settings.pop("model", self.model)
         return self.add(
@@ -90,7 +94,7 @@ class Graph:
         )
 
     def train(self, *loras: Link, **settings: Any) -> Link:
-        """Train Gates, small: its gates (outputs 1 and 2 are the picture and the report)."""
+        """Add Train Gates with a short training; returns its gates (outputs 1 and 2 are the chart and the report)."""
         defaults = {
             "words": "ember style\nheart",
             "prompts": "ember style\nheart\nheart in ember style\na dog",
@@ -116,7 +120,7 @@ class Graph:
         )
 
     def calibrate(self, *loras: Link, **settings: Any) -> Link:
-        """Calibrate, small: its statistics (output 1 is the report)."""
+        """Add Calibrate with few images; returns its statistics (output 1 is the report)."""
         defaults = {
             "words": "ember style\nheart",
             "prompts": "ember style\nheart\nheart in ember style\na dog",
@@ -132,7 +136,7 @@ class Graph:
         )
 
     def compare(self, *loras: Link, **settings: Any) -> Link:
-        """XY Compare, painting as `picture` does: its grid (outputs 1 and 2 are the pictures and the report)."""
+        """Add XY Compare with the settings of `picture`; returns its grid (outputs 1 and 2: images and report)."""
         defaults = {
             "prompt": "a house of bricks",
             "negative": "",
@@ -166,7 +170,7 @@ class Graph:
         return self.add("LegoMoLE_SaveLoRA", lora=lora, filename_prefix=prefix, format=format, dtype=dtype)
 
     def picture(self, model: Link | None = None, clip: Link | None = None, prompt: str = "a house of bricks") -> str:
-        """Sample a picture; the node that saves it, and its latent."""
+        """Add nodes that sample an image and save it and its latent; returns the id of the SaveImage node."""
         text = [self.add("CLIPTextEncode", text=text, clip=clip or self.clip) for text in (prompt, "")]
         latent = self.empty()
         sampled = self.add(

@@ -1,4 +1,4 @@
-"""LoRA files for the tiny models, in the dialects of different trainers."""
+"""LoRA files for the tiny models, in the dialects of several trainers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 Shapes = Mapping[str, Sequence[int]]  # module -> (d_out, d_in, *kernel)
 
 H = 128
-FLUX_FUSED: Shapes = {  # kohya: q, k and v in one layer, as in BFL's model
+FLUX_FUSED: Shapes = {  # kohya: q, k and v fused, as in BFL's model
     "lora_unet_double_blocks_0_img_attn_qkv": (3 * H, H),
     "lora_unet_double_blocks_0_img_mlp_0": (4 * H, H),
     "lora_unet_single_blocks_0_linear1": (7 * H, H),
     "lora_unet_single_blocks_0_linear2": (H, 5 * H),
     "lora_unet_final_layer_adaLN_modulation_1": (2 * H, H),
 }
-FLUX_SPLIT: Shapes = {  # diffusers: apart
+FLUX_SPLIT: Shapes = {  # diffusers: q, k and v split
     **{f"transformer.transformer_blocks.0.attn.to_{x}": (H, H) for x in "qkv"},
     "transformer.transformer_blocks.0.ff.net.0.proj": (4 * H, H),
     **{f"transformer.single_transformer_blocks.0.attn.to_{x}": (H, H) for x in "qkv"},
     "transformer.single_transformer_blocks.0.proj_mlp": (4 * H, H),
     "transformer.single_transformer_blocks.0.proj_out": (H, 5 * H),
-    "transformer.norm_out.linear": (2 * H, H),  # whose halves the two layouts swap
+    "transformer.norm_out.linear": (2 * H, H),  # the two layouts have its halves in different order
 }
 SD3_FUSED: Shapes = {
     "lora_unet_joint_blocks_0_x_block_attn_qkv": (192, 64),
@@ -58,7 +58,7 @@ TE_DIFFUSERS: Shapes = {"text_encoder.text_model.encoder.layers.0.mlp.fc1": (307
 
 
 def kohya(shapes: Shapes, rank: int, alpha: float, seed: int, size: float = 4.0) -> dict[str, Tensor]:
-    """``lora_down``, ``lora_up``, ``alpha``. `size` is about the spectral norm of every delta."""
+    """Return ``lora_down``, ``lora_up`` and ``alpha``. `size` is about the spectral norm of every delta."""
     state: dict[str, Tensor] = {}
     for name, (A, B) in _factors(shapes, rank, seed, size * rank / alpha).items():
         state[f"{name}.lora_down.weight"], state[f"{name}.lora_up.weight"] = A, B
@@ -67,7 +67,7 @@ def kohya(shapes: Shapes, rank: int, alpha: float, seed: int, size: float = 4.0)
 
 
 def peft(shapes: Shapes, rank: int, seed: int, size: float = 4.0) -> dict[str, Tensor]:
-    """``lora_A``, ``lora_B``, no alpha."""
+    """Return ``lora_A`` and ``lora_B``, without alpha."""
     state: dict[str, Tensor] = {}
     for name, (A, B) in _factors(shapes, rank, seed, size).items():
         state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"] = A, B
@@ -94,7 +94,7 @@ def loha(shapes: Shapes, rank: int, seed: int) -> dict[str, Tensor]:
 
 
 def lokr(shapes: Shapes, seed: int) -> dict[str, Tensor]:
-    """Whole factors: alpha does not count."""
+    """Return a LoKr whose factors are not decomposed, so that alpha has no effect."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for name, (d_out, d_in) in shapes.items():
@@ -112,7 +112,7 @@ def dora(shapes: Shapes, rank: int, seed: int) -> dict[str, Tensor]:
 
 
 def glora(shapes: Shapes, rank: int, seed: int) -> dict[str, Tensor]:
-    """The update depends on the weight it acts on: W A + B."""
+    """Return a GLoRA, whose update depends on the weight W: W A + B."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
     for name, (d_out, d_in) in shapes.items():
@@ -123,7 +123,7 @@ def glora(shapes: Shapes, rank: int, seed: int) -> dict[str, Tensor]:
 
 
 def oft(shapes: Shapes, blocks: tuple[int, ...], seed: int) -> dict[str, Tensor]:
-    """Rotations of the output, block by block; with two numbers of blocks, butterflies of them (BOFT).
+    """Return an OFT, which rotates blocks of the output, or a BOFT, which has several layers of rotations.
 
     Args:
         blocks: ``(blocks,)``, or ``(layers, blocks)`` for BOFT.
@@ -133,12 +133,12 @@ def oft(shapes: Shapes, blocks: tuple[int, ...], seed: int) -> dict[str, Tensor]
     for name, (d_out, _) in shapes.items():
         size = d_out // blocks[-1]
         state[f"{name}.oft_blocks"] = 0.05 * torch.randn(*blocks, size, size, generator=generator)
-        state[f"{name}.alpha"] = torch.tensor(0.0)  # the largest rotation; 0 is no limit
+        state[f"{name}.alpha"] = torch.tensor(0.0)  # limit of the rotation; 0 for none
     return state
 
 
 def write_all(folder: Path) -> dict[str, str]:
-    """The tests' LoRAs by short name -> file name: trainers, ranks, dialects and kinds of update."""
+    """Write the tests' LoRAs, of several ranks, dialects and kinds of update; returns short name -> file name."""
     img_mlp, img_qkv = "lora_unet_double_blocks_0_img_mlp_0", "lora_unet_double_blocks_0_img_attn_qkv"
     diffusers = peft({**SD15_DIFFUSERS, **TE_DIFFUSERS}, 8, 14)
     states = {
@@ -147,7 +147,7 @@ def write_all(folder: Path) -> dict[str, str]:
         "flux_split": peft(FLUX_SPLIT, 8, 12),
         "sd15_kohya": kohya({**SD15_KOHYA, **TE_KOHYA}, 4, 2.0, 13),
         "sd15_diffusers": diffusers,
-        # what diffusers calls unet.x.y the stock loader knows as lora_unet_x_y only
+        # the stock loader reads lora_unet_x_y, not diffusers' unet.x.y
         "sd15_respelled": {_respelled(key): tensor for key, tensor in diffusers.items()},
         "sd3_kohya": kohya(SD3_FUSED, 4, 2.0, 19),
         "sd3_split": peft(SD3_SPLIT, 8, 20),
@@ -171,7 +171,7 @@ def _respelled(key: str) -> str:
 
 
 def write(path: Path, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> str:
-    """Save; the file's name, as a loader's combo offers it."""
+    """Save a LoRA; returns the file name, as a loader's combo offers it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in state.items()}, path)
     return path.name

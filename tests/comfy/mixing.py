@@ -1,7 +1,7 @@
-"""Run by ComfyUI's own Python: what a model with a mix on it paints, against stock loaders.
+"""Run by ComfyUI's own Python: latents sampled with a mix on the model, compared with stock loaders.
 
-Usage: mixing.py <ComfyUI> <base directory>. Prints one JSON object: case -> what was measured. Leaves gradients, and
-what they are of, in <base directory>/gradients_<base>.safetensors for a comparison with diffusers.
+Usage: mixing.py <ComfyUI> <base directory>. Prints one JSON object: case -> measurements. Saves gradients and the
+inputs they were computed for in <base directory>/gradients_<base>.safetensors, for a comparison with diffusers.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from legomole.core.mole.gates import Gate, GateSet, GateSettings  # noqa: E402
 from legomole.core.mole.guidance import PromptFollowing  # noqa: E402
 from legomole.core.mole.recompute import exact_gradients  # noqa: E402
 from legomole.core.mole.trained import Expert, TrainedGates  # noqa: E402
-from legomole.nodes.comfy import mixes  # noqa: E402
+from legomole.nodes.comfy import mixture  # noqa: E402
 from legomole.nodes.comfy.denoiser import ComfyDenoiser  # noqa: E402
-from legomole.nodes.lora import Lora  # noqa: E402
+from legomole.nodes.graph_lora import GraphLora  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 LORAS = BASE / "models" / "loras"
 noise = torch.Generator().manual_seed(0)
 CHANNELS = {"flux": 16, "sd3": 16, "sd15": 4}
-# Two LoRAs in the names of two trainers, and the second in names that the stock loader reads.
+# Two LoRAs under the names of two trainers, and the second again under names that the stock loader reads.
 PAIRS = {
     "flux": ("flux_kohya", "flux_split", "flux_split"),
     "sd3": ("sd3_kohya", "sd3_split", "sd3_split"),
@@ -67,8 +67,8 @@ def conditioning(base: str, seed: int, **more: Any) -> Any:
     return [[states, {"pooled_output": torch.randn(1, pooled, generator=generator), **more}]]
 
 
-def paint(model: Any, base: str, cfg: float = 2.0, prompt: int = 1, hooks: Any = None) -> Tensor:
-    """Two steps of the stock sampler; the latent."""
+def sample(model: Any, base: str, cfg: float = 2.0, prompt: int = 1, hooks: Any = None) -> Tensor:
+    """Return the latent after two steps of the stock sampler."""
     latent = torch.zeros(1, CHANNELS[base], 8, 8)
     start = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
     positive = conditioning(base, prompt, **({} if hooks is None else {"hooks": hooks}))
@@ -77,32 +77,33 @@ def paint(model: Any, base: str, cfg: float = 2.0, prompt: int = 1, hooks: Any =
     )
 
 
-def lora(name: str, strength: float = 1.0) -> Lora:
-    return Lora(LORAS / f"{name}.safetensors", name, strength, strength)
+def lora(name: str, strength: float = 1.0) -> GraphLora:
+    return GraphLora(LORAS / f"{name}.safetensors", name, strength, strength)
 
 
-def stock(model: Any, *loras: Lora) -> Any:
+def stock(model: Any, *loras: GraphLora) -> Any:
     for value in loras:
         model, _ = comfy.sd.load_lora_for_models(model, None, load_file(value.content), value.strength_model, 0.0)
     return model
 
 
-def mixed(model: Any, *loras: Lora, **options: Any) -> Any:
-    return mixes.on_model(mixes.build(loras, model, None, **options), model)
+def mixed(model: Any, *loras: GraphLora, **options: Any) -> Any:
+    return mixture.apply_to_model(mixture.build_mixture(loras, model, None, **options), model)
 
 
-def away(a: Tensor, b: Tensor, plain: Tensor) -> float:
-    """Largest difference, relative to the largest change the LoRAs make."""
+def distance(a: Tensor, b: Tensor, plain: Tensor) -> float:
+    """Return the largest difference, relative to the largest change the LoRAs make."""
     return float((a - b).abs().max() / (b - plain).abs().max())
 
 
-def leftovers(model: Any) -> int:
+def replaced_forwards(model: Any) -> int:
+    """Return the number of modules whose forward method is still replaced."""
     return sum("forward" in module.__dict__ for module in model.model.diffusion_model.modules())
 
 
-def random_gates(model: Any, loras: list[Lora], **settings: Any) -> TrainedGates:
-    """Gates of random weights for every part the LoRAs change, reading the text."""
-    mix = mixes.build(loras, model, None, settings=GateSettings(**settings))
+def random_gates(model: Any, loras: list[GraphLora], **settings: Any) -> TrainedGates:
+    """Return gates with random weights for every scope of the LoRAs, reading the text."""
+    mix = mixture.build_mixture(loras, model, None, settings=GateSettings(**settings))
     generator = torch.Generator().manual_seed(3)
     width = 4096 if mix.base == "SD3" else 768
     gates: dict[str, Gate] = {}
@@ -118,45 +119,46 @@ def pair(base: str) -> Callable[[], Any]:
     def case() -> Any:
         model = load(base)
         first, second, readable = PAIRS[base]
-        a, b, known = lora(first, 0.7), lora(second, -1.3), lora(readable, -1.3)
-        plain = paint(model, base)
-        both, one, two = stock(model, a, known), stock(model, a), stock(model, known)
+        a, b, readable_b = lora(first, 0.7), lora(second, -1.3), lora(readable, -1.3)
+        plain = sample(model, base)
+        both, one, two = stock(model, a, readable_b), stock(model, a), stock(model, readable_b)
         mix = mixed(model, a, b)
-        painted = paint(mix, base)
-        found = {
-            "even": away(painted, paint(both, base), plain),
-            "first alone": away(paint(mixed(model, a, b, off=[1]), base), paint(one, base), plain),
-            "second alone": away(paint(mixed(model, a, b, off=[0]), base), paint(two, base), plain),
-            "again": float((paint(mix, base) - painted).abs().max()),
+        latent = sample(mix, base)
+        measured = {
+            "even": distance(latent, sample(both, base), plain),
+            "first alone": distance(sample(mixed(model, a, b, switched_off=[1]), base), sample(one, base), plain),
+            "second alone": distance(sample(mixed(model, a, b, switched_off=[0]), base), sample(two, base), plain),
+            "again": float((sample(mix, base) - latent).abs().max()),
         }
-        found["output mixing, one left"] = away(
-            paint(mixed(model, a, b, off=[1], mixing="output", settings=GateSettings(granularity="block")), base),
-            paint(one, base),
+        settings = GateSettings(granularity="block")
+        measured["output mixing, one left"] = distance(
+            sample(mixed(model, a, b, switched_off=[1], mixing="output", settings=settings), base),
+            sample(one, base),
             plain,
         )
-        found["base after"] = float((paint(model, base) - plain).abs().max())
-        found["left on base"] = leftovers(model)
+        measured["base after"] = float((sample(model, base) - plain).abs().max())
+        measured["left on base"] = replaced_forwards(model)
         gates = random_gates(model, [a, b], granularity="layer")
-        gated = paint(mixed(model, a, b, gates=gates), base)
-        found["gates matter"] = away(gated, painted, plain)
+        gated = sample(mixed(model, a, b, gates=gates), base)
+        measured["gates matter"] = distance(gated, latent, plain)
         swapped = mixed(model, b, a, gates=gates)  # gates go by the LoRAs' hashes, not by their order
-        found["other order"] = away(paint(swapped, base), gated, plain)
-        return found
+        measured["other order"] = distance(sample(swapped, base), gated, plain)
+        return measured
 
     return case
 
 
 def among_others() -> Any:
-    """A mix beside stock loaders, hooks, bypass loaders, another mix; clones; models that come and go."""
+    """A mix together with stock loaders, hooks, bypass loaders and another mix; clones; deleted models."""
     base = "flux"
     model = load(base)
     a, b, c = lora("flux_kohya", 0.5), lora("flux_split", 0.5), lora("flux_kohya_2", 0.5)
-    plain = paint(model, base)
-    chain = paint(stock(model, a, b, c), base)
-    found: dict[str, float] = {}
+    plain = sample(model, base)
+    chain = sample(stock(model, a, b, c), base)
+    measured: dict[str, float] = {}
 
     def check(name: str, patcher: Any, hooks: Any = None) -> None:
-        found[name] = away(paint(patcher, base, hooks=hooks), chain, plain)
+        measured[name] = distance(sample(patcher, base, hooks=hooks), chain, plain)
 
     check("loader before", mixed(stock(model, c), a, b))
     check("loader after", stock(mixed(model, a, b), c))
@@ -166,34 +168,34 @@ def among_others() -> Any:
     mix = mixed(model, a, b)
     check("bypass after", comfy.sd.load_bypass_lora_for_models(mix, None, load_file(c.content), 0.5, 0.0)[0])
 
-    # a hook LoRA acts on the positive prompt only: without guidance that is all there is
+    # without guidance (cfg 1), because a hook LoRA acts on the positive prompt only
     hooked = comfy.hooks.create_hook_lora(load_file(c.content), 0.5, 0.0)
     stock_hooked = stock(model, a, b)
-    with_hook = paint(stock_hooked, base, cfg=1.0, hooks=hooked)
-    found["hook"] = away(paint(mix, base, cfg=1.0, hooks=hooked), with_hook, paint(model, base, cfg=1.0))
+    with_hook = sample(stock_hooked, base, cfg=1.0, hooks=hooked)
+    measured["hook"] = distance(sample(mix, base, cfg=1.0, hooks=hooked), with_hook, sample(model, base, cfg=1.0))
 
-    before = paint(mix, base)
+    before = sample(mix, base)
     comfy.model_management.unload_all_models()
-    found["after unloading"] = float((paint(mix, base) - before).abs().max())
+    measured["after unloading"] = float((sample(mix, base) - before).abs().max())
     other = mixed(model, c)
-    paint(other, base)
-    found["after another mix"] = float((paint(mix, base) - before).abs().max())
+    sample(other, base)
+    measured["after another mix"] = float((sample(mix, base) - before).abs().max())
     clone = mix.clone()
-    found["clone"] = float((paint(clone, base) - before).abs().max())
+    measured["clone"] = float((sample(clone, base) - before).abs().max())
     del clone, other
     gc.collect()
-    found["after a clone is gone"] = float((paint(mix, base) - before).abs().max())
-    found["base after"] = float((paint(model, base) - plain).abs().max())
-    found["left on base"] = leftovers(model)
+    measured["after a clone is gone"] = float((sample(mix, base) - before).abs().max())
+    measured["base after"] = float((sample(model, base) - plain).abs().max())
+    measured["left on base"] = replaced_forwards(model)
 
     fresh = load(base)
     gone = mixed(fresh, a, b)
-    paint(gone, base)
-    bank = weakref.ref(mixes.mixes_of(gone)[0].bank)
-    del gone  # as when ComfyUI drops it from its cache: loaded, and never asked to unload
-    found["left when the mix is gone"] = leftovers(fresh) + (bank() is not None)
-    found["base when the mix is gone"] = float((paint(fresh, base) - plain).abs().max())
-    return found
+    sample(gone, base)
+    bank = weakref.ref(mixture.mixtures_of(gone)[0].bank)
+    del gone  # ComfyUI's cache also drops models that are still loaded
+    measured["left when the mix is gone"] = replaced_forwards(fresh) + (bank() is not None)
+    measured["base when the mix is gone"] = float((sample(fresh, base) - plain).abs().max())
+    return measured
 
 
 def compiled() -> Any:
@@ -201,29 +203,29 @@ def compiled() -> Any:
     a, b = lora("flux_kohya"), lora("flux_split")
     model = load(base)
     gates = random_gates(model, [a, b], granularity="block")
-    plain, eager = paint(model, base), paint(mixed(model, a, b, gates=gates), base)
+    plain, eager = sample(model, base), sample(mixed(model, a, b, gates=gates), base)
     first = model.clone()
     set_torch_compile_wrapper(first, backend="eager")
-    paint(first, base)  # compiled before the mix comes
+    sample(first, base)  # compile before the mix is added
     later = mixed(load(base), a, b, gates=gates)
     set_torch_compile_wrapper(later, backend="eager")
     return {
-        "compiled, then mixed": away(paint(mixed(first, a, b, gates=gates), base), eager, plain),
-        "mixed, then compiled": away(paint(later, base), eager, plain),
-        "compiled base after": float((paint(first, base) - plain).abs().max()),
+        "compiled, then mixed": distance(sample(mixed(first, a, b, gates=gates), base), eager, plain),
+        "mixed, then compiled": distance(sample(later, base), eager, plain),
+        "compiled base after": float((sample(first, base) - plain).abs().max()),
     }
 
 
 def recorded() -> Any:
-    """Only the positive prompt's samples are kept, whatever shares a batch with them."""
+    """Only gates for the positive prompt's samples are recorded, whatever else is in their batch."""
     base = "flux"
     model = load(base)
     a, b = lora("flux_kohya"), lora("flux_split")
     mix = mixed(model, a, b, gates=random_gates(model, [a, b], granularity="block"))
-    paint(mix, base, cfg=1.0)
-    alone = mixes.mixes_of(mix)[0].record.mean()
-    paint(mix, base, cfg=3.0)
-    record = mixes.mixes_of(mix)[0].record
+    sample(mix, base, cfg=1.0)
+    alone = mixture.mixtures_of(mix)[0].record.mean()
+    sample(mix, base, cfg=3.0)
+    record = mixture.mixtures_of(mix)[0].record
     both = record.mean()
     return {
         "passes": len(record.passes),
@@ -233,45 +235,45 @@ def recorded() -> Any:
 
 
 def guided(base: str) -> Callable[[], Any]:
-    """The negative prompt has the prompt's gates: in one batch, in two passes, not where others ask for three."""
+    """The negative prompt uses the prompt's gates, in one batch and in two; not under guidance with three conds."""
 
     def case() -> Any:
         model = load(base)
         pair = [lora(name) for name in PAIRS[base][:2]]
         gates = random_gates(model, pair, granularity="block")
-        plain, mix = paint(model, base), mixed(model, *pair, gates=gates)
-        painted = paint(mix, base)
-        found = mixes.mixes_of(mix)[0].record.mean()
-        fixed = mixed(model, *pair, gates=replace(gates, gates=constant(gates.gates, found)))
-        with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):  # so the two never share a batch
-            apart = paint(mix, base)
+        plain, mix = sample(model, base), mixed(model, *pair, gates=gates)
+        latent = sample(mix, base)
+        mean_gates = mixture.mixtures_of(mix)[0].record.mean()
+        fixed = mixed(model, *pair, gates=replace(gates, gates=constant(gates.gates, mean_gates)))
+        with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):  # forces two batches
+            two_batches = sample(mix, base)
         with patch.object(PromptFollowing, "__call__", lambda _, scope, value: value):
-            own = paint(mix, base)
+            own_gates = sample(mix, base)
         three = mixed(model, *pair, gates=gates)
         three.set_model_sampler_calc_cond_batch_function(perpendicular)
-        asked = paint(three, base)
+        three_conds = sample(three, base)
         with patch.object(PromptFollowing, "__call__", lambda _, scope, value: value):
-            asked_own = paint(three, base)
+            three_conds_own_gates = sample(three, base)
         return {
-            "one batch": away(painted, paint(fixed, base), plain),
-            "two passes": away(apart, painted, plain),
-            "it matters": away(own, painted, plain),
-            "three predictions": float((asked - asked_own).abs().max()),
+            "one batch": distance(latent, sample(fixed, base), plain),
+            "two passes": distance(two_batches, latent, plain),
+            "it matters": distance(own_gates, latent, plain),
+            "three predictions": float((three_conds - three_conds_own_gates).abs().max()),
         }
 
     return case
 
 
-def perpendicular(asked: Any) -> Any:
-    """Guidance that asks for three predictions, as PerpNeg does."""
-    conds = asked["conds"]
+def perpendicular(arguments: Any) -> Any:
+    """Guidance with three conds, like PerpNeg's."""
+    conds = arguments["conds"]
     return comfy.samplers.calc_cond_batch(
-        asked["model"], [*conds, conds[1]], asked["input"], asked["sigma"], asked["model_options"]
+        arguments["model"], [*conds, conds[1]], arguments["input"], arguments["sigma"], arguments["model_options"]
     )[:2]
 
 
 def constant(gates: GateSet, values: dict[str, Tensor]) -> GateSet:
-    """Gates that say the same whatever they read."""
+    """Return gates with constant values."""
     made: dict[str, Gate] = {}
     for scope in gates.names:
         made[scope] = gate = Gate(gates[scope].features, gates.experts, gates.settings)
@@ -281,10 +283,10 @@ def constant(gates: GateSet, values: dict[str, Tensor]) -> GateSet:
 
 
 def lengths() -> Any:
-    """Prompts of two lengths in one batch, each with gates of its own: as each alone."""
+    """Prompts of two lengths in one call, each with its own gates, give the same as each prompt alone."""
     base = "flux"
     model = load(base)
-    mix = mixes.build([lora("flux_kohya"), lora("flux_split")], model, None)
+    mix = mixture.build_mixture([lora("flux_kohya"), lora("flux_split")], model, None)
     short, long = conditioning(base, 1), conditioning(base, 2)
     long = [[torch.cat([long[0][0], long[0][0]], 1), long[0][1]]]
     comfy.model_management.load_models_gpu([model])
@@ -308,14 +310,14 @@ def lengths() -> Any:
 
 
 def gradients(base: str) -> Callable[[], Any]:
-    """Of a loss in the gates' values, with and without recomputing blocks; written down for diffusers to repeat."""
+    """Gradients of a loss by the gates, with and without recomputing blocks; saved for a comparison with diffusers."""
 
     def case() -> Any:
         with torch.inference_mode(False), torch.enable_grad():
             model = load(base)
             network = model.model.diffusion_model.requires_grad_(False)
             pair = [lora(name) for name in PAIRS[base][:2]]
-            mix = mixes.build(pair, model, None, settings=GateSettings(granularity="block"))
+            mix = mixture.build_mixture(pair, model, None, settings=GateSettings(granularity="block"))
             generator = torch.Generator().manual_seed(5)
             width, pooled = (4096, 2048) if base == "sd3" else (768, 768)
             inputs = {
@@ -326,7 +328,7 @@ def gradients(base: str) -> Callable[[], Any]:
             }
             target = torch.randn(2, CHANNELS[base], 8, 8, generator=generator)
             comfy.model_management.in_training = True
-            found: dict[str, Tensor] = {}
+            measured: dict[str, Tensor] = {}
             for checkpointing in (False, True):
                 g = torch.tensor([[0.8, 0.3], [0.2, 1.1]], requires_grad=True)
                 bank = Bank(network, mix.mixture)
@@ -337,10 +339,10 @@ def gradients(base: str) -> Callable[[], Any]:
                     loss = (out - target).square().mean()
                     loss.backward()
                 assert g.grad is not None
-                found[f"gradient {checkpointing}"], found[f"loss {checkpointing}"] = g.grad, loss.detach()
+                measured[f"gradient {checkpointing}"], measured[f"loss {checkpointing}"] = g.grad, loss.detach()
             comfy.model_management.in_training = False
-            save_file({**inputs, "target": target, **found}, BASE / f"gradients_{base}.safetensors")
-            a, b = found["gradient False"], found["gradient True"]
+            save_file({**inputs, "target": target, **measured}, BASE / f"gradients_{base}.safetensors")
+            a, b = measured["gradient False"], measured["gradient True"]
             return {"checkpointing": float((a - b).abs().max() / a.abs().max())}
 
     return case

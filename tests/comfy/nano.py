@@ -1,4 +1,4 @@
-"""A graph of stock nodes for the small trained model."""
+"""Graphs of stock nodes for the demo model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HEART, EMBER = "legomole_nano_heart.safetensors", "legomole_nano_ember.safetenso
 
 
 class NanoGraph(Graph):
-    """With the files that `legomole.nano.comfyui.place` puts in place."""
+    """A graph with the files that `legomole.nano.comfyui.place` installs."""
 
     def __init__(self) -> None:
         self.nodes = {}
@@ -20,8 +20,8 @@ class NanoGraph(Graph):
         self._vae = self.add("VAELoader", vae_name="legomole_nano_vae.safetensors")
         self._latent, self._cfg = "EmptySD3LatentImage", sampling.GUIDANCE
 
-    def painted(self, text: str = TEXT, model: Link | None = None, empty: Link | None = None) -> str:
-        """Sample pictures; the node that saves them."""
+    def sampled(self, text: str = TEXT, model: Link | None = None, empty: Link | None = None) -> str:
+        """Add nodes that sample images and save them; returns the id of the SaveImage node."""
         samples = self.add(
             "KSampler",
             model=model or self.model,

@@ -1,4 +1,4 @@
-"""A real ComfyUI, started for the tests: prompts go in over HTTP, its messages come back over the websocket."""
+"""A real ComfyUI, started for the tests. Prompts are sent over HTTP, messages received over the websocket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Prompt = dict[str, dict[str, Any]]
 
 
 def find() -> tuple[Path, Path] | str:
-    """ComfyUI's folder and its Python, or why there is none."""
+    """Return ComfyUI's folder and its Python, or the reason why there is none."""
     folder = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
     python = Path(os.environ.get("COMFYUI_PYTHON", folder / ".venv/bin/python")).expanduser()
     if not (folder / "main.py").exists():
@@ -33,7 +33,7 @@ def find() -> tuple[Path, Path] | str:
 
 
 def lay_out(base: Path, pack: Path | None) -> None:
-    """The folders of a server's base directory, with a checkout of ours as a custom node where one is given."""
+    """Create the folders of a server's base directory, optionally with a checkout of this pack as a custom node."""
     (base / "custom_nodes").mkdir()
     if pack is not None:
         (base / "custom_nodes" / "legomole").symlink_to(pack, target_is_directory=True)
@@ -43,10 +43,11 @@ def lay_out(base: Path, pack: Path | None) -> None:
 
 @dataclass
 class Run:
-    """What became of a prompt.
+    """Result of a prompt.
 
     Args:
-        outputs: Node id -> what it shows (``images``, ``text`` ..).
+        prompt_id: Id of the prompt.
+        outputs: Node id -> what the node shows (``images``, ``text`` ..).
         messages: Websocket messages of this prompt, in order.
     """
 
@@ -59,22 +60,22 @@ class Run:
 
     @property
     def error(self) -> str | None:
-        """The message of the node that failed."""
+        """The error message of the node that failed, ``None`` if none did."""
         errors = self.of("execution_error")
         return errors[0]["exception_message"] if errors else None
 
     @property
     def executed(self) -> set[str]:
-        """Nodes that ran; cached ones do not."""
+        """Ids of the nodes that ran, without cached ones."""
         return {data["node"] for data in self.of("executing") if data["node"] is not None}
 
 
 class Refused(Exception):
-    """The server did not accept a prompt; the value is its answer."""
+    """The server did not accept a prompt; the argument is its answer."""
 
 
 class Server:
-    """ComfyUI on a free port, with `base` as its models, outputs and custom nodes."""
+    """ComfyUI on a free port. `base` is the directory of its models, outputs and custom nodes."""
 
     def __init__(self, folder: Path, python: Path, base: Path) -> None:
         self.base = base
@@ -96,7 +97,7 @@ class Server:
         )
         self.client = uuid.uuid4().hex
         self.messages: list[tuple[str, dict[str, Any]]] = []
-        self._news = threading.Condition()
+        self._new_message = threading.Condition()
         self._wait_until_ready()
         self._socket = self._connect()
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -151,10 +152,10 @@ class Server:
     # ---- prompts
 
     def queue(self, prompt: Prompt) -> str:
-        """Queue a prompt; its id.
+        """Queue a prompt and return its id.
 
         Raises:
-            Refused: The server's validation found something.
+            Refused: The prompt fails the server's validation.
         """
         try:
             return self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"]
@@ -163,21 +164,21 @@ class Server:
                 raise Refused(json.loads(error.read())) from None
 
     def wait(self, prompt_id: str, timeout: float = 240) -> Run:
-        """Wait until a prompt is done, has failed or was interrupted."""
-        ends = {"execution_success", "execution_error", "execution_interrupted"}
+        """Wait until a prompt has succeeded, failed or been interrupted."""
+        final_kinds = {"execution_success", "execution_error", "execution_interrupted"}
 
-        def done() -> bool:
-            return any(kind in ends and data.get("prompt_id") == prompt_id for kind, data in self.messages)
+        def has_finished() -> bool:
+            return any(kind in final_kinds and data.get("prompt_id") == prompt_id for kind, data in self.messages)
 
-        with self._news:
-            if not self._news.wait_for(done, timeout):
+        with self._new_message:
+            if not self._new_message.wait_for(has_finished, timeout):
                 raise TimeoutError(f"prompt {prompt_id}:\n{self.log.read_text()[-4000:]}")
             run = Run(prompt_id, messages=[m for m in self.messages if m[1].get("prompt_id") == prompt_id])
         run.outputs = self.history(prompt_id)["outputs"]
         return run
 
     def history(self, prompt_id: str, timeout: float = 240) -> dict[str, Any]:
-        """What the server remembers of a prompt, once it is done (a moment after the message that says so)."""
+        """Return the history of a finished prompt. It appears a moment after the message that it has finished."""
         deadline = time.monotonic() + timeout
         while prompt_id not in (history := self.get(f"/history/{prompt_id}")):
             if time.monotonic() > deadline:
@@ -186,25 +187,25 @@ class Server:
         return history[prompt_id]
 
     def wait_for(self, kind: str, fits: Callable[[dict[str, Any]], bool], timeout: float = 60) -> None:
-        """Wait for a websocket message."""
-        with self._news:
-            seen = lambda: any(name == kind and fits(data) for name, data in self.messages)  # noqa: E731
-            if not self._news.wait_for(seen, timeout):
+        """Wait for a websocket message of a kind whose data fits."""
+        with self._new_message:
+            received = lambda: any(name == kind and fits(data) for name, data in self.messages)  # noqa: E731
+            if not self._new_message.wait_for(received, timeout):
                 raise TimeoutError(f"no such {kind} message")
 
     def run(self, prompt: Prompt) -> Run:
-        """Queue a prompt and wait; it must succeed."""
+        """Run a prompt that must succeed."""
         run = self.wait(self.queue(prompt))
         assert run.error is None, run.error
         return run
 
     def fail(self, prompt: Prompt) -> str:
-        """Queue a prompt that must fail; the message the user sees."""
+        """Run a prompt that must fail, and return the error message."""
         error = self.wait(self.queue(prompt)).error
         assert error is not None, "it did not fail"
         return error
 
-    # ---- websocket, just enough of RFC 6455 to listen
+    # ---- websocket: the part of RFC 6455 that is needed to listen
 
     def _connect(self) -> socket.socket:
         connection = socket.create_connection(("127.0.0.1", self.port))
@@ -228,8 +229,8 @@ class Server:
                 payload = self._stream.read(size)
                 if opcode & 15 == 1:
                     message = json.loads(payload)
-                    with self._news:
+                    with self._new_message:
                         self.messages.append((message["type"], message["data"]))
-                        self._news.notify_all()
+                        self._new_message.notify_all()
         except (ValueError, OSError):  # closed
             return

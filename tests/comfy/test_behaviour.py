@@ -1,4 +1,4 @@
-"""How the nodes behave as part of ComfyUI: caching, progress, cancelling, saving, errors in our words."""
+"""The nodes as part of ComfyUI: caching, progress, cancelling, saving, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .server import Server
 
 pytestmark = pytest.mark.comfy
 
-OURS = (
+NODES = (
     "LegoMoLE_LoadLoRA",
     "LegoMoLE_LegoMerge",
     "LegoMoLE_MergeLoRAs",
@@ -38,8 +38,8 @@ OURS = (
 
 
 def test_pack_loads_with_all_nodes_documented(comfy: Server) -> None:
-    """Every node, input and output has its tooltip; every node a help page."""
-    for name in OURS:
+    """Every node, input and output has a tooltip, and every node a help page."""
+    for name in NODES:
         node = comfy.get(f"/object_info/{name}")[name]
         assert node["category"] == "LegoMoLE"
         assert node["description"]
@@ -67,30 +67,30 @@ def test_nothing_runs_twice_until_the_file_changes(comfy: Server, files: dict[st
     assert len(list((comfy.loras / "cache").iterdir())) == 1
 
     loras.write(path, loras.kohya(loras.FLUX_FUSED, 2, 2.0, 31))
-    os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))  # whatever the clock's resolution
-    again = comfy.run(graph.nodes).executed
-    assert {"LegoMoLE_LoadLoRA0", "LegoMoLE_LegoMerge0", "LegoMoLE_SaveLoRA0"} <= again
-    assert "LegoMoLE_LoadLoRA1" not in again
+    os.utime(path, ns=(time.time_ns(), time.time_ns() + 10**9))  # a new time, whatever the resolution of the clock
+    executed = comfy.run(graph.nodes).executed
+    assert {"LegoMoLE_LoadLoRA0", "LegoMoLE_LegoMerge0", "LegoMoLE_SaveLoRA0"} <= executed
+    assert "LegoMoLE_LoadLoRA1" not in executed
     one, two = (load_file(file) for file in sorted((comfy.loras / "cache").iterdir()))
     assert any(not torch.equal(one[key], two[key]) for key in one)
 
 
-def test_what_is_used_again_changes_no_number(comfy: Server, files: dict[str, str]) -> None:
-    """Rank, method and strength turned one after the other, against the same LoRAs never read before."""
+def test_cached_loras_give_the_same_values_as_new_ones(comfy: Server, files: dict[str, str]) -> None:
+    """Rank and strength are changed one after the other, compared with copies of the files that were never loaded."""
     names = ("flux_kohya", "flux_split")
     for number, (rank, strength) in enumerate([("1x", 1.0), ("2", 1.0), ("2", -0.5), ("50%", -0.5)]):
-        for kind in ("again", "fresh"):
+        for kind in ("cached", "new"):
             graph = Graph()
             inputs = [files[name] for name in names]
-            if kind == "fresh":
-                inputs = [f"fresh{number}_{file}" for file in inputs]
+            if kind == "new":
+                inputs = [f"new{number}_{file}" for file in inputs]
                 for name, copy in zip(names, inputs, strict=True):
                     shutil.copy(comfy.loras / files[name], comfy.loras / copy)
             graph.save(graph.lego(graph.load(inputs[0], strength), graph.load(inputs[1]), rank=rank), f"turned/{kind}")
             comfy.run(graph.nodes)
-        again, fresh = (load_file(max((comfy.loras / "turned").glob(f"{kind}_*"))) for kind in ("again", "fresh"))
-        assert again.keys() == fresh.keys()
-        assert all(torch.equal(again[key], fresh[key]) for key in fresh)
+        cached, new = (load_file(max((comfy.loras / "turned").glob(f"{kind}_*"))) for kind in ("cached", "new"))
+        assert cached.keys() == new.keys()
+        assert all(torch.equal(cached[key], new[key]) for key in new)
 
 
 # ---- progress and cancelling
@@ -166,7 +166,7 @@ def test_saved_dtype(comfy: Server, files: dict[str, str], dtype: str) -> None:
     assert {tensor.dtype for key, tensor in state.items() if not key.endswith("alpha")} == {getattr(torch, dtype)}
 
 
-def test_format_that_cannot_say_the_names_is_refused(comfy: Server, files: dict[str, str]) -> None:
+def test_format_that_cannot_express_the_names_is_refused(comfy: Server, files: dict[str, str]) -> None:
     graph = Graph()
     graph.save(graph.lego(graph.load(files["flux_kohya"])), "format/kohya", format="kohya")
     assert "not named as the kohya format names them" in comfy.fail(graph.nodes)
@@ -191,7 +191,7 @@ def test_nothing_is_written_outside_the_loras_folder(
 
 
 def test_unwritable_folder_is_reported(comfy: Server, files: dict[str, str]) -> None:
-    """A file where a folder should be: not even root can write there."""
+    """A file in place of the folder, because root may write to any folder."""
     (comfy.loras / "occupied").write_bytes(b"")
     graph = Graph()
     graph.save(graph.lego(graph.load(files["flux_kohya"])), "occupied/merged")
@@ -207,7 +207,7 @@ def _truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def _not_a_number(path: Path) -> None:
+def _with_nan(path: Path) -> None:
     state = loras.kohya(loras.FLUX_FUSED, 2, 2.0, 51)
     state["lora_unet_double_blocks_0_img_mlp_0.lora_up.weight"][3, 1] = float("nan")
     loras.write(path, state)
@@ -219,13 +219,13 @@ def _mismatched(path: Path) -> None:
     loras.write(path, {**state, name: torch.zeros(512, 3)})
 
 
-def _without_partner(path: Path) -> None:
+def _without_down(path: Path) -> None:
     state = loras.kohya(loras.FLUX_FUSED, 2, 2.0, 55)
     del state["lora_unet_double_blocks_0_img_mlp_0.lora_down.weight"]
     loras.write(path, state)
 
 
-def _misfit(path: Path) -> None:
+def _of_another_shape(path: Path) -> None:
     loras.write(path, loras.kohya({"lora_unet_double_blocks_0_img_mlp_0": (1024, 256)}, 2, 2.0, 53))
 
 
@@ -234,10 +234,10 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text.safetensors": (lambda path: path.write_text("not a LoRA at all"), "not a safetensors file"),
     "empty.safetensors": (lambda path: path.write_bytes(b""), "The file is empty."),
     "pickle.pt": (lambda path: torch.save({"a": torch.zeros(1)}, path), "pickle"),
-    "nan.safetensors": (_not_a_number, "NaN or infinite"),
+    "nan.safetensors": (_with_nan, "NaN or infinite"),
     "mismatched.safetensors": (_mismatched, "do not fit together"),
-    "alone.safetensors": (_without_partner, "a tensor is missing"),
-    "misfit.safetensors": (_misfit, "made for another base model"),
+    "alone.safetensors": (_without_down, "a tensor is missing"),
+    "misfit.safetensors": (_of_another_shape, "made for another base model"),
     "other_base.safetensors": (
         lambda path: loras.write(path, loras.kohya(loras.SD15_KOHYA, 2, 2.0, 54)),
         "ComfyUI finds nothing in this LoRA",
@@ -258,15 +258,15 @@ def test_bad_file_has_its_own_error(comfy: Server, files: dict[str, str], name: 
     finally:
         path.unlink()
     assert message in error
-    assert name in error  # which of them
+    assert name in error
     assert not (comfy.loras / "bad").exists()
 
 
 @pytest.mark.parametrize("put_on", ["apply", "mix"])
-def test_broken_numbers_are_not_painted_with(comfy: Server, put_on: str) -> None:
-    """The stock loader would paint a black picture, or noise."""
+def test_nan_is_refused(comfy: Server, put_on: str) -> None:
+    """The stock loader would give a black image or noise."""
     path = comfy.loras / f"broken_{put_on}.safetensors"
-    _not_a_number(path)
+    _with_nan(path)
     graph = Graph()
     broken = graph.load(path.name)
     graph.picture(graph.mix(broken) if put_on == "mix" else graph.apply(broken)[0])
@@ -276,10 +276,10 @@ def test_broken_numbers_are_not_painted_with(comfy: Server, put_on: str) -> None
         path.unlink()
     assert "The file contains NaN or infinite numbers." in error
     assert path.name in error
-    assert "double_blocks" in error  # and the module
+    assert "double_blocks" in error
 
 
-def test_a_strength_that_is_no_number_is_refused(comfy: Server, files: dict[str, str]) -> None:
+def test_strength_that_is_not_finite_is_refused(comfy: Server, files: dict[str, str]) -> None:
     graph = Graph()
     graph.picture(graph.apply(graph.load(files["flux_kohya"], float("nan")))[0])
     assert "A strength is not a finite number." in comfy.fail(graph.nodes)
@@ -292,7 +292,7 @@ BAD_SETTINGS = {
     "strength nan": ({}, float("nan"), "not a finite number"),
     "all strengths 0": ({}, 0.0, "every weight is 0"),
     "rule": ({"module_weights": "attn2"}, 1.0, "not a rule for layer weights"),
-    "rule for a missing LoRA": ({"module_weights": "3: * = 1"}, 1.0, "names a LoRA that is not there"),
+    "rule for a missing LoRA": ({"module_weights": "3: * = 1"}, 1.0, "names a LoRA that does not exist"),
     "rule that matches nothing": ({"module_weights": "*attn9* = 1"}, 1.0, "matches nothing"),
 }
 
@@ -316,8 +316,8 @@ def test_other_adapters_are_refused_without_convert_rank(comfy: Server, files: d
     assert "diffusion_model.double_blocks.0.img_" in error
 
 
-def test_update_that_comfyui_cannot_compute_is_named(comfy: Server, files: dict[str, str]) -> None:
-    """BOFT without alpha: the stock loader logs an error and goes on without the layer."""
+def test_update_that_comfyui_cannot_compute_is_reported(comfy: Server, files: dict[str, str]) -> None:
+    """BOFT without alpha: the stock loader logs an error and skips the layer."""
     state = loras.oft({"lora_unet_double_blocks_0_img_mlp_0": (512, 128)}, (2, 64), 56)
     rotations = {key: tensor for key, tensor in state.items() if not key.endswith("alpha")}
     loras.write(comfy.loras / "no_alpha.safetensors", rotations)
@@ -332,9 +332,9 @@ def test_lora_that_fits_nothing_cannot_be_applied(comfy: Server, files: dict[str
     assert "Nothing of the LoRA fits the model." in comfy.fail(graph.nodes)
 
 
-def test_lora_that_only_other_hosts_name_is_applied(files: dict[str, str], paint: Callable) -> None:
-    """diffusers' U-Net names, unknown to the stock loader, against the same LoRA in names it knows."""
+def test_lora_with_names_of_other_hosts_is_applied(files: dict[str, str], sample: Callable) -> None:
+    """diffusers' U-Net names, which the stock loader does not read, compared with names that it reads."""
     graph, stock = Graph("sd15"), Graph("sd15")
-    ours = paint(graph, graph.picture(*graph.apply(graph.load(files["sd15_diffusers"]))))
-    theirs = paint(stock, stock.picture(*stock.stock(files["sd15_respelled"])))
+    ours = sample(graph, graph.picture(*graph.apply(graph.load(files["sd15_diffusers"]))))
+    theirs = sample(stock, stock.picture(*stock.stock(files["sd15_respelled"])))
     torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=0)

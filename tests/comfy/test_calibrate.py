@@ -1,4 +1,4 @@
-"""Calibrate, and the merges that use what it measured, in a real ComfyUI."""
+"""Calibrate, and merges with its statistics, in a real graph."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from .server import Server
 pytestmark = pytest.mark.comfy
 
 
-def test_one_lora_calibrated_on_its_own_prompts_paints_what_it_paints(
-    comfy: Server, files: dict[str, str], paint: Callable
+def test_one_lora_calibrated_on_its_own_prompts_gives_its_own_image(
+    comfy: Server, files: dict[str, str], sample: Callable
 ) -> None:
-    """With the weight of leaving the rest alone at 0 there is nothing to give way to: W is that LoRA."""
+    """With `lam` 0 only the LoRA's own prompts matter, so the result is that LoRA."""
     graph = Graph()
     lora = graph.load(files["flux_kohya"])
-    found = graph.calibrate(lora, words="heart", prompts="heart\na dog")
+    statistics = graph.calibrate(lora, words="heart", prompts="heart\na dog")
     merged = graph.merge("calibrated", lora, rank="1x", lam=0.0, mu=3.0, joint_scale=1.2)
-    graph.nodes[merged[0]]["inputs"]["statistics"] = found
+    graph.nodes[merged[0]]["inputs"]["statistics"] = statistics
     model, clip = graph.apply(merged)
-    _, ours = paint(graph, graph.picture(model, clip))
+    _, ours = sample(graph, graph.picture(model, clip))
     plain = Graph()
-    _, stock = paint(plain, plain.picture(*plain.stock(files["flux_kohya"])))
+    _, stock = sample(plain, plain.picture(*plain.stock(files["flux_kohya"])))
     bare = Graph()
-    _, base = paint(bare, bare.picture())
+    _, base = sample(bare, bare.picture())
     assert (ours - stock).std() < 0.02 * (stock - base).std()
 
 
 @pytest.mark.parametrize("method", ["calibrated", "lego"])
-def test_two_loras_merge_with_what_was_measured(comfy: Server, files: dict[str, str], method: str) -> None:
+def test_two_loras_are_merged_with_statistics(comfy: Server, files: dict[str, str], method: str) -> None:
     graph = Graph()
-    loras = [graph.load(files["flux_kohya"], 0.8), graph.load(files["flux_split"])]  # fused and split q, k, v
-    found = graph.calibrate(*loras)
+    loras = [graph.load(files["flux_kohya"], 0.8), graph.load(files["flux_split"])]  # with fused and split q, k, v
+    statistics = graph.calibrate(*loras)
     merged = (
         graph.lego(*loras)
         if method == "lego"
         else graph.merge(method, *loras, rank="1x", lam=1.0, mu=3.0, joint_scale=1.2)
     )
-    graph.nodes[merged[0]]["inputs"]["statistics"] = found
+    graph.nodes[merged[0]]["inputs"]["statistics"] = statistics
     plain = graph.lego(*loras) if method == "lego" else graph.merge("svd", *loras, rank="1x")
-    shown = [graph.add("PreviewAny", source=[node[0], 1]) for node in (merged, plain, found)]
+    shown = [graph.add("PreviewAny", source=[node[0], 1]) for node in (merged, plain, statistics)]
     run = comfy.run(graph.nodes)
     texts = [str(run.outputs[node[0]]) for node in shown]
     assert "no statistics" not in texts[0]
     assert "measured 10 layers" in texts[2]
-    assert texts[0] != texts[1]  # another merge than without
+    assert texts[0] != texts[1]  # the statistics have an effect
 
 
 @pytest.mark.parametrize(
@@ -60,21 +60,21 @@ def test_two_loras_merge_with_what_was_measured(comfy: Server, files: dict[str, 
         ("ember style\nheart", ("flux_kohya", "sd3_kohya"), "connect the base model the LoRA was trained for"),
     ],
 )
-def test_bad_input_is_told_on_the_node(
+def test_wrong_input_is_reported_on_the_node(
     comfy: Server, files: dict[str, str], words: str, loras: tuple[str, ...], expected: str
 ) -> None:
     graph = Graph()
-    found = graph.calibrate(*[graph.load(files[name]) for name in loras], words=words)
-    graph.add("PreviewAny", source=[found[0], 1])
+    statistics = graph.calibrate(*[graph.load(files[name]) for name in loras], words=words)
+    graph.add("PreviewAny", source=[statistics[0], 1])
     assert expected in comfy.fail(graph.nodes)
 
 
 def test_other_loras_and_missing_statistics_are_refused(comfy: Server, files: dict[str, str]) -> None:
     graph = Graph()
     loras = [graph.load(files[name]) for name in ("flux_kohya", "flux_split", "flux_kohya_2")]
-    found = graph.calibrate(*loras[:2])
+    statistics = graph.calibrate(*loras[:2])
     merged = graph.lego(loras[0], loras[2])
-    graph.nodes[merged[0]]["inputs"]["statistics"] = found
+    graph.nodes[merged[0]]["inputs"]["statistics"] = statistics
     graph.add("PreviewAny", source=[merged[0], 1])
     assert "not measured with this LoRA" in comfy.fail(graph.nodes)
 
@@ -91,15 +91,15 @@ def test_other_loras_and_missing_statistics_are_refused(comfy: Server, files: di
     assert "needs statistics" in comfy.fail(bare.nodes)
 
 
-def test_the_model_is_left_as_it_was(comfy: Server, files: dict[str, str], paint: Callable) -> None:
+def test_the_model_is_unchanged_afterwards(comfy: Server, files: dict[str, str], sample: Callable) -> None:
     before = Graph()
-    first = paint(before, before.picture(prompt="a tree"))[1]
+    first = sample(before, before.picture(prompt="a tree"))[1]
     graph = Graph()
-    found = graph.calibrate(graph.load(files["flux_kohya"]), words="heart", prompts="", seed=5)
-    graph.add("PreviewAny", source=[found[0], 1])
+    statistics = graph.calibrate(graph.load(files["flux_kohya"]), words="heart", prompts="", seed=5)
+    graph.add("PreviewAny", source=[statistics[0], 1])
     comfy.run(graph.nodes)
     after = Graph()
     node = after.picture(prompt="a tree")
     after.nodes[next(n for n in after.nodes if n.startswith("KSampler"))]["inputs"]["seed"] = 8
-    paint(after, node)  # another seed, so that the next is not from the cache
-    assert torch.equal(paint(before, before.picture(prompt="a tree"))[1], first)
+    sample(after, node)  # another seed, so that the next image is not from the cache
+    assert torch.equal(sample(before, before.picture(prompt="a tree"))[1], first)

@@ -1,4 +1,4 @@
-"""The translations that a ComfyUI serves for its page, against the schemas of the nodes it has loaded."""
+"""The translations that ComfyUI serves to its page, compared with the schemas of the loaded nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.fixture(scope="module")
 def schemas(comfy: Server) -> dict[str, Any]:
-    """Node id -> what the server says of a node of ours."""
+    """Node id -> the server's description of a node of ours."""
     return {name: node for name, node in comfy.get("/object_info").items() if name.startswith("LegoMoLE_")}
 
 
@@ -26,10 +26,10 @@ def served(comfy: Server) -> dict[str, Any]:
 
 
 def inputs_of(inputs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every input with its options, under the key the page looks it up by: with ``_`` for each dot of its name.
+    """Yield every input with its options, under the page's key for its texts: its name with ``_`` for each dot.
 
     A dynamic combo's nested inputs are the widgets ``method.rank`` .. of the page. The sockets of a growing row have
-    no texts of their own: the page labels them ``lora0``, ``lora1`` .. in every language.
+    no texts of their own: their labels are ``lora0``, ``lora1`` .. in every language.
     """
     for name, (kind, options) in {**inputs.get("required", {}), **inputs.get("optional", {})}.items():
         yield f"{prefix}{name}".replace(".", "_"), options
@@ -39,50 +39,50 @@ def inputs_of(inputs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, d
 
 
 def wanted(node: dict[str, Any]) -> set[str]:
-    """The texts of a schema, as paths. Where an output is called as its type, the page translates the type."""
+    """Return the texts of a schema as paths. An output named like its type needs no name: the page translates types."""
     paths = {"display_name", "description"}
     for key, options in inputs_of(node["input"]):
         paths |= {f"inputs.{key}.name"} | ({f"inputs.{key}.tooltip"} if options.get("tooltip") else set())
-    told = zip(node["output"], node["output_name"], node["output_tooltips"], strict=True)
-    for i, (kind, name, tooltip) in enumerate(told):
+    outputs = zip(node["output"], node["output_name"], node["output_tooltips"], strict=True)
+    for i, (kind, name, tooltip) in enumerate(outputs):
         paths |= ({f"outputs.{i}.name"} if name != kind else set()) | ({f"outputs.{i}.tooltip"} if tooltip else set())
     return paths
 
 
 def leaves(texts: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested texts as path -> text."""
+    """Flatten nested texts to path -> text."""
     flat: dict[str, str] = {}
     for key, value in texts.items():
         flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def test_chinese_has_every_text_of_every_node_and_no_other(schemas: dict[str, Any], served: dict[str, Any]) -> None:
+def test_chinese_has_every_text_of_every_node_and_no_others(schemas: dict[str, Any], served: dict[str, Any]) -> None:
     expected = {f"{name}.{path}" for name, node in schemas.items() for path in wanted(node)}
-    found = set(leaves(served["zh"]["nodeDefs"]))
-    assert sorted(expected - found) == []
-    assert sorted(found - expected) == []
+    translated = set(leaves(served["zh"]["nodeDefs"]))
+    assert sorted(expected - translated) == []
+    assert sorted(translated - expected) == []
 
 
 def test_descriptions_and_tooltips_are_chinese(served: dict[str, Any]) -> None:
-    """Names may be terms that stay (rank, cfg); sentences may not."""
+    """Names may be untranslated terms (rank, cfg), sentences may not."""
     sentences = {p: t for p, t in leaves(served["zh"]["nodeDefs"]).items() if p.endswith((".description", ".tooltip"))}
     assert [path for path, text in sentences.items() if not re.search("[\u4e00-\u9fff]", text)] == []
 
 
 def test_names_and_descriptions_hold_no_message_syntax(served: dict[str, Any]) -> None:
-    """The page shows tooltips as they are, and reads the others as messages, where ``{ } @ |`` mean something."""
+    """The page parses all texts but tooltips as messages, in which ``{ } @ |`` have a meaning."""
     messages = {p: t for p, t in leaves(served["zh"]["nodeDefs"]).items() if not p.endswith(".tooltip")}
     assert [path for path, text in messages.items() if not text or set("{}@|") & set(text)] == []
 
 
-def test_own_widgets_say_the_same_in_both_languages(served: dict[str, Any]) -> None:
+def test_own_widgets_have_the_same_texts_in_both_languages(served: dict[str, Any]) -> None:
     en, zh = (
         leaves({key: value for key, value in served[language].items() if key != "nodeDefs"})
         for language in ("en", "zh")
     )
     assert en.keys() == zh.keys()
-    holes = re.compile(r"\{\w+\}")
-    assert {key: sorted(holes.findall(text)) for key, text in en.items()} == {
-        key: sorted(holes.findall(text)) for key, text in zh.items()
+    placeholders = re.compile(r"\{\w+\}")
+    assert {key: sorted(placeholders.findall(text)) for key, text in en.items()} == {
+        key: sorted(placeholders.findall(text)) for key, text in zh.items()
     }

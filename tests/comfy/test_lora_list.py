@@ -1,4 +1,4 @@
-"""LoRA List, and what the page asks the server for."""
+"""LoRA List, and the page's requests to the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .server import Server
 
 pytestmark = pytest.mark.comfy
 
-PICTURE = "data:image/png;base64,iVBORw0KGgo="
+THUMBNAIL = "data:image/png;base64,iVBORw0KGgo="
 
 
 def rows(*entries: dict[str, Any]) -> str:
@@ -27,24 +27,24 @@ def row(name: str, strength: float = 1.0, on: bool = True) -> dict[str, Any]:
     return {"name": name, "on": on, "strength": strength}
 
 
-def test_list_is_what_its_loaders_are(files: dict[str, str], paint: Callable) -> None:
-    """Those that are on, in order, at their strengths, after what comes in; bit for bit."""
+def test_list_gives_the_same_image_as_single_loaders(files: dict[str, str], sample: Callable) -> None:
+    """The LoRAs that are on, in order and at their strengths, after the incoming stack; bit for bit."""
     a, b, c = files["flux_kohya"], files["flux_split"], files["flux_kohya_2"]
     graph, other = Graph(), Graph()
     first = graph.add("LegoMoLE_LoRAList", loras=rows(row(a, 0.5), row(c, on=False)))
     stack = graph.add("LegoMoLE_LoRAList", loras=rows(row(b, -0.7)), lora_stack=first)
     loaded = [other.load(a, 0.5, 0.5), other.load(b, -0.7, -0.7)]
-    found = paint(graph, graph.picture(*graph.apply(graph.merge("concat", stack))))
-    expected = paint(other, other.picture(*other.apply(other.merge("concat", *loaded))))
-    assert torch.equal(found[1], expected[1])
+    from_list = sample(graph, graph.picture(*graph.apply(graph.merge("concat", stack))))
+    expected = sample(other, other.picture(*other.apply(other.merge("concat", *loaded))))
+    assert torch.equal(from_list[1], expected[1])
 
 
 def test_trigger_words_one_line_per_lora(comfy: Server, files: dict[str, str]) -> None:
     tensors = load_file(comfy.loras / files["flux_kohya"])
-    for name, phrase in (("said", "ember style, burning"), ("unsaid", "")):
+    for name, phrase in (("with_words", "ember style, burning"), ("without", "")):
         save_file(tensors, comfy.loras / f"{name}.safetensors", {"modelspec.trigger_phrase": phrase})
     graph = Graph()
-    node, _ = graph.add("LegoMoLE_LoRAList", loras=rows(row("unsaid.safetensors"), row("said.safetensors")))
+    node, _ = graph.add("LegoMoLE_LoRAList", loras=rows(row("without.safetensors"), row("with_words.safetensors")))
     graph.add("PreviewAny", source=[node, 1])
     shown = comfy.run(graph.nodes).outputs["PreviewAny0"]["text"]
     assert shown == ["\nember style, burning"]
@@ -61,13 +61,13 @@ def test_trigger_words_one_line_per_lora(comfy: Server, files: dict[str, str]) -
         ('[{"name": "gone.safetensors"}]', "gone.safetensors"),
     ],
 )
-def test_wrong_lists_are_refused_by_name(comfy: Server, text: str, words: str) -> None:
+def test_wrong_lists_are_refused(comfy: Server, text: str, words: str) -> None:
     graph = Graph()
     graph.add("PreviewAny", source=graph.add("LegoMoLE_LoRAList", loras=text))
     assert words in comfy.fail(graph.nodes)
 
 
-def test_changed_file_runs_again(comfy: Server, files: dict[str, str]) -> None:
+def test_node_runs_again_when_a_file_changes(comfy: Server, files: dict[str, str]) -> None:
     file = comfy.loras / "changing.safetensors"
     tensors = load_file(comfy.loras / files["flux_kohya"])
     save_file(tensors, file, {"modelspec.trigger_phrase": "one"})
@@ -80,30 +80,31 @@ def test_changed_file_runs_again(comfy: Server, files: dict[str, str]) -> None:
     assert comfy.run(graph.nodes).outputs["PreviewAny0"]["text"] == ["another"]
 
 
-def test_page_asks_for_names_and_what_files_say(comfy: Server, files: dict[str, str]) -> None:
+def test_page_gets_names_and_descriptions_of_files(comfy: Server, files: dict[str, str]) -> None:
     assert files["flux_kohya"] in comfy.get("/legomole/loras")
-    file = comfy.loras / "talks.safetensors"
-    said = {"modelspec.thumbnail": PICTURE, "ss_base_model_version": "flux1", "modelspec.trigger_phrase": "<b>x</b>"}
-    save_file({"a": torch.zeros(1)}, file, said)
-    assert comfy.get("/legomole/lora?name=talks.safetensors") == {
-        "title": "", "base": "flux1", "words": ["<b>x</b>"], "thumbnail": PICTURE,
+    file = comfy.loras / "described.safetensors"
+    metadata = {"modelspec.thumbnail": THUMBNAIL, "ss_base_model_version": "flux1"}
+    metadata["modelspec.trigger_phrase"] = "<b>x</b>"
+    save_file({"a": torch.zeros(1)}, file, metadata)
+    assert comfy.get("/legomole/lora?name=described.safetensors") == {
+        "title": "", "base": "flux1", "words": ["<b>x</b>"], "thumbnail": THUMBNAIL,
     }  # fmt: skip
-    file.write_bytes(b"broken")  # the answer is that of the file as it is now
-    assert "talks.safetensors" in comfy.get("/legomole/lora?name=talks.safetensors")["error"]
+    file.write_bytes(b"broken")  # the description is not cached for a changed file
+    assert "described.safetensors" in comfy.get("/legomole/lora?name=described.safetensors")["error"]
     for name in ("gone.safetensors", "../checkpoints/sd15_nano.safetensors", "/etc/passwd", ""):
         assert "There is no such LoRA" in comfy.get(f"/legomole/lora?name={quote(name)}")["error"]
 
 
-def test_mix_tells_the_page_its_gates_while_it_samples(comfy: Server, files: dict[str, str]) -> None:
-    """Live messages name the node, the LoRAs, the parts and their gates."""
+def test_mix_sends_its_gates_to_the_page_while_it_samples(comfy: Server, files: dict[str, str]) -> None:
+    """The messages have the node, the LoRAs, the scopes and their gates."""
     graph = Graph()
     mix = graph.mix(graph.load(files["flux_kohya"], 0.5), graph.load(files["flux_split"]), granularity="block")
     graph.picture(mix)
     run = comfy.run(graph.nodes)
     labels = ["flux_kohya", "flux_split"]
     assert run.outputs[mix[0]]["experts"] == labels
-    told = [data for kind, data in comfy.messages if kind == "legomole.gates" and data["node"] == mix[0]]
-    assert told
-    assert told[-1]["labels"] == labels
-    assert len(told[-1]["scopes"]) == len(told[-1]["gates"]) > 1
-    assert all(row == [1.0, 1.0] for row in told[-1]["gates"])  # even gates: each at its own strength
+    sent = [data for kind, data in comfy.messages if kind == "legomole.gates" and data["node"] == mix[0]]
+    assert sent
+    assert sent[-1]["labels"] == labels
+    assert len(sent[-1]["scopes"]) == len(sent[-1]["gates"]) > 1
+    assert all(row == [1.0, 1.0] for row in sent[-1]["gates"])  # even gates: every LoRA at its own strength

@@ -1,10 +1,8 @@
-"""Models with a mix on them against stock loaders, gradients against diffusers; ComfyUI's own Python measures."""
+"""Mixes compared with stock loaders, gradients with diffusers; see mixing.py, which ComfyUI's own Python runs."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import legomole
@@ -21,29 +19,24 @@ from .server import Server
 
 pytestmark = pytest.mark.comfy
 
-ROUNDING = 3e-5  # of the largest change the LoRAs make to the latent
+ROUNDING = 3e-5  # relative to the largest change of the latent by the LoRAs
 
 
 @pytest.fixture(scope="module")
-def measured(comfy: Server, files: dict[str, str]) -> dict[str, Any]:
-    script = Path(__file__).with_name("mixing.py")
-    done = subprocess.run(
-        [comfy.python, script, comfy.folder, comfy.base], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(measure: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return measure("mixing.py")
 
 
 @pytest.mark.parametrize("base", ["flux", "sd15", "sd3"])
-def test_gates_of_one_paint_what_the_stock_chain_paints(measured: dict[str, Any], base: str) -> None:
-    """Two trainers' names, other ranks, fused and split q, k, v, convolutions; strengths 0.7 and -1.3."""
+def test_even_gates_give_the_latent_of_the_stock_chain(measured: dict[str, Any], base: str) -> None:
+    """Two trainers' names, different ranks, fused and split q, k, v, convolutions; strengths 0.7 and -1.3."""
     assert measured[base]["even"] < ROUNDING
     assert measured[base]["again"] == 0
 
 
 @pytest.mark.parametrize("base", ["flux", "sd15", "sd3"])
 @pytest.mark.parametrize("case", ["first alone", "second alone", "output mixing, one left"])
-def test_one_expert_left_paints_what_its_stock_loader_paints(measured: dict[str, Any], base: str, case: str) -> None:
+def test_last_expert_gives_the_latent_of_its_loader(measured: dict[str, Any], base: str, case: str) -> None:
     assert measured[base][case] < ROUNDING
 
 
@@ -55,7 +48,7 @@ def test_the_model_is_restored_bit_for_bit(measured: dict[str, Any], base: str) 
 
 @pytest.mark.parametrize("base", ["flux", "sd15", "sd3"])
 def test_trained_gates_follow_their_loras(measured: dict[str, Any], base: str) -> None:
-    """In any order of the sockets; and they do something."""
+    """In any order of the sockets; and the gates have an effect."""
     assert measured[base]["other order"] < ROUNDING
     assert measured[base]["gates matter"] > 0.05
 
@@ -63,7 +56,7 @@ def test_trained_gates_follow_their_loras(measured: dict[str, Any], base: str) -
 @pytest.mark.parametrize(
     "case", ["loader before", "loader after", "two mixes", "bypass before", "bypass after", "hook"]
 )
-def test_a_mix_gets_along_with(measured: dict[str, Any], case: str) -> None:
+def test_a_mix_works_together_with(measured: dict[str, Any], case: str) -> None:
     assert measured["among others"][case] < ROUNDING
 
 
@@ -84,23 +77,23 @@ def test_torch_compile_in_both_orders(measured: dict[str, Any]) -> None:
     assert measured["compiled"]["compiled base after"] == 0
 
 
-def test_the_record_is_of_the_prompt_not_of_the_negative_one(measured: dict[str, Any]) -> None:
+def test_gates_of_the_prompt_are_recorded_not_of_the_negative_one(measured: dict[str, Any]) -> None:
     assert measured["recorded"]["difference"] < 1e-5
     assert measured["recorded"]["passes"] == 2  # as many as sampling steps
     assert measured["recorded"]["scopes"] == ["", "double_blocks.0", "single_blocks.0"]
 
 
 @pytest.mark.parametrize("base", ["flux", "sd15"])
-def test_the_negative_prompt_takes_the_gates_of_the_prompt(measured: dict[str, Any], base: str) -> None:
-    """As gates that say the same whatever the prompt is; whether or not both fit into one batch."""
-    found = measured[f"guided {base}"]
-    assert found["one batch"] < ROUNDING
-    assert found["two passes"] < ROUNDING
-    assert found["it matters"] > 0.02
-    assert found["three predictions"] == 0
+def test_the_negative_prompt_uses_the_gates_of_the_prompt(measured: dict[str, Any], base: str) -> None:
+    """The same as with constant gates, whether or not both prompts share a batch."""
+    case = measured[f"guided {base}"]
+    assert case["one batch"] < ROUNDING
+    assert case["two passes"] < ROUNDING
+    assert case["it matters"] > 0.02
+    assert case["three predictions"] == 0
 
 
-def test_prompts_of_other_lengths_keep_their_own_gates(measured: dict[str, Any]) -> None:
+def test_prompts_of_different_lengths_have_their_own_gates(measured: dict[str, Any]) -> None:
     assert measured["lengths"]["difference"] < 1e-5
     assert measured["lengths"]["clean"] < 1e-5
 
@@ -109,7 +102,7 @@ def test_prompts_of_other_lengths_keep_their_own_gates(measured: dict[str, Any])
 
 
 def flux_of_diffusers() -> nn.Module:
-    """The tiny Flux in diffusers, of the same weights: fused layers cut, the last modulation's halves swapped."""
+    """Return the tiny Flux in diffusers: fused layers are split, the halves of the last modulation are swapped."""
     model = pytest.importorskip("diffusers").FluxTransformer2DModel(
         num_layers=1,
         num_single_layers=1,
@@ -152,11 +145,11 @@ def flux_of_diffusers() -> nn.Module:
         state[f"norm_out.linear.{kind}"] = torch.cat([scale, shift])
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
-    assert all("norm_" in name and "weight" in name for name in missing)  # of q and k: ones in both
+    assert all("norm_" in name and "weight" in name for name in missing)  # the norms of q and k are ones in both
     return model
 
 
-# diffusers cuts this layer at the widths of the real Flux only
+# diffusers splits this layer only at the widths of the real Flux
 _SINGLE, _H = "transformer.single_transformer_blocks.0", tiny.HIDDEN
 NARROW_FLUX = {
     "lora_unet_single_blocks_0_linear1": (
@@ -204,24 +197,24 @@ def run_sd3(model: nn.Module, x: Tensor, t: Tensor, context: Tensor, y: Tensor) 
     return model(hidden_states=x, encoder_hidden_states=context, pooled_projections=y, timestep=t).sample
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # raised inside the libraries
 @pytest.mark.parametrize("base", ["flux", "sd3"])
-def test_gradients_are_those_of_diffusers(comfy: Server, measured: dict[str, Any], base: str) -> None:
-    """The same weights, LoRAs, inputs and gates in another implementation; ComfyUI's Flux works in place."""
+def test_gradients_agree_with_diffusers(comfy: Server, measured: dict[str, Any], base: str) -> None:
+    """The same weights, LoRAs, inputs and gates in another implementation; ComfyUI's Flux has in-place operations."""
     pytest.importorskip("diffusers")
     from legomole.hosts.diffusers.layer_names import key_map
 
-    left = load_file(comfy.base / f"gradients_{base}.safetensors")
+    saved = load_file(comfy.base / f"gradients_{base}.safetensors")
     model = (flux_of_diffusers() if base == "flux" else sd3_of_diffusers()).requires_grad_(False)
     loras = [legomole.load(comfy.loras / f"{base}_{kind}.safetensors") for kind in ("kohya", "split")]
     names = {**key_map(loras), **(NARROW_FLUX if base == "flux" else {})}
     g = torch.tensor([[0.8, 0.3], [0.2, 1.1]], requires_grad=True)
     with attach(model, Mixture(tuple(apply_key_map(lora, names) for lora in loras))) as attachment, attachment.hold(g):
         run = run_flux if base == "flux" else run_sd3
-        out = run(model, left["x"], left["t"], left["context"], left["y"])
-    loss = (out - left["target"]).square().mean()
+        out = run(model, saved["x"], saved["t"], saved["context"], saved["y"])
+    loss = (out - saved["target"]).square().mean()
     loss.backward()
     for checkpointing in (False, True):
-        torch.testing.assert_close(loss.detach(), left[f"loss {checkpointing}"], rtol=1e-4, atol=0)
-        expected = left[f"gradient {checkpointing}"]
+        torch.testing.assert_close(loss.detach(), saved[f"loss {checkpointing}"], rtol=1e-4, atol=0)
+        expected = saved[f"gradient {checkpointing}"]
         assert (g.grad - expected).abs().max() < 1e-4 * expected.abs().max()

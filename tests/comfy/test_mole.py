@@ -1,4 +1,4 @@
-"""MoLE in a real graph: mixing, training, saving, loading, freezing, drawing; errors in our words."""
+"""MoLE in a real graph: mixing, training, saving, loading, freezing, drawing, errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .conftest import picture_of
 from .graph import Graph, Link
-from .server import Server
+from .server import Refused, Server
 from .test_inputs import same
 
 pytestmark = pytest.mark.comfy
@@ -43,7 +43,7 @@ def size_of(comfy: Server, entry: dict[str, str]) -> tuple[int, int]:
 
 
 def gates_in(report: str) -> dict[str, float]:
-    """Mean gates by LoRA, from Gate Map's report."""
+    """Return the mean gate of each LoRA, from Gate Map's report."""
     return {name: float(value) for name, value in re.findall(r"(\w+) ([\d.e-]+)(?=[,;])", report.partition(": ")[2])}
 
 
@@ -60,10 +60,10 @@ def mean_gates(comfy: Server, pair: Callable, prompt: str, **training: object) -
 
 
 @pytest.mark.parametrize("base", ["flux", "sd15"])
-def test_mix_without_gates_paints_what_the_stock_chain_paints(
-    files: dict[str, str], paint: Callable, base: str
+def test_mix_without_gates_gives_the_image_of_the_stock_chain(
+    files: dict[str, str], sample: Callable, base: str
 ) -> None:
-    """Text encoder parts too, merged by the exact sum."""
+    """Also in the text encoders, merged by the exact sum."""
     names = {
         "flux": ("flux_kohya", "flux_split", "flux_split"),
         "sd15": ("sd15_kohya", "sd15_diffusers", "sd15_respelled"),
@@ -71,24 +71,24 @@ def test_mix_without_gates_paints_what_the_stock_chain_paints(
     graph, stock = Graph(base), Graph(base)
     mix = graph.mix(graph.load(files[names[0]], 0.6, 0.6), graph.load(files[names[1]], 0.9, 0.9), clip=graph.clip)
     same(
-        paint(graph, graph.picture(mix, [mix[0], 1])),
-        paint(stock, stock.picture(*stock.stock(files[names[0]], files[names[2]], strengths=[0.6, 0.9]))),
+        sample(graph, graph.picture(mix, [mix[0], 1])),
+        sample(stock, stock.picture(*stock.stock(files[names[0]], files[names[2]], strengths=[0.6, 0.9]))),
     )
 
 
 @pytest.mark.parametrize("off", ["2", "flux_split"])
-def test_one_switched_off_is_the_other_alone(files: dict[str, str], paint: Callable, pair: Callable, off: str) -> None:
+def test_with_one_switched_off_the_other_acts_alone(files: dict, sample: Callable, pair: Callable, off: str) -> None:
     graph, stock = Graph(), Graph()
     mix = graph.mix(*pair(graph), switched_off=off)
-    same(paint(graph, graph.picture(mix)), paint(stock, stock.picture(*stock.stock(files["flux_kohya"]))))
+    same(sample(graph, graph.picture(mix)), sample(stock, stock.picture(*stock.stock(files["flux_kohya"]))))
 
 
-def test_the_base_model_paints_the_same_before_and_after_a_mix(comfy: Server, paint: Callable, pair: Callable) -> None:
+def test_base_model_is_unchanged_after_a_mix(comfy: Server, sample: Callable, pair: Callable) -> None:
     plain, mixed = Graph(), Graph()
     node = plain.picture()
-    before = paint(plain, node)
-    between = paint(mixed, mixed.picture(mixed.mix(*pair(mixed))))
-    run = comfy.run(plain.nodes)  # the same loaded model; the mix has gone from ComfyUI's cache by now
+    before = sample(plain, node)
+    between = sample(mixed, mixed.picture(mixed.mix(*pair(mixed))))
+    run = comfy.run(plain.nodes)  # the same loaded model; ComfyUI's cache no longer has the mix
     assert "KSampler0" in run.executed
     assert "UNETLoader0" not in run.executed
     after = picture_of(comfy, run, node)
@@ -136,24 +136,36 @@ def test_the_router_needs_no_training(comfy: Server, pair: Callable) -> None:
     [
         {"reads": "hidden", "granularity": "layer"},
         {"reads": "experts", "activation": "softmax", "balance": 0.5},
-        {"reads": "flat", "activation": "softmax-null", "save_memory": False},
+        {"reads": "experts", "activation": "softmax-null", "save_memory": False},
         {"granularity": "network"},
         {"granularity": "matrix", "reads": "hidden"},
     ],
     ids=lambda s: "-".join(str(v) for v in s.values()),
 )
-def test_every_kind_of_gate_trains_and_paints(comfy: Server, paint: Callable, pair: Callable, settings: dict) -> None:
+def test_every_kind_of_gate_trains_and_samples(comfy: Server, sample: Callable, pair: Callable, settings: dict) -> None:
     graph = Graph()
     loras = pair(graph)
     gates = graph.train(*loras, steps=3, **settings)
-    ours = paint(graph, graph.picture(graph.mix(*loras, gates=gates)))
+    ours = sample(graph, graph.picture(graph.mix(*loras, gates=gates)))
     plain = Graph()
-    assert not torch.equal(ours[1], paint(plain, plain.picture())[1])
+    assert not torch.equal(ours[1], sample(plain, plain.picture())[1])
     assert torch.isfinite(ours[1]).all()
 
 
+def test_only_common_choices_are_offered(comfy: Server, pair: Callable) -> None:
+    """The paper's gates for a single image size and its CLIP loss are available in Python only."""
+    inputs = comfy.get("/object_info/LegoMoLE_TrainGates")["LegoMoLE_TrainGates"]["input"]["required"]
+    assert inputs["objective"][1]["options"] == ["distil", "denoise", "router"]
+    assert inputs["reads"][1]["options"] == ["text", "hidden", "experts"]
+    for settings in ({"reads": "flat"}, {"objective": "clip"}):
+        graph = Graph()
+        graph.add("LegoMoLE_SaveGates", gates=graph.train(*pair(graph), **settings), filename_prefix="refused")
+        with pytest.raises(Refused, match="not in list"):
+            comfy.queue(graph.nodes)
+
+
 @pytest.mark.parametrize("captioned", [False, True])
-def test_gates_learn_from_pictures(comfy: Server, pair: Callable, captioned: bool) -> None:
+def test_gates_learn_from_images(comfy: Server, pair: Callable, captioned: bool) -> None:
     graph = Graph()
     loras = pair(graph)
     latents = [graph.add("LatentBatch", samples1=graph.empty(), samples2=graph.empty()) for _ in loras]
@@ -176,22 +188,21 @@ def saved_gates(comfy: Server, prefix: str) -> Path:
     return comfy.base / "models" / "legomole_gates" / f"{prefix}_00001_.safetensors"
 
 
-def test_saved_gates_belong_to_their_loras(
-    comfy: Server, files: dict[str, str], paint: Callable, pair: Callable
+def test_saved_gates_only_work_with_their_loras(
+    comfy: Server, files: dict[str, str], sample: Callable, pair: Callable
 ) -> None:
     graph = Graph()
     loras = pair(graph)
     gates = graph.train(*loras)
     graph.add("LegoMoLE_SaveGates", gates=gates, filename_prefix="kept/gates")
-    first = paint(graph, graph.picture(graph.mix(*loras, gates=gates)))
+    trained = sample(graph, graph.picture(graph.mix(*loras, gates=gates)))
     name = "kept/gates_00001_.safetensors"
     with safe_open(saved_gates(comfy, "kept/gates"), "pt") as file:
         assert file.metadata()["base"] == "Flux"
 
     other = Graph()
     loaded = other.add("LegoMoLE_LoadGates", gates_name=name)
-    again = paint(other, other.picture(other.mix(*pair(other, swapped=True), gates=loaded)))
-    same(again, first)
+    same(sample(other, other.picture(other.mix(*pair(other, swapped=True), gates=loaded))), trained)
 
     foreign = Graph()
     loaded = foreign.add("LegoMoLE_LoadGates", gates_name=name)
@@ -200,9 +211,9 @@ def test_saved_gates_belong_to_their_loras(
     assert "The gates were trained with other LoRAs." in message
     assert "flux_kohya_2" in message
 
-    alone = Graph()  # of the LoRAs they were trained with, only one: the other is switched off
+    alone = Graph()  # only one of their LoRAs: the other counts as switched off
     loaded = alone.add("LegoMoLE_LoadGates", gates_name=name)
-    paint(alone, alone.picture(alone.mix(pair(alone)[0], gates=loaded)))
+    sample(alone, alone.picture(alone.mix(pair(alone)[0], gates=loaded)))
 
 
 def test_a_file_that_holds_no_gates_is_refused(comfy: Server, pair: Callable) -> None:
@@ -215,9 +226,9 @@ def test_a_file_that_holds_no_gates_is_refused(comfy: Server, pair: Callable) ->
     assert "This file holds no gates." in comfy.fail(graph.nodes)
 
 
-def test_cancelled_training_goes_on_where_it_was(comfy: Server, pair: Callable) -> None:
-    """And ends with the very gates of one that was never cancelled."""
-    steps, made = 120, 40  # training steps; pictures and examples made before
+def test_cancelled_training_is_resumed(comfy: Server, pair: Callable) -> None:
+    """With the same gates in the end as from a training that was not cancelled."""
+    steps, prepared = 120, 40  # training steps; images and examples that are sampled before
 
     def graph(prefix: str) -> Graph:
         one = Graph()
@@ -232,17 +243,17 @@ def test_cancelled_training_goes_on_where_it_was(comfy: Server, pair: Callable) 
     comfy.post("/interrupt", {})
     run = comfy.wait(prompt_id)
     assert run.of("execution_interrupted")
-    kept = sorted((comfy.base / "models" / "legomole_gates").glob("interrupted_*"))
-    with safe_open(kept[-1], "pt") as file:
+    interrupted = sorted((comfy.base / "models" / "legomole_gates").glob("interrupted_*"))
+    with safe_open(interrupted[-1], "pt") as file:
         assert f"of {steps} steps" in file.metadata()["training"]
 
     resumed = comfy.run(cut.nodes)
-    assert made not in {data["max"] for data in resumed.of("progress")}
+    assert prepared not in {data["max"] for data in resumed.of("progress")}
     whole = graph("whole/gates")
-    whole.nodes["LegoMoLE_TrainGates0"]["inputs"]["prompts"] += "\n"  # the same training, not from ComfyUI's cache
+    whole.nodes["LegoMoLE_TrainGates0"]["inputs"]["prompts"] += "\n"  # the same training, but not from ComfyUI's cache
     fresh = comfy.run(whole.nodes)
     assert "LegoMoLE_TrainGates0" in fresh.executed
-    assert made in {data["max"] for data in fresh.of("progress")}
+    assert prepared in {data["max"] for data in fresh.of("progress")}
     a, b = load_file(saved_gates(comfy, "cut/gates")), load_file(saved_gates(comfy, "whole/gates"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
@@ -254,8 +265,8 @@ def test_cancelled_training_goes_on_where_it_was(comfy: Server, pair: Callable) 
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_frozen_mix_paints_what_the_mix_paints(comfy: Server, paint: Callable, pair: Callable, trained: bool) -> None:
-    """For the prompt it was frozen for: gates that read the text are the same at every step."""
+def test_frozen_mix_gives_the_image_of_the_mix(comfy: Server, sample: Callable, pair: Callable, trained: bool) -> None:
+    """For the prompt it was frozen for, because gates that read the text are the same at every step."""
     graph, stock = Graph(), Graph()
     loras = pair(graph)
     mix = graph.mix(*loras, gates=graph.train(*loras) if trained else None, scale=0.8)
@@ -272,11 +283,11 @@ def test_frozen_mix_paints_what_the_mix_paints(comfy: Server, paint: Callable, p
         },
     )
     graph.save(frozen, f"frozen/{trained}")
-    ours = paint(graph, graph.picture(mix, prompt="heart"))
-    same(ours, paint(stock, stock.picture(*stock.stock(f"frozen/{trained}_00001_.safetensors"), prompt="heart")))
+    ours = sample(graph, graph.picture(mix, prompt="heart"))
+    same(ours, sample(stock, stock.picture(*stock.stock(f"frozen/{trained}_00001_.safetensors"), prompt="heart")))
 
 
-def test_gate_map_draws_every_part(comfy: Server, pair: Callable) -> None:
+def test_gate_map_draws_every_scope(comfy: Server, pair: Callable) -> None:
     graph = Graph()
     mix = graph.mix(*pair(graph))
     graph.picture(mix)
@@ -285,7 +296,7 @@ def test_gate_map_draws_every_part(comfy: Server, pair: Callable) -> None:
     run = comfy.run(graph.nodes | preview(chart, 1))
     assert gates_in(run.outputs["text"]["text"][0]) == {"flux_kohya": 1.0, "flux_split": 1.0}
     _, height = size_of(comfy, run.outputs["SaveImage1"]["images"][0])
-    assert height > 72 + 3 * 22  # double block, single block, the rest
+    assert height > 72 + 3 * 22  # double block, single block, layers outside of blocks
     assert run.outputs["LegoMoLE_GateMap0"]["images"]
 
 
@@ -334,7 +345,7 @@ def test_training_refuses(comfy: Server, pair: Callable, settings: dict, words: 
     assert words in failing(comfy, graph, graph.mix(*loras, gates=graph.train(*loras, **settings)))
 
 
-def test_training_refuses_a_silent_lora_and_a_softmax_of_one(comfy: Server, pair: Callable) -> None:
+def test_training_refuses_a_lora_of_strength_0_and_a_softmax_of_one(comfy: Server, pair: Callable) -> None:
     graph = Graph()
     loras = pair(graph, strength=0.0)
     message = failing(comfy, graph, graph.mix(*loras, gates=graph.train(*loras)))
@@ -361,7 +372,7 @@ def test_gate_map_and_freeze_need_a_mix(comfy: Server) -> None:
 
 
 def test_words_come_from_the_file(comfy: Server, files: dict[str, str]) -> None:
-    """Trigger words in a file's metadata stand in for an empty line."""
+    """For an empty line the trigger words in the file's metadata are used."""
     state = load_file(comfy.loras / files["flux_kohya"])
     save_file(state, comfy.loras / "triggered.safetensors", {"modelspec.trigger_phrase": "ember style"})
     graph = Graph()

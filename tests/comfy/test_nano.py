@@ -1,4 +1,4 @@
-"""The small trained model in a real ComfyUI: the stock loaders read it, and it paints there what it paints here."""
+"""The demo model in a real ComfyUI: the stock loaders read it, and it gives the same images as in this process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store() -> Store:
 
 @pytest.fixture
 def expected(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
-    """What `sampling.sample` paints of the noise that ComfyUI draws."""
+    """Returns the latents that `sampling.sample` gives for ComfyUI's noise."""
 
     def noise(count: int, seed: int) -> Tensor:
         return folded(torch.randn(count, 16, 16, 16, generator=torch.Generator().manual_seed(seed)))
@@ -53,28 +53,28 @@ def expected(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ten
     return run
 
 
-def alike(store: Store, found: tuple, latents: Tensor) -> None:
-    """Latents, and the first picture to half a step of its 255."""
-    picture, latent = found
+def assert_alike(store: Store, sampled: tuple, latents: Tensor) -> None:
+    """Assert that the latents agree, and the first image up to rounding to 8 bits."""
+    picture, latent = sampled
     torch.testing.assert_close(2 * SCALE * (latent - SHIFT), latents, rtol=0, atol=2e-4)
     rgb = ((store.pictures(latents[:1])[0] + 1) * 127.5).permute(1, 2, 0)
     torch.testing.assert_close(torch.from_numpy(picture).float(), rgb, rtol=0, atol=1.01)
 
 
-def test_it_paints_in_comfyui_what_it_paints_here(store, paint, expected):
+def test_the_model_gives_the_same_images_in_comfyui(store, sample, expected):
     text = "the mushroom, drawn in blueprint style"
     graph = NanoGraph()
     latents = expected(text)
-    alike(store, paint(graph, graph.painted(text)), latents)
+    assert_alike(store, sample(graph, graph.sampled(text)), latents)
     assert judge(store.oracle, store.pictures(latents), [("mushroom", "blueprint")] * COUNT).both.sum() >= 3
 
 
-def test_with_stock_lora_loaders_too(store, paint, expected):
-    """And the two LoRAs bring what the base does not know: hearts, and embers."""
+def test_loras_on_stock_loaders_give_the_same_images(store, sample, expected):
+    """The LoRAs add a subject and a style that the base model does not have."""
     graph = NanoGraph()
     model, _ = graph.stock(HEART, EMBER)
     latents = expected(experts=[load(store.lora("heart")), load(store.lora("ember"))])
-    alike(store, paint(graph, graph.painted(model=model)), latents)
+    assert_alike(store, sample(graph, graph.sampled(model=model)), latents)
     with_loras, without = (
         judge(store.oracle, store.pictures(x), [("heart", "ember")] * COUNT).both.sum() for x in (latents, expected())
     )
@@ -82,41 +82,41 @@ def test_with_stock_lora_loaders_too(store, paint, expected):
     assert without == 0
 
 
-def test_lego_merges_there_what_it_merges_here(store, paint, expected):
+def test_lego_merge_gives_the_same_images(store, sample, expected):
     graph = NanoGraph()
     merged = graph.lego(graph.load(HEART), graph.load(EMBER))
     ours = merge([load(store.lora("heart")), load(store.lora("ember"))], Lego(Rank.parse("1x"))).adapter
-    alike(store, paint(graph, graph.painted(model=graph.apply(merged)[0])), expected(experts=[ours]))
+    assert_alike(store, sample(graph, graph.sampled(model=graph.apply(merged)[0])), expected(experts=[ours]))
 
 
-def test_mole_mixes_there_what_it_mixes_here(store, paint, expected):
+def test_mole_mix_gives_the_same_images(store, sample, expected):
     graph = NanoGraph()
     mix = graph.mix(graph.load(HEART), graph.load(EMBER))
-    alike(
+    assert_alike(
         store,
-        paint(graph, graph.painted(model=mix)),
+        sample(graph, graph.sampled(model=mix)),
         expected(experts=[load(store.lora("heart")), load(store.lora("ember"))]),
     )
 
 
-def test_an_empty_latent_of_another_model_will_do(comfy, paint):
+def test_an_empty_latent_of_another_model_can_be_used(comfy, sample):
     graph, other = NanoGraph(), NanoGraph()
-    first = paint(graph, graph.painted())[1]
+    first = sample(graph, graph.sampled())[1]
     empty = other.add("EmptyLatentImage", width=128, height=128, batch_size=COUNT)
-    assert torch.equal(first, paint(other, other.painted(empty=empty))[1])
+    assert torch.equal(first, sample(other, other.sampled(empty=empty))[1])
 
 
-def test_comfyui_finds_nothing_missing_in_the_files(comfy: Server, nano: Path, paint):
+def test_comfyui_reports_no_missing_keys(comfy: Server, nano: Path, sample):
     graph = NanoGraph()
-    node = graph.painted(model=graph.stock(HEART, EMBER)[0])
-    for part in graph.nodes.values():  # under other names they are read anew
+    node = graph.sampled(model=graph.stock(HEART, EMBER)[0])
+    for part in graph.nodes.values():  # files under new names are not in the cache
         for name, folder in (("unet_name", "diffusion_models"), ("clip_name", "text_encoders"), ("lora_name", "loras")):
             if name in part["inputs"]:
                 file = nano / "models" / folder / part["inputs"][name]
-                part["inputs"][name] = f"again_{file.name}"
-                file.with_name(f"again_{file.name}").symlink_to(file)
+                part["inputs"][name] = f"copy_{file.name}"
+                file.with_name(f"copy_{file.name}").symlink_to(file)
     start = len(comfy.log.read_text())
-    paint(graph, node)
+    sample(graph, node)
     log = comfy.log.read_text()[start:]
     assert "model weight dtype" in log
     assert "lora key not loaded" not in log

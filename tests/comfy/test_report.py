@@ -1,4 +1,4 @@
-"""LoRA Report in a real graph: picture, summary and page; names that stay inside the output folder."""
+"""LoRA Report in a real graph: image, summary and page; file names stay inside the output folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def report(graph: Graph, *loras: Link, with_model: bool = True, **settings: Any)
 
 
 def test_report_of_one_lora_twice(comfy: Server, files: dict[str, str]) -> None:
-    """At strengths 1 and -2 it works against itself, everywhere."""
+    """At strengths 1 and -2 a LoRA works against itself in every block."""
     graph = Graph()
     node = report(graph, graph.load(files["flux_kohya"]), graph.load(files["flux_kohya"], -2.0, -2.0))
     graph.add("SaveImage", images=node, filename_prefix="test/report")
@@ -46,11 +46,11 @@ def test_report_without_a_model_and_without_a_page(comfy: Server, files: dict[st
     assert ".html" not in run.outputs[name]["text"][0]
 
 
-def test_errors_in_our_words(comfy: Server, files: dict[str, str]) -> None:
-    for settings, said in (
+def test_wrong_values_have_their_own_errors(comfy: Server, files: dict[str, str]) -> None:
+    for settings, message in (
         ({"filename_prefix": "../outside"}, "A report can only be saved inside the output folder."),
         ({"rank": "many"}, "This is not a rank."),
     ):
         graph = Graph()
         report(graph, graph.load(files["flux_kohya"]), **settings)
-        assert said in comfy.fail(graph.nodes)
+        assert message in comfy.fail(graph.nodes)

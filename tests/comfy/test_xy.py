@@ -1,4 +1,4 @@
-"""XY Compare in a real graph: every cell is the picture of the ordinary graph, errors come before any sampling."""
+"""XY Compare in a real graph: every cell equals the image of an ordinary graph, errors come before any sampling."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ def pair(files: dict[str, str]) -> Callable[[Graph], list[Link]]:
 
 
 def saved(graph: Graph, compared: Link) -> Prompt:
-    """The prompt with the cells saved and the report shown."""
+    """Add nodes that save the cells and show the report."""
     graph.add("SaveImage", images=[compared[0], 1], filename_prefix="test/cell")
     return graph.nodes | {"text": {"class_type": "PreviewAny", "inputs": {"source": [compared[0], 2]}}}
 
 
 def pictures(comfy: Server, run: Run, node: str = "SaveImage0", folder: str = "output") -> list[np.ndarray]:
-    found = [comfy.base / folder / e["subfolder"] / e["filename"] for e in run.outputs[node]["images"]]
-    return [np.asarray(Image.open(path), dtype=np.int16) for path in found]
+    paths = [comfy.base / folder / e["subfolder"] / e["filename"] for e in run.outputs[node]["images"]]
+    return [np.asarray(Image.open(path), dtype=np.int16) for path in paths]
 
 
 def compared(comfy: Server, graph: Graph, *loras: Link, **settings: object) -> tuple[list[np.ndarray], str]:
-    """The cells' pictures and the report."""
+    """Return the images of the cells and the report."""
     run = comfy.run(saved(graph, graph.compare(*loras, **settings)))
     return pictures(comfy, run), run.outputs["text"]["text"][0]
 
 
-def test_every_method_paints_what_its_own_graph_paints(comfy: Server, pair: Callable) -> None:
-    """Bit for bit: the plain model, three merges through Apply LoRA, and MoLE Mix."""
+def test_every_method_gives_the_image_of_its_own_graph(comfy: Server, pair: Callable) -> None:
+    """The plain model, three merges through Apply LoRA, and MoLE Mix, bit for bit."""
     graph = Graph()
-    found, report = compared(comfy, graph, *pair(graph), method="concat")  # the axis says the method, not the widget
+    cells, report = compared(comfy, graph, *pair(graph), method="concat")  # the axis overrides it
     one = Graph()
     loras = pair(one)
     merges = [one.merge("concat", *loras), one.merge("svd", *loras, rank="1x"), one.lego(*loras)]
@@ -51,10 +51,10 @@ def test_every_method_paints_what_its_own_graph_paints(comfy: Server, pair: Call
     nodes.append(one.picture(mix, [mix[0], 1]))
     run = comfy.run(one.nodes)
     expected = [pictures(comfy, run, node)[0] for node in nodes]
-    assert len(found) == 5
-    for cell, picture in zip(found, expected, strict=True):
+    assert len(cells) == 5
+    for cell, picture in zip(cells, expected, strict=True):
         assert np.array_equal(cell, picture)
-    assert len({picture.tobytes() for picture in expected[:4]}) == 4  # the methods do differ; even gates are the sum
+    assert len({picture.tobytes() for picture in expected[:4]}) == 4  # MoLE with even gates is the sum
     assert report.startswith("5 cells, 5 sampled in ")
     assert "row 1, column 2: concat, seed 7" in report
     assert re.search(r"column 3: svd, rank 1x, seed 7: [\d.]+ s; merged in [\d.]+ s, rank \d+, [\d.]+% of", report)
@@ -62,9 +62,9 @@ def test_every_method_paints_what_its_own_graph_paints(comfy: Server, pair: Call
 
 @pytest.mark.slow
 def test_two_axes_with_text_encoder_parts(comfy: Server, files: dict[str, str]) -> None:
-    """Strengths by prompts: rows and columns in their places, the LoRA's text encoder part too, each merge once."""
+    """Strengths by prompts, also in the text encoder: rows and columns in order, and one merge per strength."""
     graph = Graph("sd15")
-    found, report = compared(
+    cells, report = compared(
         comfy,
         graph,
         graph.load(files["sd15_kohya"], 0.5, 0.8),
@@ -79,7 +79,7 @@ def test_two_axes_with_text_encoder_parts(comfy: Server, files: dict[str, str]) 
     nodes = [one.picture(prompt=text) for text in ("a cat", "a dog, running")]
     nodes += [one.picture(*one.apply(strong), prompt=text) for text in ("a cat", "a dog, running")]
     run = comfy.run(one.nodes)
-    for cell, node in zip(found, nodes, strict=True):
+    for cell, node in zip(cells, nodes, strict=True):
         assert np.array_equal(cell, pictures(comfy, run, node)[0])
     assert report.count("merged in") == 1
     assert 'row 1, column 2: none, seed 7, "a dog, running"' in report
@@ -88,11 +88,11 @@ def test_two_axes_with_text_encoder_parts(comfy: Server, files: dict[str, str]) 
 
 @pytest.mark.slow
 def test_strength_of_one_lora_and_trained_gates(comfy: Server, pair: Callable) -> None:
-    """`strength 2` at 0 is the first LoRA alone; gates go to mole as to MoLE Mix."""
+    """`strength 2` at 0 is the first LoRA alone; mole uses gates as MoLE Mix does."""
     graph = Graph()
     loras = pair(graph)
     gates = graph.train(*loras)
-    found, report = compared(
+    cells, report = compared(
         comfy,
         graph,
         *loras,
@@ -109,9 +109,9 @@ def test_strength_of_one_lora_and_trained_gates(comfy: Server, pair: Callable) -
         one.picture(mix, [mix[0], 1]),
     ]
     run = comfy.run(one.nodes)
-    assert np.array_equal(found[0], pictures(comfy, run, nodes[0])[0])
-    assert np.array_equal(found[4], pictures(comfy, run, nodes[1])[0])
-    assert np.array_equal(found[2], found[5])
+    assert np.array_equal(cells[0], pictures(comfy, run, nodes[0])[0])
+    assert np.array_equal(cells[4], pictures(comfy, run, nodes[1])[0])
+    assert np.array_equal(cells[2], cells[5])
     assert "row 2, column 3: the same as row 1, column 3" in report
     assert report.startswith("6 cells, 5 sampled in ")
     assert "trained gates" in report
@@ -126,7 +126,7 @@ def test_calibrated_cells_are_the_calibrated_merges(comfy: Server, pair: Callabl
     graph = Graph()
     loras = pair(graph)
     statistics = graph.calibrate(*loras)
-    found, _ = compared(comfy, graph, *loras, statistics=statistics, x_values="lego, lego calibrated, calibrated")
+    cells, _ = compared(comfy, graph, *loras, statistics=statistics, x_values="lego, lego calibrated, calibrated")
     for merge in (
         graph.lego(*loras),
         graph.merge("calibrated", *loras, rank="1x", lam=0.3, mu=3.0, joint_scale=1.2),
@@ -134,25 +134,25 @@ def test_calibrated_cells_are_the_calibrated_merges(comfy: Server, pair: Callabl
         graph.nodes[merge[0]]["inputs"]["statistics"] = statistics
         graph.picture(*graph.apply(merge))
     run = comfy.run(graph.nodes)
-    assert np.array_equal(found[1], pictures(comfy, run, "SaveImage1")[0])
-    assert np.array_equal(found[2], pictures(comfy, run, "SaveImage2")[0])
-    assert not np.array_equal(found[0], found[1])
+    assert np.array_equal(cells[1], pictures(comfy, run, "SaveImage1")[0])
+    assert np.array_equal(cells[2], pictures(comfy, run, "SaveImage2")[0])
+    assert not np.array_equal(cells[0], cells[1])
 
 
 def test_the_node_shows_a_labelled_sheet_and_counts_all_steps(comfy: Server, pair: Callable) -> None:
-    """Two pictures in a cell lie side by side; the bar goes over all steps of all cells."""
+    """Two images of a cell are side by side; the progress bar counts the steps of all cells."""
     graph = Graph()
     settings = {"x_axis": "seed", "x_values": "1, 2, 3", "steps": 3}
     latent = graph.add("EmptySD3LatentImage", width=64, height=32, batch_size=2)
     run = comfy.run(saved(graph, graph.compare(*pair(graph), **settings, latent_image=latent)))
     (shown,) = pictures(comfy, run, "LegoMoLE_XYCompare0", "temp")
-    assert shown.shape[1] > 3 * 2 * 64 * 2  # enlarged: two of 64 pixels are less than the smallest cell
+    assert shown.shape[1] > 3 * 2 * 64 * 2  # enlarged, because two images of 64 pixels are smaller than a cell
     cells = pictures(comfy, run)
     assert [cell.shape for cell in cells] == [(32, 64, 3)] * 6
     assert not np.array_equal(cells[0], cells[2])
-    told = [data for data in run.of("progress") if data["max"] == 9]
-    assert told[-1]["value"] == 9
-    assert [data["value"] for data in told] == sorted(data["value"] for data in told)
+    values = [data["value"] for data in run.of("progress") if data["max"] == 9]
+    assert values[-1] == 9
+    assert values == sorted(values)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_the_node_shows_a_labelled_sheet_and_counts_all_steps(comfy: Server, pai
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
-def test_mistakes_are_told_before_anything_is_sampled(
+def test_wrong_values_are_reported_before_anything_is_sampled(
     comfy: Server, pair: Callable, settings: dict, words: tuple[str, ...]
 ) -> None:
     graph = Graph()
@@ -186,7 +186,7 @@ def refused_unsampled(comfy: Server, graph: Graph, *words: str) -> None:
     assert not [data for data in run.of("progress") if data["max"] == 2 * 5]
 
 
-def test_what_does_not_fit_is_told_before_anything_is_sampled(comfy: Server, files: dict, pair: Callable) -> None:
+def test_misfits_are_reported_before_anything_is_sampled(comfy: Server, files: dict, pair: Callable) -> None:
     graph = Graph()
     graph.compare(x_values="none, mole")
     refused_unsampled(comfy, graph, "No LoRA is connected, and mole needs at least one.")
@@ -199,10 +199,10 @@ def test_what_does_not_fit_is_told_before_anything_is_sampled(comfy: Server, fil
     refused_unsampled(comfy, graph, "The gates were trained with other LoRAs.")
 
 
-def test_cancelled_it_leaves_the_model_as_it_was(comfy: Server, paint: Callable, pair: Callable) -> None:
+def test_cancelling_leaves_the_model_unchanged(comfy: Server, sample: Callable, pair: Callable) -> None:
     plain = Graph()
     node = plain.picture(prompt="a tree")
-    before = paint(plain, node)
+    before = sample(plain, node)
     graph = Graph()
     graph.compare(*pair(graph), x_values="mole, lego, concat", steps=400)
     prompt_id = comfy.queue(graph.nodes)
@@ -212,7 +212,7 @@ def test_cancelled_it_leaves_the_model_as_it_was(comfy: Server, paint: Callable,
     assert run.of("execution_interrupted")
     assert max(data["value"] for data in run.of("progress") if data["max"] == 1200) < 1200
     other = Graph()
-    paint(other, other.picture(prompt="a tree and a house"))  # so that the next is not from the cache
-    after = paint(plain, node)
+    sample(other, other.picture(prompt="a tree and a house"))  # so that the next image is not from the cache
+    after = sample(plain, node)
     assert torch.equal(before[1], after[1])
     assert np.array_equal(before[0], after[0])

@@ -1,4 +1,4 @@
-"""The smallest models the stock loaders accept, written from a seed, and LoRAs for them."""
+"""The smallest models that the stock loaders accept, with seeded random weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-HIDDEN = 128  # Flux: one head of 128
+HIDDEN = 128  # of Flux, one attention head
 CONTEXT = 768
 CLIP_LAYERS = 12
 
 
 class Weights(dict[str, Tensor]):
-    """A state dict that fills itself with seeded noise."""
+    """A state dict of seeded random weights."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -33,7 +33,7 @@ class Weights(dict[str, Tensor]):
 
 
 def flux(depth: int = 1, single: int = 1) -> dict[str, Tensor]:
-    """A Flux transformer (schnell) in BFL's layout."""
+    """Return a Flux transformer (schnell) in BFL's layout."""
     w, h = Weights(1), HIDDEN
     for name, width in (("img_in", 64), ("txt_in", CONTEXT)):
         w.layer(name, h, width)
@@ -63,7 +63,7 @@ def flux(depth: int = 1, single: int = 1) -> dict[str, Tensor]:
 
 
 def sd15() -> dict[str, Tensor]:
-    """An SD1.5-shaped U-Net with one level, in ComfyUI's layout."""
+    """Return an SD1.5 U-Net with one level, in ComfyUI's layout."""
     w, c = Weights(2), 320
 
     def resnet(name: str, d_in: int = c) -> None:
@@ -108,7 +108,7 @@ def sd15() -> dict[str, Tensor]:
 
 
 def sd3() -> dict[str, Tensor]:
-    """An SD3 transformer of depth 1, in ComfyUI's layout."""
+    """Return an SD3 transformer of depth 1, in ComfyUI's layout."""
     w, h = Weights(5), 64
     w.layer("x_embedder.proj", h, 16, 2, 2)
     w["pos_embed"] = w.noise(1, 36864, h, scale=0.1)
@@ -130,7 +130,7 @@ def sd3() -> dict[str, Tensor]:
 
 
 def clip_l() -> dict[str, Tensor]:
-    """A CLIP-L text encoder in half precision."""
+    """Return a CLIP-L text encoder in float16."""
     w, c = Weights(3), CONTEXT
     w["text_model.embeddings.token_embedding.weight"] = w.noise(49408, c, scale=0.02)
     w["text_model.embeddings.position_embedding.weight"] = w.noise(77, c, scale=0.02)
@@ -147,7 +147,7 @@ def clip_l() -> dict[str, Tensor]:
 
 
 def taesd(latent_channels: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Encoder and decoder of a tiny VAE, for pictures to compare."""
+    """Return encoder and decoder of a tiny VAE."""
     torch_state = torch.get_rng_state()
     torch.manual_seed(4)
 
@@ -170,14 +170,14 @@ def taesd(latent_channels: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         nn.Identity(), conv(latent_channels, 64), nn.Identity(), *up[0], *up[1], *up[2], block(), conv(64, 3)
     )
     torch.set_rng_state(torch_state)
-    with torch.no_grad():  # a picture of all shades instead of near black
+    with torch.no_grad():  # for images that are not almost black
         decoder[-1].weight.mul_(20)  # type: ignore[operator]
         decoder[-1].bias.fill_(0.5)  # type: ignore[operator]
     return dict(encoder.state_dict()), dict(decoder.state_dict())
 
 
 def checkpoint() -> dict[str, Tensor]:
-    """U-Net, text encoder and VAE in one file, as the stock checkpoint loader takes SD1.5."""
+    """Return U-Net, text encoder and VAE as one SD1.5 checkpoint."""
     encoder, decoder = taesd(4)
     parts = {
         "model.diffusion_model.": sd15(),
@@ -189,7 +189,7 @@ def checkpoint() -> dict[str, Tensor]:
 
 
 def write_models(folder: Path) -> None:
-    """All of the above, where a server with this base directory looks for them."""
+    """Write all of these models to the base directory of a server."""
     encoder, decoder = taesd(16)
     for name, weights in {
         "checkpoints/sd15_nano": checkpoint(),

@@ -1,6 +1,6 @@
-"""Run by ComfyUI's own Python: weights that our nodes produce against weights that the stock loader produces.
+"""Run by ComfyUI's own Python: weights patched by our nodes, compared with weights patched by the stock loader.
 
-Usage: weights.py <ComfyUI> <base directory>. Prints one JSON object: case -> what was measured.
+Usage: weights.py <ComfyUI> <base directory>. Prints one JSON object: case -> measurements.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.merge.engine import merge  # noqa: E402
-from legomole.core.recipes import recipe  # noqa: E402
-from legomole.nodes.comfy import lora_loader as host  # noqa: E402
-from legomole.nodes.lora import Lora  # noqa: E402
+from legomole.core.recipes.method_settings import build_method  # noqa: E402
+from legomole.nodes.comfy import lora_loader  # noqa: E402
+from legomole.nodes.graph_lora import GraphLora  # noqa: E402
+from legomole.nodes.loaded_loras import LoadedLoras  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 LORAS = BASE / "models" / "loras"
@@ -40,7 +41,7 @@ def checkpoint() -> tuple[Any, Any]:
 
 
 def patched(patcher: Any) -> dict[str, torch.Tensor]:
-    """Every patched weight, as ComfyUI computes it: float32 changes, here of weights in float64."""
+    """Return every patched weight as ComfyUI computes it, but with weights in float64; the updates are float32."""
     weights = patcher.model_state_dict()
     return {
         key: comfy.lora.calculate_weight(patches, weights[key].double(), key, intermediate_dtype=torch.float32)
@@ -49,23 +50,23 @@ def patched(patcher: Any) -> dict[str, torch.Tensor]:
 
 
 def difference(ours: Any, stock: Any, base: Any) -> float:
-    """Largest difference over all weights, relative to the largest change of that weight."""
+    """Return the largest difference over all weights, relative to the largest change of that weight."""
     a, b, weights = patched(ours), patched(stock), base.model_state_dict()
     assert set(a) == set(b), sorted(set(a) ^ set(b))
     return max(float((a[key] - b[key]).abs().max() / (b[key] - weights[key].double()).abs().max()) for key in a)
 
 
-def lora(name: str, strength: float = 1.0, convert_rank: int = 0) -> Lora:
-    return Lora(LORAS / f"{name}.safetensors", name, strength, strength, convert_rank)
+def lora(name: str, strength: float = 1.0, convert_rank: int = 0) -> GraphLora:
+    return GraphLora(LORAS / f"{name}.safetensors", name, strength, strength, convert_rank)
 
 
-def merged(loras: list[Lora], base: Any, clip: Any, method: str, **settings: Any) -> tuple[Adapter, host.Reading]:
-    reading = host.read(loras, base, clip)
-    result = merge(reading.adapters, recipe.build_method(method, settings), [value.strength_model for value in loras])
-    return reading.finish(result.adapter), reading
+def merged(loras: list[GraphLora], base: Any, clip: Any, method: str, **settings: Any) -> tuple[Adapter, LoadedLoras]:
+    loaded = lora_loader.read(loras, base, clip)
+    result = merge(loaded.adapters, build_method(method, settings), [value.strength_model for value in loras])
+    return loaded.finish(result.adapter), loaded
 
 
-def stock_chain(loras: list[Lora], base: Any, clip: Any) -> tuple[Any, Any]:
+def stock_chain(loras: list[GraphLora], base: Any, clip: Any) -> tuple[Any, Any]:
     for value in loras:
         state = load_file(value.content)
         base, clip = comfy.sd.load_lora_for_models(base, clip, state, value.strength_model, value.strength_clip)
@@ -73,40 +74,40 @@ def stock_chain(loras: list[Lora], base: Any, clip: Any) -> tuple[Any, Any]:
 
 
 def exact(base: Any, pair: tuple[str, str], stock_names: tuple[str, ...] = (), clip: Any = None) -> Callable[[], Any]:
-    """k = P, reweighting off, against a chain of stock loaders on the same LoRAs (in names those read)."""
+    """LEGO at full rank (k = P) without reweighting, compared with a chain of stock loaders on the same LoRAs."""
 
     def case() -> Any:
         loras = [lora(pair[0], 0.7), lora(pair[1], -1.3)]
         off = {"parameter_reweight": False, "output_reweight": False}
-        known = [lora(file, value.strength_model) for file, value in zip(stock_names or pair, loras, strict=True)]
-        stock, stock_clip = stock_chain(known, base, clip)
-        found: dict[str, Any] = {}
+        readable = [lora(file, value.strength_model) for file, value in zip(stock_names or pair, loras, strict=True)]
+        stock, stock_clip = stock_chain(readable, base, clip)
+        measured: dict[str, Any] = {}
         for geometry in ("rank-one", "paper"):
-            adapter, reading = merged(loras, base, clip, "lego", rank=12, geometry=geometry, centroid="sum", **off)
-            ours, our_clip = host.apply(Lora(adapter, "merged"), base, clip, 1.0, 1.0)
-            found[geometry] = difference(ours, stock, base)
+            adapter, loaded = merged(loras, base, clip, "lego", rank=12, geometry=geometry, centroid="sum", **off)
+            ours, our_clip = lora_loader.apply(GraphLora(adapter, "merged"), base, clip, 1.0, 1.0)
+            measured[geometry] = difference(ours, stock, base)
             if clip is not None:
-                found[f"{geometry} text encoder"] = difference(our_clip.patcher, stock_clip.patcher, clip.patcher)
-        return {**found, "dropped": reading.dropped, "modules": sorted(adapter.modules)}
+                measured[f"{geometry} text encoder"] = difference(our_clip.patcher, stock_clip.patcher, clip.patcher)
+        return {**measured, "dropped": loaded.dropped, "modules": sorted(adapter.modules)}
 
     return case
 
 
 def converted(name: str, rank: int) -> Callable[[], Any]:
-    """An update that is not low rank, approximated at its full rank, against the stock loader's."""
+    """An update that is not low rank, approximated at its full rank, compared with the stock loader's."""
 
     def case() -> Any:
         base = FLUX
-        adapter, reading = merged([lora(name, 1.0, rank)], base, None, "concat")
-        ours, _ = host.apply(Lora(adapter, "merged"), base, None, 1.0, 1.0)
+        adapter, loaded = merged([lora(name, 1.0, rank)], base, None, "concat")
+        ours, _ = lora_loader.apply(GraphLora(adapter, "merged"), base, None, 1.0, 1.0)
         stock, _ = stock_chain([lora(name)], base, None)
-        return {"difference": difference(ours, stock, base), "notes": reading.notes}
+        return {"difference": difference(ours, stock, base), "notes": loaded.notes}
 
     return case
 
 
 def everything() -> Any:
-    """Bias and norm differences, replaced values and keys of no use, in a file such as the stock trainer writes."""
+    """Bias and norm differences, replaced values and unusable keys, in a file as the stock trainer writes it."""
     base = model("sd3_nano")
     name = "diffusion_model.joint_blocks.0.x_block"
     noise = torch.Generator().manual_seed(0)
@@ -119,25 +120,25 @@ def everything() -> Any:
         "diffusion_model.no_such_layer.lora_up.weight": torch.ones(4, 2),
         "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(4, 2),
     }
-    adapter, reading = merged([Lora(state, "trained")], base, None, "concat")
-    ours, _ = host.apply(Lora(adapter, "merged"), base, None, 1.0, 1.0)
+    adapter, loaded = merged([GraphLora(state, "trained")], base, None, "concat")
+    ours, _ = lora_loader.apply(GraphLora(adapter, "merged"), base, None, 1.0, 1.0)
     stock, _ = comfy.sd.load_lora_for_models(base, None, dict(state), 1.0, 1.0)
-    return {"difference": difference(ours, stock, base), "dropped": reading.dropped, "keys": sorted(ours.patches)}
+    return {"difference": difference(ours, stock, base), "dropped": loaded.dropped, "keys": sorted(ours.patches)}
 
 
 def replaced_rows() -> Any:
-    """A value set for some rows of a fused layer stays a value for those rows."""
+    """A value set for some rows of a fused layer is set for those rows."""
     state = {"transformer.transformer_blocks.0.attn.to_k.set_weight": torch.eye(128)}
     single = "lora_unet_single_blocks_0_linear2"
     state[f"{single}.lora_up.weight"], state[f"{single}.lora_down.weight"] = torch.ones(128, 1), torch.ones(1, 640)
-    adapter, _ = merged([Lora(state, "set")], FLUX, None, "concat")
-    ours, _ = host.apply(Lora(adapter, "merged"), FLUX, None, 1.0, 1.0)
+    adapter, _ = merged([GraphLora(state, "set")], FLUX, None, "concat")
+    ours, _ = lora_loader.apply(GraphLora(adapter, "merged"), FLUX, None, 1.0, 1.0)
     stock, _ = comfy.sd.load_lora_for_models(FLUX, None, dict(state), 1.0, 1.0)
     return {"difference": difference(ours, stock, FLUX)}
 
 
 def unnamed_rows() -> Any:
-    """Rows of a fused layer that no name stands for: folded into the whole layer."""
+    """Rows of a fused layer without a name are fused into the whole layer."""
     base = FLUX
     noise = torch.Generator().manual_seed(1)
 
@@ -148,17 +149,17 @@ def unnamed_rows() -> Any:
         }
 
     loras = [
-        Lora(state("diffusion_model.single_blocks.0.linear1", 7 * 128), "whole"),
-        Lora(state("diffusion_model.single_blocks.0.linear1_qkv", 3 * 128), "first rows"),
+        GraphLora(state("diffusion_model.single_blocks.0.linear1", 7 * 128), "whole"),
+        GraphLora(state("diffusion_model.single_blocks.0.linear1_qkv", 3 * 128), "first rows"),
     ]
-    names = host._Host(base, None).names
-    names._names = {at: name for at, name in names._names.items() if not (isinstance(at, tuple) and at[1] == 0)}
-    original, host.Names = host.Names, lambda key_map: names
+    names = lora_loader._ModelLayers(base, None).names
+    names._names = {t: name for t, name in names._names.items() if not (isinstance(t, tuple) and t[1] == 0)}
+    original, lora_loader.LoaderNames = lora_loader.LoaderNames, lambda key_map: names
     try:
         adapter, _ = merged(loras, base, None, "concat")
     finally:
-        host.Names = original
-    ours, _ = host.apply(Lora(adapter, "merged"), base, None, 1.0, 1.0)
+        lora_loader.LoaderNames = original
+    ours, _ = lora_loader.apply(GraphLora(adapter, "merged"), base, None, 1.0, 1.0)
     stock = base
     for value in loras:
         stock, _ = comfy.sd.load_lora_for_models(stock, None, dict(value.content), 1.0, 1.0)
@@ -166,7 +167,7 @@ def unnamed_rows() -> Any:
 
 
 def patched_base() -> Any:
-    """A DoRA is measured against the model's own weights, also while another LoRA is patched into them."""
+    """A DoRA's update is computed from the model's own weights, also while another LoRA is patched into them."""
     base = FLUX
     clean, _ = merged([lora("dora", 1.0, 128)], base, None, "concat")
     other, _ = stock_chain([lora("flux_kohya")], base, None)

@@ -94,7 +94,7 @@ FLOORS: Floors = (
 )
 # Rooms of nodes/.
 NODE_FLOORS: Floors = (
-    ("nodes.lora", "nodes.settings"),
+    ("nodes.graph_lora", "nodes.settings"),
     ("nodes.loaded_loras",),
     ("nodes.comfy",),
     ("nodes.sockets",),

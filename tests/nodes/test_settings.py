@@ -1,4 +1,4 @@
-"""Methods as widgets, and rules for layers."""
+"""Settings of merge methods as widgets, rules for layer weights, and connected LoRAs."""
 
 from __future__ import annotations
 
@@ -12,48 +12,55 @@ from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
 from legomole.core.recipes.method_settings import build_method
-from legomole.nodes.lora import Lora, flatten
-from legomole.nodes.settings import chosen, has_widgets, module_weights, settings
+from legomole.nodes.graph_lora import GraphLora, connected_loras
+from legomole.nodes.settings import module_weights, setting_values, settings_of, works_without_statistics
 
-WITH_WIDGETS = [name for name, method in METHODS.items() if has_widgets(method)]
+WITHOUT_STATISTICS = [name for name, method in METHODS.items() if works_without_statistics(method)]
 
 
-@pytest.mark.parametrize("name", WITH_WIDGETS)
-def test_untouched_widgets_give_the_methods_own_defaults(name: str) -> None:
+@pytest.mark.parametrize("name", WITHOUT_STATISTICS)
+def test_default_values_of_widgets_are_the_methods_defaults(name: str) -> None:
     method = METHODS[name]
-    built = build_method(name, chosen(method, {}))
+    built = build_method(name, setting_values(method, {}))
     for field in dataclasses.fields(method):  # type: ignore[arg-type]
         if field.default is not dataclasses.MISSING:
             assert getattr(built, field.name) == field.default
 
 
-@pytest.mark.parametrize("name", WITH_WIDGETS)
-def test_every_widget_is_explained_and_offers_its_default(name: str) -> None:
-    for setting in settings(METHODS[name]):
+@pytest.mark.parametrize("name", WITHOUT_STATISTICS)
+def test_every_widget_has_a_tooltip_and_offers_its_default(name: str) -> None:
+    for setting in settings_of(METHODS[name]):
         assert setting.tooltip
         assert setting.kind != "choice" or setting.default in setting.choices
 
 
-def test_lego_switches_have_three_positions() -> None:
+def test_legos_switches_are_on_off_or_auto() -> None:
     lego = METHODS["lego"]
     values = {"parameter_reweight": "on", "output_reweight": "off", "centroid": "auto", "rank": "95%"}
-    built = build_method("lego", chosen(lego, values))
+    built = build_method("lego", setting_values(lego, values))
     assert (built.parameter_reweight, built.output_reweight, built.centroid) == (True, False, None)  # type: ignore[attr-defined]
     assert str(built.rank) == "95%"  # type: ignore[attr-defined]
 
 
 def test_auto_rank_reaches_the_method() -> None:
-    assert str(build_method("svd", chosen(METHODS["svd"], {"rank": "auto"})).rank) == "95%"  # type: ignore[attr-defined]
+    assert str(build_method("svd", setting_values(METHODS["svd"], {"rank": "auto"})).rank) == "95%"  # type: ignore[attr-defined]
 
 
 def adapter(*names: str) -> Adapter:
     return Adapter({name: LowRank(torch.ones(1, 2), torch.ones(2, 1)) for name in names})
 
 
-def test_rules_reach_the_loras_they_name() -> None:
+def test_rules_apply_to_the_loras_they_name() -> None:
     adapters = [adapter("a.attn1", "a.attn2"), adapter("a.attn1")]
     text = "*attn2* = 0.5\n\n# a comment\n 2: *attn1 = -1 # another\n*=2"
     assert module_weights(text, adapters) == [{"*attn2*": 0.5, "*": 2.0}, {"*attn1": -1.0, "*": 2.0}]
+
+
+def test_rule_for_all_loras_and_rule_for_one_multiply() -> None:
+    """In either order, and also where both have the same pattern; as on the command line."""
+    adapters = [adapter("a"), adapter("a")]
+    for text in ("* = 0.5\n2: * = 0.25", "2: * = 0.25\n* = 0.5"):
+        assert module_weights(text, adapters) == [{"*": 0.5}, {"*": 0.125}]
 
 
 @pytest.mark.parametrize("line", ["attn2", "*attn2* = much", "*attn2* 0.5", "= 1", "1: = 1", "0: * = 1", "3: * = 1"])
@@ -62,32 +69,32 @@ def test_bad_rules_are_refused(line: str) -> None:
         module_weights(line, [adapter("a"), adapter("a")])
 
 
-def test_flatten_keeps_socket_order_and_opens_stacks() -> None:
-    """lora10 comes after lora2; a stack's entries stand where the stack is."""
-    first, last = Lora(Path("f"), "first"), Lora(Path("l"), "last")
+def test_connected_loras_are_in_socket_order_with_stacks_opened() -> None:
+    """lora10 comes after lora2; a stack's entries take the place of the stack."""
+    first, last = GraphLora(Path("f"), "first"), GraphLora(Path("l"), "last")
     state = {"a": torch.ones(1)}
     blank = [("None", 1.0, 1.0), (None, 1.0, 1.0), ("", 1.0, 1.0), None, ()]
     stack = [("dir/one.safetensors", 0.5, 0.25), *blank, ["two.safetensors", 1, 1]]
     values = {"lora10": last, "lora2": stack, "lora1": state, "lora0": first, "lora3": None}
-    found = flatten(values, lambda name: Path("/loras", name))
-    assert [lora.label for lora in found] == ["first", "lora1 (trained)", "one", "two", "last"]
-    assert found[1].content is state
-    assert found[2].content == Path("/loras/dir/one.safetensors")
-    assert (found[2].strength_model, found[2].strength_clip) == (0.5, 0.25)
+    loras = connected_loras(values, lambda name: Path("/loras", name))
+    assert [lora.label for lora in loras] == ["first", "lora1 (trained)", "one", "two", "last"]
+    assert loras[1].content is state
+    assert loras[2].content == Path("/loras/dir/one.safetensors")
+    assert (loras[2].strength_model, loras[2].strength_clip) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("values", [{}, {"lora0": None}, {"lora0": []}])
 def test_nothing_connected_is_an_error(values: dict) -> None:
     with pytest.raises(MergeError, match="No LoRA is connected"):
-        flatten(values, Path)
+        connected_loras(values, Path)
 
 
 def test_something_else_is_an_error() -> None:
     with pytest.raises(MergeError, match="This is not a LoRA"):
-        flatten({"lora0": 3}, Path)
+        connected_loras({"lora0": 3}, Path)
 
 
 @pytest.mark.parametrize("entry", ["one.safetensors", ("one.safetensors",), ("one.safetensors", None, 1.0), 3])
 def test_stack_of_something_else_is_an_error(entry: object) -> None:
     with pytest.raises(MergeError, match=r"not an entry of a LORA_STACK(.|\n)*lora0"):
-        flatten({"lora0": [entry]}, Path)
+        connected_loras({"lora0": [entry]}, Path)

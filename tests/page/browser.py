@@ -16,12 +16,12 @@ from ..comfy.server import Server
 
 @contextmanager
 def opened(comfy: Server, size: tuple[int, int] = (1280, 720)) -> Iterator[Any]:
-    """The page of a server, open and ready; nothing leaves this machine. Skips where there is no Chromium."""
+    """Open the page of a server; requests to other hosts are blocked. Skips the test if there is no Chromium."""
     api = pytest.importorskip("playwright.sync_api")
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium (set CHROMIUM)")
-    comfy.post("/settings/Comfy.TutorialCompleted", True)  # or it covers itself with templates on the first visit
+    comfy.post("/settings/Comfy.TutorialCompleted", True)  # otherwise the first visit shows a dialog of templates
     with api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": size[0], "height": size[1]})
@@ -34,7 +34,7 @@ def opened(comfy: Server, size: tuple[int, int] = (1280, 720)) -> Iterator[Any]:
 
 
 def wait_until_ready(page: Any) -> None:
-    """Wait for the nodes, and for the workflow that the page opens by itself: it would replace the test's."""
+    """Wait for the nodes, and for the workflow that the page opens by itself, which would replace the test's."""
     page.wait_for_function(
         """() => window.LiteGraph?.registered_node_types.LegoMoLE_LegoMerge
             && window.app?.extensionManager?.workflow?.activeWorkflow?.changeTracker
@@ -46,4 +46,4 @@ def wait_until_ready(page: Any) -> None:
 
 def open_workflow(page: Any, workflow: dict[str, Any]) -> None:
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
-    page.wait_for_timeout(300)  # sockets that grow settle a moment later
+    page.wait_for_timeout(300)  # the page adds sockets of growing rows a moment later

@@ -1,4 +1,4 @@
-"""Our widgets in the real page, by mouse and keyboard, in both of its renderers."""
+"""Our widgets in the real page, used by mouse and keyboard, in both renderers."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ METADATA = {
 
 @pytest.fixture(scope="module")
 def page(comfy: Server) -> Iterator[Any]:
-    for name, said in METADATA.items():
-        save_file({"a": torch.zeros(1)}, comfy.loras / f"widget_{name}.safetensors", said)
+    for name, metadata in METADATA.items():
+        save_file({"a": torch.zeros(1)}, comfy.loras / f"widget_{name}.safetensors", metadata)
     with opened(comfy, (1400, 1000)) as tab:
         yield tab
 
@@ -57,7 +57,7 @@ def setting(page: Any, name: str, value: Any) -> None:
 @pytest.fixture
 def board(page: Any) -> Any:
     """The page with a LoRA List connected to a MoLE Mix, at zoom 1."""
-    # a graph of its own: the page remembers widgets by the graph's id and the node's number
+    # with a new id, because the page identifies widgets by the ids of graph and node
     open_workflow(page, {"id": str(uuid.uuid4()), "nodes": [], "links": [], "version": 0.4})
     page.evaluate(
         """() => {
@@ -75,7 +75,7 @@ def board(page: Any) -> Any:
 
 
 def add(page: Any, *words: str) -> None:
-    """Search for files and take the first that fits, by keyboard."""
+    """Search for files and add the first result of each search, by keyboard."""
     page.locator(".lm input[type=search]").click()
     page.wait_for_selector(".lm-found li")
     for word in words:
@@ -83,19 +83,19 @@ def add(page: Any, *words: str) -> None:
         page.wait_for_function("() => document.querySelectorAll('.lm-found li').length === 1")
         page.keyboard.press("Enter")
     page.keyboard.press("Escape")
-    page.wait_for_timeout(200)  # the nodes take their new size
+    page.wait_for_timeout(200)  # the nodes change their size
 
 
 def value(page: Any, kind: str = "LegoMoLE_LoRAList", widget: str = "loras") -> Any:
-    """What the page would send to the server."""
+    """Return the value of a widget that the page would send to the server."""
     sent = page.evaluate("async () => (await app.graphToPrompt()).output")
     return next(node["inputs"][widget] for node in sent.values() if node["class_type"] == kind)
 
 
 def rows(page: Any) -> list[tuple[str, bool, float]]:
-    """Name, on or off, and strength of the list's rows."""
-    found = [(e["name"], e["on"], e["strength"]) for e in json.loads(value(page))]
-    return [(name.removeprefix("widget_").removesuffix(".safetensors"), on, strength) for name, on, strength in found]
+    """Return name, switch and strength of each row of the list."""
+    entries = [(e["name"], e["on"], e["strength"]) for e in json.loads(value(page))]
+    return [(name.removeprefix("widget_").removesuffix(".safetensors"), on, strength) for name, on, strength in entries]
 
 
 def names(page: Any) -> str:
@@ -103,7 +103,7 @@ def names(page: Any) -> str:
 
 
 def drag(page: Any, start: int, end: int) -> None:
-    """Drag a row by its dots to the upper half of another."""
+    """Drag a row by its dots to the upper half of another row."""
     grip = page.locator(".lm-grip").nth(start).bounding_box()
     goal = page.locator(".lm-row").nth(end).bounding_box()
     page.mouse.move(grip["x"] + grip["width"] / 2, grip["y"] + grip["height"] / 2)
@@ -128,12 +128,12 @@ def test_list_by_keyboard(board: Any, renderer: str) -> None:
     assert rows(board) == [("ember", True, 0.9), ("heart", False, 1), ("moon", True, -3.25)]
     board.locator(".lm-grip").nth(2).focus()
     board.keyboard.press("ArrowUp")
-    board.keyboard.press("ArrowUp")  # the focus moves along
-    board.keyboard.press("ArrowUp")  # and stays at the top
+    board.keyboard.press("ArrowUp")  # the focus has moved with the row
+    board.keyboard.press("ArrowUp")  # no effect at the top
     assert names(board) == "moon ember heart"
     board.locator(".lm-remove").nth(1).focus()
     board.keyboard.press("Enter")
-    board.keyboard.press("Delete")  # not the node
+    board.keyboard.press("Delete")  # must not delete the node
     assert names(board) == "moon heart"
 
 
@@ -142,7 +142,7 @@ def test_list_by_mouse_at_every_zoom(board: Any, renderer: str, zoom: float) -> 
     add(board, "ember", "heart", "moon")
     board.evaluate("zoom => { app.canvas.ds.scale = zoom; app.canvas.setDirty(true, true); }", zoom)
     board.wait_for_timeout(300)
-    place = board.evaluate("() => [...app.graph.nodes.find(n => n.type === 'LegoMoLE_LoRAList').pos]")
+    position = board.evaluate("() => [...app.graph.nodes.find(n => n.type === 'LegoMoLE_LoRAList').pos]")
     drag(board, 2, 0)
     assert names(board) == "moon ember heart"
     board.locator(".lm-row input[type=checkbox]").first.click()
@@ -151,10 +151,10 @@ def test_list_by_mouse_at_every_zoom(board: Any, renderer: str, zoom: float) -> 
     slider.click(position={"x": box["width"] - 1, "y": box["height"] / 2})
     board.locator(".lm-remove").nth(2).click()
     assert rows(board) == [("moon", False, 1), ("ember", True, 2)]
-    assert board.evaluate("() => [...app.graph.nodes.find(n => n.type === 'LegoMoLE_LoRAList').pos]") == place
+    assert board.evaluate("() => [...app.graph.nodes.find(n => n.type === 'LegoMoLE_LoRAList').pos]") == position
 
 
-def test_list_shows_what_files_say_and_runs_none_of_it(board: Any, renderer: str) -> None:
+def test_list_shows_metadata_as_text_not_as_markup(board: Any, renderer: str) -> None:
     add(board, "ember", "heart")
     board.wait_for_selector(".lm-row img")
     shown = board.evaluate(
@@ -166,7 +166,7 @@ def test_list_shows_what_files_say_and_runs_none_of_it(board: Any, renderer: str
     assert board.title() != "owned"
 
 
-def test_list_marks_files_that_are_gone(board: Any, renderer: str) -> None:
+def test_list_marks_missing_files(board: Any, renderer: str) -> None:
     board.evaluate(
         """() => { app.graph.nodes.find(n => n.type === 'LegoMoLE_LoRAList').widgets[0].value =
             JSON.stringify([{name: 'gone.safetensors', on: true, strength: 1}]); }"""
@@ -176,7 +176,7 @@ def test_list_marks_files_that_are_gone(board: Any, renderer: str) -> None:
 
 
 def test_undo_and_redo(board: Any, renderer: str) -> None:
-    """A step of the user is a step of undo: nodes that found another size by themselves would be steps of their own."""
+    """Each change by the user is one step for undo. A node that changes its size later would add a step."""
     add(board, "ember", "heart", "moon")
     board.wait_for_function("() => document.querySelectorAll('.lm-chip').length === 3")
     steps = ["", "ember", "ember heart", "ember heart moon", "moon ember heart", "moon ember"]
@@ -184,16 +184,16 @@ def test_undo_and_redo(board: Any, renderer: str) -> None:
     board.locator(".lm-remove").nth(2).click()
     assert names(board) == steps[-1]
     for key, wanted in [*(("z", step) for step in steps[-2::-1]), *(("y", step) for step in steps[1:])]:
-        board.keyboard.press("Control")  # when it comes up, the page looks whether anything changed
+        board.keyboard.press("Control")  # when the key is released, the page looks for changes
         board.keyboard.press(f"Control+{key}")
         board.wait_for_function(
             """wanted => wanted === [...document.querySelectorAll('.lm-row .lm-name')]
                 .map(name => name.textContent.replace('widget_', '')).join(' ')""",
             arg=wanted,
         )
-        board.wait_for_timeout(700)  # longer than the switches take to look at what comes in
+        board.wait_for_timeout(700)  # longer than the interval in which the switches are refreshed
     assert names(board) == steps[-1]
-    board.locator(".lm-row input[type=checkbox]").first.click()  # what is shown is the list that counts
+    board.locator(".lm-row input[type=checkbox]").first.click()  # the list that is shown belongs to the current node
     assert rows(board) == [("moon", False, 1), ("ember", True, 1)]
 
 
@@ -234,7 +234,7 @@ def test_strip_switches_loras_of_the_mix(board: Any, renderer: str) -> None:
     board.locator(".lm-chip").first.focus()
     board.keyboard.press("Enter")
     assert switched() == "1, 3"
-    board.evaluate(  # by name, typed
+    board.evaluate(  # typed by name
         """() => { app.graph.nodes.find(n => n.type === 'LegoMoLE_MoLEMix').widgets
             .find(w => w.name === 'switched_off').value = 'widget_heart'; }"""
     )
@@ -244,13 +244,13 @@ def test_strip_switches_loras_of_the_mix(board: Any, renderer: str) -> None:
 
 
 def test_light_theme_is_readable(board: Any, renderer: str) -> None:
-    """Text against what is behind it: a contrast of 4.5 at least, in both themes (WCAG 2, AA)."""
+    """The contrast of text and background is at least 4.5 in both themes (WCAG 2, AA)."""
     add(board, "ember")
     board.wait_for_function("() => document.querySelector('.lm-words').textContent")
     for theme in ("light", "dark"):
         setting(board, "Comfy.ColorPalette", theme)
         board.wait_for_timeout(300)
-        found = board.evaluate(
+        contrasts = board.evaluate(
             """() => ['.lm-name', '.lm-words', '.lm-badge'].map(name => {
                 const item = document.querySelector(name);
                 const rgb = color => { const pen = document.createElement('canvas').getContext('2d');
@@ -262,11 +262,11 @@ def test_light_theme_is_readable(board: Any, renderer: str) -> None:
                 const paper = light(rgb(getComputedStyle(item.closest('.lm-row')).backgroundColor));
                 return (Math.max(ink, paper) + .05) / (Math.min(ink, paper) + .05); })"""
         )
-        assert min(found) > 4.5, (theme, found)
+        assert min(contrasts) > 4.5, (theme, contrasts)
 
 
-def test_failing_node_shows_our_words(board: Any, renderer: str) -> None:
-    """The page names the node and shows the error with what to do, no traceback."""
+def test_failing_node_shows_our_error(board: Any, renderer: str) -> None:
+    """The page names the node and shows the error with its remedy, without a traceback."""
     board.evaluate(
         """() => {
             const list = app.graph.nodes.find(n => n.type === 'LegoMoLE_LoRAList');
@@ -281,9 +281,9 @@ def test_failing_node_shows_our_words(board: Any, renderer: str) -> None:
     board.evaluate("() => app.queuePrompt(0, 1)")
     board.get_by_text("LoRA List failed").wait_for()
     board.get_by_role("button", name="View details").click()
-    said = board.get_by_text("refresh the page, or choose another file").first
-    said.wait_for()
-    assert "There is no such LoRA.\n  file:     gone.safetensors\n  expected: a file in" in said.text_content()
+    details = board.get_by_text("refresh the page, or choose another file").first
+    details.wait_for()
+    assert "There is no such LoRA.\n  file:     gone.safetensors\n  expected: a file in" in details.text_content()
     board.keyboard.press("Escape")
 
 

@@ -1,4 +1,4 @@
-"""The shipped workflows in the real page: they open whole and run."""
+"""The shipped workflows in the real page: they open completely and run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ pytestmark = [pytest.mark.comfy, pytest.mark.page]
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
-# The workflows run as they are; only these would take a minute.
+# Smaller values for widgets with which a run would take a minute.
 SIZES = {
     "LegoMoLE_TrainGates": {200: 8, 256: 16, 32: 8},  # steps, examples, pictures
     "LegoMoLE_XYCompare": {12: 2},  # steps
 }
 
 
-# What the nodes say after a run.
+# Texts that the nodes show after a run.
 TEXTS = {
     "LegoMoLE_LegoMerge": "lego: 2 LoRAs",
     "LegoMoLE_LoRAReport": "hardly touch each other",
@@ -47,12 +47,12 @@ TEXTS = {
 }
 
 
-# Where the picture of LEGO's merge is saved: it shows a heart in ember style.
+# Id of the node that saves the image of LEGO's merge: a heart in ember style.
 LEGO = {"style_plus_subject": "14", "compare_methods": "15"}
 
 
-def chosen(path: Path) -> dict[str, Any]:
-    """A workflow as shipped, but for `SIZES`."""
+def shortened(path: Path) -> dict[str, Any]:
+    """Load a workflow with the values of `SIZES`."""
     workflow = json.loads(path.read_text())
     for node in workflow["nodes"]:
         swap = SIZES.get(node["type"], {})
@@ -62,7 +62,7 @@ def chosen(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def gates(comfy: Server, nano: Path) -> None:
-    """The gates that a workflow loads, made before the page asks what there is."""
+    """The gates that a workflow loads; they must exist before the page reads the combo's options."""
     for path in (comfy.base / "models" / "legomole_gates").glob("gates_*"):
         path.unlink()
     graph = NanoGraph()
@@ -78,7 +78,7 @@ def page(comfy: Server, gates: None) -> Iterator[Any]:
 
 
 def texts_on(page: Any, kind: str) -> list[str]:
-    """What the nodes of a kind show their user after a run."""
+    """Return the texts that the nodes of a kind show after a run."""
     return page.evaluate(
         """kind => app.graph.nodes.filter(node => node.type === kind).map(
             node => node.widgets.find(widget => widget.name === '$$node-text-preview')?.value ?? 'nothing')""",
@@ -87,8 +87,8 @@ def texts_on(page: Any, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens_whole_and_runs(comfy: Server, page: Any, path: Path) -> None:
-    workflow = chosen(path)
+def test_workflow_opens_completely_and_runs(comfy: Server, page: Any, path: Path) -> None:
+    workflow = shortened(path)
     open_workflow(page, workflow)
     unknown = page.evaluate("() => app.graph.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
     assert unknown == []
@@ -99,66 +99,73 @@ def test_workflow_opens_whole_and_runs(comfy: Server, page: Any, path: Path) -> 
         page.evaluate("() => app.queuePrompt(0, 1)")
     body = answer.value.json()
     assert body.get("node_errors") == {}, body
-    done = comfy.history(body["prompt_id"])
-    assert done["status"]["status_str"] == "success", done["status"]
+    history = comfy.history(body["prompt_id"])
+    assert history["status"]["status_str"] == "success", history["status"]
     shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap", "LegoMoLE_LoRAReport", "LegoMoLE_XYCompare")
     pictures = [str(node["id"]) for node in workflow["nodes"] if node["type"] in shows_pictures]
-    assert {node for node, output in done["outputs"].items() if output.get("images")} == set(pictures)
+    assert {node for node, output in history["outputs"].items() if output.get("images")} == set(pictures)
     for kind, text in TEXTS.items():
         for shown in texts_on(page, kind):
             assert text in shown
     if path.stem in LEGO:
-        painted = torch.stack([pixels(comfy, entry) for entry in done["outputs"][LEGO[path.stem]]["images"]])
-        assert judge(Store().oracle, painted, [("heart", "ember")] * 4).both.sum() >= 3
+        images = torch.stack([pixels(comfy, entry) for entry in history["outputs"][LEGO[path.stem]]["images"]])
+        assert judge(Store().oracle, images, [("heart", "ember")] * 4).both.sum() >= 3
 
 
 def pixels(comfy: Server, entry: dict[str, str]) -> torch.Tensor:
-    """``(3, H, W)`` in [-1, 1] of a picture that was saved."""
+    """Return a saved image as ``(3, H, W)`` in -1 .. 1."""
     with Image.open(comfy.base / "output" / entry["subfolder"] / entry["filename"]) as picture:
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_keeps_what_was_saved(page: Any, path: Path) -> None:
-    """Widgets land where they were, at their size: opened and saved again, the workflow says the same."""
-    workflow = chosen(path)
+def test_workflow_is_the_same_when_saved_again(page: Any, path: Path) -> None:
+    """Values of widgets and sizes of nodes do not change when a workflow is opened and saved."""
+    workflow = shortened(path)
     open_workflow(page, workflow)
     again = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
-    told = lambda node: (node["type"], node.get("widgets_values", []), [*map(round, node["size"])])  # noqa: E731
-    assert {node["id"]: told(node) for node in again["nodes"]} == {node["id"]: told(node) for node in workflow["nodes"]}
+    saved, expected = (
+        {
+            node["id"]: (node["type"], node.get("widgets_values", []), [*map(round, node["size"])])
+            for node in version["nodes"]
+        }
+        for version in (again, workflow)
+    )
+    assert saved == expected
 
 
 def test_workflows_are_offered_as_templates(comfy: Server) -> None:
-    """Under their names, each with its picture."""
+    """Under their names, each with its thumbnail."""
     assert sorted(comfy.get("/workflow_templates")["legomole"]) == [path.stem for path in WORKFLOWS]
     for path in WORKFLOWS:
-        with urllib.request.urlopen(f"{comfy.url}/api/workflow_templates/legomole/{path.stem}.jpg", timeout=60) as got:
-            assert got.headers["Content-Type"] == "image/jpeg"
+        url = f"{comfy.url}/api/workflow_templates/legomole/{path.stem}.jpg"
+        with urllib.request.urlopen(url, timeout=60) as response:
+            assert response.headers["Content-Type"] == "image/jpeg"
 
 
-def test_loras_row_grows(page: Any) -> None:
-    """Connecting the last socket brings the next."""
-    names = page.evaluate(
+def test_row_of_loras_grows(page: Any) -> None:
+    """Connecting the last socket adds another one."""
+    counts = page.evaluate(
         """async () => {
             app.graph.clear();
             const merge = LiteGraph.createNode('LegoMoLE_LegoMerge');
             app.graph.add(merge);
-            const seen = [];
+            const counts = [];
             for (let i = 0; i < 3; i++) {
-                seen.push(merge.inputs.filter(x => x.name.startsWith('loras.')).length);
+                counts.push(merge.inputs.filter(x => x.name.startsWith('loras.')).length);
                 const load = LiteGraph.createNode('LegoMoLE_LoadLoRA');
                 app.graph.add(load);
                 load.connect(0, merge, merge.inputs.findIndex(x => x.name === `loras.lora${i}`));
                 await new Promise(resolve => setTimeout(resolve, 50));
             }
-            return seen;
+            return counts;
         }"""
     )
-    assert names[1:] == [2, 3]
+    assert counts[1:] == [2, 3]
 
 
-def test_choosing_a_method_brings_its_widgets(comfy: Server, page: Any) -> None:
-    """And the prompt the page sends then holds their values."""
+def test_choosing_a_method_shows_its_widgets(comfy: Server, page: Any) -> None:
+    """The page's prompt then has their values."""
     info = comfy.get("/object_info/LegoMoLE_MergeLoRAs")["LegoMoLE_MergeLoRAs"]
     for option in info["input"]["required"]["method"][1]["options"]:
         wanted = {f"method.{name}" for name in option["inputs"]["required"]}

@@ -1,4 +1,4 @@
-"""Lora: the value that flows through LEGOMOLE_LORA sockets."""
+"""GraphLora: the value on LEGOMOLE_LORA sockets."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from torch import Tensor
 
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
+from ..core.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)
-class Lora:
-    """A LoRA on its way through a graph, with the strengths to use it at. Immutable: ComfyUI caches and fans it out.
+class GraphLora:
+    """A LoRA in a graph, with its strengths. Immutable, because ComfyUI caches it and passes it to several nodes.
 
     Args:
         content: A file, the state dict of a LoRA trained in the graph, or a merged adapter.
-        label: What to call it in reports.
-        strength_model: How strongly it acts on the diffusion model. strength_clip: On the text encoders.
-        convert_rank: Rank to which updates that are not low rank may be approximated; 0 forbids it.
+        label: Name for reports.
+        strength_model: Strength on the diffusion model.
+        strength_clip: Strength on the text encoders.
+        convert_rank: Rank at which updates that are not low rank are approximated; 0 refuses them.
+        recipe: How to repeat a merged LoRA from files; ``None`` for other LoRAs and where that is impossible.
     """
 
     content: Path | Mapping[str, Tensor] | Adapter
@@ -28,28 +31,29 @@ class Lora:
     strength_model: float = 1.0
     strength_clip: float = 1.0
     convert_rank: int = 0
+    recipe: Recipe | None = None
 
 
-def flatten(values: Mapping[str, object], find: Callable[[str], Path]) -> list[Lora]:
-    """All LoRAs that a growing input received, in socket order; a stack counts as its entries.
+def connected_loras(values: Mapping[str, object], find_file: Callable[[str], Path]) -> list[GraphLora]:
+    """Return all LoRAs that a growing input received, in the order of its sockets; a stack counts as its entries.
 
     Args:
-        values: Socket name (``lora0``, ``lora1`` ..) -> `Lora`, a trained LoRA's state dict, or a stack: a list of
-            ``(file, strength_model, strength_clip)``.
-        find: The path of a LoRA's file name.
+        values: Socket name (``lora0``, ``lora1`` ..) -> `GraphLora`, state dict of a trained LoRA, or stack: a list of
+            ``(file name, strength_model, strength_clip)``.
+        find_file: Returns the path of a LoRA's file name.
 
     Raises:
-        MergeError: Nothing is connected, or something that is none of these.
+        MergeError: Nothing is connected, or a value of another type.
     """
-    loras: list[Lora] = []
+    loras: list[GraphLora] = []
     for socket in sorted(values, key=lambda name: (len(name), name)):
         value = values[socket]
-        if isinstance(value, Lora):
+        if isinstance(value, GraphLora):
             loras.append(value)
         elif isinstance(value, Mapping):
-            loras.append(Lora(value, f"{socket} (trained)"))
+            loras.append(GraphLora(value, f"{socket} (trained)"))
         elif isinstance(value, (list, tuple)):
-            loras += [_stacked(entry, socket, find) for entry in value if not _is_blank(entry)]
+            loras += [_from_stack(entry, socket, find_file) for entry in value if not _is_blank(entry)]
         elif value is not None:
             raise MergeError("This is not a LoRA.", module=socket, found=type(value).__name__)
     if not loras:
@@ -58,11 +62,11 @@ def flatten(values: Mapping[str, object], find: Callable[[str], Path]) -> list[L
 
 
 def _is_blank(entry: object) -> bool:
-    """Some packs' stackers leave rows nobody filled in."""
+    """Return whether a stack's entry is an empty row, as some packs' nodes leave them."""
     return not entry or (isinstance(entry, (list, tuple)) and entry[0] in (None, "", "None"))
 
 
-def _stacked(entry: object, socket: str, find: Callable[[str], Path]) -> Lora:
+def _from_stack(entry: object, socket: str, find_file: Callable[[str], Path]) -> GraphLora:
     try:
         name, strength_model, strength_clip = entry  # type: ignore[misc]
         name, strengths = str(name), (float(strength_model), float(strength_clip))
@@ -73,4 +77,4 @@ def _stacked(entry: object, socket: str, find: Callable[[str], Path]) -> Lora:
             expected="(file name, strength_model, strength_clip)",
             found=repr(entry)[:200],
         ) from None
-    return Lora(find(name), Path(name).stem, *strengths)
+    return GraphLora(find_file(name), Path(name).stem, *strengths)

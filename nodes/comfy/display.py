@@ -1,0 +1,64 @@
+"""What a node shows while it runs and afterwards: a progress bar, a line of text, an image."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import ui
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+from torch import Tensor
+
+from ...core.progress import Progress
+
+_TEXT_INTERVAL = 0.5  # seconds between lines of text that show progress
+
+
+def progress_bar() -> Progress:
+    """Return a callback that moves ComfyUI's progress bar, and raises an exception when the user cancels."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def update(done: int, total: int, name: str) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if total != bar.total or done < bar.current:  # a new task: a bar cannot move back
+            bar = comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return update
+
+
+def progress_bar_with_text() -> Progress:
+    """Return a callback like that of `progress_bar` which also writes its text on the node, twice a second."""
+    update_bar, last_sent = progress_bar(), 0.0
+
+    def update(done: int, total: int, what: str) -> None:
+        nonlocal last_sent
+        update_bar(done, total, what)
+        if time.monotonic() - last_sent > _TEXT_INTERVAL or done == total:
+            last_sent = time.monotonic()
+            _send_text(f"{what}, {done} of {total}")
+
+    return update
+
+
+def show_text(text: str) -> ui.PreviewText:
+    """Write a text on the node that runs. The return value, given to `NodeOutput`, puts it into the history too."""
+    _send_text(text)
+    return ui.PreviewText(text)
+
+
+def _send_text(text: str) -> None:
+    context = get_executing_context()
+    if context is not None:
+        PromptServer.instance.send_progress_text(text, context.node_id)
+
+
+def to_image(picture: Any) -> Tensor:
+    """Convert a Pillow image to an IMAGE: ``(1, height, width, 3)`` in 0 .. 1."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0)[None]

@@ -1,0 +1,276 @@
+"""Mixtures on a ComfyUI model: built from LoRAs, injected while the model is loaded, recorded while it samples."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+
+from ...core.adapter import Adapter, is_text_encoder
+from ...core.errors import MergeError, name_some
+from ...core.layers.keymap import ParameterSlice
+from ...core.merge.engine import merge
+from ...core.merge.methods import METHODS, MergeMethod
+from ...core.mole.attach import Attachment
+from ...core.mole.bank import Bank
+from ...core.mole.gates import GateSet, GateSettings
+from ...core.mole.guidance import PromptFirst, PromptFollowing
+from ...core.mole.mixture import MixMode, Mixture
+from ...core.mole.record import Record
+from ...core.mole.trained import TrainedGates
+from ..graph_lora import GraphLora
+from ..loaded_loras import LoadedLoras
+from . import lora_loader
+from .live_gates import gate_sender
+
+_MODEL_PREFIX = "diffusion_model."
+_ATTACHMENT_KEY = "legomole_mixes"  # under which a model patcher holds its mixtures
+
+
+@dataclass(frozen=True, eq=False)
+class ComfyMixture:
+    """A mixture for a ComfyUI model. All clones of the model share it.
+
+    Args:
+        mixture: The experts that are switched on, with their gates.
+        bank: The factors and gates that run.
+        record: The gate values of the last sampling run.
+        following: Lets the samples of the negative prompt use the gates of the prompt.
+        text_encoder_weights: Strengths of the experts in the text encoders.
+        loaded: The LoRAs of the mixture.
+        base: The kind of model, e.g. ``Flux``.
+    """
+
+    mixture: Mixture
+    bank: Bank
+    record: Record
+    following: PromptFollowing
+    text_encoder_weights: tuple[float, ...]
+    loaded: LoadedLoras
+    base: str
+
+    def report(self) -> str:
+        """Describe the mixture to the user."""
+        m, gates = self.mixture, self.mixture.gates
+        s = gates.settings
+        kind = f"{len(gates.names)} trained gates ({s.activation}, read {s.reads})" if gates.trained else "even gates"
+        count = f"{len(m.experts)} LoRA{'s' * (len(m.experts) != 1)}"
+        lines = [f"mix of {count} in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
+        for i, (label, strength) in enumerate(zip(m.labels, m.strengths, strict=True)):
+            remark = ": adds nothing" if strength * m.scale == 0 else ""
+            lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
+        if len(m.experts) == 1 and s.activation == "softmax":
+            lines.append("  note: a softmax over one LoRA is always 1")
+        if self.loaded.dropped:
+            lines.append(f"  DROPPED ({len(self.loaded.dropped)}):")
+            lines += [f"    {line}" for line in self.loaded.dropped[:10]]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.loaded.notes)])
+
+
+def mixtures_of(model: Any) -> tuple[ComfyMixture, ...]:
+    """Return the mixtures on a MODEL, in the order in which they were applied.
+
+    Raises:
+        MergeError: There are none.
+    """
+    mixtures: tuple[ComfyMixture, ...] = model.get_attachment(_ATTACHMENT_KEY) or ()
+    if not mixtures:
+        raise MergeError(
+            "There is no mix on this model.",
+            expected="the MODEL output of MoLE Mix",
+            remedy="connect it, directly or through other nodes that pass the model on",
+        )
+    return mixtures
+
+
+def build_mixture(
+    loras: Sequence[GraphLora],
+    model: Any,
+    clip: Any,
+    *,
+    loaded: LoadedLoras | None = None,
+    gates: TrainedGates | None = None,
+    settings: GateSettings | None = None,
+    scale: float = 1.0,
+    mixing: MixMode = "delta",
+    switched_off: Sequence[int] = (),
+) -> ComfyMixture:
+    """Build a mixture of LoRAs for a model.
+
+    Args:
+        loras: The experts, in the order of the sockets, with their strengths.
+        model: A MODEL.
+        clip: A CLIP or ``None``.
+        loaded: The same LoRAs, loaded for the model; default they are loaded now.
+        gates: Trained gates of these experts, in any order.
+        settings: Settings of untrained gates, used without `gates`.
+        scale: Factor on all strengths.
+        mixing: See `Mixture`.
+        switched_off: Positions of experts that are switched off.
+
+    Raises:
+        MergeError: LoRAs or gates of another model, or all LoRAs are switched off.
+        FormatError: A file that cannot be read, or that holds NaN or infinity.
+    """
+    loaded = loaded or lora_loader.read(loras, model, clip)
+    layers = {
+        name: ParameterSlice(rows.key.removeprefix(_MODEL_PREFIX).removesuffix(".weight"), rows.start, rows.stop)
+        for name, rows in loaded.slices.items()
+        if rows.key.startswith(_MODEL_PREFIX)
+    }
+    base = lora_loader.base_of(model)
+    gate_set = GateSet(len(loras), settings) if gates is None else gates.of(loaded.adapters, base)
+    for adapter in loaded.adapters:
+        adapter.check_finite()
+        if not any(name in layers for name in adapter.modules):
+            raise MergeError(
+                "This LoRA changes no layer of the diffusion model that can be mixed.",
+                file=adapter.source.path or adapter.label,
+                found=name_some(adapter.layers, 3) if adapter.layers else "only replaced values",
+                remedy="apply it with a stock loader instead",
+            )
+    strengths = tuple(lora.strength_model for lora in loras)
+    with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode allow no gradients
+        all_experts = Mixture(tuple(loaded.adapters), gate_set, strengths, scale, mixing, layers)
+        mixture = all_experts.without(*switched_off)
+        bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
+    return ComfyMixture(
+        mixture,
+        bank,
+        _PromptRecord(_prompt_rows),
+        PromptFollowing(_prompt_rows, apart=True),
+        tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
+        loaded,
+        base,
+    )
+
+
+def apply_to_model(mix: ComfyMixture, model: Any) -> Any:
+    """Return a clone of the MODEL with the mixture on it. Biases and norms have no gate: they are patched in."""
+    patched = model.clone()
+    for adapter, strength in zip(mix.mixture.experts, mix.mixture.strengths, strict=True):
+        ungated = _select(adapter, lambda name: not is_text_encoder(name), modules=False)
+        if (ungated.diffs or ungated.extras) and strength:
+            lora = GraphLora(ungated, adapter.label)
+            patched, _ = lora_loader.apply(lora, patched, None, strength * mix.mixture.scale, 0.0)
+    key = f"{_ATTACHMENT_KEY}_{uuid.uuid4().hex}"
+    bank = ModelPatcher(mix.bank, load_device=model.load_device, offload_device=model.offload_device)
+    patched.set_additional_models(key, [bank])
+    patched.set_injections(key, [_injection(mix)])
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: mix.record.passes.clear())
+    send_gates = gate_sender(mix.record, tuple(mix.mixture.labels))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_calculate, mix.following, send_gates))
+    patched.set_attachments(_ATTACHMENT_KEY, (*(model.get_attachment(_ATTACHMENT_KEY) or ()), mix))
+    return patched
+
+
+def _calculate(
+    following: PromptFollowing,
+    send_gates: Callable[[], None],
+    calculate: Any,
+    model: Any,
+    conds: Sequence[Any],
+    *rest: Any,
+) -> Any:
+    predictions = _predict_prompt_first(following, calculate, model, conds, *rest)
+    send_gates()
+    return predictions
+
+
+def _predict_prompt_first(
+    following: PromptFollowing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+) -> Any:
+    """Predict for prompt and negative prompt so that the latter can use the gates of the former.
+
+    ComfyUI's own guidance passes two conds, the prompt's first. For other guidance each sample has its own gates.
+    """
+    following.on = len(conds) == 2
+    if not following.on:
+        return calculate(model, conds, *rest)
+    if conds[0] is not None:
+        following.forget()
+    following.wait = None not in conds
+    try:
+        return calculate(model, conds, *rest)
+    except PromptFirst:  # with too little memory for one batch ComfyUI runs the negative prompt first
+        following.wait = False
+        prompt = calculate(model, [conds[0], None], *rest)
+        negative = calculate(model, [None, conds[1]], *rest)
+        return [prompt[0], negative[1]]
+
+
+def _injection(mix: ComfyMixture) -> PatcherInjection:
+    """Attach the mixture to the network a patcher holds when it is injected, and detach it from that one only."""
+    attached: weakref.WeakKeyDictionary[Any, ExitStack] = weakref.WeakKeyDictionary()
+
+    def inject(patcher: Any) -> None:
+        if patcher in attached:
+            return
+        stack = ExitStack()
+        network = patcher.model.diffusion_model
+        attachment = stack.enter_context(Attachment(network, mix.bank, following=mix.following))
+        stack.enter_context(attachment.watch(mix.record))
+        attached[patcher] = stack
+
+    def eject(patcher: Any) -> None:
+        stack = attached.pop(patcher, None)
+        if stack is not None:
+            stack.close()
+
+    return PatcherInjection(inject=inject, eject=eject)
+
+
+def apply_to_clip(mix: ComfyMixture, model: Any, clip: Any, method: MergeMethod | None = None) -> Any:
+    """Return the CLIP with the experts' text encoder modules merged into it; the same CLIP if they have none.
+
+    Args:
+        mix: The mixture.
+        model: The MODEL it was built for.
+        clip: The CLIP or ``None``.
+        method: The merge method; default the exact sum.
+    """
+    parts = [_select(adapter, is_text_encoder) for adapter in mix.mixture.experts]
+    used = [i for i, part in enumerate(parts) if (part.modules or part.diffs) and mix.text_encoder_weights[i]]
+    if clip is None or not used:
+        return clip
+    weights = [mix.text_encoder_weights[i] for i in used]
+    merged = merge([parts[i] for i in used], method or METHODS["concat"](), weights).adapter
+    _, patched = lora_loader.apply(GraphLora(mix.loaded.finish(merged), "text encoders"), model, clip, 0.0, 1.0)
+    return patched
+
+
+def _select(adapter: Adapter, wanted: Callable[[str], bool], *, modules: bool = True) -> Adapter:
+    """Return the part of an adapter whose names are wanted, optionally without its low-rank modules."""
+    return replace(
+        adapter,
+        modules={name: part for name, part in adapter.modules.items() if modules and wanted(name)},
+        diffs={name: tensor for name, tensor in adapter.diffs.items() if wanted(name)},
+        extras={name: tensor for name, tensor in adapter.extras.items() if wanted(name)},
+    )
+
+
+class _PromptRecord(Record):
+    """A record that keeps of a pass's arguments only which samples are the prompt's: others would keep the model."""
+
+    def start(self, arguments: Mapping[str, Any]) -> None:
+        super().start({"transformer_options": {"cond_or_uncond": _cond_or_uncond(arguments)}})
+
+
+def _cond_or_uncond(arguments: Mapping[str, Any]) -> list[int]:
+    """Return ComfyUI's list for the parts of a batch: 0 for the prompt, 1 for the negative prompt."""
+    return list((arguments.get("transformer_options") or {}).get("cond_or_uncond") or [0])
+
+
+def _prompt_rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
+    """Return the samples of the prompt in a batch that may hold those of the negative prompt too."""
+    parts = _cond_or_uncond(arguments)
+    size = batch // len(parts) or 1
+    return [row for i, part in enumerate(parts) if part == 0 for row in range(i * size, min((i + 1) * size, batch))]
