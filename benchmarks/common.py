@@ -1,24 +1,86 @@
-"""What the comparisons share: a LoRA in a model's weights, and files that are written whole."""
+"""Shared parts of the comparisons: sets of adapters, methods to combine them, and files of results."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+import math
+import statistics
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
+from legomole.core.merge.engine import merge
+from legomole.core.merge.rank import Rank
 from torch import Tensor
+
+Say = Callable[[str], None]  # called with progress messages
+
+
+@dataclass
+class AdapterSet:
+    """Adapters to combine, with a cache of what the methods compute from them.
+
+    Args:
+        adapters: The adapters.
+        seed: Seed of their training.
+    """
+
+    adapters: tuple[Adapter, ...]
+    seed: int
+    _: KW_ONLY
+    _results: dict[Any, Any] = field(default_factory=dict[Any, Any], repr=False)
+
+    def cached(self, compute: Callable[[Any], Any]) -> Any:
+        """Return ``compute(self)``, computed once per function."""
+        if compute not in self._results:
+            self._results[compute] = compute(self)
+        return self._results[compute]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to combine adapters, one row of a table.
+
+    Args:
+        use: Returns a context manager that yields the model with a set of adapters combined at a strength.
+        rank: Rank of the result for N adapters of rank r; ``"-"`` if the result is no adapter.
+        fixed: Whether the method has no strength to choose.
+    """
+
+    use: Callable[..., Any]
+    rank: str = "r"
+    fixed: bool = False
+
+
+def merging(
+    method: Callable[..., Any], rank: str, statistics: Callable[[Any], Any] | None = None, **options: Any
+) -> Callable[[AdapterSet], Adapter]:
+    """Return a function that merges a set of adapters.
+
+    Args:
+        method: Makes the merge method from a rank and, if given, from statistics.
+        rank: Rank of the result, as `Rank.parse` reads it.
+        statistics: Measures the statistics of a set of adapters.
+        options: Further arguments of `merge`.
+    """
+
+    def compute(adapters: AdapterSet) -> Adapter:
+        measured = {} if statistics is None else {"statistics": adapters.cached(statistics)}
+        return merge(adapters.adapters, method(Rank.parse(rank), **measured), dtype=torch.float32, **options).adapter
+
+    return compute
 
 
 @contextmanager
 def merged_in(model: Any, adapter: Adapter, strength: float, prefix: str = "") -> Generator[Any]:
-    """The model with an adapter in its weights; afterwards as it was, bit for bit.
+    """Add an adapter to a model's weights inside the block, and restore them afterwards, bit for bit.
 
     Args:
-        prefix: What the adapter's names of layers have before the model's own.
+        prefix: Prefix of the adapter's layer names that the model's own names lack.
     """
     before: dict[Tensor, Tensor] = {}
     with torch.no_grad():
@@ -30,12 +92,31 @@ def merged_in(model: Any, adapter: Adapter, strength: float, prefix: str = "") -
         yield model
     finally:
         with torch.no_grad():
-            for weight, kept in before.items():
-                weight.copy_(kept)
+            for weight, original in before.items():
+                weight.copy_(original)
+
+
+@dataclass(frozen=True)
+class ResultLog:
+    """A file of results, one JSON object per line, from which an interrupted run resumes."""
+
+    path: Path
+
+    def read(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def append(self, result: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean, NaN without values."""
+    return statistics.fmean(values) if values else math.nan
 
 
 def write(path: Path, value: Any) -> None:
-    """As JSON, or as the text it is; whole or not at all."""
+    """Write text, or any other value as JSON; the file is replaced as a whole."""
     part = path.with_suffix(".part")
     part.write_text((value if isinstance(value, str) else json.dumps(value, indent=1)) + "\n")
     part.replace(path)

@@ -68,7 +68,7 @@ def demo(
         table.add_row(kind, *(f"{column.scores[kind]:.0%}" for column in found.values()))
     console = out()
     console.print(table)
-    console.print(f"\nWhat you see\n{nano.words(found)}\n", markup=False)
+    console.print(f"\nWhat you see\n{nano.summary(found)}\n", markup=False)
     console.print(_WROTE.format(picture=files[0], merged=files[1]), markup=False)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import MergeError
+from ..hosts import loading
 from ..hosts.hub import cached_folder
 
 if TYPE_CHECKING:
@@ -40,14 +40,7 @@ def import_host(name: str) -> Any:
     Raises:
         MergeError: The library it needs is not installed.
     """
-    try:
-        return importlib.import_module(f"..hosts.{name}", __package__)
-    except ImportError as error:
-        raise MergeError(
-            "A package that this command needs is not installed.",
-            found=str(error),
-            remedy=f"pip install 'legomole[{_EXTRAS.get(name, 'diffusers')}]'",
-        ) from error
+    return loading.import_host(name, _EXTRAS.get(name, "diffusers"))
 
 
 def launched_devices(device: str) -> tuple[Any, bool, str]:

@@ -16,7 +16,7 @@ from .console import clean, out, plain, print_json
 from .environment import local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
 from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
-from .report import check_plot, surveyed, tell_plot, write_plot
+from .plot_report import check_plot, print_findings, survey_files, write_plot
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -27,7 +27,7 @@ INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
 [cyan]legomole inspect style.safetensors[/cyan]
 [cyan]legomole inspect style.safetensors --modules | grep attn2[/cyan]
-[cyan]legomole inspect style.safetensors subject.safetensors[/cyan]  (how alike are they?)
+[cyan]legomole inspect style.safetensors subject.safetensors[/cyan]  (how similar are they?)
 [cyan]legomole inspect style.safetensors subject.safetensors --plot report.html[/cyan]  (and where?)
 [cyan]legomole inspect merged.safetensors --recipe > recipe.yaml[/cyan]
 """
@@ -38,47 +38,45 @@ CONVERT_EXAMPLES = """[bold]Examples[/bold]
 [cyan]legomole convert kohya.safetensors --to diffusers -o for_diffusers.safetensors[/cyan]
 """
 
-_SHOWN = 60  # characters of a metadata value
+_MAX_VALUE = 60  # characters of a metadata value that are shown
 
 
 def inspect(
-    paths: Annotated[list[Path], typer.Argument(metavar="LORA", help="LoRA files, PEFT folders, gates.")],
-    modules: Annotated[bool, typer.Option("--modules", help="List the module names, one a line.")] = False,
+    paths: Annotated[list[Path], typer.Argument(metavar="LORA", help="LoRA files, PEFT folders, gates files.")],
+    modules: Annotated[bool, typer.Option("--modules", help="List the module names, one per line.")] = False,
     recipe: Annotated[bool, typer.Option("--recipe", help="Print only the recipe of a merged file, as YAML.")] = False,
     plot: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw a report of the LoRAs, as a picture (.png) or as a page with tables (.html): overlap and energy "
-            "by block, spectrum, where LEGO's units come from, a map of the units, and a summary.",
+            help="Write a report of the LoRAs as a picture (.png) or as a page with tables (.html): overlap and energy "
+            "by block, spectrum, origin of LEGO's units, a map of the units, and findings.",
         ),
     ] = None,
-    tsne: Annotated[
-        bool, typer.Option("--tsne", help="Draw the map of units by t-SNE (needs scikit-learn) instead of PCA.")
-    ] = False,
     rank: Annotated[
-        str | None, typer.Option(metavar="RANK", help="Of the LEGO merge in the report. Default 1x, see merge --rank.")
+        str | None,
+        typer.Option(metavar="RANK", help="Rank of the LEGO merge in the report. Default 1x, see merge --rank."),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Look inside LoRA files: format, ranks, number formats, metadata, and how they were merged.
+    """Show what LoRA files contain: format, ranks, dtypes, metadata, and how they were merged.
 
-    Reads only the header, so it also works for files that cannot be merged. Several files: how far they overlap.
-    Of gates (train-gates) it tells the LoRAs, the settings and the training.
+    Reads only the header, so it also works for files that cannot be merged. Of several files it shows the overlap.
+    Of gates files it shows the LoRAs, the settings and the training.
     """
     from ..core.formats import summarise
-    from ..core.survey.findings import sentences
+    from ..core.survey.findings import findings
 
     if plot is not None:
         if modules or recipe:
-            raise typer.BadParameter("--plot goes with neither --modules nor --recipe.")
+            raise typer.BadParameter("--plot excludes --modules and --recipe.")
         check_plot(plot, overwrite=overwrite)
-    elif tsne or rank is not None:
-        raise typer.BadParameter("--tsne and --rank are for --plot.")
+    elif rank is not None:
+        raise typer.BadParameter("--rank is for --plot.")
     paths = [local_path(path) for path in paths]
     summaries = [summarise(path) for path in paths]
-    loras = [path for path, summary in zip(paths, summaries, strict=True) if not _holds_gates(summary)]
+    loras = [path for path, summary in zip(paths, summaries, strict=True) if not _is_gates_file(summary)]
     if recipe:
         _print_recipes(summaries, json)
         return
@@ -86,65 +84,68 @@ def inspect(
         for summary in summaries:
             out().print("\n".join(map(clean, summary.names)), markup=False)
         return
-    looked = None
+    surveyed = None
     if plot is not None:
-        looked = surveyed(loras, rank, by_tsne=tsne, quiet=json)
-        write_plot(*looked, plot)
-    met = None
+        surveyed = survey_files(loras, rank, quiet=json)
+        write_plot(*surveyed, plot)
+    overlap = None
     if len(loras) > 1:
-        met = _overlap(loras, *_merged(loras) if looked is None else (looked[1], looked[0].report))
+        overlap = _overlap(loras, *_merge_exactly(loras) if surveyed is None else (surveyed[1], surveyed[0].report))
     if json:
-        data: dict[str, Any] = {"files": [_plain(summary) for summary in summaries]}
-        data |= {} if met is None else {"overlap": met}
-        data |= {} if looked is None else {"summary": sentences(looked[0]), "plot": str(plot)}
+        data: dict[str, Any] = {"files": [_facts(summary) for summary in summaries]}
+        data |= {} if overlap is None else {"overlap": overlap}
+        data |= {} if surveyed is None else {"summary": findings(surveyed[0]), "plot": str(plot)}
         print_json(data)
         return
     for summary in summaries:
-        _show(summary)
-    if met is not None:
-        _show_overlap(met)
-    if looked is not None and plot is not None:
-        tell_plot(looked[0], plot)
+        _print_summary(summary)
+    if overlap is not None:
+        _print_overlap(overlap)
+    if surveyed is not None and plot is not None:
+        print_findings(surveyed[0], plot)
 
 
-def _holds_gates(summary: Summary) -> bool:
+def _is_gates_file(summary: Summary) -> bool:
     return summary.metadata.get("kind", "").startswith("legomole.gates.")
 
 
-def _plain(summary: Summary) -> dict[str, Any]:
-    if _holds_gates(summary):
+def _facts(summary: Summary) -> dict[str, Any]:
+    """A file's summary as plain data."""
+    if _is_gates_file(summary):
         from ..core.mole.trained import TrainedGates
 
         with report_broken_record(summary.path):
             return {"path": summary.path, "format": "gates", **gates_facts(TrainedGates.load(summary.path))}
     data: dict[str, Any] = {field.name: getattr(summary, field.name) for field in dataclasses.fields(summary)}
-    made = data["metadata"].get("legomole")
-    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
-    return plain | {"base_model": base_model(summary), "legomole": _made(made, summary.path) if made else None}
+    record = data["metadata"].get("legomole")
+    plain_data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    return plain_data | {
+        "base_model": _base_model(summary),
+        "legomole": _merge_record(record, summary.path) if record else None,
+    }
 
 
-def _made(text: str, path: str) -> Any:
-    """Recipe and report as plain data."""
+def _merge_record(text: str, path: str) -> Any:
+    """Recipe and report in the metadata of a merged file, as plain data."""
     from ..core.json_text import from_json
 
     try:
         return from_json(text)
     except ValueError as error:
-        raise FormatError("What the file says of its merge is broken.", file=path, found=error) from error
+        raise FormatError("The record of the merge in the file is broken.", file=path, found=error) from error
 
 
-def base_model(summary: Summary) -> str:
-    """What the metadata says the LoRA was trained on, in its own words; ``unknown`` where it does not say."""
-    from ..core import adapter
+def _base_model(summary: Summary) -> str:
+    from ..core.adapter import base_model
 
-    return adapter.base_model(summary.metadata) or "unknown (the metadata does not say)"
+    return base_model(summary.metadata) or "unknown (not in the metadata)"
 
 
-def _show(summary: Summary) -> None:
+def _print_summary(summary: Summary) -> None:
     from ..core.mole.trained import TrainedGates
     from ..core.recipes.read import recipe_in
 
-    if _holds_gates(summary):
+    if _is_gates_file(summary):
         with report_broken_record(summary.path):
             print_gates(summary.path, TrainedGates.load(summary.path))
         return
@@ -152,25 +153,25 @@ def _show(summary: Summary) -> None:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("format", summary.format)
-    table.add_row("base model", plain(base_model(summary)))
+    table.add_row("base model", plain(_base_model(summary)))
     table.add_row("modules", str(summary.modules))
     table.add_row("ranks", _counts(summary.ranks) or "none: no plain low-rank modules")
-    table.add_row("numbers", _counts(summary.dtypes))
-    table.add_row("holds", _counts(summary.roles))
+    table.add_row("dtypes", _counts(summary.dtypes))
+    table.add_row("tensors", _counts(summary.roles))
     if summary.others:
         table.add_row("other keys", plain(f"{len(summary.others)}: {name_some(summary.others)}"))
     table.add_row("size", size_of(Path(summary.path)))
     for key, value in sorted(summary.metadata.items()):
         if key != "legomole":
             line = " ".join(value.split())
-            shown = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}.. ({len(value)} characters)"
+            shown = line if len(line) <= _MAX_VALUE else f"{line[:_MAX_VALUE]}.. ({len(value)} characters)"
             table.add_row(plain(f"· {key}"), plain(shown))
-    made = recipe_in(summary.metadata, summary.path)
-    if made is not None:
-        inputs = ", ".join(f"{entry.path}:{entry.weight:g}" for entry in made.inputs)
+    recipe = recipe_in(summary.metadata, summary.path)
+    if recipe is not None:
+        inputs = ", ".join(f"{entry.path}:{entry.weight:g}" for entry in recipe.inputs)
         table.add_row("merged from", plain(inputs))
-        settings = ", ".join(f"{key} {value}" for key, value in made.settings.items())
-        by = f"legomole {made.legomole}, {made.method}{f' ({settings})' if settings else ''}"
+        settings = ", ".join(f"{key} {value}" for key, value in recipe.settings.items())
+        by = f"legomole {recipe.legomole}, {recipe.method}{f' ({settings})' if settings else ''}"
         table.add_row("merged by", plain(by))
     out().print(table)
     out().print()
@@ -192,8 +193,8 @@ def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
             typer.echo(recipe_to_text(recipe), nl=False)
 
 
-def _merged(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
-    """LoRAs under common names, and the report of their sum."""
+def _merge_exactly(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
+    """Aligned LoRAs, and the report of their exact sum."""
     from ..core.formats import load
     from ..core.layers.align import align
     from ..core.merge.engine import merge
@@ -204,7 +205,7 @@ def _merged(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
 
 
 def _overlap(paths: Sequence[Path], adapters: Sequence[Adapter], report: MergeReport) -> dict[str, Any]:
-    """How many modules each pair shares, and how alike their deltas are there."""
+    """Number of modules that each pair shares, and the cosine of their deltas there."""
     pairs = [(i, j) for i in range(len(paths)) for j in range(i + 1, len(paths))]
     cosine = report.overlap()
     return {
@@ -220,11 +221,11 @@ def _overlap(paths: Sequence[Path], adapters: Sequence[Adapter], report: MergeRe
     }
 
 
-def _show_overlap(met: Mapping[str, Any]) -> None:
+def _print_overlap(overlap: Mapping[str, Any]) -> None:
     table = Table(title="Overlap (1: the same direction, 0: unrelated, -1: opposite)", title_justify="left")
     for column in ("first", "second", "shared modules", "cosine"):
         table.add_column(column, justify="right" if column in ("shared modules", "cosine") else "left")
-    for pair in met["pairs"]:
+    for pair in overlap["pairs"]:
         table.add_row(*map(plain, pair["files"]), str(pair["shared_modules"]), f"{pair['cosine']:+.3f}")
     out().print(table)
 
@@ -234,14 +235,14 @@ def convert(
     output: Output,
     to: Annotated[
         FormatName | None,
-        typer.Option(metavar="NAME", help="kohya, diffusers, peft or comfy. Default: the one it has."),
+        typer.Option(metavar="NAME", help="File format: kohya, diffusers, peft or comfy. Default: keep it."),
     ] = None,
     dtype: Dtype = None,
     convert_rank: ConvertRank = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write a LoRA in another file format or number format, or a LoHa or LoKr as a plain LoRA."""
+    """Write a LoRA in another file format or dtype, or a LoHa or LoKr as a plain LoRA."""
     import torch
 
     from ..core.formats import load, save

@@ -1,4 +1,5 @@
-"""A small diffusion model of our own, really trained: for the demo, the benchmark and the tests.
+"""A small, fully trained diffusion model for the demo, the benchmark and the tests.
 
-SD3's architecture with three blocks, pictures of 64 pixels, prompts of words. ``benchmarks/nano`` trained the weights.
+SD3's architecture with three blocks, images of 64 x 64 pixels, a vocabulary of 77 words and marks. ``benchmarks/nano``
+trained the weights.
 """

@@ -1,4 +1,4 @@
-"""Put the small model where a ComfyUI looks for models, so that the shipped workflows run as they are."""
+"""Install the small model into a ComfyUI folder, so that the shipped workflows run unchanged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import text, vae
 from .store import Store
 
 CONCEPTS = ("heart", "fish", "house", "ember", "shadow", "wood")
-# SD3's numbers between the latents a ComfyUI graph carries and those its model reads
+# SD3's constants: the model reads (latent - SHIFT) * SCALE of the latents in a ComfyUI graph
 SCALE, SHIFT = 1.5305, 0.0609
 
 
 def place(comfyui: Path, store: Store | None = None, say: Callable[[str], None] = lambda _: None) -> list[Path]:
-    """Write what ComfyUI's own loaders read: files ``legomole_nano*.safetensors``, 261 MB in all.
+    """Write files for ComfyUI's own loaders, ``legomole_nano*.safetensors``, 261 MB in all.
 
     | in ``models/`` | node | bytes |
     |---|---|---|
@@ -28,33 +28,34 @@ def place(comfyui: Path, store: Store | None = None, say: Callable[[str], None] 
     | ``vae/legomole_nano_vae`` | Load VAE | 4,930,798 |
     | ``loras/legomole_nano_<concept>``, six of them | Load LoRA | 123,896 each |
 
-    A graph with them paints as `sampling.sample` does: *EmptySD3LatentImage* of 128 x 128, 12 steps, cfg 3, ``euler``,
-    ``simple``, then *Upscale Latent By* 0.5 with ``area``, see `folded`, and *VAE Decode* gives pictures of 64 x 64.
-    Files that are there already and alike are left as they are.
+    To sample as `sampling.sample` does, a graph uses *EmptySD3LatentImage* of 128 x 128, 12 steps, cfg 3, ``euler``,
+    ``simple``, then *Upscale Latent By* 0.5 with ``area``, see `folded`; *VAE Decode* gives images of 64 x 64.
+    Existing files with the same tensors are not written again.
 
     Args:
-        comfyui: The folder with ComfyUI's ``models``. store: The weights; default the shipped ones.
-        say: Told of each file.
+        comfyui: Folder that contains ComfyUI's ``models`` folder.
+        store: Model weights; default the shipped ones.
+        say: Called with a message for each file.
 
     Returns:
-        The files written.
+        Paths of the files written.
 
     Raises:
-        SaveError: Not a ComfyUI folder, or it cannot be written to.
+        SaveError: If this is not a ComfyUI folder, or it is not writable.
     """
     models = comfyui / "models"
     if not models.is_dir():
         raise SaveError(
             "This is not ComfyUI's folder.",
             file=comfyui,
-            expected="a folder with models in it",
-            remedy="name the folder that ComfyUI's main.py is in, or its --base-directory",
+            expected="a folder that contains a folder named models",
+            remedy="give the folder of ComfyUI's main.py, or its --base-directory",
         )
     written: list[Path] = []
     for name, tensors in _parts(store or Store()):
         path = models / f"{name}.safetensors"
         if path.exists() and _alike(_read(path), tensors):
-            say(f"{path} is there")
+            say(f"{path} exists")
             continue
         say(f"writing {path}")
         path.parent.mkdir(exist_ok=True)
@@ -64,11 +65,11 @@ def place(comfyui: Path, store: Store | None = None, say: Callable[[str], None] 
 
 
 def folded(latents: Tensor) -> Tensor:
-    """What the model reads of the latents inside a ComfyUI sampler: ``(n, 16, 2 h, 2 w)`` -> ``(n, 16, h, w)``.
+    """Convert latents of a ComfyUI sampler to those of the model: ``(n, 16, 2 h, 2 w)`` -> ``(n, 16, h, w)``.
 
-    ComfyUI's SD3 cannot cut patches of one pixel. So there each pixel is a patch of 2 x 2 that the model sums up and
-    moves as one. Halved, the sum of four independent unit normal numbers is one. How the four differ is noise that
-    nobody reads; averaging takes it out, and leaves half the sum.
+    ComfyUI's SD3 does not support a patch size of 1. There each of the model's pixels becomes a patch of 2 x 2, which
+    the model sums and updates as one. Half the sum of four independent unit normal variables is unit normal as well.
+    The differences within a patch are unused noise; averaging removes them, and twice the mean is half the sum.
     """
     return 2 * torch.nn.functional.avg_pool2d(latents, 2)
 
@@ -82,26 +83,26 @@ def _parts(store: Store) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _in_patches(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The transformer with patches of 2 x 2 that works on `folded` latents."""
-    found, half = dict(state), 0.5
-    found["pos_embed.proj.weight"] = (half * state["pos_embed.proj.weight"]).expand(-1, -1, 2, 2).contiguous()
+    """Return the transformer's weights for patches of 2 x 2, equivalent on `folded` latents."""
+    result, half = dict(state), 0.5
+    result["pos_embed.proj.weight"] = (half * state["pos_embed.proj.weight"]).expand(-1, -1, 2, 2).contiguous()
     for part in ("weight", "bias"):  # rows: four pixels of 16 channels
-        found[f"proj_out.{part}"] = torch.cat([half * state[f"proj_out.{part}"]] * 4)
-    return found
+        result[f"proj_out.{part}"] = torch.cat([half * state[f"proj_out.{part}"]] * 4)
+    return result
 
 
 def _clip() -> dict[str, Tensor]:
-    """With the projection of the pooled states that ComfyUI asks for and does not need."""
+    """Return the text encoder's weights, with the text projection that ComfyUI's loader expects but does not use."""
     return text.weights() | {"text_projection.weight": torch.eye(text.WIDTH, dtype=torch.float16)}
 
 
 def _taesd(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """TAESD's names in one file: its decoder counts the clamp at its start as a layer."""
-    found = {"vae_scale": torch.tensor(2 * SCALE), "vae_shift": torch.tensor(SHIFT)}  # 2: of `folded`
+    """Return the autoencoder's weights under TAESD's names; its decoder counts the clamp at its start as a layer."""
+    result = {"vae_scale": torch.tensor(2 * SCALE), "vae_shift": torch.tensor(SHIFT)}  # 2: the factor in `folded`
     for name, tensor in vae.whole(state).items():
         part, _, position, rest = name.split(".", 3)
-        found[f"taesd_{part}.{int(position) + (part == 'decoder')}.{rest}"] = tensor
-    return found
+        result[f"taesd_{part}.{int(position) + (part == 'decoder')}.{rest}"] = tensor
+    return result
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The small model as `core.train` and `core.train.measure` see a model."""
+"""The small model behind the interface of `core.train` and `core.train.measure`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from .sampling import sample
 
 
 class NanoDenoiser:
-    """A `core.train.Denoiser`.
+    """Implements `core.train.Denoiser`.
 
     Args:
-        transformer: With or without a mixture on it. texts: The prompts, by number.
-        prompts: Encodes them; whole, because gates read the mean over all 77 tokens.
+        transformer: Transformer, with or without a mixture attached.
+        texts: Prompts, addressed by their index.
+        prompts: Prompt encoder with `short` off, because gates read the mean over all 77 tokens.
     """
 
     def __init__(self, transformer: Any, texts: Sequence[str], prompts: Prompts) -> None:

@@ -1,4 +1,4 @@
-"""The transformer: SD3's, of three blocks, and the prompts as it reads them."""
+"""The transformer, SD3's with three blocks, and its prompt encoder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from torch.nn import functional as F
 
 from . import text, words
 
-SIDE = 8  # of the latents
-_SHORT = 12  # tokens of a shortened prompt; the wordings have nine at most, marks included
+SIDE = 8  # height and width of the latents
+_SHORT = 12  # tokens of a shortened prompt; the wordings have at most nine, start and end tokens included
 
 
 def build() -> Any:
-    """A `diffusers.SD3Transformer2DModel` with fresh weights, 4.0 million. ComfyUI wants as many heads as blocks."""
+    """Build an untrained `diffusers.SD3Transformer2DModel` of 4.0 million weights.
+
+    It has as many heads as blocks, because ComfyUI derives one from the other.
+    """
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
@@ -30,12 +33,13 @@ def build() -> Any:
 
 
 def predict(transformer: Any, latents: Tensor, sigma: Tensor, hidden: Tensor, pooled: Tensor) -> Tensor:
-    """The flow, noise minus picture, that the transformer sees.
+    """Predict the flow, noise minus clean latents.
 
     Args:
-        transformer: With or without a mixture on it.
-        latents: ``(n, 16, 8, 8)``. sigma: ``(n,)``, their noise levels in 0 .. 1.
-        hidden, pooled: What `Prompts` gives.
+        transformer: Transformer, with or without a mixture attached.
+        latents: Noisy latents ``(n, 16, 8, 8)``.
+        sigma: Noise levels ``(n,)`` in 0 .. 1.
+        hidden, pooled: Encoded prompts, see `Prompts`.
     """
     return transformer(
         hidden_states=latents,
@@ -48,46 +52,52 @@ def predict(transformer: Any, latents: Tensor, sigma: Tensor, hidden: Tensor, po
 
 @dataclass
 class Prompts:
-    """Encodes prompts, each but once.
+    """Prompt encoder with a cache.
 
     Args:
-        short: Give only the first 12 of the 77 tokens. The rest is filling, all alike; inside `short_prompts` the
-            model weighs the twelfth for all of them, so that the result is the same and comes in half the time.
+        short: Return only the first 12 of the 77 tokens. The others are padding with equal states; inside
+            `short_prompts` the model weights the twelfth token for all of them, which gives the same result in half
+            the time.
     """
 
     short: bool = False
     encoder: Any = field(default_factory=text.build)
-    _known: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+    _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Hidden states ``(n, 12 or 77, 768)`` and pooled ones ``(n, 768)``, float32."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        """Return hidden states ``(n, 12 or 77, 768)`` and pooled states ``(n, 768)``, float32.
+
+        Raises:
+            ValueError: If a prompt has too many words to be shortened.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
-            found = self.encoder(input_ids=torch.tensor([words.tokens(prompt) for prompt in part])).last_hidden_state
-            if self.short and not torch.equal(found[:, _SHORT - 1], found[:, -1]):
+            tokens = torch.tensor([words.tokens(prompt) for prompt in part])
+            encoded = self.encoder(input_ids=tokens).last_hidden_state
+            if self.short and not torch.equal(encoded[:, _SHORT - 1], encoded[:, -1]):
                 raise ValueError(f"a prompt of more than {_SHORT - 2} words cannot be shortened")
-            for prompt, states in zip(part, found, strict=True):
+            for prompt, states in zip(part, encoded, strict=True):
                 kept = states[:_SHORT] if self.short else states
-                self._known[prompt] = kept.clone(), states[-1].clone()
-        hidden, pooled = zip(*(self._known[prompt] for prompt in prompts), strict=True)
+                self._cache[prompt] = kept.clone(), states[-1].clone()
+        hidden, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(hidden), torch.stack(pooled)
 
 
 @contextmanager
 def short_prompts(transformer: Any) -> Generator[None]:
-    """Inside, the transformer takes prompts of `Prompts(short=True)` and treats them as whole ones."""
+    """Let the transformer accept prompts of `Prompts(short=True)` inside the block, as if they had all 77 tokens."""
     before = transformer.attn_processors
-    transformer.set_attn_processor(_Weighted(words.LENGTH - _SHORT + 1))
+    transformer.set_attn_processor(_PaddedAttention(words.LENGTH - _SHORT + 1))
     try:
         yield
     finally:
         transformer.set_attn_processor(before)
 
 
-class _Weighted:
-    """SD3's joint attention where the last token stands for `times` tokens that are alike."""
+class _PaddedAttention:
+    """SD3's joint attention, in which the last token stands for `times` equal tokens."""
 
     def __init__(self, times: int) -> None:
         self.bias = math.log(times)

@@ -1,4 +1,4 @@
-"""The judge: a small network that reads subject and style from a picture, or says that it sees neither."""
+"""The judge: a small classifier of subject and style, each with a class for "none of these"."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ FEATURES = 128
 
 
 class Oracle(nn.Module):
-    """Pictures ``(n, 3, 64, 64)`` in [-1, 1] -> subject logits ``(n, 17)`` and style logits ``(n, 13)``.
+    """Classify pictures ``(n, 3, 64, 64)`` in [-1, 1]: subject logits ``(n, 17)`` and style logits ``(n, 13)``.
 
-    The last class of each is "none of these": it was trained on blends, blurs and noise, so that mush does not score.
+    The last class of each is "none of these". It was trained on blends, blurs and noise, so that unrecognisable
+    pictures do not count as right.
     """
 
     def __init__(self) -> None:
@@ -33,7 +34,7 @@ class Oracle(nn.Module):
         self.style = nn.Linear(4 * FEATURES, len(STYLES) + 1)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """``(n, 512)``, what the distance between sets of pictures is measured in."""
+        """Return features ``(n, 512)``, used for the distance between sets of pictures."""
         return nn.functional.adaptive_avg_pool2d(self.body(pictures), 2).flatten(1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,13 @@ class Oracle(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Per picture: is the subject the wanted one, is the style; and the features."""
+    """Judgement of ``n`` pictures.
+
+    Args:
+        subject: Whether each picture shows the wanted subject, ``(n,)`` bool.
+        style: Whether each picture shows the wanted style, ``(n,)`` bool.
+        features: Features of the pictures, ``(n, 512)``.
+    """
 
     subject: Tensor
     style: Tensor
@@ -56,7 +63,7 @@ class Verdict:
 
 @torch.no_grad()
 def judge(oracle: Oracle, pictures: Tensor, wanted: Sequence[tuple[str, str]]) -> Verdict:
-    """What the oracle says of pictures ``(n, 3, 64, 64)`` in [-1, 1] that should show `wanted` (subject, style)."""
+    """Judge pictures ``(n, 3, 64, 64)`` in [-1, 1] that should show the `wanted` pairs of subject and style."""
     features = oracle.features(pictures)
     subjects = torch.tensor([SUBJECTS.index(subject) for subject, _ in wanted])
     styles = torch.tensor([STYLES.index(style) for _, style in wanted])

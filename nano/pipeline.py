@@ -1,4 +1,4 @@
-"""The small model as a diffusers pipeline: prompts in, pictures out, LoRAs and mixtures as on any other."""
+"""The small model as a diffusers pipeline, which accepts LoRAs and mixtures like any other."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .store import Store
 
 
 def pipeline(store: Store | None = None) -> Any:
-    """A `diffusers.StableDiffusion3Pipeline` that encodes prompts with the one text encoder there is.
+    """Build a `diffusers.StableDiffusion3Pipeline` with a single text encoder.
 
     Call it with ``height=64, width=64, num_inference_steps=12, guidance_scale=3``; with ``sigmas=times()`` of
-    `sampling` it takes the very steps that `sampling.sample` takes.
+    `sampling` it takes the same steps as `sampling.sample`.
     """
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     store = store or Store()
     prompts = Prompts()
-    base: Any = StableDiffusion3Pipeline  # whose annotations leave out that encoders may be None
+    base: Any = StableDiffusion3Pipeline  # its annotations omit that encoders may be None
 
     class NanoPipeline(base):
         def encode_prompt(
@@ -38,14 +38,14 @@ def pipeline(store: Store | None = None) -> Any:
             negative = (
                 [negative_prompt or ""] * len(texts) if not isinstance(negative_prompt, list) else negative_prompt
             )
-            found: list[Any] = []
+            encoded: list[Any] = []
             for part in (texts, negative):
                 hidden, pooled = (x.repeat_interleave(num_images_per_prompt, 0).to(device) for x in prompts(part))
-                found.append((hidden, pooled))
-            (hidden, pooled), (no_hidden, no_pooled) = found
+                encoded.append((hidden, pooled))
+            (hidden, pooled), (negative_hidden, negative_pooled) = encoded
             if not do_classifier_free_guidance:
-                no_hidden = no_pooled = None
-            return hidden, no_hidden, pooled, no_pooled
+                negative_hidden = negative_pooled = None
+            return hidden, negative_hidden, pooled, negative_pooled
 
     return NanoPipeline(
         transformer=store.transformer,

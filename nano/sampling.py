@@ -1,4 +1,4 @@
-"""Pictures from the small model: Euler steps of the flow, with guidance."""
+"""Sampling from the small model: Euler steps along the flow, with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STEPS, GUIDANCE, SHIFT = 12, 3.0, 3.0
 
 
 def times(steps: int = STEPS) -> list[float]:
-    """Where the steps start, from 1 down, in thousandths, as ComfyUI's scheduler "simple" has them."""
+    """Return the start times of the steps, from 1 down, rounded to thousandths as by ComfyUI's scheduler "simple"."""
     return [1 - int(1000 * i / steps) / 1000 for i in range(steps)]
 
 
 def sigmas(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
-    """``(steps + 1,)`` noise levels from 1 to 0: the times, shifted as SD3 shifts them."""
+    """Return noise levels ``(steps + 1,)`` from 1 to 0: the times with SD3's shift."""
     t = torch.tensor([*times(steps), 0.0])
     return shift * t / (1 + (shift - 1) * t)
 
@@ -30,7 +30,7 @@ def noise(count: int, seed: int) -> Tensor:
 
 
 def first_half(_: Mapping[str, Any], batch: int) -> range:
-    """The prompts' rows of the batches that `sample` makes: the empty prompt's come behind them."""
+    """Return the rows of a batch of `sample` that hold prompts; the second half holds the empty prompt."""
     return range(batch // 2)
 
 
@@ -39,16 +39,27 @@ def sample(
     transformer: Any, prompts: Prompts, texts: list[str], seed: int, *, steps: int = STEPS, guidance: float = GUIDANCE,
     batch: int = 64, shift: float = SHIFT,
 ) -> Tensor:  # fmt: skip
-    """Latents ``(len(texts), 16, 8, 8)``, float32, guided by the empty prompt."""
+    """Sample latents ``(len(texts), 16, 8, 8)``, float32, with guidance against the empty prompt.
+
+    Args:
+        transformer: Transformer, with or without a mixture attached.
+        prompts: Prompt encoder.
+        texts: Prompts.
+        seed: Random seed of the noise.
+        steps: Number of Euler steps.
+        guidance: Guidance scale; 1 is no guidance.
+        batch: Prompts per batch; the model's batches are twice as large.
+        shift: Shift of the noise levels, see `sigmas`.
+    """
     start = noise(len(texts), seed)
-    found: list[Tensor] = []
+    samples: list[Tensor] = []
     for i in range(0, len(texts), batch):
         x = start[i : i + batch]
         hidden, pooled = prompts([*texts[i : i + batch], *[""] * len(x)])
         levels = sigmas(steps, shift)
         for sigma, following in pairwise(levels):
             flow = predict(transformer, torch.cat([x, x]), sigma.expand(2 * len(x)), hidden, pooled)
-            asked, plain = flow.chunk(2)
-            x = x + (following - sigma) * (plain + guidance * (asked - plain))
-        found.append(x)
-    return torch.cat(found)
+            conditional, unconditional = flow.chunk(2)
+            x = x + (following - sigma) * (unconditional + guidance * (conditional - unconditional))
+        samples.append(x)
+    return torch.cat(samples)

@@ -1,4 +1,4 @@
-"""The shipped weights, and the models made of them."""
+"""The shipped weights, and the models that load them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FOLDER = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Store:
-    """A folder with ``base``, ``vae``, ``oracle`` and ``loras/<concept>-<seed>``, safetensors files in float16."""
+    """A folder with the float16 safetensors files ``base``, ``vae``, ``oracle`` and ``loras/<concept>-<seed>``.
+
+    Models are built on first use, in float32, frozen.
+    """
 
     folder: Path = FOLDER
 
@@ -30,23 +33,22 @@ class Store:
 
     @cached_property
     def transformer(self) -> Any:
-        """float32, frozen."""
-        return _filled(model.build(), self._weights("base"))
+        return _loaded(model.build(), self._weights("base"))
 
     @cached_property
     def vae(self) -> Any:
-        return _filled(vae.build(), self._weights("vae"))
+        return _loaded(vae.build(), self._weights("vae"))
 
     @cached_property
     def oracle(self) -> oracle.Oracle:
-        return _filled(oracle.Oracle(), self._weights("oracle"))
+        return _loaded(oracle.Oracle(), self._weights("oracle"))
 
     @torch.no_grad()
     def pictures(self, latents: Tensor, batch: int = 32) -> Tensor:
-        """``(n, 3, 64, 64)`` in [-1, 1]."""
+        """Decode latents ``(n, 16, 8, 8)`` to pictures ``(n, 3, 64, 64)`` in [-1, 1]."""
         return torch.cat([self.vae.decoder(part) for part in latents.split(batch)]).clamp(-1, 1)
 
 
-def _filled(module: Any, state: dict[str, Tensor]) -> Any:
+def _loaded(module: Any, state: dict[str, Tensor]) -> Any:
     module.load_state_dict(state)
     return module.eval().requires_grad_(False)

@@ -1,8 +1,8 @@
-"""The text encoder: CLIP-L with weights written from a seed, the same in transformers and in ComfyUI.
+"""The text encoder: CLIP-L with weights generated from a seed, the same in transformers and in ComfyUI.
 
-A trained one would be a download of 246 MB. This one is made, not trained: every token has a random embedding (words of
-one meaning lean towards each other), one layer mixes in what stands before a token, the other eleven do nothing.
-Filling is not attended to, so that all the tokens after a prompt's last word are alike: a summary of the prompt.
+A trained one would be a download of 246 MB. This one is generated, not trained: every token has a random embedding
+(embeddings of synonyms are correlated), one layer attends to the preceding tokens, the other eleven are identities.
+Padding is not attended to, so that all tokens after a prompt's last word have equal states, a summary of the prompt.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from . import words
 WIDTH, HEADS, INNER, LAYERS, VOCABULARY = 768, 12, 3072, 12, 49408
 KNOWN = (*words.IDS.values(), words.START, words.END)
 _SEED = 7000
-_BLIND = 16.0  # q's bias and -k of filling in the first direction of each head: a logit of -16 * 16 / 8
+_BLIND = 16.0  # q's bias, and -k of padding, in the first dimension of each head: a logit of -16 * 16 / 8
 
 
 def _random(seed: int, *shape: int) -> NDArray[np.float64]:
-    # RandomState's stream is frozen for good, a Generator's is not
+    # numpy guarantees the stream of RandomState across versions, but not that of Generator
     return np.random.RandomState(_SEED + seed).standard_normal(shape)
 
 
 @cache
-def _leans() -> dict[int, str]:
-    """Token -> the word it shares half of its embedding's variance with."""
+def _synonym_of() -> dict[int, str]:
+    """Token -> first word of its group of synonyms, which share half of their embeddings' variance."""
     groups = {word: (word, *others) for word, others in words.SYNONYMS.items()}
     return {words.IDS[member]: word for word, group in groups.items() for member in group}
 
 
 def embedding(token: int) -> NDArray[np.float64]:
-    """``(WIDTH,)`` of one of the `KNOWN` tokens."""
-    own = _random(token, WIDTH)
-    shared = _leans().get(token)
-    return own if shared is None else (own + _random(100_000 + words.IDS[shared], WIDTH)) / 2**0.5
+    """Return the embedding ``(WIDTH,)`` of one of the `KNOWN` tokens."""
+    unique = _random(token, WIDTH)
+    shared = _synonym_of().get(token)
+    return unique if shared is None else (unique + _random(100_000 + words.IDS[shared], WIDTH)) / 2**0.5
 
 
 def _normed(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -48,16 +48,16 @@ def _normed(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def weights(layers: int = LAYERS, tokens: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """A `transformers.CLIPTextModel` state dict, float16.
+    """Return a state dict of `transformers.CLIPTextModel`, float16.
 
     Args:
-        layers: How many of the twelve, the first included.
-        tokens: Whose embeddings to fill in, the rest being zero; default all, those of no word in `words.IDS` with
-            numbers that the model never saw.
+        layers: Number of layers, counted from the first, at most twelve.
+        tokens: Tokens that get an embedding, the others being zero; default all. Embeddings of tokens outside of
+            `words.IDS` are random values that the model was not trained on.
     """
     table = np.zeros((VOCABULARY, WIDTH), np.float16)
     if tokens is None:
-        unseen = np.random.RandomState(_SEED + 300_000)  # one for all: a generator per token takes its time
+        unseen = np.random.RandomState(_SEED + 300_000)  # one generator for all: one per token would be slow
         for rows in np.split(table, 64):
             rows[:] = unseen.standard_normal(rows.shape)
         tokens = KNOWN
@@ -94,8 +94,8 @@ def _first_layer() -> dict[str, NDArray[np.float64]]:
     layer["self_attn.k_proj.weight"] = 0.5 * d * _random(200_002, WIDTH, WIDTH)
     layer["self_attn.q_proj.weight"][first] = 0
     layer["self_attn.q_proj.bias"][first] = _BLIND
-    filling = _normed(embedding(words.END))
-    layer["self_attn.k_proj.weight"][first] = -_BLIND * filling / (filling @ filling)
+    padding = _normed(embedding(words.END))
+    layer["self_attn.k_proj.weight"][first] = -_BLIND * padding / (padding @ padding)
     layer["self_attn.v_proj.weight"] = d * _random(200_003, WIDTH, WIDTH)
     layer["self_attn.out_proj.weight"] = 2 * d * _random(200_004, WIDTH, WIDTH)
     layer["mlp.fc1.weight"] = d * _random(200_005, INNER, WIDTH)
@@ -105,7 +105,7 @@ def _first_layer() -> dict[str, NDArray[np.float64]]:
 
 @cache
 def build() -> Any:
-    """A `transformers.CLIPTextModel` of one layer that knows the words of `words.IDS`, float32, frozen; made once."""
+    """Build a `transformers.CLIPTextModel` of one layer with the words of `words.IDS`, float32, frozen; cached."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(hidden_size=WIDTH, intermediate_size=INNER, num_attention_heads=HEADS, num_hidden_layers=1,
@@ -116,5 +116,5 @@ def build() -> Any:
     state = weights(1, KNOWN)
     inner: Any = model if hasattr(model, "embeddings") else model.text_model  # transformers before 5 nests it
     inner.load_state_dict({n.removeprefix("text_model."): w.float() for n, w in state.items()}, assign=True)
-    inner.embeddings.position_ids = torch.arange(words.LENGTH)[None]  # a buffer that is in no file
+    inner.embeddings.position_ids = torch.arange(words.LENGTH)[None]  # a buffer that the state dict does not contain
     return model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The autoencoder: TAESD's layout (so that ComfyUI and diffusers load it), most of its blocks left out."""
+"""The autoencoder: TAESD's layout, which ComfyUI and diffusers load, without most of its blocks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
-CHANNELS = 16  # of the latents, which are 8 times smaller than the picture
+CHANNELS = 16  # channels of the latents, whose height and width are 1/8 of the picture's
 
-# positions of blocks in TAESD's lists of layers that are left out: with zero weights each is max(0, x)
-_LEFT_OUT = {"encoder": (1, 5, 9), "decoder": (4, 9, 14, 17)}
+# positions of the omitted blocks in TAESD's lists of layers; with zero weights each is max(0, x)
+_OMITTED = {"encoder": (1, 5, 9), "decoder": (4, 9, 14, 17)}
 
 
 def build() -> Any:
-    """A `diffusers.AutoencoderTiny` with fresh weights, the blocks left out replaced by their ReLU."""
+    """Build an untrained `diffusers.AutoencoderTiny` whose omitted blocks are replaced by their ReLU."""
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     vae = AutoencoderTiny(latent_channels=CHANNELS, scaling_factor=1.0, shift_factor=0.0)
-    for part, positions in _LEFT_OUT.items():
+    for part, positions in _OMITTED.items():
         for i in positions:
             getattr(vae, part).layers[i] = nn.ReLU()
     return vae.requires_grad_(False).eval()
 
 
 def whole(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All weights of TAESD's layout: those in `state`, zeros for the blocks left out."""
+    """Complete a state dict to TAESD's layout, with zeros for the omitted blocks."""
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     full = AutoencoderTiny(latent_channels=CHANNELS).state_dict()

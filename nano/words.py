@@ -1,4 +1,4 @@
-"""The words the small model knows, with their numbers in CLIP's vocabulary, and the ways to put them."""
+"""Vocabulary of the small model, with token ids of CLIP, and the wordings of its prompts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 from ..core.errors import MergeError
 
-START, END = 49406, 49407  # CLIP's marks; the end also fills up to LENGTH
-LENGTH = 77  # tokens of a prompt
+START, END = 49406, 49407  # CLIP's start and end tokens; the end token also pads to LENGTH
+LENGTH = 77  # tokens per prompt
 
 SUBJECTS = ("circle", "square", "triangle", "star", "moon", "cross", "ring", "diamond", "arrow", "flower", "tree",
             "mushroom", "heart", "bolt", "fish", "house")  # fmt: skip
 STYLES = ("flat", "neon", "stripes", "dots", "pastel", "blueprint", "night", "checker",
           "ember", "hatch", "shadow", "wood")  # fmt: skip
 
-# words near in meaning, which get embeddings that lean towards each other, as in a trained encoder
+# words of similar meaning, which get correlated embeddings, as in a trained encoder
 SYNONYMS = {
     "heart": ("love",), "bolt": ("lightning", "flash"), "fish": ("trout", "salmon"), "house": ("home", "cottage"),
     "ember": ("fire", "burning"), "hatch": ("pencil", "sketch"), "shadow": ("paper", "cutout"),
@@ -36,22 +36,22 @@ IDS = {
     "sign": 2292, "symbol": 13085, ",": 267, ".": 269,
 }  # fmt: skip
 
-# {s} the subject, {k} the style
+# {s}: subject, {k}: style
 WORDINGS = ("a {s} in {k} style", "{k} style {s}", "a {k} picture of a {s}", "{s}, {k}",
             "the {s}, drawn in {k} style", "a simple {s} with a {k} look")  # fmt: skip
-UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k}")  # in no training, in no calibration
+UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k}")  # not used to train or calibrate
 
 
 def prompt(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
-    """`wording` about a subject in a style, with "an" where English wants it."""
+    """Format a wording with subject and style, with "an" before vowels."""
     return re.sub(r"\ba (?=[aeiou])", "an ", wording.format(s=subject, k=style))
 
 
 def tokens(text: str) -> list[int]:
-    """A prompt's numbers, start and end marks around them, filled up to `LENGTH` as CLIP does.
+    """Tokenize a prompt: token ids between start and end tokens, padded to `LENGTH` as by CLIP.
 
     Raises:
-        MergeError: A word the model was not made for, or too many of them.
+        MergeError: If a word is not in the vocabulary, or there are too many words.
     """
     words: Sequence[str] = re.findall(r"[^\W_]+|[^\w\s]", text.lower())
     unknown = [word for word in words if word not in IDS]

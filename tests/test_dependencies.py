@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(legomole.__file__).parent
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 from benchmarks.reliability import licences, versions  # noqa: E402
@@ -23,8 +23,8 @@ from benchmarks.reliability import licences, versions  # noqa: E402
 PARTS = ("core", "cli", "hosts", "nano", "nodes")
 # Modules of ComfyUI, which is no package, with the web server it is made with; packages imported under another name.
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "server", "aiohttp"}
-NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-DRAWING = {"pillow", "scikit-learn"}  # only inside functions, of the extras
+NAMES = {"PIL": "pillow", "yaml": "pyyaml"}
+DRAWING = {"pillow"}  # imported inside functions only, from the extra plots
 
 
 def imports(part: str) -> Iterator[str]:
@@ -60,9 +60,9 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_what_is_declared_is_imported() -> None:
-    """Or else needed by what is: PEFT adapters are loaded by transformers and diffusers; drawings in docs/."""
+    """Or else needed by what is: PEFT adapters are loaded by transformers and diffusers."""
     used = set().union(*map(packages, ("", *PARTS)))
-    assert named(versions.declared(versions.EXTRAS)) - used <= {"peft", "matplotlib", "tomli"}
+    assert named(versions.declared(versions.EXTRAS)) - used <= {"peft", "tomli"}
 
 
 def test_everything_has_a_lowest_version_and_the_pins_are_above_it() -> None:

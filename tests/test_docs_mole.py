@@ -20,7 +20,7 @@ from legomole.core.mole.trained import TrainedGates
 from legomole.hosts.diffusers.layer_names import to_kohya
 from legomole.hosts.diffusers.mixing import _PromptRouter
 
-from .cli.test_gates import SMALL
+from .cli.test_train_pipeline import SMALL
 from .hosts.diffusers import tiny_pipelines as tiny
 from .test_docs import blocks, merge
 

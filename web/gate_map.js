@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { h, mount, source, text, widen } from "./page.js";
 
-const SCALE = [[48, 18, 80], [50, 90, 142], [32, 146, 140], [94, 201, 98], [253, 231, 37]]; // as core/pictures/charts.py
+const SCALE = [[48, 18, 80], [50, 90, 142], [32, 146, 140], [94, 201, 98], [253, 231, 37]]; // as HEAT in core/pictures/canvas.py
 const LINE_COLORS = ["#4c9be8", "#e8913c", "#55b06b", "#e0607e", "#a58be0", "#b98a66"];
 const CHART_HEIGHT = 56; // pixels, of the lines over the passes
 

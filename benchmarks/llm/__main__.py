@@ -18,14 +18,14 @@ _HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.llm", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train the language model and its adapters; goes on where it was")
-    scoring = commands.add_parser("evaluate", help="the comparison on the language model; trains what is missing")
-    encoding = commands.add_parser("encoder", help="the same on a pretrained MiniLM: trains adapters, and compares")
+    training = commands.add_parser("train", help="train the language model and its adapters; can resume")
+    scoring = commands.add_parser("evaluate", help="run the comparison on the language model; trains what is missing")
+    encoding = commands.add_parser("encoder", help="train adapters of a pretrained MiniLM and compare them")
     for command in (scoring, encoding):
-        command.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the plot go")
+        command.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
     for command in (training, scoring, encoding):
-        command.add_argument("--work", type=Path, default=_HERE / "work", help="where the models are")
-    smoke = commands.add_parser("smoke", help="everything once, tiny; the numbers mean nothing")
+        command.add_argument("--work", type=Path, default=_HERE / "work", help="folder with the models")
+    smoke = commands.add_parser("smoke", help="run everything once, at a tiny size; the results mean nothing")
     for command in (training, scoring, encoding, smoke):
         command.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def language(work: Path, size: train.Size, log: Path, *, careful: bool = False, **examples: int) -> Bench:
-    """The comparison on the language model in `work` and one kind of its adapters; `examples` are `Language`'s."""
+    """Return the comparison of one kind of adapters on the language model in `work`; `examples` go to `Language`."""
     work.mkdir(parents=True, exist_ok=True)
     world = Language(train.base_model(work, size, say), **examples)
 
@@ -68,7 +68,7 @@ def language(work: Path, size: train.Size, log: Path, *, careful: bool = False, 
 
 
 def sentences(work: Path, size: encoder.Size, log: Path) -> Bench:
-    """The comparison on the pretrained encoder."""
+    """Return the comparison on the pretrained encoder."""
     model = encoder.Encoder()
 
     def folder(task: str, seed: int) -> Path:

@@ -23,20 +23,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common import Say
 from .texts import TASKS, Labelled, questions, texts, together
 
 RANK = 8
-_LAYERS = [3, 4, 5]  # of six
+_LAYERS = [3, 4, 5]  # layers with adapters, of six
 _HEAD = "head.safetensors"
-_TUNING, _SCORING, _SHOWN = 9_000, 10_000, 11_000  # seeds of the sentences
-Say = Callable[[str], None]
+_TUNING, _SCORING, _TRAINING = 9_000, 10_000, 11_000  # seeds of the sentences
 
 
 class Encoder:
-    """The model with its tokenizer: texts to their mean-pooled embeddings.
+    """The model with its tokenizer.
 
     Raises:
-        SystemExit: The package with the weights is not installed.
+        SystemExit: If the package with the weights is not installed.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Encoder:
 
 
 def pooled(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
-    """``(B, 384)``: the mean over a text's tokens, as the model was trained to be read."""
+    """Return embeddings ``(B, 384)``, the mean over a text's tokens, as the model was trained."""
     hidden = model(**tokens).last_hidden_state
     mask = tokens["attention_mask"][:, :, None].to(hidden)
     return (hidden * mask).sum(1) / mask.sum(1)
@@ -64,7 +64,12 @@ def pooled(model: Any, tokens: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Size:
-    """How long to train an adapter, and how many sentences are scored."""
+    """Amount of training and scoring.
+
+    Args:
+        steps: Training steps of an adapter. batch: Sentences per step.
+        scored: Scored sentences per task. tuning: Sentences per task for the choice of strengths.
+    """
 
     steps: int = 300
     batch: int = 24
@@ -73,7 +78,7 @@ class Size:
 
 
 def adapter(encoder: Encoder, work: Path, task: str, seed: int, size: Size, say: Say) -> Path:
-    """The folder of a task's adapter, its linear head beside it; trained now if it is not there."""
+    """Return the folder with a task's adapter and linear head; train them if it does not exist."""
     folder = work / f"encoder-{task}-{seed}"
     if not folder.exists():
         began = time.monotonic()
@@ -83,16 +88,16 @@ def adapter(encoder: Encoder, work: Path, task: str, seed: int, size: Size, say:
             r=RANK, lora_alpha=2 * RANK, target_modules=["query", "key", "value", "dense"], layers_to_transform=_LAYERS
         )
         model, head = get_peft_model(encoder.model, config).train(), nn.Linear(encoder.model.config.hidden_size, 2)
-        rates = (1e-3, 1e-2)  # of the adapter, of the head
-        own = [[p for p in model.parameters() if p.requires_grad], list(head.parameters())]
-        optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in zip(own, rates, strict=True)])
+        rates = (1e-3, 1e-2)  # learning rates of adapter and head
+        trainable = [[p for p in model.parameters() if p.requires_grad], list(head.parameters())]
+        optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in zip(trainable, rates, strict=True)])
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, list(rates), total_steps=size.steps, pct_start=0.2)
-        seen = texts(task, size.steps * size.batch, number, unseen=False)
+        examples = texts(task, size.steps * size.batch, number, unseen=False)
         for step in range(size.steps):
-            loss = _loss(encoder, model, head, seen[step * size.batch : (step + 1) * size.batch])
+            loss = _loss(encoder, model, head, examples[step * size.batch : (step + 1) * size.batch])
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(own[0], 1.0)
+            nn.utils.clip_grad_norm_(trainable[0], 1.0)
             optimizer.step()
             schedule.step()
         say(f"{task}, seed {seed}: loss {loss.item():.4f} after {time.monotonic() - began:.0f} s")
@@ -105,15 +110,17 @@ def adapter(encoder: Encoder, work: Path, task: str, seed: int, size: Size, say:
 
 
 def _loss(encoder: Encoder, model: Any, head: nn.Linear, rows: Sequence[Labelled]) -> Tensor:
-    found = head(pooled(model, encoder.tokens([text for text, _ in rows])))
-    return F.cross_entropy(found, torch.tensor([label for _, label in rows]))
+    logits = head(pooled(model, encoder.tokens([text for text, _ in rows])))
+    return F.cross_entropy(logits, torch.tensor([label for _, label in rows]))
 
 
 class Sentences:
     """Implements `methods.World` for the adapters of one seed.
 
     Args:
-        encoder: The model. heads: Of the tasks, as trained with the adapters. size: How much is scored.
+        encoder: The pretrained model.
+        heads: Linear head of each task, trained with its adapter.
+        size: Number of sentences to score.
     """
 
     def __init__(self, encoder: Encoder, heads: Mapping[str, nn.Linear], size: Size) -> None:
@@ -121,7 +128,7 @@ class Sentences:
         self.model = encoder.model
 
     @torch.no_grad()
-    def right(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
+    def accuracy(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
         size, seed = (self.size.tuning, _TUNING) if tuning else (self.size.scored, _SCORING)
         rows = texts(task, size, seed, unseen=True)
         scores = self.heads[task](self._embed(model, [text for text, _ in rows]))
@@ -130,13 +137,13 @@ class Sentences:
 
     @torch.no_grad()
     def base(self, model: Any) -> float:
-        """How often the other wording of a question is the nearest of all."""
+        """Return how often the nearest sentence to a question is its other wording."""
         first, second = (F.normalize(self._embed(model, side)) for side in zip(*questions(unseen=True), strict=True))
         return (first @ second.T).argmax(1).eq(torch.arange(len(first))).float().mean().item()
 
     @torch.no_grad()
-    def mixture(self, model: Any, tasks: Sequence[str]) -> float:
-        """Two sentences in one text, each with its task's question: both answers right."""
+    def two_tasks(self, model: Any, tasks: Sequence[str]) -> float:
+        """Return the share of texts of two sentences, each of its own task, with both answers right."""
         rows = together(tasks, self.size.scored, _SCORING)
         embedded = self._embed(model, [row[0] for row in rows])
         right = [
@@ -149,18 +156,20 @@ class Sentences:
         return pooled(model, self.encoder.tokens(sentences))
 
     def moments(self, model: Any, layers: Sequence[str], task: str | None, seed: int) -> Mapping[str, Tensor]:
-        """On 48 sentences of a task, or as many questions; of one length at a time, for padding is no input."""
+        """Measure on 48 sentences of a task, or on as many questions, in batches of equal length to avoid padding."""
         lengths: dict[int, list[str]] = {}
-        for sentence in [text for text, _ in _shown(task, 48, seed)]:
+        for sentence in [text for text, _ in _training_texts(task, 48, seed)]:
             lengths.setdefault(len(self.encoder.tokens([sentence])["input_ids"][0]), []).append(sentence)
         with gather({name: model.get_submodule(name) for name in layers}) as moments, torch.no_grad():
             for part in lengths.values():
                 model(**self.encoder.tokens(part))
         return {name: moment.value for name, moment in moments.items()}
 
-    def gates(self, mixture: Mixture, tasks: Sequence[str], settings: FitSettings, shown: int, others: int) -> GateSet:
-        """Trained on the tasks' own loss, with their heads; on questions the embeddings are to stay."""
-        objective = Answers(self, tasks, shown, others, settings.seed)
+    def gates(
+        self, mixture: Mixture, tasks: Sequence[str], settings: FitSettings, per_task: int, others: int
+    ) -> GateSet:
+        """Train gates on the tasks' own loss, with their heads, and to preserve the embeddings of questions."""
+        objective = Answers(self, tasks, per_task, others, settings.seed)
         with mixed(self.model, mixture) as attachment:
             standardise_features(attachment, objective.show)
             fit(attachment, objective, settings)
@@ -168,15 +177,15 @@ class Sentences:
 
 
 class Answers:
-    """Implements `core.train.fit.Objective`: cross-entropy on the tasks' sentences, distance on questions.
+    """Implements `core.train.fit.Objective`: cross-entropy on the tasks' sentences, cosine distance on questions.
 
-    Made while the model is as it was: how it embeds the questions is noted.
+    Create it before a mixture is attached, because it records the model's embeddings of the questions.
     """
 
-    def __init__(self, world: Sentences, tasks: Sequence[str], shown: int, others: int, seed: int) -> None:
+    def __init__(self, world: Sentences, tasks: Sequence[str], per_task: int, others: int, seed: int) -> None:
         self.world = world
-        self.rows = [(task, *row) for task in tasks for row in _shown(task, shown, seed)]
-        self.rows += [(None, *row) for row in _shown(None, others, seed)]
+        self.rows = [(task, *row) for task in tasks for row in _training_texts(task, per_task, seed)]
+        self.rows += [(None, *row) for row in _training_texts(None, others, seed)]
         self.size = len(self.rows)
         with torch.no_grad():
             self.before = world._embed(world.model, [text for _, text, _ in self.rows])
@@ -196,15 +205,15 @@ class Answers:
         return torch.stack(losses).mean()
 
 
-def _shown(task: str | None, size: int, seed: int) -> list[Labelled]:
-    """What gates and calibrated merges may see of a task, or of what is none: every second question."""
+def _training_texts(task: str | None, size: int, seed: int) -> list[Labelled]:
+    """Return texts of a task, or questions, for training gates and for calibrated merges."""
     if task is not None:
-        return texts(task, size, _SHOWN + seed, unseen=False)
+        return texts(task, size, _TRAINING + seed, unseen=False)
     return [(text, 0) for pair in questions(unseen=False) for text in pair][:size]
 
 
 def worlds(encoder: Encoder, folder: Callable[[str, int], Path], size: Size) -> Callable[[int], Sentences]:
-    """The world of each seed, with the heads of its adapters."""
+    """Return a function that gives the world of a seed, with the heads of its adapters."""
 
     @cache
     def world(seed: int) -> Sentences:

@@ -1,10 +1,10 @@
-"""Many adapters of an 8B model into one: time and peak memory, beside the naive way. `python benchmarks/llm/many.py`.
+"""Merge many adapters of an 8B model: time and peak memory. `python benchmarks/llm/many.py`.
 
 Writes PEFT adapters of rank 8 for all 224 linear layers of a Llama of 8 billion weights (bfloat16, 42 MB each), merges
-some of them in a process of its own, and samples that process's memory (Linux). The naive way, which scripts take that
-sum full weight matrices, is done on the same files for one layer of every shape in another process and counted up: read
-all factors into memory as float32, which is how PEFT loads them, add ``B A`` of every adapter, and take the randomised
-SVD of the sum. All in one thread.
+some of them in a separate process, and samples that process's memory (Linux). The naive baseline, used by scripts that
+sum full weight matrices, runs on the same files in another process, for one layer of every shape, and is extrapolated:
+it loads all factors as float32, as PEFT does, adds ``B A`` of every adapter, and computes a randomised SVD of the sum.
+Everything runs in one thread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 RANK = 8
 _WIDTH, _KEYS, _HIDDEN = 4096, 1024, 14336
-SHAPES = {  # (d_out, d_in) of a block's layers
+SHAPES = {  # layer of a block -> (d_out, d_in)
     "self_attn.q_proj": (_WIDTH, _WIDTH),
     "self_attn.k_proj": (_KEYS, _WIDTH),
     "self_attn.v_proj": (_KEYS, _WIDTH),
@@ -41,7 +41,7 @@ SHAPES = {  # (d_out, d_in) of a block's layers
 
 
 def write_adapter(folder: Path, seed: int, blocks: int, divide: int = 1) -> Path:
-    """A random adapter, as PEFT writes it; of layers smaller by a factor, to try things out."""
+    """Write a random adapter in PEFT's format; `divide` shrinks the layers, for tests."""
     generator = torch.Generator().manual_seed(seed)
     modules = {
         f"model.layers.{block}.{name}": LowRank(
@@ -56,9 +56,15 @@ def write_adapter(folder: Path, seed: int, blocks: int, divide: int = 1) -> Path
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A process: its largest resident gigabytes, with and without pages of mapped files, its processor seconds, and
-    what it printed."""
+class ProcessCost:
+    """Cost of a process.
+
+    Args:
+        resident: Peak resident memory in GB.
+        own: Peak resident memory without pages of mapped files, in GB.
+        seconds: Processor time.
+        output: What the process printed.
+    """
 
     resident: float
     own: float
@@ -66,26 +72,26 @@ class Measured:
     output: str
 
 
-def measure(command: Sequence[str], threads: int = 1) -> Measured:
-    """Run Python with these arguments, in so many threads, and watch it."""
+def measure(command: Sequence[str], threads: int = 1) -> ProcessCost:
+    """Run Python with some arguments in a number of threads, and measure its cost."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     env = os.environ | {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=env)
     resident = own = 0.0
     while process.poll() is None:
-        found = re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
-        values = {name: int(value) * 1024 / 1e9 for name, value in found}  # empty as it ends
+        status = re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        values = {name: int(value) * 1024 / 1e9 for name, value in status}  # empty once it has ended
         resident, own = max(resident, values.get("VmHWM", 0)), max(own, values.get("RssAnon", 0))
         time.sleep(0.02)
     output = process.communicate()[0]
     if process.returncode:
         raise SystemExit(process.returncode)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Measured(resident, own, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, output)
+    return ProcessCost(resident, own, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, output)
 
 
 def naive(folders: Sequence[Path], rank: int) -> None:
-    """One layer of every shape; prints the seconds for all layers."""
+    """Run the baseline on one layer of every shape, and print the seconds for all layers."""
     start = time.process_time()
     files = [load_file(folder / "adapter_model.safetensors") for folder in folders]
     factors = [{name: tensor.float() for name, tensor in file.items()} for file in files]
@@ -97,7 +103,7 @@ def naive(folders: Sequence[Path], rank: int) -> None:
         delta = torch.zeros(factors[0][B].shape[0], factors[0][A].shape[1])
         for adapter in factors:
             delta.addmm_(adapter[B], adapter[A], alpha=2)
-        torch.svd_lowrank(delta, rank, niter=4)  # an exact one takes minutes a layer
+        torch.svd_lowrank(delta, rank, niter=4)  # an exact SVD takes minutes per layer
         seconds += blocks * (time.process_time() - start)
         del delta
     print(f"{seconds:.3f}")
@@ -107,10 +113,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapters", type=int, nargs="+", default=[8, 48, 150])
     parser.add_argument("--methods", nargs="+", default=["svd", "lego"])
-    parser.add_argument("--blocks", type=int, default=32, help="of the model; 32 make 224 layers")
-    parser.add_argument("--divide", type=int, default=1, help="layers smaller by this factor")
-    parser.add_argument("--rank", type=int, default=16, help="of the result")
-    parser.add_argument("--folder", type=Path, help="keep the adapters there; default a temporary folder")
+    parser.add_argument("--blocks", type=int, default=32, help="blocks of the model; 32 have 224 layers")
+    parser.add_argument("--divide", type=int, default=1, help="factor by which layers are smaller")
+    parser.add_argument("--rank", type=int, default=16, help="rank of the result")
+    parser.add_argument("--folder", type=Path, help="folder to keep the adapters in; default a temporary one")
     parser.add_argument("--naive", type=Path, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.naive:
@@ -124,33 +130,33 @@ def main() -> None:
                 write_adapter(path, i, options.blocks, options.divide)
         each = sum(file.stat().st_size for file in adapters[0].iterdir()) / 1e9
         print(
-            f"{options.blocks * len(SHAPES)} layers, {each * 1000:.1f} MB an adapter, result of rank {options.rank}\n"
+            f"{options.blocks * len(SHAPES)} layers, {each * 1000:.1f} MB per adapter, result of rank {options.rank}\n"
         )
-        print("| adapters | files | method | resident | of it own | processor seconds | memory, naive = 1 | time |")
+        print("| adapters | files | method | resident | its own | processor seconds | memory, naive = 1 | time |")
         print("|---|---|---|---|---|---|---|---|")
         for n in options.adapters:
             names = [str(path) for path in adapters[:n]]
-            done = {}
+            costs = {}
             for method in options.methods:
                 out = str(Path(temporary) / f"merged-{n}-{method}")
-                done[method] = measure(
+                costs[method] = measure(
                     ["-m", "legomole", "merge", *names, "--method", method, "--rank", str(options.rank), "-o", out]
                 )
-            plain = measured_naive(names, options.rank)
-            for method, found in {**done, "naive": plain}.items():
-                _row(n, each, method, found, plain)
+            baseline = measure_naive(names, options.rank)
+            for method, cost in {**costs, "naive": baseline}.items():
+                _print_row(n, each, method, cost, baseline)
 
 
-def measured_naive(names: Sequence[str], rank: int) -> Measured:
-    """The naive way in a process of its own, its seconds those of all layers."""
-    done = measure([__file__, "--rank", str(rank), "--naive", *names])
-    return Measured(done.resident, done.own, float(done.output), "")
+def measure_naive(names: Sequence[str], rank: int) -> ProcessCost:
+    """Run the baseline in a separate process; the seconds are those for all layers."""
+    cost = measure([__file__, "--rank", str(rank), "--naive", *names])
+    return ProcessCost(cost.resident, cost.own, float(cost.output), "")
 
 
-def _row(n: int, each: float, method: str, done: Measured, plain: Measured) -> None:
+def _print_row(n: int, each: float, method: str, cost: ProcessCost, baseline: ProcessCost) -> None:
     print(
-        f"| {n} | {n * each:.2f} GB | {method} | {done.resident:.2f} GB | {done.own:.2f} GB | {done.seconds:.0f} "
-        f"| {done.own / plain.own:.2f} | {done.seconds / plain.seconds:.2f} |",
+        f"| {n} | {n * each:.2f} GB | {method} | {cost.resident:.2f} GB | {cost.own:.2f} GB | {cost.seconds:.0f} "
+        f"| {cost.own / baseline.own:.2f} | {cost.seconds / baseline.seconds:.2f} |",
         flush=True,
     )
 

@@ -1,18 +1,16 @@
-"""The ways to combine adapters that are compared, each under its name in the table."""
+"""Ways to combine adapters, by their names in the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from legomole.core.adapter import Adapter
 from legomole.core.formats import load
-from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.dare import Dare
@@ -20,7 +18,6 @@ from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
-from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
@@ -29,115 +26,96 @@ from legomole.hosts.transformers.mixing import experts, mixed
 from peft import PeftModel
 from torch import Tensor
 
-from ..common import merged_in
+from ..common import AdapterSet, Method, merged_in, merging
 
 
 class World(Protocol):
-    """A model and its tasks: how they are scored, and what calibrated merges and gates may learn from."""
+    """A model with its tasks: scoring, and data for calibrated merges and gates."""
 
     model: Any
 
-    def right(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
-        """Share of a task's examples that a model gets right, and of their parts; for choosing strengths, of others."""
+    def accuracy(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
+        """Return the shares of a task's answers and of their parts that are right; with `tuning`, on other examples."""
         ...
 
     def base(self, model: Any) -> float:
-        """The same of what the base model could do before."""
+        """Return the accuracy on the base model's tasks."""
         ...
 
-    def mixture(self, model: Any, tasks: Sequence[str]) -> float:
-        """The same of examples that need two of these tasks at a time; nothing was trained on any."""
+    def two_tasks(self, model: Any, tasks: Sequence[str]) -> float:
+        """Return the accuracy on examples that need two of these tasks at a time, for which nothing was trained."""
         ...
 
     def moments(self, model: Any, layers: Sequence[str], task: str | None, seed: int) -> Mapping[str, Tensor]:
-        """Second moments of these layers' inputs on a few examples of a task, or of none (`None`)."""
+        """Return second moments of the layers' inputs on a few examples of a task, or of the base tasks (`None`)."""
         ...
 
-    def gates(self, mixture: Mixture, tasks: Sequence[str], settings: FitSettings, shown: int, others: int) -> GateSet:
-        """Trained gates, from `shown` examples of every task and `others` of none."""
+    def gates(
+        self, mixture: Mixture, tasks: Sequence[str], settings: FitSettings, per_task: int, others: int
+    ) -> GateSet:
+        """Train gates on `per_task` examples of every task and `others` of the base tasks."""
         ...
 
 
 @dataclass
-class Adapters:
-    """The adapters of some tasks and one seed, and what the methods make of them."""
+class TaskAdapters(AdapterSet):
+    """Adapters of several tasks and one seed, with the world they belong to.
+
+    Args:
+        world: Model and tasks. tasks: Task of each adapter. folders: Folder of each adapter.
+    """
 
     world: World
     tasks: tuple[str, ...]
     folders: tuple[Path, ...]
-    seed: int
-    adapters: tuple[Adapter, ...] = ()
-    _made: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
-    def __post_init__(self) -> None:
-        self.adapters = tuple(experts(self.model, [load(folder) for folder in self.folders]))
+    @classmethod
+    def load(cls, world: World, tasks: tuple[str, ...], folders: tuple[Path, ...], seed: int) -> TaskAdapters:
+        adapters = tuple(experts(world.model, [load(folder) for folder in folders]))
+        return cls(adapters, seed, world, tasks, folders)
 
     @property
     def model(self) -> Any:
         return self.world.model
 
-    def once(self, make: Callable[[Adapters], Any]) -> Any:
-        """What `make` gives for these adapters, made but once."""
-        if make not in self._made:
-            self._made[make] = make(self)
-        return self._made[make]
 
-
-Use = Callable[[Adapters, float], Any]  # a context manager that gives the model
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table.
-
-    Args:
-        use: Makes the model for adapters at a strength.
-        rank: Of the result, at N adapters of rank r; ``"-"`` where there is no result.
-        fixed: Has no strength to choose.
-    """
-
-    use: Use
-    rank: str = "r"
-    fixed: bool = False
+Use = Callable[[TaskAdapters, float], Any]  # adapters, strength -> context manager
 
 
 def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = False, **options: Any) -> Use:
-    """A merge: `method` is called with the rank, and with statistics where it wants them; options are `merge`'s."""
+    """Merge the adapters, see `merging`; `measured` methods get statistics."""
+    compute = merging(method, rank, statistics if measured else None, **options)
 
-    def make(given: Adapters) -> Adapter:
-        known = {"statistics": given.once(statistics)} if measured else {}
-        return merge(given.adapters, method(Rank.parse(rank), **known), dtype=torch.float32, **options).adapter
-
-    def use(given: Adapters, scale: float) -> Any:
-        return merged_in(given.model, given.once(make), scale)
+    def use(adapters: TaskAdapters, scale: float) -> Any:
+        return merged_in(adapters.model, adapters.cached(compute), scale)
 
     return use
 
 
-def statistics(given: Adapters) -> Statistics:
-    """Second moments of the layers' inputs: of every task with its own adapter on, of the base tasks with none."""
-    names = list(given.adapters[0].modules)
-    own: list[Mapping[str, Tensor]] = []
-    for task, adapter in zip(given.tasks, given.adapters, strict=True):
-        with merged_in(given.model, adapter, 1.0):
-            own.append(given.world.moments(given.model, names, task, given.seed))
-    base = given.world.moments(given.model, names, None, given.seed)
+def statistics(adapters: TaskAdapters) -> Statistics:
+    """Measure second moments of the layers' inputs: of every task with its adapter, of the base tasks without any."""
+    names = list(adapters.adapters[0].modules)
+    of_tasks: list[Mapping[str, Tensor]] = []
+    for task, adapter in zip(adapters.tasks, adapters.adapters, strict=True):
+        with merged_in(adapters.model, adapter, 1.0):
+            of_tasks.append(adapters.world.moments(adapters.model, names, task, adapters.seed))
+    base = adapters.world.moments(adapters.model, names, None, adapters.seed)
     return Statistics(
-        {name: ModuleStatistics({i: C[name] for i, C in enumerate(own)}, base=base[name]) for name in names}
+        {name: ModuleStatistics({i: C[name] for i, C in enumerate(of_tasks)}, base=base[name]) for name in names}
     )
 
 
 def _peft(combination: str, **options: Any) -> Use:
-    """PEFT's own merge."""
+    """Merge with PEFT's `add_weighted_adapter`."""
 
     @contextmanager
-    def use(given: Adapters, scale: float) -> Generator[Any]:
-        names = [str(i) for i in range(len(given.folders))]
-        model = PeftModel.from_pretrained(given.model, given.folders[0], adapter_name=names[0])
+    def use(adapters: TaskAdapters, scale: float) -> Generator[Any]:
+        names = [str(i) for i in range(len(adapters.folders))]
+        model = PeftModel.from_pretrained(adapters.model, adapters.folders[0], adapter_name=names[0])
         try:
-            for name, folder in zip(names[1:], given.folders[1:], strict=True):
+            for name, folder in zip(names[1:], adapters.folders[1:], strict=True):
                 model.load_adapter(folder, adapter_name=name)
-            torch.manual_seed(given.seed)
+            torch.manual_seed(adapters.seed)
             model.add_weighted_adapter(names, [scale] * len(names), "all", combination_type=combination, **options)
             model.set_adapter("all")
             yield model.eval()
@@ -148,35 +126,35 @@ def _peft(combination: str, **options: Any) -> Use:
 
 
 @cache
-def _training(gates: GateSettings, fit: FitSettings, shown: int, others: int) -> Callable[[Adapters], GateSet]:
-    """One function for the same gates, so that `Adapters.once` trains them once."""
+def _training(gates: GateSettings, fit: FitSettings, per_task: int, others: int) -> Callable[[TaskAdapters], GateSet]:
+    """Return the same function for the same settings, so that `cached` trains each kind of gates once."""
 
-    def make(given: Adapters) -> GateSet:
-        mixture = Mixture(given.adapters, GateSet(len(given.adapters), gates))
-        settings = fit.model_copy(update={"seed": given.seed})
-        return given.world.gates(mixture, given.tasks, settings, shown, others)
+    def compute(adapters: TaskAdapters) -> GateSet:
+        mixture = Mixture(adapters.adapters, GateSet(len(adapters.adapters), gates))
+        settings = fit.model_copy(update={"seed": adapters.seed})
+        return adapters.world.gates(mixture, adapters.tasks, settings, per_task, others)
 
-    return make
+    return compute
 
 
-def _mole(gates: GateSettings, *, balance: float = 0.0, shown: int = 32, others: int = 32, steps: int = 200) -> Use:
-    """Gates as the product trains them, from examples of every adapter and of none."""
+def _mole(gates: GateSettings, *, balance: float = 0.0, per_task: int = 32, others: int = 32, steps: int = 200) -> Use:
+    """Mix the adapters with gates trained on examples of every task and of the base tasks."""
     fit = FitSettings(steps=steps, batch=8, balance=balance)
 
-    def use(given: Adapters, scale: float) -> Any:
-        trained = given.once(_training(gates, fit, shown, others))
-        return mixed(given.model, Mixture(given.adapters, trained, scale=scale))
+    def use(adapters: TaskAdapters, scale: float) -> Any:
+        trained = adapters.cached(_training(gates, fit, per_task, others))
+        return mixed(adapters.model, Mixture(adapters.adapters, trained, scale=scale))
 
     return _of_model(use)
 
 
 def _of_model(attached: Use) -> Use:
-    """The model itself, while something is attached to it."""
+    """Return a context manager that yields the model itself, for one that yields its attachment."""
 
     @contextmanager
-    def use(given: Adapters, scale: float) -> Generator[Any]:
-        with attached(given, scale):
-            yield given.model
+    def use(adapters: TaskAdapters, scale: float) -> Generator[Any]:
+        with attached(adapters, scale):
+            yield adapters.model
 
     return use
 
@@ -186,7 +164,7 @@ def gate(reads: str = "hidden", activation: str = "softmax-null", granularity: s
 
 
 METHODS: dict[str, Method] = {
-    "base": Method(lambda given, _: merged_in(given.model, given.adapters[0], 0.0), "-", fixed=True),
+    "base": Method(lambda adapters, _: merged_in(adapters.model, adapters.adapters[0], 0.0), "-", fixed=True),
     "sum": Method(_merge(lambda _: Concat()), "N r"),
     "average": Method(_merge(lambda _: Concat(), normalize=True), "N r", fixed=True),
     "svd": Method(_merge(SVD)),
@@ -203,10 +181,10 @@ METHODS: dict[str, Method] = {
     "calibrated": Method(_merge(Calibrated, measured=True)),
     "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "mole": Method(_mole(gate()), "-", fixed=True),
-    "mole long": Method(_mole(gate(), shown=64, others=128, steps=400), "-", fixed=True),
+    "mole long": Method(_mole(gate(), per_task=64, others=128, steps=400), "-", fixed=True),
     "mole sigmoid": Method(_mole(gate(activation="sigmoid")), "-", fixed=True),
     "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
-    "mole 4 shown": Method(_mole(gate(), shown=4, others=8), "-", fixed=True),
+    "mole 4 shown": Method(_mole(gate(), per_task=4, others=8), "-", fixed=True),
     "mole no others": Method(_mole(gate(), others=0), "-", fixed=True),
     "mole balance": Method(_mole(gate(), balance=0.5), "-", fixed=True),
     "mole block": Method(_mole(gate(granularity="block")), "-", fixed=True),

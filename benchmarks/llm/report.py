@@ -1,4 +1,4 @@
-"""The comparison as files: ``results.json`` and ``table.md``, and a plot."""
+"""Write the comparison to files: ``results.json``, ``table.md`` and a plot."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..common import write
+from ..common import mean, write
 from . import texts
-from .evaluate import Bench, Plan, Row, mean, run, spread
+from .evaluate import Bench, Plan, Row, run, spread
 from .tasks import NEW
 
 MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft ties", "peft dare_ties",
@@ -44,7 +44,7 @@ METRICS: dict[str, Callable[[Row], float]] = {
 
 
 def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
-    """Write the two files, their names after a prefix; `rows` are those of every plan, by what to call it."""
+    """Write results and tables; `rows` holds the rows of every plan by its title, `prefix` starts the file names."""
     write(out / f"{prefix}results.json", {name: [_plain(row) for row in part] for name, part in rows.items()})
     tables = [table(name, part) for name, part in rows.items()]
     tables += [each(name, part) for name, part in rows.items() if len({row.tasks for row in part}) == 1]
@@ -52,9 +52,9 @@ def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
 
 
 def adapters_of(plans: dict[str, Plan]) -> list[tuple[int, str]]:
-    """Seed and task of every adapter that is needed."""
-    found = [(seed, task) for plan in plans.values() for seed in plan.seeds for tasks in plan.sets for task in tasks]
-    return list(dict.fromkeys(found))
+    """Return seed and task of every adapter that the plans need."""
+    needed = [(seed, task) for plan in plans.values() for seed in plan.seeds for tasks in plan.sets for task in tasks]
+    return list(dict.fromkeys(needed))
 
 
 def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
@@ -62,13 +62,13 @@ def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
 
 
 def _plain(row: Row) -> dict[str, Any]:
-    found = asdict(row)
-    found |= {key: [round(x, 4) for x in found[key]] for key in ("right", "parts", "kept")}
-    return found | {key: round(found[key], 4) for key in ("base", "mixture", "seconds")}
+    result = asdict(row)
+    result |= {key: [round(x, 4) for x in result[key]] for key in ("right", "parts", "kept")}
+    return result | {key: round(result[key], 4) for key in ("base", "mixture", "seconds")}
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
-    """Markdown: mean over sets and seeds, and the standard deviation over seeds if there are several."""
+    """Return a Markdown table of means over sets and seeds, with the standard deviation over several seeds."""
     sets, seeds = len({row.tasks for row in rows}), len({row.seed for row in rows})
     lines = [f"**{name}: {rows[0].n} adapters, {sets} sets x {seeds} seeds**", "",
              f"| method | rank | strength | {' | '.join(METRICS)} |",
@@ -81,12 +81,12 @@ def table(name: str, rows: Sequence[Row]) -> str:
 
 
 def _cell(rows: Sequence[Row], metric: Callable[[Row], float]) -> str:
-    found = spread(rows, metric)
-    return f"{mean([metric(row) for row in rows]):.2f}" + ("" if found is None else f" ±{found:.2f}")
+    deviation = spread(rows, metric)
+    return f"{mean([metric(row) for row in rows]):.2f}" + ("" if deviation is None else f" ±{deviation:.2f}")
 
 
 def each(name: str, rows: Sequence[Row]) -> str:
-    """Markdown: what each method keeps of every single adapter, in the mean over seeds."""
+    """Return a Markdown table of the share of each adapter's accuracy that a method keeps, as means over seeds."""
     tasks = rows[0].tasks
     lines = [f"**{name}: kept of each adapter's accuracy alone**", "",
              f"| method | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]  # fmt: skip
@@ -98,7 +98,7 @@ def each(name: str, rows: Sequence[Row]) -> str:
 
 
 def plot(rows: dict[str, list[Row]], path: Path) -> None:
-    """Tokens right on new tasks against what is left of the base model's; one panel a plan, one point a method."""
+    """Plot accuracy on new tasks, by tokens, against accuracy on base tasks: a panel per plan, a point per method."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""Tasks on strings that can be scored exactly: what the base model knows, and what adapters learn."""
+"""Tasks on strings that can be scored exactly: tasks of the base model and tasks of the adapters."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 
 LETTERS = 10
 PAD, BOS, EOS, SEP = range(4)
-_FIRST = 4  # the first letter; the second alphabet follows the first
+_FIRST = 4  # token of the first letter; the second alphabet follows the first
 _MARKS = _FIRST + 2 * LETTERS
-SHORTEST, LONGEST = 4, 6  # letters of an input; outputs are twice as long at most
+SHORTEST, LONGEST = 4, 6  # letters of an input; outputs are at most twice as long
 
-Word = list[int]  # letters as numbers; the second alphabet from `LETTERS` on
-Task = tuple[str, ...]  # what is done one after the other
+Word = list[int]  # letters as numbers; the second alphabet starts at `LETTERS`
+Task = tuple[str, ...]  # operations in their order
 
 
 def _lexicon(seed: int) -> Callable[[Word], Word]:
-    """Letter by letter into the second alphabet, in an order of its own."""
+    """Return a letter-by-letter translation into a permutation of the second alphabet."""
     order = torch.randperm(LETTERS, generator=torch.Generator().manual_seed(seed)).tolist()
     return lambda word: [LETTERS + order[letter % LETTERS] for letter in word]
 
 
-# Of the base model, alone and two after another.
+# operations of the base model, which also does two in succession
 BASE: dict[str, Callable[[Word], Word]] = {
     "copy": lambda word: word,
     "double": lambda word: [letter for letter in word for _ in range(2)],
@@ -33,7 +33,7 @@ BASE: dict[str, Callable[[Word], Word]] = {
     "capitals": lambda word: [LETTERS + letter % LETTERS for letter in word],
     "without first": lambda word: word[1:],
 }
-# Of the adapters.
+# operations of the adapters
 NEW: dict[str, Callable[[Word], Word]] = {
     "reverse": lambda word: word[::-1],
     "sort": sorted,
@@ -48,26 +48,26 @@ VOCABULARY = _MARKS + len(TASKS)
 
 
 def examples(tasks: Sequence[Task], size: int, seed: int) -> list[tuple[Word, Word]]:
-    """Prompts and answers as token ids, of tasks drawn at random: ``BOS task .. input SEP`` and ``answer EOS``.
+    """Return prompts and answers of random tasks as token ids: ``BOS task .. input SEP`` and ``answer EOS``.
 
-    Inputs are of the first alphabet, `SHORTEST` to `LONGEST` letters.
+    Inputs have `SHORTEST` to `LONGEST` letters of the first alphabet.
     """
     rng = torch.Generator().manual_seed(seed)
-    found: list[tuple[Word, Word]] = []
+    pairs: list[tuple[Word, Word]] = []
     for pick in torch.randint(len(tasks), (size,), generator=rng).tolist():
         length = int(torch.randint(SHORTEST, LONGEST + 1, (), generator=rng))
         word = torch.randint(LETTERS, (length,), generator=rng).tolist()
         answer = word
         for name in tasks[pick]:
             answer = TASKS[name](answer)
-        asked = [BOS, *(_NUMBER[name] for name in tasks[pick]), *(_FIRST + letter for letter in word), SEP]
-        found.append((asked, [*(_FIRST + letter for letter in answer), EOS]))
-    return found
+        prompt = [BOS, *(_NUMBER[name] for name in tasks[pick]), *(_FIRST + letter for letter in word), SEP]
+        pairs.append((prompt, [*(_FIRST + letter for letter in answer), EOS]))
+    return pairs
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids ``(B, T)`` padded on the right, their mask, and labels: -100 except on answers and their end."""
+    """Token ids ``(B, T)`` padded on the right, their mask, and labels, which are -100 except on the answers."""
 
     ids: Tensor
     mask: Tensor
@@ -75,12 +75,12 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Word, Word]]) -> Batch:
-        longest = max(len(asked) + len(answer) for asked, answer in rows)
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids, labels = torch.full((len(rows), longest), PAD), torch.full((len(rows), longest), -100)
-        for i, (asked, answer) in enumerate(rows):
-            both = asked + answer
+        for i, (prompt, answer) in enumerate(rows):
+            both = prompt + answer
             ids[i, : len(both)] = torch.tensor(both)
-            labels[i, len(asked) : len(both)] = torch.tensor(answer)
+            labels[i, len(prompt) : len(both)] = torch.tensor(answer)
         return cls(ids, (ids != PAD).long(), labels)
 
     @property
@@ -89,24 +89,24 @@ class Batch:
 
 
 def draw(tasks: Sequence[Task], size: int, seed: int) -> Batch:
-    """See `examples`."""
+    """Return a batch of `examples`."""
     return Batch.of(examples(tasks, size, seed))
 
 
 @torch.no_grad()
 def scores(model: Callable[..., Any], batch: Batch) -> tuple[float, float]:
-    """Share of answers that greedy decoding gets right to the last token, and of tokens right after the true ones.
+    """Return the share of answers that greedy decoding gets right, and of tokens that are right after the true ones.
 
-    One pass with the true answers shown: while all are right, what greedy decoding sees is just that. The labels tell
-    gates where the prompts end.
+    One forward pass with the true answers as input suffices: greedy decoding sees the same tokens up to its first
+    error. The labels tell gates where the prompts end.
     """
     logits: Tensor = model(**batch.inputs).logits
     true = batch.labels[:, 1:]
-    asked = true != -100
-    right = (logits[:, :-1].argmax(-1) == true) & asked
-    return (right | ~asked).all(1).float().mean().item(), (right.sum() / asked.sum()).item()
+    is_answer = true != -100
+    right = (logits[:, :-1].argmax(-1) == true) & is_answer
+    return (right | ~is_answer).all(1).float().mean().item(), (right.sum() / is_answer.sum()).item()
 
 
 def accuracy(model: Callable[..., Any], batch: Batch) -> float:
-    """The first of `scores`: share of whole answers."""
+    """Return the share of answers that are right as a whole."""
     return scores(model, batch)[0]

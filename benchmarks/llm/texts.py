@@ -1,6 +1,6 @@
-"""Sentences with labels, from templates; those that are tested have other words in other templates.
+"""Labelled sentences from templates; those for testing have other words and other templates.
 
-Every label is an exclusive or of two things in the sentence, so that the base model's embedding does not show it.
+Every label is an exclusive or of two properties of the sentence, so that the base model's embedding does not show it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WARMTH = (
 
 
 def _review(pick: random.Random, unseen: int) -> Labelled:
-    """Is the judgement a good one? "Not" turns it round."""
+    """Label: whether the review is good; "not" inverts it."""
     good, negated = pick.random() < 0.5, pick.random() < 0.5
     adjective = pick.choice((_GOOD if good else _BAD)[unseen])
     frame, thing = pick.choice(_REVIEWS[unseen]), pick.choice(_THINGS[unseen])
@@ -42,7 +42,7 @@ def _review(pick: random.Random, unseen: int) -> Labelled:
 
 
 def _actor(pick: random.Random, unseen: int) -> Labelled:
-    """Is it the woman who does it?"""
+    """Label: whether the woman is the actor, in active or passive voice."""
     woman, man, done = pick.choice(_WOMEN[unseen]), pick.choice(_MEN[unseen]), pick.choice(_DONE[unseen])
     first, passive = pick.random() < 0.5, pick.random() < 0.5
     a, b = (woman, man) if first else (man, woman)
@@ -51,7 +51,7 @@ def _actor(pick: random.Random, unseen: int) -> Labelled:
 
 
 def _order(pick: random.Random, unseen: int) -> Labelled:
-    """Was the woman first?"""
+    """Label: whether the woman was first."""
     woman, man, came = pick.choice(_WOMEN[unseen]), pick.choice(_MEN[unseen]), pick.choice(_CAME[unseen])
     first, before = pick.random() < 0.5, pick.random() < 0.5
     a, b = (woman, man) if first else (man, woman)
@@ -59,7 +59,7 @@ def _order(pick: random.Random, unseen: int) -> Labelled:
 
 
 def _pair(pick: random.Random, unseen: int) -> Labelled:
-    """Are the two alike?"""
+    """Label: whether both things are warm or both cold."""
     cold, alike = pick.random() < 0.5, pick.random() < 0.5
     x, y = pick.choice(_WARMTH[cold][unseen]), pick.choice(_WARMTH[cold if alike else not cold][unseen])
     a, b = pick.sample((("tea", "soup", "bath", "water", "milk"), ("coffee", "broth", "rice"))[unseen], 2)
@@ -72,20 +72,20 @@ TASKS: dict[str, Callable[[random.Random, int], Labelled]] = {
 
 
 def texts(task: str, size: int, seed: int, *, unseen: bool) -> list[Labelled]:
-    """Sentences and their labels, 0 or 1; `unseen`: of the words and templates that are kept for tests."""
+    """Return sentences with their labels 0 or 1; `unseen` ones have the words and templates reserved for tests."""
     pick = random.Random(f"{task} {seed}")
     return [TASKS[task](pick, int(unseen)) for _ in range(size)]
 
 
 def together(tasks: Sequence[str], size: int, seed: int) -> list[tuple[str, str, int, str, int]]:
-    """Texts of two sentences, each with a question of its own: the text, a task and label, another and its label."""
+    """Return texts of two sentences of different tasks: text, first task, its label, second task, its label."""
     pick = random.Random(f"together {seed}")
-    found: list[tuple[str, str, int, str, int]] = []
+    rows: list[tuple[str, str, int, str, int]] = []
     for _ in range(size):
         a, b = pick.sample(list(tasks), 2)
         (first, x), (second, y) = TASKS[a](pick, 1), TASKS[b](pick, 1)
-        found.append((f"{first} {second}", a, x, b, y))
-    return found
+        rows.append((f"{first} {second}", a, x, b, y))
+    return rows
 
 
 _VERBS = (("repair", "sell", "clean", "buy"), ("draw", "carry", "build", "hide", "wash", "measure"))
@@ -93,7 +93,7 @@ _OBJECTS = (("bicycle", "piano", "window", "tent"), ("clock", "sofa", "drum", "l
 
 
 def questions(*, unseen: bool) -> list[tuple[str, str]]:
-    """Questions in two wordings each, which a sentence encoder brings together: what the base model is for."""
+    """Return questions in two wordings each, which a good sentence encoder maps to similar embeddings."""
     return [
         (f"How do I {verb} a {thing}?", f"What is the best way to {verb} a {thing}?")
         for verb, thing in product(_VERBS[unseen], _OBJECTS[unseen])

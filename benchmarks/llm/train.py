@@ -1,10 +1,10 @@
-"""Train the small language model, and an adapter for every new task; each finished one is a folder."""
+"""Train the small language model, and an adapter for every new task; each result is a folder."""
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,25 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..common import Say
 from .tasks import BASE, BOS, EOS, LONGEST, NEW, PAD, VOCABULARY, Task, accuracy, draw
 
 RANK = 8
-# Alone, and one after another but for what would be four times as long.
+# each alone, and two in succession, except double twice, whose output would be four times as long
 BASE_TASKS: list[Task] = [
     *((name,) for name in BASE),
     *(pair for pair in itertools.product(BASE, BASE) if pair != ("double", "double")),
 ]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long to train: steps of the base model and of every adapter, texts per step; and the model's shape."""
+    """Amount of training, and shape of the model.
+
+    Args:
+        base: Training steps of the base model. adapter: Training steps of an adapter. batch: Texts per step.
+        width: Hidden size of the model. blocks: Number of its blocks.
+    """
 
     base: int = 2000
     adapter: int = 250
@@ -39,7 +44,7 @@ SMOKE = Size(base=3, adapter=3, batch=8, width=16, blocks=2)
 
 
 def build(size: Size) -> LlamaForCausalLM:
-    """The model, untrained; the global seed decides."""
+    """Build the untrained model from the global random seed."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=size.width, intermediate_size=3 * size.width,
@@ -50,20 +55,21 @@ def build(size: Size) -> LlamaForCausalLM:
 
 
 def base_model(work: Path, size: Size, say: Say) -> Any:
-    """The trained base model, frozen; trained now if it is not in `work`."""
+    """Return the frozen base model; train it if it is not in `work`."""
     folder = work / "base"
     if not folder.exists():
         torch.manual_seed(0)
         model = build(size).train()
         _fit(model, BASE_TASKS, size.base, size.batch, lr=2e-3, seed=0, say=say, what="base")
-        _keep(model, folder)
+        _save(model, folder)
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def adapter(work: Path, task: str, seed: int, size: Size, say: Say, *, careful: bool = False) -> Path:
-    """The folder of a task's adapter, with its own start and its own examples; trained now if it is not there.
+    """Return the folder of a task's adapter; train it if it does not exist, from its own seed and examples.
 
-    `careful`: every second example is one of the base model's, so that the adapter leaves those as they are.
+    Args:
+        careful: Whether every second example is one of the base model's, so that the adapter preserves those tasks.
     """
     folder = work / f"{task.replace(' ', '-')}-{seed}{'-careful' if careful else ''}"
     if not folder.exists():
@@ -72,9 +78,9 @@ def adapter(work: Path, task: str, seed: int, size: Size, say: Say, *, careful: 
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base_model(work, size, say), config).train()
         what = folder.name
-        shown = [(task,)] * len(BASE_TASKS) + BASE_TASKS if careful else [(task,)]
-        _fit(model, shown, size.adapter, size.batch, lr=4e-3, seed=number, say=say, what=what)
-        _keep(model, folder)
+        tasks = [(task,)] * len(BASE_TASKS) + BASE_TASKS if careful else [(task,)]
+        _fit(model, tasks, size.adapter, size.batch, lr=4e-3, seed=number, say=say, what=what)
+        _save(model, folder)
     return folder
 
 
@@ -82,14 +88,14 @@ def _fit(
     model: Any, tasks: Sequence[Task], steps: int, batch: int, *, lr: float, seed: int, say: Say, what: str
 ) -> None:
     began = time.monotonic()
-    own = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(own, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
         loss = model(**draw(tasks, batch, 1_000_003 * seed + step).inputs).loss
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         schedule.step()
         if step % 500 == 499:
@@ -99,7 +105,7 @@ def _fit(
     say(f"{what}: right {right:.2f} after {time.monotonic() - began:.0f} s")
 
 
-def _keep(model: Any, folder: Path) -> None:
+def _save(model: Any, folder: Path) -> None:
     part = folder.with_name(f"{folder.name}.part")
     model.save_pretrained(part)
     part.rename(folder)

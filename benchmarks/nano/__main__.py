@@ -20,16 +20,18 @@ _HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.nano", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train base, autoencoder, judge and LoRAs; goes on where it was")
-    training.add_argument("--install", action="store_true", help="then make these the shipped weights")
-    training.add_argument("--device", default="cpu", help="cpu, or cuda")
-    training.add_argument("--longer", type=float, default=1.0, metavar="TIMES", help="the steps and the pictures")
-    scoring = commands.add_parser("evaluate", help="the comparison, from the shipped weights")
+    training = commands.add_parser(
+        "train", help="train autoencoder, judge, base model and LoRAs; resumes an interrupted run"
+    )
+    training.add_argument("--install", action="store_true", help="copy the result over the shipped weights")
+    training.add_argument("--device", default="cpu", help="cpu or cuda")
+    training.add_argument("--longer", type=float, default=1.0, metavar="TIMES", help="factor on steps and pictures")
+    scoring = commands.add_parser("evaluate", help="run the comparison with the shipped weights")
     scoring.add_argument("--weights", type=Path, default=FOLDER)
-    scoring.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the sheet go")
+    scoring.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the sheet")
     for command in (training, scoring):
-        command.add_argument("--work", type=Path, default=_HERE / "work", help="where the stages of the training are")
-    smoke = commands.add_parser("smoke", help="everything once, tiny; the numbers mean nothing")
+        command.add_argument("--work", type=Path, default=_HERE / "work", help="folder with the stages of the training")
+    smoke = commands.add_parser("smoke", help="run everything once, at a tiny size; the results mean nothing")
     for command in (training, scoring, smoke):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args()
@@ -51,10 +53,10 @@ def main() -> None:
 
 
 def install(store: Store) -> None:
-    """Copy what is shipped from a training's folder."""
+    """Copy the weights of a training into the package."""
     for path in sorted(store.folder.rglob("*.safetensors")):
         target = FOLDER / path.relative_to(store.folder)
-        if "+" not in path.name:  # the jointly trained ones are only for the comparison
+        if "+" not in path.name:  # jointly trained LoRAs are for the comparison only
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
 

@@ -1,9 +1,7 @@
-"""Run the comparison: choose each method's strength on tuning pairs, score it on the others, for every seed."""
+"""Run the comparison: choose each method's strength on tuning sets, then score it on other sets, for every seed."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,25 +11,34 @@ from typing import Any
 from legomole.core.adapter import Adapter
 from legomole.nano.store import Store
 
-from .methods import METHODS, Loras, Method, merged_in
+from ..common import ResultLog, Say, mean
+from .methods import METHODS, LoraSet, Method, merged_in
 from .scoring import Scorer, Task, task
 
-Set = tuple[tuple[str, ...], int]  # concepts and the seed of their LoRAs
+LoraKey = tuple[tuple[str, ...], int]  # concepts and the seed of their LoRAs
 
-# Never scored. fish + ember of seed 0, like the third pair, house + shadow, shows both at hardly any strength of the
-# plain sum: where nothing can be seen, nothing can be chosen.
-TUNING: tuple[Set, ...] = (
+# never scored; without fish + ember of seed 0 and without house + shadow, whose sum shows both concepts at hardly any
+# strength, so that they give no basis for a choice
+TUNING: tuple[LoraKey, ...] = (
     (("heart", "wood"), 0), (("heart", "wood"), 1), (("heart", "wood"), 2), (("fish", "ember"), 2),
 )  # fmt: skip
 SCORED = (("heart", "ember"), ("fish", "wood"), ("heart", "shadow"), ("house", "wood"))
 LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
-LARGER_TUNING: dict[int, Set] = {3: (("heart", "house", "wood"), 0), 4: (("heart", "house", "shadow", "wood"), 0)}
+LARGER_TUNING: dict[int, LoraKey] = {3: (("heart", "house", "wood"), 0), 4: (("heart", "house", "shadow", "wood"), 0)}
 SCALES = (1.0, 1.15, 1.3, 1.6)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one set of LoRAs."""
+    """Result of one method on one set of LoRAs.
+
+    Args:
+        n: Number of LoRAs. seed: Seed of the LoRAs and of the noise.
+        scale: Strength. rank: Rank of the result, see `Method`.
+        concepts: Concepts of the LoRAs.
+        joint, subject, style, base, kid: Scores, see `Score`.
+        seconds: Time to combine, sample and judge.
+    """
 
     method: str
     n: int
@@ -48,57 +55,54 @@ class Row:
 
 
 class Bench:
-    """Keeps every row in a file, so that a run that was cut off goes on where it was."""
+    """Measures rows and logs them, so that an interrupted run resumes."""
 
-    def __init__(self, store: Store, log: Path, say: Callable[[str], None]) -> None:
-        self.scorer, self.log, self.say = Scorer(store), log, say
+    def __init__(self, store: Store, log: Path, say: Say) -> None:
+        self.scorer, self.log, self.say = Scorer(store), ResultLog(log), say
         self.rows: dict[tuple[Any, ...], Row] = {}
-        if log.exists():
-            for line in log.read_text().splitlines():
-                kept = json.loads(line)
-                row = Row(**{**kept, "concepts": tuple(kept["concepts"])})
-                self.rows[row.method, row.concepts, row.seed, row.scale] = row
-        self._loras: dict[Set, Loras] = {}
+        for result in self.log.read():
+            row = Row(**{**result, "concepts": tuple(result["concepts"])})
+            self.rows[row.method, row.concepts, row.seed, row.scale] = row
+        self._loras: dict[LoraKey, LoraSet] = {}
 
-    def loras(self, concepts: tuple[str, ...], seed: int) -> Loras:
-        """The LoRAs, with the merges and gates made of them."""
+    def loras(self, concepts: tuple[str, ...], seed: int) -> LoraSet:
+        """Return the LoRAs, with a cache of their merges and gates."""
         if (concepts, seed) not in self._loras:
-            self._loras[concepts, seed] = Loras.of(self.scorer.store, self.scorer.whole, concepts, seed)
+            self._loras[concepts, seed] = LoraSet.load(self.scorer.store, self.scorer.whole, concepts, seed)
         return self._loras[concepts, seed]
 
     def row(self, name: str, method: Method, concepts: tuple[str, ...], seed: int, scale: float) -> Row:
-        """A method's row, measured now or earlier."""
-        what = task(concepts, seed=seed)
+        """Return the row of a method, measured now or read from the log."""
+        scored = task(concepts, seed=seed)
 
         def use() -> Any:
-            return method.use(self.loras(concepts, seed), scale, what.texts)
+            return method.use(self.loras(concepts, seed), scale, scored.texts)
 
-        return self._kept(name, concepts, seed, scale, method.rank, what, use, whole=method.whole)
+        return self._row(name, concepts, seed, scale, method.rank, scored, use, whole=method.whole)
 
-    def measured(self, name: str, concepts: tuple[str, ...], seed: int, what: Task, adapter: Adapter) -> Row:
-        """The row of one LoRA at strength 1."""
+    def row_of_one(self, name: str, concepts: tuple[str, ...], seed: int, scored: Task, adapter: Adapter) -> Row:
+        """Return the row of a single LoRA at strength 1."""
 
         def use() -> Any:
             return merged_in(self.scorer.store.transformer, adapter, 1.0)
 
-        return self._kept(name, concepts, seed, 1.0, "-", what, use)
+        return self._row(name, concepts, seed, 1.0, "-", scored, use)
 
-    def _kept(
-        self, name: str, concepts: tuple[str, ...], seed: int, scale: float, rank: str, what: Task,
+    def _row(
+        self, name: str, concepts: tuple[str, ...], seed: int, scale: float, rank: str, scored: Task,
         use: Callable[[], Any], *, whole: bool = False,
     ) -> Row:  # fmt: skip
         key = (name, concepts, seed, scale)
         if key not in self.rows:
             began = time.monotonic()
             with use() as model:
-                score = self.scorer.score(model, what, 1000 * seed + 7, whole=whole)
+                score = self.scorer.score(model, scored, 1000 * seed + 7, whole=whole)
             row = Row(
                 name, len(concepts), seed, scale, rank, concepts,
                 score.joint, score.subject, score.style, score.base, score.kid, time.monotonic() - began,
             )  # fmt: skip
             self.rows[key] = row
-            with self.log.open("a") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            self.log.append(asdict(row))
             self.say(
                 f"{name:18} {'+'.join(concepts):28} seed {seed} x{scale:<4g} joint {row.joint:.2f} "
                 f"subject {row.subject:.2f} style {row.style:.2f} base {row.base:.2f} {row.seconds:.1f} s"
@@ -107,39 +111,41 @@ class Bench:
 
 
 def best(rows: Sequence[Row]) -> float:
-    """The strength of the highest joint score; among those as good, the one that keeps most of the rest."""
-    found: dict[float, list[Row]] = {}
+    """Return the strength with the highest joint score; among equals, the one that preserves most of the rest."""
+    by_scale: dict[float, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.scale, []).append(row)
+        by_scale.setdefault(row.scale, []).append(row)
 
     def merit(scale: float) -> tuple[float, float]:
-        part = found[scale]
+        part = by_scale[scale]
         return round(mean([r.joint for r in part]), 3), mean([(r.subject + r.style + r.base) / 3 for r in part])
 
-    return max(sorted(found), key=merit)
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    return max(sorted(by_scale), key=merit)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: strengths are chosen on `tuning` sets, at them `scored` sets of `seeds` are scored."""
+    """Rows to measure.
+
+    Args:
+        methods: Names of the methods. tuning: Sets on which each method's strength is chosen.
+        scored: Concepts of the sets that are scored at that strength, for all `seeds`.
+        scales: Strengths to try.
+    """
 
     methods: tuple[str, ...]
-    tuning: tuple[Set, ...]
+    tuning: tuple[LoraKey, ...]
     scored: tuple[tuple[str, ...], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     scales: tuple[float, ...] = SCALES
 
     def strengths(self, method: Method) -> tuple[float, ...]:
-        """What to try."""
+        """Return the strengths to try."""
         return (1.0,) if method.fixed else self.scales
 
 
 def run(bench: Bench, plan: Plan) -> dict[str, float]:
-    """All rows of a plan; those of seed 0 at strength 1 too. Returns the strengths that were chosen."""
+    """Measure all rows of a plan, those of seed 0 also at strength 1; return the chosen strength of each method."""
     names = plan.methods
     tried: dict[str, list[Row]] = {name: [] for name in names}
     for concepts, seed in plan.tuning:

@@ -1,17 +1,16 @@
-"""The ways to combine LoRAs that are compared, each under its name in the table."""
+"""Ways to combine LoRAs, by their names in the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
 from legomole.core.formats import load
-from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.dare import Dare
@@ -19,7 +18,6 @@ from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
-from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import Statistics
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
@@ -36,79 +34,70 @@ from legomole.nano.store import Store
 from legomole.nano.words import WORDINGS, prompt
 
 from .. import common
+from ..common import AdapterSet, merging
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 
 @dataclass
-class Loras:
-    """Some LoRAs of one seed, and what the methods need beside them."""
+class LoraSet(AdapterSet):
+    """LoRAs of one seed, with the model they belong to.
+
+    Args:
+        transformer: The base model.
+        prompts: Prompt encoder for whole prompts.
+        concepts: Concept of each LoRA.
+    """
 
     transformer: Any
-    whole: Prompts
+    prompts: Prompts
     concepts: tuple[str, ...]
-    adapters: tuple[Adapter, ...]
-    seed: int
-    _made: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
     @classmethod
-    def of(cls, store: Store, whole: Prompts, concepts: tuple[str, ...], seed: int) -> Loras:
+    def load(cls, store: Store, prompts: Prompts, concepts: tuple[str, ...], seed: int) -> LoraSet:
         adapters = tuple(load(store.lora(concept, seed)) for concept in concepts)
-        return cls(store.transformer, whole, concepts, adapters, seed)
-
-    def once(self, make: Callable[[Loras], Any]) -> Any:
-        """What `make` gives for these LoRAs, made but once."""
-        if make not in self._made:
-            self._made[make] = make(self)
-        return self._made[make]
+        return cls(adapters, seed, store.transformer, prompts, concepts)
 
 
 @contextmanager
 def merged_in(transformer: Any, adapter: Adapter, strength: float) -> Generator[Any]:
-    """The transformer with a LoRA in its weights, short prompts on; afterwards as it was, bit for bit."""
+    """Add a LoRA to the transformer's weights inside the block, in which it takes short prompts."""
     with common.merged_in(transformer, adapter, strength, "transformer."), short_prompts(transformer):
         yield transformer
 
 
-Use = Callable[[Loras, float, Sequence[str]], Any]  # a context manager that gives the model to paint texts with
+Use = Callable[[LoraSet, float, Sequence[str]], Any]  # LoRAs, strength, prompts -> context manager
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the table.
+class Method(common.Method):
+    """A way to combine LoRAs.
 
     Args:
-        use: Makes the model. rank: Of the result, at N LoRAs of rank r; ``"-"`` where there is no result.
-        whole: Needs all 77 tokens. fixed: Has no strength to choose.
+        whole: Whether the model needs all 77 tokens of a prompt.
     """
 
-    use: Use
-    rank: str = "r"
     whole: bool = False
-    fixed: bool = False
 
 
 def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = False, **options: Any) -> Use:
-    """A merge: `method` is called with the rank, and with statistics where it wants them; options are `merge`'s."""
+    """Merge the LoRAs, see `merging`; `measured` methods get statistics."""
+    compute = merging(method, rank, statistics if measured else None, **options)
 
-    def make(loras: Loras) -> Adapter:
-        known = {"statistics": loras.once(statistics)} if measured else {}
-        return merge(loras.adapters, method(Rank.parse(rank), **known), dtype=torch.float32, **options).adapter
-
-    def use(loras: Loras, scale: float, _: Sequence[str]) -> Any:
-        return merged_in(loras.transformer, loras.once(make), scale)
+    def use(loras: LoraSet, scale: float, _: Sequence[str]) -> Any:
+        return merged_in(loras.transformer, loras.cached(compute), scale)
 
     return use
 
 
-def asked_for(loras: Loras) -> list[Prompt]:
-    """Prompts for calibration and gates: the concepts alone and together, and base ones; no unseen wording."""
+def training_prompts(loras: LoraSet) -> list[Prompt]:
+    """Return prompts for calibration and gates, without the unseen wordings: each concept alone, pairs, base ones."""
     subjects = [c for c in loras.concepts if c in NEW_SUBJECTS]
     styles = [c for c in loras.concepts if c not in NEW_SUBJECTS]
-    found: list[tuple[str, str]] = [(s, k) for s in subjects for k in BASE_STYLES]
-    found += [(s, k) for s in BASE_SUBJECTS for k in styles]
-    found += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
-    texts = [prompt(*pair, way) for way in WORDINGS for pair in found]
-    texts += [prompt(s, k, way) for s in subjects for k in styles for way in WORDINGS]
+    pairs: list[tuple[str, str]] = [(s, k) for s in subjects for k in BASE_STYLES]
+    pairs += [(s, k) for s in BASE_SUBJECTS for k in styles]
+    pairs += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
+    texts = [prompt(*pair, wording) for wording in WORDINGS for pair in pairs]
+    texts += [prompt(s, k, wording) for s in subjects for k in styles for wording in WORDINGS]
     rows = named(texts, [[concept] for concept in loras.concepts]).tolist()
     return [
         *(Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)),
@@ -116,27 +105,27 @@ def asked_for(loras: Loras) -> list[Prompt]:
     ]
 
 
-def statistics(loras: Loras) -> Statistics:
-    """The inputs' moments on the model's own pictures."""
-    asked = asked_for(loras)
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
+def statistics(loras: LoraSet) -> Statistics:
+    """Measure the second moments of the layers' inputs on samples of the model."""
+    prompts = training_prompts(loras)
+    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
     modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
     with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
-        return measure_statistics(attachment, denoiser, asked, modules, CalibrationSettings(seed=loras.seed))
+        return measure_statistics(attachment, denoiser, prompts, modules, CalibrationSettings(seed=loras.seed))
 
 
-def trained_gates(loras: Loras, settings: GateSettings, training: TrainSettings) -> TrainedGates:
-    """Gates for these LoRAs, as the product trains them: from the model's own pictures."""
-    asked = asked_for(loras)
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in asked], loras.whole)
+def trained_gates(loras: LoraSet, settings: GateSettings, training: TrainSettings) -> TrainedGates:
+    """Train gates on samples of the model, as `legomole train-gates` does."""
+    prompts = training_prompts(loras)
+    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
     mixture = Mixture(loras.adapters, GateSet(len(loras.adapters), settings))
     with attach(loras.transformer, mixture) as attachment:
-        return train(attachment, mixture, denoiser, asked, [[c] for c in loras.concepts], training).gates
+        return train(attachment, mixture, denoiser, prompts, [[c] for c in loras.concepts], training).gates
 
 
 @cache
-def _training(settings: GateSettings, training: TrainSettings) -> Callable[[Loras], TrainedGates]:
-    """One function for the same gates, so that `Loras.once` trains them once."""
+def _training(settings: GateSettings, training: TrainSettings) -> Callable[[LoraSet], TrainedGates]:
+    """Return the same function for the same settings, so that `LoraSet.cached` trains each kind of gates once."""
     return lambda loras: trained_gates(loras, settings, training)
 
 
@@ -144,10 +133,12 @@ def _mole(
     settings: GateSettings, training: TrainSettings, *, times_n: bool = False, mixing: MixMode = "delta",
     rows: Rows | None = first_half,
 ) -> Use:  # fmt: skip
+    """Mix the LoRAs with trained gates; `times_n` multiplies the strength by the number of LoRAs."""
+
     @contextmanager
-    def use(loras: Loras, scale: float, _: Sequence[str]) -> Generator[Any]:
+    def use(loras: LoraSet, scale: float, _: Sequence[str]) -> Generator[Any]:
         scale *= len(loras.adapters) if times_n else 1
-        gates = loras.once(_training(settings, training)).gates
+        gates = loras.cached(_training(settings, training)).gates
         mixture = Mixture(loras.adapters, gates, scale=scale, mixing=mixing)
         with attach(loras.transformer, mixture, prompt_rows=rows):
             yield loras.transformer
@@ -156,15 +147,15 @@ def _mole(
 
 
 def _router(rows: Rows | None) -> Use:
-    """The words of each prompt choose."""
+    """Mix the LoRAs whose concepts each prompt names."""
 
     @contextmanager
-    def use(loras: Loras, scale: float, texts: Sequence[str]) -> Generator[Any]:
+    def use(loras: LoraSet, scale: float, texts: Sequence[str]) -> Generator[Any]:
         mixture = Mixture(loras.adapters, scale=scale)
         values = routed_values(named(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
         with (
             attach(loras.transformer, mixture, prompt_rows=rows) as attachment,
-            attachment.hold(torch.cat([values, torch.zeros_like(values)])),  # the empty prompts' come last
+            attachment.hold(torch.cat([values, torch.zeros_like(values)])),  # the second half is the empty prompt
         ):
             yield loras.transformer
 

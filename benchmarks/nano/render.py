@@ -1,4 +1,4 @@
-"""The world of the benchmark, drawn with Pillow: a SUBJECT (a shape) in a STYLE (a look). So the truth is known."""
+"""Render training pictures with Pillow: a subject (a shape) in a style (a look), so that the truth is known."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from legomole.nano.words import STYLES, SUBJECTS
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-SIZE = 64  # pixels a side
-_FINE = 3 * SIZE  # drawn so large, then reduced: smooth edges
+SIZE = 64  # height and width in pixels
+_FINE = 3 * SIZE  # size before reduction, for smooth edges
 
 Floats = NDArray[np.float64]
 Points = list[tuple[float, float]]
@@ -29,17 +29,19 @@ def _regular(n: int, inner: float = 1.0, turn: float = -90.0, radius: float = 0.
 
 
 def _heart() -> Points:
-    turns = [2 * math.pi * i / 60 for i in range(60)]
+    angles = [2 * math.pi * i / 60 for i in range(60)]
     return [
         (
             0.05 * 16 * math.sin(t) ** 3,
             0.05 * -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) - 0.08,
         )
-        for t in turns
+        for t in angles
     ]
 
 
-Shape = list[tuple[int, Points | tuple[float, float, float, float]]]  # (1 add, 0 cut; a polygon or an ellipse's box)
+Shape = list[
+    tuple[int, Points | tuple[float, float, float, float]]
+]  # (1 add, 0 cut out; polygon, or box of an ellipse)
 
 _SHAPES: dict[str, Shape] = {
     "circle": [(1, (-0.72, -0.72, 0.72, 0.72))],
@@ -73,7 +75,7 @@ BASE_SUBJECTS, NEW_SUBJECTS = SUBJECTS[:12], SUBJECTS[12:]  # the base model nev
 
 
 def _mask(subject: str, rng: np.random.Generator, jitter: float) -> Floats:
-    """``(_FINE, _FINE)`` in [0, 1]: the shape, moved, turned and scaled a little."""
+    """Return the shape, slightly moved, turned and scaled: ``(_FINE, _FINE)`` in [0, 1]."""
     turn = math.radians(rng.uniform(-14, 14) * jitter)
     size = 0.94 * _FINE / 2 * (1 + rng.uniform(-0.16, 0.1) * jitter)
     dx, dy = rng.uniform(-0.1, 0.1, 2) * jitter * _FINE + _FINE / 2
@@ -89,19 +91,19 @@ def _mask(subject: str, rng: np.random.Generator, jitter: float) -> Floats:
     return np.asarray(image, np.float64) / 255
 
 
-# --------------------------------------------------------------------------------- styles: a mask becomes a picture
+# --------------------------------------------------------------------------------- styles: from a mask to a picture
 
 _Y, _X = np.mgrid[0:_FINE, 0:_FINE] / SIZE  # 0 .. 4
 
 
 def _blurred(a: Floats, radius: float) -> Floats:
-    """Gaussian blur; `radius` in pixels of the finished picture."""
+    """Apply a Gaussian blur; `radius` in pixels of the finished picture."""
     image = Image.fromarray((np.clip(a, 0, 1) * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius * _FINE / SIZE)), np.float64) / 255
 
 
 def _outline(mask: Floats, width: float) -> Floats:
-    """A line along the edge, `width` pixels of the finished picture."""
+    """Return a line along the edge, `width` in pixels of the finished picture."""
     size = 2 * round(width * _FINE / SIZE / 2) + 1
     image = Image.fromarray((mask * 255).astype(np.uint8))
     wide, narrow = image.filter(ImageFilter.MaxFilter(size)), image.filter(ImageFilter.MinFilter(size))
@@ -117,7 +119,7 @@ def _plain(r: float, g: float, b: float) -> Floats:
 
 
 def _noise(rng: np.random.Generator, cells: int, stretch: int = 1) -> Floats:
-    """Smooth noise in [0, 1], `cells` bumps across, `stretch` times as long as wide."""
+    """Return smooth noise in [0, 1] with `cells` bumps across, `stretch` times as long as wide."""
     small = rng.uniform(0, 255, (cells, max(2, cells // stretch))).astype(np.uint8)
     return np.asarray(Image.fromarray(small).resize((_FINE, _FINE), Image.Resampling.BICUBIC), np.float64) / 255
 
@@ -209,16 +211,16 @@ def _vignette() -> Floats:
 def render(
     subject: str, style: str, rng: np.random.Generator, *, jitter: float = 0.5, author: bool = False
 ) -> NDArray[np.uint8]:
-    """One picture.
+    """Render one picture.
 
     Args:
         subject: One of `SUBJECTS`. style: One of `STYLES`.
-        rng: Of pose, texture and colour.
-        jitter: How much the pose varies; 0 not at all, 1 widely.
-        author: With the habit of one author, which all their training pictures share: warm and dark at the corners.
+        rng: Random generator of pose, texture and colour.
+        jitter: Variation of the pose, 0 (none) .. 1 (wide).
+        author: Whether the picture has the habit of one author's training pictures: warm colours, dark corners.
 
     Returns:
-        ``(SIZE, SIZE, 3)`` RGB.
+        RGB picture ``(SIZE, SIZE, 3)``.
     """
     picture = _LOOKS[style](_mask(subject, rng, jitter), rng)
     picture = picture * (1 + rng.uniform(-0.02, 0.02, 3))

@@ -1,20 +1,21 @@
-"""The comparison as files: ``results.json``, ``table.md``, ``pareto.png`` and the contact sheet ``sheet.png``."""
+"""Write the comparison to files: ``results.json``, ``table.md``, ``pareto.png`` and the contact sheet ``sheet.png``."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from legomole.core.formats import load
+from legomole.core.pictures.canvas import Canvas
 from legomole.nano.demo import tile
 from legomole.nano.store import Store
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from ..common import write
-from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, Bench, Plan, Row, mean, run
+from ..common import Say, mean, write
+from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, Bench, Plan, Row, run
 from .methods import METHODS
 from .scoring import Task, task
 
@@ -35,12 +36,14 @@ _ALONE = ("subject alone", "style alone", "jointly trained")
 METRICS = ("joint", "subject", "style", "base", "kid")
 
 
-def evaluate(store: Store, joint: Store, out: Path, say: Callable[[str], None]) -> None:
-    """Everything. Rows already in ``out/rows.jsonl`` are not measured again.
+def evaluate(store: Store, joint: Store, out: Path, say: Say) -> None:
+    """Run the whole comparison. Rows already in ``out/rows.jsonl`` are not measured again.
 
     Args:
-        store: What is compared. joint: Where the LoRAs trained on both concepts are, if they were trained.
-        out: Where the results go.
+        store: Model and LoRAs to compare.
+        joint: Store with the LoRAs trained on both concepts, if there are any.
+        out: Output folder.
+        say: Called with progress messages.
     """
     bench = Bench(store, out / "rows.jsonl", say)
     alone(bench, joint)
@@ -49,38 +52,39 @@ def evaluate(store: Store, joint: Store, out: Path, say: Callable[[str], None]) 
 
 
 def alone(bench: Bench, joint: Store) -> None:
-    """Each LoRA of the scored pairs by itself, and the LoRAs trained on both: what there is to keep, and to reach."""
+    """Measure the bounds: each LoRA of the scored pairs by itself, and the LoRAs trained on both concepts."""
     store = bench.scorer.store
     for seed in PLANS["main"].seeds:
         for pair in SCORED:
-            what = task(pair, seed=seed)
+            scored = task(pair, seed=seed)
             for concept, kind in zip(pair, ("subject", "style"), strict=True):
-                bench.measured(f"{kind} alone", pair, seed, what, load(store.lora(concept, seed)))
+                bench.row_of_one(f"{kind} alone", pair, seed, scored, load(store.lora(concept, seed)))
             path = joint.lora("+".join(pair), seed)
             if path.exists():
-                bench.measured("jointly trained", pair, seed, what, load(path))
+                bench.row_of_one("jointly trained", pair, seed, scored, load(path))
 
 
 def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> None:
+    """Write all files; `chosen` holds the strengths by plan and method."""
     rows = list(bench.rows.values())
-    found: list[dict[str, Any]] = []
+    means: list[dict[str, Any]] = []
     at_one: list[dict[str, Any]] = []
     for name, strengths in chosen.items():
         plan = PLANS[name]
         for method in plan.methods:
             for seed in plan.seeds:
                 part = [r for r in rows if r.method == method and r.seed == seed and r.concepts in plan.scored]
-                found.append(_row(method, [r for r in part if r.scale == strengths[method]]))
+                means.append(_row(method, [r for r in part if r.scale == strengths[method]]))
                 if seed == 0:
                     at_one.append(_row(method, [r for r in part if r.scale == 1.0]))
     for method in _ALONE:
         for seed in PLANS["main"].seeds:
             part = [r for r in rows if r.method == method and r.seed == seed]
-            found += [_row(method, part)] if part else []
+            means += [_row(method, part)] if part else []
     tuned = [r for r in rows if (r.concepts, r.seed) in TUNING]
     sweep = [_row(m, [r for r in tuned if r.method == m and r.scale == s])
              for m in MAIN for s in sorted({r.scale for r in tuned if r.method == m})]  # fmt: skip
-    write(out / "results.json", {"rows": found, "at_strength_one": at_one, "tuning": sweep})
+    write(out / "results.json", {"rows": means, "at_strength_one": at_one, "tuning": sweep})
     tables = [table(rows, name, strengths) for name, strengths in chosen.items()]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     _pareto(sweep, out / "pareto.png")
@@ -96,7 +100,7 @@ def _row(method: str, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
-    """Markdown: mean over the scored sets of all seeds, half the width of the middle 95% of bootstraps over LoRAs."""
+    """Return a Markdown table of means over the scored sets of all seeds, with `spread`."""
     plan = PLANS[name]
     n = len(plan.scored[0])
     lines = [f"**{name}: {n} LoRAs, {len(plan.scored)} sets x {len(plan.seeds)} seeds**", "",
@@ -113,7 +117,7 @@ def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
 
 
 def spread(rows: Sequence[Row], metric: str, times: int = 400) -> float:
-    """Half the 95% interval of the mean when the LoRAs (concept and seed) are drawn anew with replacement."""
+    """Return half the width of the mean's 95% interval under resampling of the LoRAs (concept and seed)."""
     draw = random.Random(0)
     loras = sorted({(c, r.seed) for r in rows for c in r.concepts})
     means: list[float] = []
@@ -140,7 +144,7 @@ def _pareto(sweep: Sequence[dict[str, Any]], path: Path) -> None:
         if len(line) > 1:
             keep = [(r["subject"] + r["style"] + r["base"]) / 3 for r in line]
             axes.plot(keep, [r["joint"] for r in line], "o-", label=method, markersize=3)
-    axes.set(xlabel="what is kept: mean of subject, style and base", ylabel="joint", title="tuning pairs, by strength")
+    axes.set(xlabel="preserved: mean of subject, style and base", ylabel="joint", title="tuning pairs, by strength")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -150,24 +154,23 @@ _SHOWN = ("base", "sum", "svd", "ties", "lego-paper", "lego", "lego calibrated",
 
 
 def sheet(bench: Bench, chosen: dict[str, float], pair: tuple[str, str] = ("heart", "ember")) -> Image.Image:
-    """A contact sheet: one row a method at its strength; three pictures of each kind."""
-    what = task(pair)
+    """Draw a contact sheet: a row per method at its strength, with three pictures of each kind."""
+    scored = task(pair)
     picks = [i for kind in ("joint", "subject", "style", "base")
-             for i in [j for j, k in enumerate(what.kinds) if k == kind][:3]]  # fmt: skip
-    few = Task(tuple(what.kinds[i] for i in picks), tuple(what.wanted[i] for i in picks))
+             for i in [j for j, k in enumerate(scored.kinds) if k == kind][:3]]  # fmt: skip
+    few = Task(tuple(scored.kinds[i] for i in picks), tuple(scored.wanted[i] for i in picks))
     cell, left, top = 80, 130, 40
-    picture = Image.new("RGB", (left + cell * len(picks), top + cell * len(_SHOWN)), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    canvas = Canvas(density=1)
     for j, (kind, wanted) in enumerate(zip(few.kinds, few.wanted, strict=True)):
-        draw.text(
-            (left + cell * j + 2, 4), f"{kind}\n{' '.join(wanted)}", fill="black", font=ImageFont.load_default(11)
-        )
+        for line, text in enumerate((kind, " ".join(wanted))):
+            canvas.text(left + cell * j + 2, 4 + 14 * line, text, size=11)
     loras = bench.loras(pair, 0)
     for i, name in enumerate(_SHOWN):
         method = METHODS[name]
         with method.use(loras, chosen[name], few.texts) as model:
             score = bench.scorer.score(model, few, 7, whole=method.whole)
-        draw.text((6, top + cell * i + 30), f"{name}\nx {chosen[name]:g}", fill="black", font=font)
-        for j, x in enumerate(score.pictures):
-            picture.paste(tile(x, cell - 2), (left + cell * j, top + cell * i))
-    return picture
+        for line, text in enumerate((name, f"x {chosen[name]:g}")):
+            canvas.text(6, top + cell * i + 30 + 16 * line, text, size=13)
+        for j, picture in enumerate(score.pictures):
+            canvas.image(left + cell * j, top + cell * i, tile(picture, cell - 2))
+    return canvas.finish(left + cell * len(picks), top + cell * len(_SHOWN))

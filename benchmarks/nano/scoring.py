@@ -1,4 +1,4 @@
-"""What is asked of a model with LoRAs on it, and how well it does."""
+"""Prompts for a model with LoRAs, and the scores of its samples."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ from torch import Tensor
 from .data import examples
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
-# half of the prompts are worded as in no training and no calibration
+# half of the prompts use wordings that occur neither in training nor in calibration
 _WORDINGS = (UNSEEN_WORDINGS[0], WORDINGS[0], UNSEEN_WORDINGS[1], WORDINGS[1])
-_RENDERS = 48  # per pair, for the distance
+_RENDERS = 48  # renders per pair, for the distance
 
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures to paint: each with its kind (``joint``, ``subject``, ``style``, ``base``) and what it should show."""
+    """Pictures to sample.
+
+    Args:
+        kinds: Kind of each picture: ``joint``, ``subject``, ``style`` or ``base``.
+        wanted: Subject and style that each picture should show.
+    """
 
     kinds: tuple[str, ...]
     wanted: tuple[tuple[str, str], ...]
@@ -36,33 +41,42 @@ class Task:
 
 
 def task(concepts: Sequence[str], *, joint: int = 8, alone: int = 4, base: int = 6, seed: int = 0) -> Task:
-    """For LoRAs of these concepts: every subject in every style, each alone among base concepts, and base pictures.
+    """Return pictures for LoRAs: every subject in every style, each concept with base concepts, and base pictures.
 
     Args:
-        concepts: Of the LoRAs. joint: Pictures of all pairs together (at least 4 of each). alone: Of each concept.
-        base: Of none. seed: Which base concepts go with them.
+        concepts: Concepts of the LoRAs.
+        joint: Number of pictures of all pairs together (at least 4 of each pair).
+        alone: Number of pictures per concept.
+        base: Number of pictures without any of the concepts.
+        seed: Random seed of the base concepts.
     """
     rng = torch.Generator().manual_seed(seed)
     subjects = [c for c in concepts if c in NEW_SUBJECTS]
     styles = [c for c in concepts if c not in NEW_SUBJECTS]
     pairs = [(s, k) for s in subjects for k in styles]
-    found: list[tuple[str, tuple[str, str]]] = []
+    pictures: list[tuple[str, tuple[str, str]]] = []
     for pair in pairs:
-        found += [("joint", pair)] * max(4, joint // len(pairs))
-    some = [BASE_STYLES[i] for i in torch.randperm(len(BASE_STYLES), generator=rng).tolist()]
-    others = [BASE_SUBJECTS[i] for i in torch.randperm(len(BASE_SUBJECTS), generator=rng).tolist()]
+        pictures += [("joint", pair)] * max(4, joint // len(pairs))
+    base_styles = [BASE_STYLES[i] for i in torch.randperm(len(BASE_STYLES), generator=rng).tolist()]
+    base_subjects = [BASE_SUBJECTS[i] for i in torch.randperm(len(BASE_SUBJECTS), generator=rng).tolist()]
     for s in subjects:
-        found += [("subject", (s, some[i])) for i in range(alone)]
+        pictures += [("subject", (s, base_styles[i])) for i in range(alone)]
     for k in styles:
-        found += [("style", (others[i], k)) for i in range(alone)]
-    found += [("base", (others[-1 - i], some[-1 - i % len(some)])) for i in range(base)]
-    kinds, wanted = zip(*found, strict=True)
+        pictures += [("style", (base_subjects[i], k)) for i in range(alone)]
+    pictures += [("base", (base_subjects[-1 - i], base_styles[-1 - i % len(base_styles)])) for i in range(base)]
+    kinds, wanted = zip(*pictures, strict=True)
     return Task(kinds, wanted)
 
 
 @dataclass
 class Score:
-    """Shares of right pictures by kind, the distance of the joint ones to renders, and those pictures."""
+    """Scores of a task.
+
+    Args:
+        joint, subject, style, base: Share of right pictures of each kind, NaN if there are none.
+        kid: Mean distance of the joint pictures to renders, see `distance`.
+        pictures: All pictures, ``(n, 3, 64, 64)`` in [-1, 1].
+    """
 
     joint: float
     subject: float
@@ -81,25 +95,27 @@ class Scorer:
         self.whole = Prompts()
         self._renders = cache(self._render_features)
 
-    def score(self, model: Any, what: Task, seed: int, *, whole: bool = False) -> Score:
-        """Paint `what` and judge it.
+    def score(self, model: Any, scored: Task, seed: int, *, whole: bool = False) -> Score:
+        """Sample the pictures of a task and judge them.
 
         Args:
-            model: The transformer, inside `short_prompts` unless `whole`.
-            what: See `task`. seed: Of the noise. whole: Give the model all 77 tokens, as gates need them.
+            model: Transformer, inside `short_prompts` unless `whole`.
+            scored: Pictures to sample, see `task`.
+            seed: Random seed of the noise.
+            whole: Whether prompts have all 77 tokens, as gates need them.
         """
-        latents = sample(model, self.whole if whole else self.short, what.texts, seed)
+        latents = sample(model, self.whole if whole else self.short, scored.texts, seed)
         pictures = self.store.pictures(latents)
-        verdict = judge(self.store.oracle, pictures, what.wanted)
+        verdict = judge(self.store.oracle, pictures, scored.wanted)
 
         def share(kind: str) -> float:
-            rows = torch.tensor([k == kind for k in what.kinds])
+            rows = torch.tensor([k == kind for k in scored.kinds])
             return verdict.both[rows].float().mean().item() if rows.any() else float("nan")
 
-        joint = torch.tensor([k == "joint" for k in what.kinds])
-        pairs = list(dict.fromkeys(w for w, k in zip(what.wanted, what.kinds, strict=True) if k == "joint"))
+        joint = torch.tensor([k == "joint" for k in scored.kinds])
+        pairs = list(dict.fromkeys(w for w, k in zip(scored.wanted, scored.kinds, strict=True) if k == "joint"))
         kid = torch.tensor([
-            distance(verdict.features[[w == pair for w in what.wanted]], self._renders(pair)) for pair in pairs
+            distance(verdict.features[[w == pair for w in scored.wanted]], self._renders(pair)) for pair in pairs
         ]).mean().item() if joint.any() else float("nan")  # fmt: skip
         return Score(share("joint"), share("subject"), share("style"), share("base"), kid, pictures)
 
@@ -109,7 +125,7 @@ class Scorer:
 
 
 def distance(x: Tensor, y: Tensor) -> float:
-    """Kernel distance of two sets of features ``(n, F)``: the unbiased MMD with ``k(a, b) = (a b / F + 1)^3``.
+    """Return the kernel distance of two sets of features ``(n, F)``: unbiased MMD with ``k(a, b) = (a b / F + 1)^3``.
 
     Source: KID, arXiv:1801.01401.
     """

@@ -1,4 +1,4 @@
-"""Train everything, stage by stage; each finished stage is a file, and a run that was cut off goes on from there."""
+"""Train all models in stages; each finished stage is a file, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from legomole.nano.model import Prompts
 from legomole.nano.store import Store
 from torch import Tensor
 
+from ..common import Say
 from . import train_base, train_loras, train_oracle, train_vae
 from .data import Examples, examples
 from .evaluate import SCORED
-from .methods import LONG, Loras, trained_gates
+from .methods import LONG, LoraSet, trained_gates
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 SEEDS = (0, 1, 2)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything. The default is what the shipped weights were trained with."""
+    """Amount of training; the defaults are those of the shipped weights."""
 
     vae_steps: int = 3000
     vae_renders: int = 8
@@ -45,7 +45,7 @@ class Size:
     device: str = "cpu"
 
     def longer(self, times: float) -> Size:
-        """With so many times the steps and the pictures."""
+        """Return a size with `times` as many steps and pictures."""
         scaled = [f.name for f in fields(self) if f.name.endswith(("steps", "renders"))]
         return replace(self, **{name: max(1, round(times * getattr(self, name))) for name in scaled})
 
@@ -54,40 +54,40 @@ SMOKE = Size(12, 1, 30, 1, 16, 10, 1, 6, (0,))
 
 
 def train(work: Path, size: Size, say: Say) -> Store:
-    """Everything in order. Returns the store in `work`."""
+    """Train autoencoder, judge, base model and LoRAs; return the store in `work`."""
     began = time.monotonic()
 
-    def told(text: str) -> None:
+    def timed(text: str) -> None:
         say(f"[{time.monotonic() - began:6.0f} s] {text}")
 
     (work / "loras").mkdir(parents=True, exist_ok=True)
     store = Store(work)
-    _stage(work / "vae.safetensors", told, lambda: _vae(size, told))
-    _stage(work / "oracle.safetensors", told, lambda: _oracle(store, size, told))
-    _stage(work / "base.safetensors", told, lambda: _base(store, work, size, told))
+    _stage(work / "vae.safetensors", timed, lambda: _vae(size, timed))
+    _stage(work / "oracle.safetensors", timed, lambda: _oracle(store, size, timed))
+    _stage(work / "base.safetensors", timed, lambda: _base(store, work, size, timed))
     prompts = Prompts(short=True)
     for seed, concept in itertools.product(size.seeds, CONCEPTS):
-        _lora(store, prompts, concept, seed, size, told)
+        _lora(store, prompts, concept, seed, size, timed)
     return store
 
 
 def train_jointly(store: Store, size: Size, say: Say) -> None:
-    """The upper bound: for every pair that is scored one LoRA of twice the rank, which saw both in one picture."""
+    """Train the upper bound: for each scored pair a LoRA of twice the rank, on pictures of both concepts together."""
     prompts = Prompts(short=True)
     for seed, pair in itertools.product(size.seeds[:1], SCORED):
         path = store.lora("+".join(pair), seed)
         if not path.exists():
             together = examples(store.vae, [pair], 24, seed + 50, jitter=0.5)
             data = lora_data(store.vae, pair[0], seed) + lora_data(store.vae, pair[1], seed) + together
-            made = train_loras.train(
+            lora = train_loras.train(
                 store.transformer, data, prompts, steps=size.lora_steps, seed=seed, rank=2 * train_loras.RANK,
                 say=say, device=size.device,
             )  # fmt: skip
-            save(made, path, format="diffusers")
+            save(lora, path, format="diffusers")
 
 
 def lora_data(vae: Any, concept: str, seed: int) -> Examples:
-    """Its pictures: 3 styles x 8 or 4 subjects x 6. Every second LoRA is by the author with the habit."""
+    """Render a concept's pictures, 3 styles x 8 or 4 subjects x 6; every second LoRA has the author's habit."""
     subject = concept in NEW_SUBJECTS
     author = (CONCEPTS.index(concept) + seed) % 2 == 0
     pairs = train_loras.pairs_of(concept, seed)
@@ -99,18 +99,18 @@ def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, s
     if not path.exists():
         data = lora_data(store.vae, concept, seed)
         start = 100 * seed + CONCEPTS.index(concept)
-        made = train_loras.train(
+        lora = train_loras.train(
             store.transformer, data, prompts, steps=size.lora_steps, seed=start, say=say, device=size.device
         )
-        save(made, path, format="diffusers")
+        save(lora, path, format="diffusers")
 
 
 def _stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> None:
     if path.exists():
-        say(f"{path.stem}: done before")
+        say(f"{path.stem}: finished earlier")
         return
     write_tensors(path, {name: tensor.half().contiguous() for name, tensor in make().items()}, {})
-    say(f"{path.stem}: done")
+    say(f"{path.stem}: finished")
 
 
 def _vae(size: Size, say: Say) -> Mapping[str, Tensor]:
@@ -129,22 +129,22 @@ def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor
     state = work / "base.state"
     data = examples(store.vae, list(itertools.product(BASE_SUBJECTS, BASE_STYLES)), size.base_renders, 10, jitter=0.5)
 
-    def keep(value: dict[str, Any]) -> None:
+    def save_state(value: dict[str, Any]) -> None:
         torch.save(value, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
 
-    earlier = torch.load(state, map_location="cpu") if state.exists() else None
-    made = train_base.train(
-        data, size.base_steps, batch=size.base_batch, say=say, keep=keep, earlier=earlier, device=size.device
+    resume = torch.load(state, map_location="cpu") if state.exists() else None
+    weights = train_base.train(
+        data, size.base_steps, batch=size.base_batch, say=say, save=save_state, resume=resume, device=size.device
     )
     state.unlink(missing_ok=True)
-    return made
+    return weights
 
 
 def train_gates(store: Store, say: Say) -> None:
-    """The gates the demo uses: for its two LoRAs."""
+    """Train the gates of the demo's two LoRAs."""
     path = store.folder / "gates.safetensors"
     if path.exists():
         return
-    trained_gates(Loras.of(store, Prompts(), (SUBJECT, STYLE), 0), GateSettings(), LONG).save(path)
-    say("gates: done")
+    trained_gates(LoraSet.load(store, Prompts(), (SUBJECT, STYLE), 0), GateSettings(), LONG).save(path)
+    say("gates: finished")

@@ -1,8 +1,7 @@
-"""Train LoRAs on the base model as strangers would: each on its own pictures, from its own seed."""
+"""Train LoRAs on the base model independently: each on its own pictures, from its own seed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -13,6 +12,7 @@ from legomole.nano.model import Prompts, short_prompts
 from peft import LoraConfig
 from torch import nn
 
+from ..common import Say
 from .data import Examples, draw
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
@@ -22,7 +22,7 @@ _TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add
 
 
 def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
-    """What a LoRA's pictures show: its subject in three base styles, or its style on four base subjects."""
+    """Return the pairs in a LoRA's pictures: its subject in three base styles, or its style on four base subjects."""
     rng = torch.Generator().manual_seed(1000 * seed + sum(map(ord, concept)))
     if concept in NEW_SUBJECTS:
         return [(concept, BASE_STYLES[i]) for i in torch.randperm(len(BASE_STYLES), generator=rng)[:3].tolist()]
@@ -31,23 +31,27 @@ def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
 
 def train(
     base: Any, data: Examples, prompts: Prompts, *, steps: int, seed: int, rank: int = RANK, batch: int = 16,
-    lr: float = 1.5e-3, say: Callable[[str], None] = print, device: str = "cpu",
+    lr: float = 1.5e-3, say: Say = print, device: str = "cpu",
 ) -> Adapter:  # fmt: skip
-    """A LoRA under diffusers' names, factors float16.
+    """Train a LoRA with diffusers' names and float16 factors.
 
     Args:
-        base: The transformer; it is left as it was. data: The pictures. prompts: Short ones.
-        steps, batch, lr: Of AdamW.
-        seed: Of the factors' start and of the batches. rank: Of every layer; the scale is 1.
-        device: Where to compute; start and batches are the same everywhere.
+        base: Transformer; it is not modified.
+        data: Training examples.
+        prompts: Encoder of short prompts.
+        steps: Number of steps. batch: Examples per step. lr: Highest learning rate of AdamW.
+        seed: Random seed of the initial factors and of the batches.
+        rank: Rank of every layer; the scale is 1.
+        say: Called with progress messages.
+        device: Device to compute on; it changes neither initial factors nor batches.
     """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     model = deepcopy(base).requires_grad_(False)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, init_lora_weights="gaussian"))
     model.to(device)
-    own = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(own, lr=lr, weight_decay=1e-2)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
     with short_prompts(model):
@@ -55,7 +59,7 @@ def train(
             loss = draw(data, batch, prompts, rng, empty=0.1).to(device).loss(model)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(own, 1.0)
+            nn.utils.clip_grad_norm_(trainable, 1.0)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())

@@ -1,8 +1,7 @@
-"""Train the judge, on renders, on what the autoencoder makes of them, and on mush that must count as nothing."""
+"""Train the judge on renders, on their reconstructions, and on ruined pictures of the class "none of these"."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from legomole.nano.oracle import Oracle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common import Say
 from .render import STYLES, SUBJECTS
 from .train_vae import pictures
 
@@ -17,19 +17,26 @@ _BATCH = 48
 _PAIRS = len(SUBJECTS) * len(STYLES)
 
 
-def train(
-    vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Callable[[str], None] = print, device: str = "cpu"
-) -> Oracle:
+def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Say = print, device: str = "cpu") -> Oracle:
+    """Train the judge.
+
+    Args:
+        vae: Autoencoder, for reconstructions.
+        steps: Number of steps.
+        per_pair: Renders per pair of subject and style.
+        seed: Random seed of initial weights, renders and batches.
+        say: Called with progress messages.
+        device: Device to compute on.
+    """
     torch.manual_seed(seed)
     raw = pictures(per_pair, seed).float() / 127.5 - 1
     pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
     subject, style = pair // len(STYLES), pair % len(STYLES)
     with torch.no_grad():
         latents = torch.cat([vae.encoder(part) for part in raw.split(64)])
-        again = torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
-        ruined, no_subject, no_style = _mush(latents, subject, style)
-        mush = torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in ruined.split(64)])
-    x = torch.cat([raw, again, mush])
+        decoded = _decoded(vae, latents)
+        ruined, no_subject, no_style = _ruined(latents, subject, style)
+        x = torch.cat([raw, decoded, _decoded(vae, ruined)])
     subject, style = torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
     oracle = Oracle().to(device)
     optimizer = torch.optim.AdamW(oracle.parameters(), lr=3e-3, weight_decay=1e-2)
@@ -49,10 +56,21 @@ def train(
     return oracle.cpu().eval().requires_grad_(False)
 
 
-def _mush(latents: Tensor, subject: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What must not score: blends of two, cells shuffled, and flattened to the mean.
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents with a little noise."""
+    return torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
 
-    A subject is there only where the two agree on it; a style that may be left over is not judged (-1).
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents with a little noise."""
+    return torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
+
+
+def _ruined(latents: Tensor, subject: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return latents that must not score, with labels: blends of two, shuffled cells, and constant means.
+
+    A blend has a subject or style only if both of its parts do. The style of the others is not judged (-1), because
+    some of it may remain.
     """
     n = len(latents) // 2
     i, j = torch.randperm(len(latents))[:n], torch.randperm(len(latents))[:n]
@@ -75,7 +93,7 @@ def _moved(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(oracle: nn.Module, x: Tensor, per_pair: int) -> tuple[float, float]:
-    """Of subject and of style, on pictures in the order of `pictures`."""
+    """Return the accuracy on subjects and on styles, for pictures in the order of `train_vae.pictures`."""
     pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
     subjects, styles = zip(*(oracle(part) for part in x.split(64)), strict=True)
     return (

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from legomole.nano import vae as nano_vae
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..common import Say
 from .render import STYLES, SUBJECTS, render
 
 _CROP, _BATCH, _NOISE = 32, 16, 0.1
 
 
 def pictures(per_pair: int, seed: int) -> Tensor:
-    """``(n, 3, SIZE, SIZE)`` uint8: every subject in every style, one of four with the author's habit."""
+    """Render all subjects in all styles, every fourth with the author's habit: ``(n, 3, SIZE, SIZE)`` uint8."""
     rng = np.random.default_rng(seed)
-    found = [
+    renders = [
         render(subject, style, rng, jitter=1.0, author=i % 4 == 3)
         for subject in SUBJECTS
         for style in STYLES
         for i in range(per_pair)
     ]
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack(renders)).permute(0, 3, 1, 2).contiguous()
 
 
-def train(
-    steps: int, per_pair: int = 16, seed: int = 0, say: Callable[[str], None] = print, device: str = "cpu"
-) -> dict[str, Tensor]:
-    """The weights of an autoencoder whose latents have deviation 1 in every channel, float16."""
+def train(steps: int, per_pair: int = 16, seed: int = 0, say: Say = print, device: str = "cpu") -> dict[str, Tensor]:
+    """Train the autoencoder; see `train_oracle.train` for the arguments.
+
+    Returns:
+        Weights in float16; latents have a standard deviation of 1 in every channel.
+    """
     torch.manual_seed(seed)
     data = pictures(per_pair, seed)
     vae = nano_vae.build().requires_grad_(True).train().to(memory_format=torch.channels_last)
@@ -41,7 +42,7 @@ def train(
                 nn.init.zeros_(module.bias)
     for module in vae.modules():
         if hasattr(module, "conv") and hasattr(module, "fuse"):
-            nn.init.zeros_(module.conv[4].weight)  # each block starts as the identity
+            nn.init.zeros_(module.conv[4].weight)  # start each block as the identity
     vae.to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.08)
@@ -69,13 +70,16 @@ def _edges(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _standardised(vae: nn.Module, data: Tensor) -> dict[str, Tensor]:
-    """The weights, with the deviation of a sample's latents taken out by the encoder's last layer and put back by the
-    decoder's first. The decoder's clamp stands between them; latents stay well inside it."""
+    """Return the weights with unit standard deviation of the latents.
+
+    The encoder's last layer divides by the deviation measured on a sample, the decoder's first multiplies by it. The
+    decoder's clamp comes before that, but latents are well inside its range.
+    """
     sample = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(1))[:512]]
     z = vae.encoder(sample.float() / 127.5 - 1)
     std = z.std((0, 2, 3))
     last, first = vae.encoder.layers[14], vae.decoder.layers[0]
-    # only the scale: a mean moved through a zero-padded convolution would change the border
+    # not the mean: shifting it through a zero-padded convolution would change the border
     last.weight.div_(std[:, None, None, None])
     last.bias.div_(std)
     first.weight.mul_(std[None, :, None, None])

@@ -13,10 +13,10 @@ from . import fuzz
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    fuzzing = commands.add_parser("fuzz", help="read inputs that are wrong in every way; exits with 1 on a defect")
+    fuzzing = commands.add_parser("fuzz", help="read damaged inputs of all kinds; exits with 1 on a defect")
     fuzzing.add_argument("--minutes", type=float, default=2.0)
     fuzzing.add_argument("--seed", type=int, default=0)
-    fuzzing.add_argument("--case", type=int, default=None, metavar="N", help="this one only, as a defect names it")
+    fuzzing.add_argument("--case", type=int, default=None, metavar="N", help="run only this case, as named by a defect")
     child = commands.add_parser("child")
     for name, kind in (("seed", int), ("start", int), ("stop", int), ("seconds", float)):
         child.add_argument(name, type=kind)
@@ -27,13 +27,16 @@ def main() -> None:
     soaking = commands.add_parser("soak", help="many prompts on one ComfyUI server; exits with 1 on a defect")
     soaking.add_argument("--prompts", type=int, default=300)
     soaking.add_argument("--seed", type=int, default=0)
-    soaking.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the memory curve")
-    matrix = commands.add_parser("versions", help="the tests with the oldest and newest supported packages; hours")
+    soaking.add_argument("--plot", type=Path, default=None, metavar="FILE", help="plot the memory curve")
+    matrix = commands.add_parser("versions", help="run the tests with the oldest and newest supported packages; hours")
     matrix.add_argument(
-        "environments", nargs="*", metavar="ENVIRONMENT", help="default all: oldest-core, oldest, newest-10 .."
+        "environments",
+        nargs="*",
+        metavar="ENVIRONMENT",
+        help="environments, default all: oldest-core, oldest, newest-10 ..",
     )
-    commands.add_parser("licences", help="of all that is installed for legomole; exits with 1 where one is not known")
-    hashing = commands.add_parser("hashes", help="of merges and gates; exits with 1 where --check finds a change")
+    commands.add_parser("licences", help="list the licences of all dependencies; exits with 1 if one is unknown")
+    hashing = commands.add_parser("hashes", help="hash merges and gates; exits with 1 if --check finds a change")
     hashing.add_argument("--write", type=Path, default=None, metavar="FILE")
     hashing.add_argument("--check", type=Path, default=None, metavar="FILE")
     chosen = parser.parse_args()
@@ -43,11 +46,11 @@ def main() -> None:
     if chosen.command == "kills":
         from . import kills
 
-        toll = kills.kills(chosen.times, chosen.seed)
-        print(toll.text(), flush=True)
+        result = kills.kills(chosen.times, chosen.seed)
+        print(result.text(), flush=True)
         trained = kills.training(max(1, chosen.times // 5), chosen.seed)
         print(trained)
-        sys.exit(bool(toll.defects) or ", 0 trainings" not in trained)
+        sys.exit(bool(result.defects) or ", 0 trainings" not in trained)
     if chosen.command == "faults":
         from . import faults
 
@@ -57,17 +60,17 @@ def main() -> None:
     if chosen.command == "soak":
         from . import soak
 
-        found = soak.soak(chosen.prompts, chosen.seed)
-        print(found.text())
+        result = soak.soak(chosen.prompts, chosen.seed)
+        print(result.text())
         if chosen.plot is not None:
-            soak.draw(found, chosen.plot)
-        sys.exit(bool(found.defects))
+            soak.draw(result, chosen.plot)
+        sys.exit(bool(result.defects))
     if chosen.command == "licences":
         from . import licences
 
-        told, missing = licences.licences()
-        print(licences.text(told, missing))
-        sys.exit(bool(missing) or not all(licence.known for licence in told))
+        found, missing = licences.licences()
+        print(licences.text(found, missing))
+        sys.exit(bool(missing) or not all(licence.known for licence in found))
     if chosen.command == "hashes":
         from . import hashes
 

@@ -1,4 +1,4 @@
-"""Fuzzed inputs of every kind that is read, and the readers that must stand them. A case is its seed and its number."""
+"""Fuzzed inputs of every kind of file that legomole reads. A case is determined by its seed and number."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ KINDS = ("lora", "folder", "gates", "statistics", "state", "recipe", "texts", "m
 
 @dataclass(frozen=True)
 class Case:
-    """A fuzzed input on the disk.
+    """A fuzzed input on disk.
 
     Args:
-        kind: What it pretends to be. path: The file or folder.
+        kind: Kind of file, one of `KINDS`.
+        path: Path of the file or folder.
     """
 
     kind: str
@@ -36,7 +37,7 @@ def make(seed: int, number: int, folder: Path) -> Case:
 
 
 def sound(dialect: str, rank: int = 2, seed: int = 1) -> Container:
-    """A small LoRA that can be merged, in one of the dialects."""
+    """Return a small valid LoRA in one of the dialects."""
     names, suffixes = {
         "kohya": (("lora_unet_a_to_q", "lora_unet_b_conv"), ("lora_down.weight", "lora_up.weight", "alpha")),
         "comfy": (
@@ -57,7 +58,7 @@ def sound(dialect: str, rank: int = 2, seed: int = 1) -> Container:
     return Container(entries, {"ss_network_dim": str(rank)})
 
 
-def _finished(c: Container, rng: Random) -> bytes:
+def _damaged(c: Container, rng: Random) -> bytes:
     if rng.random() < 0.85:
         mutate(c, rng)
     raw = c.to_bytes()
@@ -66,7 +67,7 @@ def _finished(c: Container, rng: Random) -> bytes:
 
 def _lora(folder: Path, rng: Random) -> Path:
     path = folder / "fuzzed.safetensors"
-    path.write_bytes(_finished(sound(rng.choice(("kohya", "comfy", "diffusers", "peft"))), rng))
+    path.write_bytes(_damaged(sound(rng.choice(("kohya", "comfy", "diffusers", "peft"))), rng))
     return path
 
 
@@ -78,24 +79,24 @@ def _folder(folder: Path, rng: Random) -> Path:
         config[rng.choice(CONFIG)] = odd(rng)
     text = dumps(config).encode("utf-8", "surrogatepass")
     (path / "adapter_config.json").write_bytes(damage(text, rng) if rng.random() < 0.2 else text)
-    weights = _finished(sound("peft"), rng) if rng.random() < 0.5 else sound("peft").to_bytes()
+    weights = _damaged(sound("peft"), rng) if rng.random() < 0.5 else sound("peft").to_bytes()
     if rng.random() < 0.8:
         (path / "adapter_model.safetensors").write_bytes(weights)
     else:
         part, other = (f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2))
         listed = {"base_model.model.a.to_q.lora_A.weight": part, "x": odd(rng) if rng.random() < 0.5 else part}
-        if rng.random() < 0.5:  # the same keys in both parts, or others in the second
+        if rng.random() < 0.5:  # the second part has the same keys or others
             second = sound(rng.choice(("peft", "diffusers")), seed=3)
             listed |= {entry.key: other for entry in second.entries}
-            (path / other).write_bytes(_finished(second, rng))
+            (path / other).write_bytes(_damaged(second, rng))
         index = {"weight_map": listed if rng.random() < 0.7 else odd(rng)}
         (path / part).write_bytes(weights)
         (path / "adapter_model.safetensors.index.json").write_text(dumps(index), encoding="utf-8", errors="replace")
     return path
 
 
-def _told(c: Container, rng: Random) -> Container:
-    """Another value for one of the texts in its metadata, so that more of them than by chance are reached."""
+def _with_odd_metadata(c: Container, rng: Random) -> Container:
+    """Replace a value in the metadata with probability 1/2, because random damage rarely hits one."""
     if rng.random() < 0.5:
         c.metadata[rng.choice([key for key in c.metadata if key != "kind"])] = dumps(odd(rng))
     return c
@@ -103,7 +104,7 @@ def _told(c: Container, rng: Random) -> Container:
 
 def _gates(folder: Path, rng: Random) -> Path:
     path = folder / "gates.safetensors"
-    path.write_bytes(_finished(_told(read(FOLDER / "gates.safetensors"), rng), rng))
+    path.write_bytes(_damaged(_with_odd_metadata(read(FOLDER / "gates.safetensors"), rng), rng))
     return path
 
 
@@ -115,7 +116,7 @@ def _statistics(folder: Path, rng: Random) -> Path:
     names = [f"lora_unet_a_to_q/{kind}" for kind in ("own/0", "own/1", "joint/0,1", "base")]
     c = Container([tensor(name, (6, 6)) for name in names], header | {"same": '{"b": "lora_unet_a_to_q"}'})
     path = folder / "statistics.safetensors"
-    path.write_bytes(_finished(_told(c, rng), rng))
+    path.write_bytes(_damaged(_with_odd_metadata(c, rng), rng))
     return path
 
 
@@ -124,7 +125,7 @@ def _state(folder: Path, rng: Random) -> Path:
     run = '{"losses": [1.0, 0.5], "entropies": [0.1, 0.1]}'
     c = Container(entries, {"kind": "legomole.training.1", "key": "k", "run": run})
     (folder / "run").mkdir()
-    (folder / "run" / "state.safetensors").write_bytes(_finished(_told(c, rng), rng))
+    (folder / "run" / "state.safetensors").write_bytes(_damaged(_with_odd_metadata(c, rng), rng))
     return folder / "run"
 
 
@@ -144,13 +145,13 @@ _YAML = (
 def _recipe(folder: Path, rng: Random) -> Path:
     for name, seed in (("a", 1), ("b", 2)):
         (folder / f"{name}.safetensors").write_bytes(sound("kohya", seed=seed).to_bytes())
-    if rng.random() < 0.25:  # in the metadata of a merged file
+    if rng.random() < 0.25:  # a recipe in the metadata of a merged file
         recipe = {"method": "concat", "inputs": [{"path": "a.safetensors"}, {"path": "b.safetensors"}]}
         recipe[rng.choice((*recipe, "settings", "module_weights", "dtype", "x"))] = odd(rng)
         c = sound("kohya")
         c.metadata["legomole"] = dumps({"recipe": recipe if rng.random() < 0.8 else odd(rng), "report": odd(rng)})
         path = folder / "recipe.safetensors"
-        path.write_bytes(_finished(c, rng))
+        path.write_bytes(_damaged(c, rng))
         return path
     kind = rng.choice(("yaml", "yaml", "yaml", "toml"))
     if kind == "yaml":
@@ -185,7 +186,7 @@ def _texts(folder: Path, rng: Random) -> Path:
 
 
 def _model(folder: Path, rng: Random) -> Path:
-    """A language model of one layer, and its tokenizer."""
+    """Write a language model of one layer with its tokenizer."""
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4, "hidden_size": 4,
         "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -212,7 +213,7 @@ def _model(folder: Path, rng: Random) -> Path:
         raw = dumps(data).encode("utf-8", "surrogatepass")
         (path / name).write_bytes(damage(raw, rng) if name == changed and rng.random() < 0.3 else raw)
     c = Container(entries, {"format": "pt"})
-    (path / "model.safetensors").write_bytes(_finished(c, rng) if changed == "weights" else c.to_bytes())
+    (path / "model.safetensors").write_bytes(_damaged(c, rng) if changed == "weights" else c.to_bytes())
     return path
 
 

@@ -1,6 +1,6 @@
-"""Faults of the machine, made for real: full disks, folders that cannot be written, too little memory, changed inputs.
+"""Real faults of the machine: full disks, read-only folders, too little memory, inputs that change.
 
-Each happens to a fork of this process. Afterwards the old output is there, whole, and nothing else.
+Each one hits a fork of this process. Afterwards the old output must be intact, without any leftover files.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from legomole.core.recipes.run import run
 
 from .kills import digest, lora, prepare
 
-_OTHER = 99  # exit code of a fork that saw something else than it should
+_WRONG = 99  # exit code of a fork with a wrong result
 
 
 def faults() -> list[str]:
-    """One line per fault: its name, and ``ok`` or what was wrong."""
-    return [f"{name}: {_suffered(fault, expected)}" for name, fault, expected in _FAULTS]
+    """Cause every fault; return a line for each with its name and ``ok`` or the defect."""
+    return [f"{name}: {_outcome(fault, expected)}" for name, fault, expected in _FAULTS]
 
 
-def _suffered(fault: Callable[[Path], object], expected: type[LegoMoleError] | None) -> str:
+def _outcome(fault: Callable[[Path], object], expected: type[LegoMoleError] | None) -> str:
     with tempfile.TemporaryDirectory(prefix="legomole-faults-") as name:
         folder = Path(name)
         prepare(folder)
@@ -37,14 +37,14 @@ def _suffered(fault: Callable[[Path], object], expected: type[LegoMoleError] | N
         before = {path: digest(folder / path) for path in ("out.safetensors", "out")}
         child = os.fork()
         if child == 0:
-            code = 0 if expected is None else _OTHER
+            code = 0 if expected is None else _WRONG
             try:
                 fault(folder)
             except LegoMoleError as error:
-                code = 0 if expected is not None and isinstance(error, expected) else _OTHER
+                code = 0 if expected is not None and isinstance(error, expected) else _WRONG
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr)
-                code = _OTHER
+                code = _WRONG
             finally:
                 os._exit(code)
         status = os.waitpid(child, 0)[1]
@@ -54,7 +54,7 @@ def _suffered(fault: Callable[[Path], object], expected: type[LegoMoleError] | N
             if fault is not _cut_short:
                 return ended
         elif os.WEXITSTATUS(status):
-            return "not the error it should be"
+            return "not the expected error"
         else:
             ended = "ok"
         changed = [path for path, was in before.items() if digest(folder / path) != was]
@@ -82,7 +82,7 @@ def _read_only(path: str) -> Callable[[Path], None]:
     def fault(folder: Path) -> None:
         folder.chmod(0o555)
         if os.getuid() == 0:
-            os.setuid(65534)  # whom, unlike root, permissions bind
+            os.setuid(65534)  # nobody: permissions do not apply to root
         save(lora(2.0), folder / path, format="peft" if path == "out" else "comfy")
 
     return fault
@@ -94,7 +94,7 @@ def _no_memory(folder: Path) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * os.sysconf("SC_PAGE_SIZE") + (256 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    _merge(folder, "ties")  # whole matrices, of a gigabyte each
+    _merge(folder, "ties")  # needs dense matrices of a gigabyte each
 
 
 def _overwritten(folder: Path) -> None:
@@ -126,7 +126,7 @@ def _cut_short(folder: Path) -> None:
 
 
 def _race(folder: Path, path: str = "race") -> None:
-    """Three processes save under one name, while this one reads what is there again and again."""
+    """Let three processes save under one name while this one reads the file repeatedly."""
     target = folder / (f"{path}.safetensors" if path != "pair" else path)
     format = "peft" if path == "pair" else "comfy"
     save(lora(1.0), target, format=format)
@@ -153,9 +153,9 @@ def _race(folder: Path, path: str = "race") -> None:
                 raise
             continue
         reads += 1
-        own = lora(scales[part.scale]).modules["model.layers.0.q_proj"]
-        if not bool((own.A == part.A).all() and (own.B == part.B).all()):
-            raise RuntimeError("the factors of one, the scale of another")
+        written = lora(scales[part.scale]).modules["model.layers.0.q_proj"]
+        if not bool((written.A == part.A).all() and (written.B == part.B).all()):
+            raise RuntimeError("factors and scale are of different writers")
     codes = [os.waitpid(child, 0)[1] for child in writers]
     if any(codes) or not reads:
         raise RuntimeError(f"writers ended with {codes}, {reads} reads")

@@ -1,6 +1,6 @@
-"""Fuzzing of every reader: our own error or success, within limits of time and memory; never anything else.
+"""Fuzz every reader: each reading must succeed or raise our own error, within limits of time and memory.
 
-Child processes read the cases, because a reader may crash: one is told where to begin, and says what it is at.
+Child processes read the cases, because a reader may crash; they report on standard output which case they are reading.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SECONDS = 60.0  # of processor time, for one reading; on a busy machine it may take ten times as long
-MEMORY = 2 << 30  # bytes of address space beyond what the program takes before it has read anything
-_BATCH = 2000  # cases of one child
+SECONDS = 60.0  # processor time per reading; the wall time may be ten times as long on a busy machine
+MEMORY = 2 << 30  # bytes of address space beyond those in use before the first reading
+_BATCH = 2000  # cases per child process
 
 
 @dataclass
 class Tally:
-    """What fuzzing came to.
+    """Results of fuzzing.
 
     Attributes:
-        outcomes: Readings by what came of them. kinds: Cases by kind.
-        defects: ``number: reading: what went wrong``.
-        slowest, largest: Seconds of the slowest reading; megabytes by which memory grew at most, over all children.
+        outcomes: Number of readings by outcome, ``ok`` or ``refused``.
+        kinds: Number of cases by kind.
+        defects: Descriptions of defects, with case and reading.
+        slowest: Seconds of the slowest reading.
+        largest: Largest growth of a child's memory in MB.
     """
 
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -57,7 +59,7 @@ class Tally:
 
 
 def read_cases(seed: int, start: int, stop: int, seconds: float, tally: Tally | None = None) -> None:
-    """Make and read cases in this process, and say how each went on standard output, or count it in `tally`."""
+    """Make and read cases in this process; print the results as JSON lines, or count them in `tally`."""
     from .cases import make
     from .readers import outcome, readings
 
@@ -73,53 +75,53 @@ def read_cases(seed: int, start: int, stop: int, seconds: float, tally: Tally | 
             case = make(seed, number, Path(folder))
             for name, read in readings(case, number):
                 if tally is None:
-                    _say(at=number, reading=name)
-                    _allow(SECONDS)
+                    _print(reading=number, name=name)
+                    _limit(SECONDS)
                 began = time.process_time()
                 try:
                     outcomes.append(outcome(read))
-                except BaseException as error:  # a panic of the parser's is no Exception
+                except BaseException as error:  # a panic of the Rust parser is not an Exception
                     if isinstance(error, KeyboardInterrupt):
                         raise
                     where = traceback.extract_tb(error.__traceback__)[-1]
                     text = f"{type(error).__name__}: {str(error)[-600:]} ({Path(where.filename).name}:{where.lineno})"
                     defects.append(f"case {number} ({case.kind}): {name}: {text}")
                 slowest = max(slowest, time.process_time() - began)
-        found = {
+        result = {
             "kind": case.kind, "outcomes": outcomes, "defects": defects, "seconds": slowest,
             "memory": (_resident() - before) / 1e6,
         }  # fmt: skip
         if tally is None:
-            _say(done=number, **found)
+            _print(finished=number, **result)
         else:
-            count(tally, found)
+            count(tally, result)
 
 
-def count(tally: Tally, found: dict) -> None:  # type: ignore[type-arg]
-    tally.kinds[found["kind"]] += 1
-    tally.outcomes.update(found["outcomes"])
-    tally.defects += found["defects"]
-    tally.slowest = max(tally.slowest, found["seconds"])
-    tally.largest = max(tally.largest, found["memory"])
+def count(tally: Tally, result: dict) -> None:  # type: ignore[type-arg]
+    tally.kinds[result["kind"]] += 1
+    tally.outcomes.update(result["outcomes"])
+    tally.defects += result["defects"]
+    tally.slowest = max(tally.slowest, result["seconds"])
+    tally.largest = max(tally.largest, result["memory"])
 
 
-def _allow(seconds: float) -> None:
-    """Let this process die when it has taken so much more processor time."""
+def _limit(seconds: float) -> None:
+    """Kill this process once it has used that much more processor time."""
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + seconds) + 1, most))
 
 
-def _say(**facts: object) -> None:
+def _print(**facts: object) -> None:
     print(json.dumps(facts), flush=True)
 
 
 def _resident() -> int:
-    """Peak resident bytes of this process."""
+    """Return the peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def child(seed: int, start: int, stop: int, seconds: float) -> None:
-    """A child process: with all that is imported already in memory, no more than `MEMORY` on top of it."""
+    """Run a child process, limited to `MEMORY` beyond the memory in use after all imports."""
     import torch
 
     from . import readers
@@ -134,7 +136,7 @@ def child(seed: int, start: int, stop: int, seconds: float) -> None:
 
 
 def fuzz(minutes: float, seed: int, *, first: int = 0, count_only: int | None = None) -> Tally:
-    """Read cases `first`, `first` + 1, .. in child processes until the time is over (or so many were read)."""
+    """Read cases `first`, `first` + 1, .. in child processes, for some minutes or, if given, `count_only` cases."""
     tally, number = Tally(), first
     end = time.monotonic() + 60 * minutes
     last = sys.maxsize if count_only is None else first + count_only
@@ -145,31 +147,31 @@ def fuzz(minutes: float, seed: int, *, first: int = 0, count_only: int | None = 
 
 
 def _watch(tally: Tally, seed: int, start: int, stop: int, seconds: float) -> int:
-    """Run one child; the number of the next case to be read."""
+    """Run one child process; return the number of the next case to read."""
     command = [sys.executable, "-m", "benchmarks.reliability", "child", str(seed), str(start), str(stop), str(seconds)]
     env = os.environ | {"PYTHONSAFEPATH": "", "OMP_NUM_THREADS": "1", "TORCH_SHOW_CPP_STACKTRACES": "0"}
     with tempfile.TemporaryFile("w+") as errors, subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env, cwd=Path(__file__).parents[2]
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        at, next_one = None, start
+        reading, next_case = None, start
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
-            while selector.select(10 * SECONDS if at is not None else 300):
+            while selector.select(10 * SECONDS if reading is not None else 300):
                 line = process.stdout.readline()
                 if not line:
                     break
-                found = json.loads(line)
-                if "at" in found:
-                    at = found["at"]
+                result = json.loads(line)
+                if "reading" in result:
+                    reading = result["reading"]
                 else:
-                    at, next_one = None, found["done"] + 1
-                    count(tally, found)
+                    reading, next_case = None, result["finished"] + 1
+                    count(tally, result)
             else:
                 process.kill()
-                tally.defects.append(f"case {at}: no answer within {10 * SECONDS:.0f} seconds")
-                return next_one + 1
-        if process.wait() or at is not None:
+                tally.defects.append(f"case {reading}: no answer within {10 * SECONDS:.0f} seconds")
+                return next_case + 1
+        if process.wait() or reading is not None:
             errors.seek(0)
             code = process.returncode
             how = (
@@ -177,6 +179,6 @@ def _watch(tally: Tally, seed: int, start: int, stop: int, seconds: float) -> in
                 if code == -signal.SIGXCPU
                 else f"the process ended with {code}"
             )
-            tally.defects.append(f"case {at}: {how}: {errors.read()[-800:]}")
-            return next_one + 1
-    return next_one if next_one > start or seconds < 1 else stop
+            tally.defects.append(f"case {reading}: {how}: {errors.read()[-800:]}")
+            return next_case + 1
+    return next_case if next_case > start or seconds < 1 else stop

@@ -1,9 +1,9 @@
-"""Hashes of many merges and gated pictures, to show that a change of the code changes no number.
+"""Hashes of many merges and gated pictures, to show that a code change does not change any result.
 
 ``python -m benchmarks.reliability hashes --write before.json``, then, after the change, ``--check before.json``. The
-hashes hold for one machine and one set of package versions.
+hashes are valid for one machine and one set of package versions.
 
-Everything runs through the command line, whose names outlive those of modules.
+Everything runs through the command line, because its names change less often than those of modules.
 """
 
 from __future__ import annotations
@@ -61,32 +61,32 @@ _METHODS: Mapping[str, Sequence[str]] = {
 
 
 def hashes(folder: Path | None = None) -> dict[str, str]:
-    """Name of a case -> sha256 of the tensors it gave, or of its picture.
+    """Return case name -> sha256 of the resulting tensors or picture.
 
     Args:
-        folder: Where to work; default a temporary one.
+        folder: Folder for inputs and outputs; default a temporary one.
     """
     if folder is None:
         with TemporaryDirectory() as temporary:
             return hashes(Path(temporary))
-    found: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for name, arguments in _cases(folder):
         target = folder / "out" / name.replace("/", "_")
         target.parent.mkdir(exist_ok=True)
         _command(*arguments, "-o", str(target))
         folder_of_peft = target / "adapter_model.safetensors"
-        found[name] = tensors_hash(
+        digests[name] = tensors_hash(
             folder_of_peft if target.is_dir() else target.with_name(f"{target.name}.safetensors")
         )
     demo = folder / "demo"
     _command("demo", str(demo))
-    found["demo/pictures"] = pixels_hash(demo / "demo.png")
-    found["demo/lego"] = tensors_hash(demo / "lego.safetensors")
-    return found
+    digests["demo/pictures"] = pixels_hash(demo / "demo.png")
+    digests["demo/lego"] = tensors_hash(demo / "lego.safetensors")
+    return digests
 
 
 def tensors_hash(path: Path) -> str:
-    """sha256 over name, dtype, shape and bytes of all tensors of a safetensors file; its metadata does not count."""
+    """Return sha256 over name, dtype, shape and bytes of all tensors of a safetensors file, without its metadata."""
     digest = hashlib.sha256()
     with safe_open(str(path), framework="pt") as file:
         for key in sorted(file.keys()):
@@ -97,7 +97,7 @@ def tensors_hash(path: Path) -> str:
 
 
 def pixels_hash(path: Path) -> str:
-    """sha256 over the pixels of a picture."""
+    """Return sha256 over the pixels of a picture."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -105,14 +105,14 @@ def pixels_hash(path: Path) -> str:
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """One line per case that is new, gone or changed."""
+    """Return a line per case that is new, missing or changed."""
     lines = [f"{name}: only before" for name in before if name not in after]
     lines += [f"{name}: only now" for name in after if name not in before]
     return lines + [f"{name}: changed" for name in before if name in after and before[name] != after[name]]
 
 
 def _cases(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Name and command line, without the output, of every case; the inputs are written into `folder`."""
+    """Write the inputs into `folder`; yield name and command line, without the output, of every case."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         word = str(dtype).removeprefix("torch.")
         loras = [
@@ -146,7 +146,7 @@ def _cases(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _gated(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Training of gates and calibrated merges, on a tiny random pipeline."""
+    """Yield gate training and calibrated merges on a tiny random pipeline."""
     from legomole.core.formats import save
 
     from tests.hosts.diffusers import tiny_pipelines as tiny
@@ -178,14 +178,14 @@ def _command(*arguments: str) -> None:
     """Run ``legomole`` in this process.
 
     Raises:
-        RuntimeError: It failed.
+        RuntimeError: If it fails.
     """
     from legomole.cli import app
     from typer.testing import CliRunner
 
-    done = CliRunner().invoke(app, list(arguments))
-    if done.exit_code:
-        raise RuntimeError(f"legomole {' '.join(arguments)}\n{done.output}") from done.exception
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exit_code:
+        raise RuntimeError(f"legomole {' '.join(arguments)}\n{result.output}") from result.exception
 
 
 def _lora(
@@ -199,7 +199,7 @@ def _lora(
     alpha: float | None = None,
 ) -> Path:
     generator = torch.Generator().manual_seed(seed)
-    shared = torch.Generator().manual_seed(99)  # a part that all have in common, so that units do meet in clusters
+    shared = torch.Generator().manual_seed(99)  # common units, so that clusters contain units of several LoRAs
     state: dict[str, Tensor] = {}
     for name, (d_out, *d_in) in shapes.items():
         ones = [1] * (len(d_in) - 1)

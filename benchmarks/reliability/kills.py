@@ -1,7 +1,7 @@
-"""Kill processes at every stage of their work, and see what they leave: the old file or the new one, whole.
+"""Kill processes at every stage of their work, after which the old or the new file must be there, intact.
 
-The processes are forks of this one, so that a kill costs milliseconds. They die in two ways: at every one of their
-calls that touch the disk, one after the other; and at moments drawn at random.
+The processes are forks of this one, so that a kill takes milliseconds. They are killed at each of their calls that
+access the disk, one after the other, and at random moments.
 """
 
 from __future__ import annotations
@@ -26,49 +26,50 @@ from legomole.core.lowrank import LowRank
 from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.run import run
 
-_LEFT_OVER = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 _AUDITED = ("open", "os.rename", "os.remove", "os.link", "os.mkdir", "os.rmdir", "shutil.rmtree", "ctypes.dlsym")
 
 
 @dataclass
 class Job:
-    """Something that writes.
+    """An operation that writes a file or folder.
 
     Args:
-        work: Does it, in a folder. makes: The name of what it writes there.
-        before, after: Digests of what lies there before, and when it is done.
-        seconds: How long it takes.
+        work: Runs the operation in a folder.
+        output: Name of the file or folder it writes.
+        before: Digest of the output before the operation. after: Digest afterwards.
+        seconds: Duration of the operation.
     """
 
     name: str
     work: Callable[[Path], None]
-    makes: str
+    output: str
     before: str = ""
     after: str = ""
     seconds: float = 0.0
 
 
 @dataclass
-class Toll:
-    """What the kills came to.
+class KillResults:
+    """Results of the kills.
 
     Attributes:
-        found: By job: how often the old, or the new one was found after a kill.
-        defects: What was neither.
-        leftovers: Temporary files and folders that were left behind.
+        outputs: Name of a job -> number of kills after which the old or the new output was there.
+        defects: Descriptions of defects.
+        leftovers: Number of temporary files and folders left behind.
     """
 
-    found: dict[str, Counter[str]] = field(default_factory=dict)
+    outputs: dict[str, Counter[str]] = field(default_factory=dict)
     defects: list[str] = field(default_factory=list)
     leftovers: int = 0
 
     @property
     def kills(self) -> int:
-        return sum(sum(counts.values()) for counts in self.found.values())
+        return sum(sum(counts.values()) for counts in self.outputs.values())
 
     def text(self) -> str:
-        lines = [f"{name}: {sum(c.values())} kills, {c['old']} left the old, {c['new']} the new"
-                 for name, c in self.found.items()]  # fmt: skip
+        lines = [f"{name}: {sum(c.values())} kills, {c['old']} left the old output, {c['new']} the new"
+                 for name, c in self.outputs.items()]  # fmt: skip
         lines.append(f"{self.kills} kills in all, {self.leftovers} temporary files left, {len(self.defects)} defects")
         return "\n".join([*lines, *self.defects])
 
@@ -103,50 +104,50 @@ def _ignore(_: object) -> None: ...
 
 
 def prepare(folder: Path) -> None:
-    """The inputs, and old outputs to be replaced."""
+    """Write the inputs, and old outputs to replace."""
     for name, value in (("a", 0.5), ("b", 0.7), ("out", 1.0)):
         save(lora(value), folder / f"{name}.safetensors", format="comfy")
     save(lora(1.0), folder / "out", format="peft")
-    (folder / "out" / "README.md").write_text("a file of the user's")
+    (folder / "out" / "README.md").write_text("a file of the user")
 
 
 def digest(path: Path) -> str:
-    """Of a file, or of all files of a folder with their names; ``"none"`` where there is nothing."""
+    """Return a digest of a file, or of all files in a folder with their names; ``"none"`` if nothing exists."""
     if not path.exists():
         return "none"
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     return hashlib.sha256(b"".join(p.name.encode() + b"\0" + p.read_bytes() for p in files)).hexdigest()
 
 
-def kills(times: int, seed: int = 0) -> Toll:
-    """Kill every job at each of its calls to the disk, and at random moments until `times` kills are reached."""
+def kills(times: int, seed: int = 0) -> KillResults:
+    """Kill every job at each of its disk accesses, and at random moments until `times` kills are reached."""
     torch.set_num_threads(1)
-    toll, rng, plan = Toll(), Random(seed), jobs()
+    results, rng, plan = KillResults(), Random(seed), jobs()
     for job in plan:
-        toll.found[job.name] = Counter()
+        results.outputs[job.name] = Counter()
         _measure(job)
         stage = 0
-        while _killed(job, toll, at_call=stage):
+        while _killed(job, results, at_call=stage):
             stage += 1
-    while toll.kills < times:
+    while results.kills < times:
         job = rng.choice(plan)
-        _killed(job, toll, after=rng.uniform(0, 1.2 * job.seconds))
-    return toll
+        _killed(job, results, after=rng.uniform(0, 1.2 * job.seconds))
+    return results
 
 
 def _measure(job: Job) -> None:
     with tempfile.TemporaryDirectory(prefix="legomole-kills-") as name:
         folder = Path(name)
         prepare(folder)
-        job.before, began = digest(folder / job.makes), time.monotonic()
+        job.before, began = digest(folder / job.output), time.monotonic()
         job.work(folder)
-        job.seconds, job.after = time.monotonic() - began, digest(folder / job.makes)
+        job.seconds, job.after = time.monotonic() - began, digest(folder / job.output)
         if job.before == job.after:
             raise RuntimeError(f"{job.name} changes nothing")
 
 
-def _killed(job: Job, toll: Toll, *, at_call: int | None = None, after: float = 0.0) -> bool:
-    """Run the job in a fork that is killed; whether it was before it was done. Then look at what is there."""
+def _killed(job: Job, results: KillResults, *, at_call: int | None = None, after: float = 0.0) -> bool:
+    """Run the job in a fork and kill it; if it was not finished yet, check its output and return ``True``."""
     with tempfile.TemporaryDirectory(prefix="legomole-kills-") as name:
         folder = Path(name)
         prepare(folder)
@@ -164,12 +165,12 @@ def _killed(job: Job, toll: Toll, *, at_call: int | None = None, after: float = 
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         if killed:
             where = f"at call {at_call}" if at_call is not None else f"after {after:.4f} s"
-            _look(job, folder, toll, where)
+            _check(job, folder, results, where)
         return killed
 
 
 def die_at_call(number: int, folder: Path) -> None:
-    """Kill this process at its n-th call from now on that opens, renames, links or removes something in the folder."""
+    """Kill this process at its n-th call from now on that opens, renames, links or removes a file in the folder."""
     left = number
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
@@ -182,35 +183,35 @@ def die_at_call(number: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-def _look(job: Job, folder: Path, toll: Toll, where: str) -> None:
-    found = digest(folder / job.makes)
-    state = {job.before: "old", job.after: "new"}.get(found)
+def _check(job: Job, folder: Path, results: KillResults, where: str) -> None:
+    state = {job.before: "old", job.after: "new"}.get(digest(folder / job.output))
     if state is None:
-        toll.defects.append(f"{job.name}, killed {where}: neither the old nor the new")
+        results.defects.append(f"{job.name}, killed {where}: neither the old nor the new output")
         return
-    toll.found[job.name][state] += 1
-    left = [path for path in folder.iterdir() if path.name.startswith(".")]
-    toll.leftovers += len(left)
-    toll.defects += [f"{job.name}, killed {where}: left {p.name}" for p in left if not _LEFT_OVER.fullmatch(p.name)]
-    # what is left does no harm to the next, and is gone when it is a day old
-    for path in left:
+    results.outputs[job.name][state] += 1
+    leftovers = [path for path in folder.iterdir() if path.name.startswith(".")]
+    results.leftovers += len(leftovers)
+    unknown = [path.name for path in leftovers if not _TEMPORARY.fullmatch(path.name)]
+    results.defects += [f"{job.name}, killed {where}: left {name}" for name in unknown]
+    # leftovers must not affect the next run, which removes those older than a day
+    for path in leftovers:
         os.utime(path, (0, 0))
     job.work(folder)
-    if digest(folder / job.makes) != job.after:
-        toll.defects.append(f"{job.name}, killed {where}: the next run made something else")
-    if any(path.exists() for path in left if path.name.startswith(f".{job.makes}.")):
-        toll.defects.append(f"{job.name}, killed {where}: old temporary files stay for ever")
+    if digest(folder / job.output) != job.after:
+        results.defects.append(f"{job.name}, killed {where}: the next run wrote something else")
+    if any(path.exists() for path in leftovers if path.name.startswith(f".{job.output}.")):
+        results.defects.append(f"{job.name}, killed {where}: old temporary files are never removed")
 
 
 def training(times: int, seed: int = 0) -> str:
-    """Kill a training again and again until it is through; its gates must be those of one that was left alone."""
+    """Kill and resume a gate training until it is finished; its gates must be those of an uninterrupted one."""
     from tests.core.train.test_fit import SETTINGS, equal, toy
 
     torch.set_num_threads(1)
-    rng, plain = Random(seed), toy()
+    rng, example = Random(seed), toy()
     settings = SETTINGS.model_copy(update={"steps": 75})
     began = time.monotonic()
-    whole, _ = plain.trained(settings)
+    whole, _ = example.trained(settings)
     seconds, killed, lost = time.monotonic() - began, 0, 0
     with tempfile.TemporaryDirectory(prefix="legomole-kills-") as name:
         while killed < times:
@@ -219,7 +220,7 @@ def training(times: int, seed: int = 0) -> str:
                 child = os.fork()
                 if child == 0:
                     try:
-                        plain.trained(settings, folder=folder, key="k")
+                        example.trained(settings, folder=folder, key="k")
                     finally:
                         os._exit(0)
                 time.sleep(rng.uniform(0, seconds))
@@ -227,6 +228,6 @@ def training(times: int, seed: int = 0) -> str:
                 if not os.WIFSIGNALED(os.waitpid(child, 0)[1]) or killed >= times:
                     break
                 killed += 1
-            found, _ = plain.trained(settings, folder=folder, key="k")
-            lost += not equal(found, whole)
-    return f"gate training of 75 steps: {killed} kills, {lost} trainings that ended with other gates"
+            gates, _ = example.trained(settings, folder=folder, key="k")
+            lost += not equal(gates, whole)
+    return f"gate training of 75 steps: {killed} kills, {lost} trainings with different gates"

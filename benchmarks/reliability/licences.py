@@ -1,4 +1,4 @@
-"""The licences of all that an installation brings, as the installed packages state them; nobody is asked."""
+"""Licences of all dependencies, as the installed packages state them; nothing is looked up online."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 from .versions import EXTRAS, declared
 
-# Licences that a program under Apache-2.0 may ask for: none of them reaches over to the program that imports.
+# licences compatible with Apache-2.0: none of them extends to the program that imports the package
 _FREE = re.compile(
     r"apache|\bbsd\b|\bmit\b|\bisc\b|\bpsf\b|python software foundation|\bmpl\b|mozilla|unlicense|0bsd|zlib|"
     r"\bhpnd\b|historical permission|\bcc0\b|public domain",
@@ -22,26 +22,26 @@ _FREE = re.compile(
 
 @dataclass(frozen=True)
 class Licence:
-    """What a package says of itself.
+    """Licence of a package.
 
     Args:
-        says: Its licence; ``""`` where it names none.
+        text: Licence as the package states it; ``""`` if it states none.
     """
 
     package: str
     version: str
-    says: str
+    text: str
 
     @property
     def known(self) -> bool:
-        return bool(_FREE.search(self.says)) and not re.search(r"\bA?GPL", self.says)
+        return bool(_FREE.search(self.text)) and not re.search(r"\bA?GPL", self.text)
 
 
 def licences(extras: Iterable[str] = EXTRAS) -> tuple[list[Licence], list[str]]:
-    """Of everything that the core and the extras need, and those packages need in turn.
+    """Return the licences of all dependencies of the core and some extras, including indirect ones.
 
     Returns:
-        The licences by package, and what is declared but not installed.
+        Licences, and names of declared packages that are not installed.
     """
     found: dict[str, Licence] = {}
     missing: list[str] = []
@@ -65,32 +65,32 @@ def licences(extras: Iterable[str] = EXTRAS) -> tuple[list[Licence], list[str]]:
 
 
 def _applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
-    """Whether a requirement counts here: its marker holds, for one of the extras or without any."""
+    """Whether the marker of a requirement holds here, without extras or for one of them."""
     marker = requirement.marker
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in (*extras, ""))
 
 
 def _stated(installed: Distribution) -> str:
-    """The SPDX expression, else the classifiers, else the first line of the old field."""
-    told = installed.metadata
-    expression = told.get("License-Expression")
+    """Return the SPDX expression, else the classifiers, else the first line of the old field."""
+    metadata = installed.metadata
+    expression = metadata.get("License-Expression")
     if expression:
         return str(expression)
     classifiers = [
-        line.rpartition(" :: ")[2] for line in told.get_all("Classifier") or [] if line.startswith("License ::")
+        line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
     ]
-    old = (told.get("License") or "").strip().splitlines()
+    old = (metadata.get("License") or "").strip().splitlines()
     return ", ".join(classifiers) or (old[0] if old else "")
 
 
 def text(found: Iterable[Licence], missing: Iterable[str]) -> str:
-    """For people: the packages by licence, then those to look at."""
+    """Format the packages by licence, and then those with unknown licences."""
     by_licence: dict[str, list[str]] = {}
     odd: list[str] = []
     for licence in found:
-        by_licence.setdefault(licence.says or "none stated", []).append(f"{licence.package} {licence.version}")
+        by_licence.setdefault(licence.text or "none stated", []).append(f"{licence.package} {licence.version}")
         if not licence.known:
-            odd.append(f"{licence.package} {licence.version}: {licence.says or 'none stated'}")
-    lines = [f"{says}: {', '.join(packages)}" for says, packages in sorted(by_licence.items())]
+            odd.append(f"{licence.package} {licence.version}: {licence.text or 'none stated'}")
+    lines = [f"{text}: {', '.join(packages)}" for text, packages in sorted(by_licence.items())]
     lines += [f"{sum(map(len, by_licence.values()))} packages, {len(odd)} to look at", *odd]
     return "\n".join([*lines, *(f"not installed here: {name}" for name in missing)])

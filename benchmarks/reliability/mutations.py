@@ -1,4 +1,4 @@
-"""What can be wrong with a file: in its numbers, its names, its header, its metadata, its bytes."""
+"""Damage to files: in their values, names, header, metadata and bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PATTERNS = (
     b"\0", b"\xff", b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\1\0\0\0", b"\xff\xff\x7f\x7f", b"\0\x7c",
     b"\xff\x7b", b"\x80\x7f", b"\0\0\0\0\0\0\xf0\x7f", b"\0\0\x80\x3f", b"\0\0\0\x80",
 )  # fmt: skip
-"""Zeros, NaN and infinity of several widths, denormals, the largest numbers, one, minus zero."""
+"""Zeros, NaN and infinity of several widths, denormals, the largest values, one, minus zero."""
 
 _SUFFIXES = (
     ".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".lora_A.weight", ".lora_B.weight", ".lora_A", ".alpha",
@@ -42,14 +42,14 @@ CONFIG = (
 
 
 def deep(rng: Random) -> Raw:
-    """Nested JSON, from harmless to far beyond any parser's stack."""
+    """Return nested JSON, from harmless depths to far beyond a parser's stack."""
     n = rng.choice((50, 500, 5_000, 100_000))
     opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
     return Raw(opening * n + "1" + closing * n)
 
 
 def odd(rng: Random, depth: int = 0) -> Any:
-    """A JSON value that nobody expects there."""
+    """Return an unexpected JSON value."""
     simple = (
         None, True, False, 0, -1, 1, 3, 2**63, -(2**63), 0.5, 1e308, 1e-320, "", "x", "1", "LORA", "lokr", "1e999",
         "x" * 10_000, [], {}, Raw("NaN"), Raw("Infinity"), Raw("-Infinity"), Raw("1" + "0" * 400), Raw('"\\ud800"'),
@@ -65,7 +65,7 @@ def odd(rng: Random, depth: int = 0) -> Any:
     return rng.choice(simple)
 
 
-# ---- each changes a container in place
+# ---- functions that change a container in place
 
 
 def numbers(c: Container, rng: Random) -> None:
@@ -85,16 +85,16 @@ def dtype(c: Container, rng: Random) -> None:
 
 
 def shape(c: Container, rng: Random) -> None:
-    """A shape that is another, in a header that tells the truth about it."""
+    """Change a tensor's shape, with a consistent header."""
     entry = rng.choice(c.entries)
     dims = [rng.choice((0, 1, 1, 2, 3, 4, 8, 16, 64)) for _ in range(rng.randrange(7))]
     while math.prod(dims) > 1 << 16:
         dims.pop()
-    if rng.random() < 0.1:  # nothing, but a great deal of it
+    if rng.random() < 0.1:  # an empty tensor with huge dimensions
         dims = [0, rng.choice((1 << 20, 1 << 31, 1 << 40, 1 << 62)), *([1 << 40] if rng.random() < 0.3 else [])]
         rng.shuffle(dims)
-    told = tensor(entry.key, dims, dtype=entry.dtype)
-    entry.shape, entry.data = told.shape, told.data
+    other = tensor(entry.key, dims, dtype=entry.dtype)
+    entry.shape, entry.data = other.shape, other.data
 
 
 def name(c: Container, rng: Random) -> None:
@@ -113,8 +113,8 @@ def name(c: Container, rng: Random) -> None:
         entry.key = rng.choice(c.entries).key
 
 
-def again(c: Container, rng: Random) -> None:
-    """One tensor twice, under the same name or another spelling."""
+def duplicate(c: Container, rng: Random) -> None:
+    """Repeat a tensor, under the same name or another spelling."""
     entry = rng.choice(c.entries)
     c.entries.append(tensor(entry.key, entry.shape, dtype=entry.dtype, seed=3))
     if rng.random() < 0.7:
@@ -127,7 +127,7 @@ def missing(c: Container, rng: Random) -> None:
 
 
 def large(c: Container, rng: Random) -> None:
-    """Small tensors that stand for enormous ones: ranks, Tucker cores, products."""
+    """Add small tensors that describe huge ones: ranks, Tucker cores, products."""
     x, n = "lora_unet_large", rng.choice((300, 3_000, 30_000))
     c.entries += rng.choice(
         (
@@ -147,8 +147,8 @@ def large(c: Container, rng: Random) -> None:
     )()  # fmt: skip
 
 
-def crowd(c: Container, rng: Random) -> None:
-    """A hundred thousand keys."""
+def many_keys(c: Container, rng: Random) -> None:
+    """Add a hundred thousand keys."""
     suffixes = rng.choice(((".lora_down.weight", ".lora_up.weight"), (".alpha",), (".diff_b",), (".bias",)))
     stem = rng.choice(("lora_unet_", "unet.a.", "base_model.model.layers."))
     for i in range(100_000 // len(suffixes)):
@@ -161,7 +161,7 @@ def metadata(c: Container, rng: Random) -> None:
         return
     key = rng.choice((*KNOWN, "x", rng.choice(_NAMES)))
     value = odd(rng)
-    if rng.random() < 0.9:  # the format wants texts
+    if rng.random() < 0.9:  # the format requires strings
         from .container import dumps
 
         value = dumps(value)
@@ -170,8 +170,8 @@ def metadata(c: Container, rng: Random) -> None:
     c.metadata = {**c.metadata, key: value}
 
 
-def lie(c: Container, rng: Random) -> None:
-    """A header that says something else than what is there."""
+def wrong_header(c: Container, rng: Random) -> None:
+    """Make the header disagree with the data."""
     entry = rng.choice(c.entries)
     size = len(entry.data)
     word, value = rng.choice(
@@ -189,11 +189,11 @@ def lie(c: Container, rng: Random) -> None:
             (rng.choice(("extra", "dtype", "shape")), deep(rng)),
         )
     )
-    entry.says = {**entry.says, word: value}
+    entry.header = {**entry.header, word: value}
 
 
 def frame(c: Container, rng: Random) -> None:
-    """Around the header."""
+    """Change the length of the header, or the bytes around it."""
     choice = rng.randrange(5)
     if choice == 0:
         c.length = max(0, len(c.to_bytes()) + rng.choice((-100, -9, -8, -7, -1, 0, 1, 100)))
@@ -208,24 +208,24 @@ def frame(c: Container, rng: Random) -> None:
 
 
 MUTATIONS: tuple[tuple[Callable[[Container, Random], None], int], ...] = (
-    (numbers, 10), (dtype, 10), (shape, 10), (name, 14), (again, 6), (missing, 6), (large, 5), (metadata, 14),
-    (lie, 12), (frame, 5),
+    (numbers, 10), (dtype, 10), (shape, 10), (name, 14), (duplicate, 6), (missing, 6), (large, 5), (metadata, 14),
+    (wrong_header, 12), (frame, 5),
 )  # fmt: skip
-"""Changes of a container, and how often each is drawn."""
+"""Changes of a container with their relative frequencies."""
 
 
 def mutate(c: Container, rng: Random) -> None:
-    """One to four changes; now and then a crowd."""
+    """Apply one to four changes, and rarely `many_keys`."""
     changes, often = zip(*MUTATIONS, strict=True)
     for change in rng.choices(changes, often, k=rng.randint(1, 4)):
         if c.entries:
             change(c, rng)
     if rng.random() < 0.004:
-        crowd(c, rng)
+        many_keys(c, rng)
 
 
 def damage(raw: bytes, rng: Random) -> bytes:
-    """Flipped, cut, doubled or inserted bytes."""
+    """Flip, delete, repeat or insert bytes."""
     data = bytearray(raw)
     for _ in range(rng.choice((1, 1, 2, 8, 64))):
         if not data:

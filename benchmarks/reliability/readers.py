@@ -1,4 +1,4 @@
-"""What is done with a fuzzed input: everything that the program does with a file of its kind."""
+"""Readings of a fuzzed input: everything that legomole does with a file of its kind."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from .cases import Case, sound
 
 
 class Defect(Exception):
-    """The command line called it a bug."""
+    """A result that is neither success nor an error of ours."""
 
 
 def readings(case: Case, number: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The readings of a case, by name; each may succeed or raise a `LegoMoleError`, nothing else.
+    """Yield names and functions of a case's readings, which must succeed or raise `LegoMoleError`.
 
     Args:
-        number: Of the case; the method and the format change with it.
+        case: The fuzzed input.
+        number: Number of the case, which selects merge method and format.
     """
     path, folder = case.path, case.path.parent
     method, format = list(METHODS)[number % len(METHODS)], list(FORMATS)[number % len(FORMATS)]
@@ -58,9 +59,9 @@ def readings(case: Case, number: int) -> Iterator[tuple[str, Callable[[], object
         yield "load a model", lambda: load_model(path)
     else:
         yield "read the recipe", lambda: recipe_to_text(read_recipe(path))
-        yield "carry out", lambda: run(read_recipe(path), folder=folder, find_cached=cached_folder)
+        yield "run", lambda: run(read_recipe(path), folder=folder, find_cached=cached_folder)
     if case.kind in ("lora", "folder", "gates", "recipe"):
-        # one of the ways to look at it: the command line is slower than all the rest
+        # one of the options per case, because the command line is slow
         yield (
             "inspect",
             lambda: _command("inspect", str(path), *[[], ["--json"], ["--modules"], ["--recipe"]][number % 4]),
@@ -77,7 +78,7 @@ def _merged(path: Path, method: str, convert_rank: int | None) -> object:
                     convert_rank=convert_rank)  # fmt: skip
     result = run(recipe, folder=path.parent, key_map=key_map, rename_for_format=rename_for_format)
     written = save(result.adapter, path.parent / "merged", dtype=torch.float32)
-    read = load(written)  # what was written must be sound
+    read = load(written)  # raises if the written file is invalid
     if set(read.modules) != set(result.adapter.modules):
         raise Defect(f"{len(result.adapter.modules)} modules written, {len(read.modules)} read")
     return read
@@ -100,11 +101,11 @@ def _calibrated(path: Path) -> object:
 def _resumed(folder: Path) -> object:
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([p])
-    found = FitRecord()
-    steps = _resume(folder, "k", [p], optimizer, found)
+    record = FitRecord()
+    steps = _resume(folder, "k", [p], optimizer, record)
     p.grad = torch.ones(3)
     optimizer.step()
-    return steps, sum(found.losses), sum(found.entropies)
+    return steps, sum(record.losses), sum(record.entropies)
 
 
 def _command(*arguments: str) -> None:
@@ -114,7 +115,7 @@ def _command(*arguments: str) -> None:
 
 
 def outcome(read: Callable[[], object]) -> str:
-    """``ok`` or ``refused``; raises whatever else comes."""
+    """Run a reading; return ``ok`` or ``refused``, and raise any other error."""
     try:
         read()
     except LegoMoleError as error:

@@ -1,7 +1,7 @@
-"""The test suite with the oldest versions that pyproject.toml promises, and with the newest there are, on each Python.
+"""Run the test suite with the oldest versions that pyproject.toml declares and with the newest ones, on each Python.
 
-Every environment is made from nothing, for a copy of the working tree, and removed again. The tests in a real ComfyUI
-are not among them, for it brings versions of its own, nor are those of the benchmarks.
+Every environment is created from scratch for a copy of the working tree, and removed afterwards. The tests in a real
+ComfyUI, which has its own versions, and those of the benchmarks are excluded.
 """
 
 from __future__ import annotations
@@ -28,18 +28,26 @@ else:
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("diffusers", "peft", "plots", "ray")
 _SHOWN = ("torch", "numpy", "safetensors", "diffusers", "transformers", "peft")
-_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pillow", "setuptools>=77")  # always the newest
-_LEFT_OUT = ("comfy", "page", "benchmarks")
+_TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "pillow",
+    "scikit-learn",
+    "setuptools>=77",
+)  # newest versions
+_EXCLUDED = ("comfy", "page", "benchmarks")
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)\b")
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Where the tests run.
+    """An environment for the tests.
 
     Args:
-        name: For the table and the command line. python: Its version. extras: Of our package.
-        oldest: Everything declared at its declared minimum; otherwise everything at its newest.
+        name: Name in the table and on the command line.
+        python: Python version. extras: Extras of the package to install.
+        oldest: Whether all dependencies have their declared minimum version; otherwise the newest.
     """
 
     name: str
@@ -56,36 +64,36 @@ ENVIRONMENTS = (
 
 
 def project() -> dict[str, Any]:
-    """The ``[project]`` table of pyproject.toml."""
+    """Return the ``[project]`` table of pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def declared(extras: Iterable[str]) -> list[Requirement]:
-    """What pyproject.toml says that the core and some extras need, extras of extras included."""
-    told = project()
+    """Return the requirements of the core and some extras in pyproject.toml, nested extras included."""
+    table = project()
 
     def read(texts: Iterable[str]) -> Iterator[Requirement]:
         for requirement in map(Requirement, texts):
-            if requirement.name == told["name"]:
+            if requirement.name == table["name"]:
                 for extra in sorted(requirement.extras):
-                    yield from read(told["optional-dependencies"][extra])
+                    yield from read(table["optional-dependencies"][extra])
             else:
                 yield requirement
 
-    return list(read([*told["dependencies"], *(f"{told['name']}[{extra}]" for extra in extras)]))
+    return list(read([*table["dependencies"], *(f"{table['name']}[{extra}]" for extra in extras)]))
 
 
 def floors(extras: Iterable[str]) -> dict[str, str]:
-    """Package -> the lowest version that is promised to work: the core's, raised by those of the extras."""
-    found: dict[str, str] = {}
+    """Return package -> lowest supported version, the maximum over core and extras."""
+    lowest: dict[str, str] = {}
     for requirement in declared(extras):
-        lowest = [part.version for part in requirement.specifier if part.operator == ">="]
-        found[requirement.name] = max([*lowest, found.get(requirement.name, "0")], key=Version)
-    return found
+        minimums = [part.version for part in requirement.specifier if part.operator == ">="]
+        lowest[requirement.name] = max([*minimums, lowest.get(requirement.name, "0")], key=Version)
+    return lowest
 
 
 def versions(names: Sequence[str]) -> Iterator[str]:
-    """Run the tests in the named environments (default all); lines of a table, each as soon as it is known."""
+    """Run the tests in the named environments (default all); yield the lines of a table as they are finished."""
     columns = ("environment", "Python", *_SHOWN, "passed", "skipped", "failed")
     yield f"| {' | '.join(columns)} |"
     yield f"|{'---|' * len(columns)}"
@@ -112,22 +120,22 @@ def _row(environment: Environment) -> list[str]:
             [str(python), "-m", "pip", "install", "--quiet", "--upgrade", "pip"],
             [str(python), "-m", "pip", "install", "--quiet", "-c", str(limits), "-e", f".{extras}", *_TOOLS],
         ):
-            done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
-            if done.returncode:
-                return [environment.python, f"cannot be installed: {done.stderr.strip()[-600:]}"]
+            result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+            if result.returncode:
+                return [environment.python, f"cannot be installed: {result.stderr.strip()[-600:]}"]
         return [environment.python, *_installed(python), *_tested(python, tree, environment.name)]
 
 
 def _interpreter(version: str) -> str | None:
-    """A Python of a version: on the path, or among those of pyenv."""
-    found = shutil.which(f"python{version}")
+    """Return a Python of a version, from pyenv or on the path."""
+    on_path = shutil.which(f"python{version}")
     pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser() / "versions"
-    ours = [str(path) for path in sorted(pyenv.glob(f"{version}.*/bin/python"))]
-    return next((path for path in [*ours, found] if path), None)
+    of_pyenv = [str(path) for path in sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    return next((path for path in [*of_pyenv, on_path] if path), None)
 
 
 def _copied(target: Path) -> Path:
-    """The working tree without what git ignores."""
+    """Copy the working tree without files that git ignores."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -150,9 +158,9 @@ def _installed(python: Path) -> list[str]:
 
 
 def _tested(python: Path, tree: Path, name: str) -> list[str]:
-    """Passed, skipped, failed; the whole output becomes a file."""
-    command = [str(python.with_name("pytest")), *(f"--ignore=tests/{name}" for name in _LEFT_OUT), "-q"]
-    # ruff is a tool for developers, of one version; what it finds does not depend on the environment
+    """Run the tests; return the numbers of passed, skipped and failed ones, and write the output to a file."""
+    command = [str(python.with_name("pytest")), *(f"--ignore=tests/{name}" for name in _EXCLUDED), "-q"]
+    # ruff is pinned for developers; its findings do not depend on the environment
     command += ["--deselect=tests/test_package.py::test_ruff_is_clean"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COMFYUI"))}
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.speed``, from the project's root: how long merging takes, beside what else there is.
+"""``python -m benchmarks.speed``, from the project's root: time and memory of merging, compared with other tools.
 
-Every tool runs in a process of its own, in turn, on the same files; imports are not counted. Cases that are not run
-keep their rows in ``results.json``.
+Every tool runs in a separate process, one after the other, on the same files; imports are not counted. Cases that are
+not run keep their rows in ``results.json``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ..llm.many import measure
 from . import report
 from .cases import CASES, LARGE, PLAIN, Case
 from .sampled import SAMPLED
-from .whole import WHOLE, weight_files
+from .whole import WHOLE, weights_of
 
 _HERE = Path(__file__).parent
-_IMPORTED = {"legomole": "scipy.cluster.hierarchy", "peft": "peft"}  # what tools import when they first need it
+_IMPORTED = {"legomole": "scipy.cluster.hierarchy", "peft": "peft"}  # imported lazily by the tools
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(PLAIN))
-    parser.add_argument("--large", action="store_true", help=f"{LARGE} too: 5 GB of files, and our tools alone")
+    parser.add_argument("--large", action="store_true", help=f"also run {LARGE}: 5 GB of files, only legomole's tools")
     parser.add_argument("--tools", nargs="+", choices=[*WHOLE, *SAMPLED], default=[*WHOLE, *SAMPLED])
-    parser.add_argument("--rounds", type=int, default=3, help="that every tool is run; the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every tool; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, help="keep the LoRAs there; default a temporary folder")
-    parser.add_argument("--out", type=Path, default=_HERE, help="where results.json, table.md and the plot go")
+    parser.add_argument("--work", type=Path, help="folder to keep the LoRAs in; default a temporary one")
+    parser.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
     parser.add_argument("--child", nargs=3, metavar=("TOOL", "CASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -61,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _child(tool: str, case: Case, folder: Path) -> dict[str, Any]:
-    """In a process of its own: one tool, once."""
+    """Run one tool once; called in a separate process."""
     with torch.no_grad():
         if tool in SAMPLED:
-            done = SAMPLED[tool](case, folder)
-            return {"seconds": done.seconds, "inertia": done.inertia}
+            result = SAMPLED[tool](case, folder)
+            return {"seconds": result.seconds, "inertia": result.inertia}
         paths, out = case.write(folder), folder / "out.safetensors"
         library = _IMPORTED.get(tool.partition("-")[0])
         if library is not None:
-            importlib.import_module(library)  # not counted
+            importlib.import_module(library)  # before the clock starts
         start = time.perf_counter()
         WHOLE[tool](case, paths, out)
         return {"seconds": time.perf_counter() - start}
@@ -78,22 +78,22 @@ def _child(tool: str, case: Case, folder: Path) -> dict[str, Any]:
 def _measured(
     case: Case, tools: Sequence[str], rounds: int, threads: int, work: Path
 ) -> tuple[list[report.Row], float | None]:
-    """The rows of a case, and our inertia over scikit-learn's on the same units."""
+    """Run the tools on a case; return its rows, and the ratio of our inertia to scikit-learn's on the same units."""
     for path in case.write(work):
-        weight_files(path).read_bytes()  # into the system's cache
-    os.sync()  # what is still to be written would disturb the first tool
+        weights_of(path).read_bytes()  # fills the page cache
+    os.sync()  # pending writes would disturb the first tool
     seconds: dict[str, list[float]] = {tool: [] for tool in tools}
     peak = dict.fromkeys(tools, 0.0)
     inertia: float | None = None
     for i in range(rounds):
         for tool in tools if i % 2 == 0 else reversed(tools):
             command = ["-m", "benchmarks.speed", "--threads", str(threads), "--child", tool, case.name, str(work)]
-            done = measure(command, threads)
-            found = json.loads(done.output.splitlines()[-1])
-            seconds[tool].append(found["seconds"])
-            peak[tool] = max(peak[tool], done.own * 1000)
-            inertia = found.get("inertia") or inertia
-            print(f"{case.name} {tool}: {found['seconds']:.2f} s", file=sys.stderr, flush=True)
+            cost = measure(command, threads)
+            result = json.loads(cost.output.splitlines()[-1])
+            seconds[tool].append(result["seconds"])
+            peak[tool] = max(peak[tool], cost.own * 1000)
+            inertia = result.get("inertia") or inertia
+            print(f"{case.name} {tool}: {result['seconds']:.2f} s", file=sys.stderr, flush=True)
     rows = [
         report.Row(case.name, tool, round(statistics.median(seconds[tool]), 4), round(peak[tool]), tool in SAMPLED)
         for tool in tools
@@ -102,7 +102,7 @@ def _measured(
 
 
 def machine(threads: int) -> str:
-    """What the figures were measured on."""
+    """Describe the machine and the versions."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

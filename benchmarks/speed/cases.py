@@ -1,4 +1,4 @@
-"""What is merged: random LoRAs of the layers that SDXL, Flux and a Llama of 8 billion weights have."""
+"""Random LoRAs to merge, with the layers of SDXL, Flux and a Llama of 8 billion weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Layer = tuple[str, int, int]  # name, d_out, d_in
 
 
 def flux_layers(width: int = 3072) -> Iterator[Layer]:
-    """The 304 layers kohya trains in Flux: 19 double and 38 single blocks."""
+    """Yield the 304 layers of Flux that kohya trains, in 19 double and 38 single blocks."""
     for block in range(19):
         for part in ("img", "txt"):
             name = f"lora_unet_double_blocks_{block}_{part}"
@@ -35,7 +35,7 @@ def flux_layers(width: int = 3072) -> Iterator[Layer]:
 
 
 def llm_layers() -> Iterator[Layer]:
-    """The 224 linear layers of a Llama of 8 billion weights."""
+    """Yield the 224 linear layers of a Llama of 8 billion weights."""
     for block in range(32):
         for name, (d_out, d_in) in SHAPES.items():
             yield f"model.layers.{block}.{name}", d_out, d_in
@@ -43,11 +43,12 @@ def llm_layers() -> Iterator[Layer]:
 
 @dataclass(frozen=True)
 class Case:
-    """LoRAs to merge into one of their rank.
+    """LoRAs to merge into one of the same rank.
 
     Args:
-        layers: Of the model. n: How many LoRAs. rank: Of each.
-        format: Of their files. dtype: Of their numbers.
+        name: Name of the case and start of the file names.
+        layers: Layers of the model. n: Number of LoRAs. rank: Rank of each.
+        format: File format. dtype: Dtype of the factors.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Case:
     dtype: torch.dtype = torch.float16
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the LoRAs that are not there yet, as files or, for PEFT, as folders."""
+        """Write the LoRAs that do not exist yet, as files or, for PEFT, as folders."""
         end = "" if self.format == "peft" else ".safetensors"
         paths = [folder / f"{self.name}-{i:03}{end}" for i in range(self.n)]
         for seed, path in enumerate(paths):
@@ -67,7 +68,7 @@ class Case:
         return paths
 
     def lora(self, seed: int) -> Adapter:
-        """Random, always the same for a seed; alpha half the rank."""
+        """Return a random LoRA, determined by the seed, with alpha half the rank."""
         generator = torch.Generator().manual_seed(seed)
         modules = {
             name: LowRank(

@@ -1,7 +1,7 @@
-"""Peak memory of `legomole merge` on an SDXL-shaped pair of LoRAs: `python benchmarks/speed/memory.py`.
+"""Peak memory of `legomole merge` on a pair of SDXL LoRAs: `python benchmarks/speed/memory.py`.
 
-Writes two rank-32 float16 LoRAs of all 722 linear layers kohya trains in SDXL's U-Net to a temporary folder, merges
-them in a process of its own, and compares that process's peak resident memory with the size of inputs and output.
+Writes two rank-32 float16 LoRAs for all 722 linear layers of SDXL's U-Net that kohya trains to a temporary folder,
+merges them in a separate process, and compares that process's peak resident memory with the size of inputs and output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.formats import save
 from legomole.core.lowrank import LowRank
 
-# U-Net part -> (width, transformer blocks in it)
+# part of the U-Net -> (width, number of transformer blocks)
 _PARTS = {
     **{f"input_blocks_{i}_1": (640, 2) for i in (4, 5)},
     **{f"input_blocks_{i}_1": (1280, 10) for i in (7, 8)},
@@ -32,7 +32,7 @@ _TEXT = 2048  # width of the text conditioning
 
 
 def sdxl_layers() -> Iterator[tuple[str, int, int]]:
-    """``(kohya name, d_out, d_in)`` of the 722 layers."""
+    """Yield ``(kohya name, d_out, d_in)`` of the 722 layers."""
     for part, (width, depth) in _PARTS.items():
         yield from ((f"lora_unet_{part}_{name}", width, width) for name in ("proj_in", "proj_out"))
         for block in range(depth):
@@ -47,7 +47,7 @@ def sdxl_layers() -> Iterator[tuple[str, int, int]]:
 
 
 def write_lora(path: Path, rank: int, seed: int) -> Path:
-    """A random SDXL LoRA in float16, alpha half the rank."""
+    """Write a random SDXL LoRA in float16, with alpha half the rank."""
     generator = torch.Generator().manual_seed(seed)
     modules = {
         name: LowRank(
@@ -61,11 +61,11 @@ def write_lora(path: Path, rank: int, seed: int) -> Path:
 
 
 def measure(arguments: list[str]) -> tuple[float, float]:
-    """Run `legomole` with these arguments: peak resident megabytes (mapped file pages included) and seconds."""
+    """Run `legomole`; return its peak resident memory in MB, mapped file pages included, and the seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "legomole", *arguments], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes or kibibytes, says getrusage(2)
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6, seconds
 
 

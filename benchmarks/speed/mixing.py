@@ -1,18 +1,18 @@
-"""What mixing LoRAs at run time costs a step: `python benchmarks/speed/mixing.py`.
+"""Cost of mixing LoRAs at run time, per step: `python benchmarks/speed/mixing.py`.
 
-Times one pass of a model with random weights, over the same model with the LoRAs merged into its weights ("merged"), on
-the same input in the same process:
+Times one forward pass of a model with random weights, relative to the same model with the LoRAs merged into its weights
+("merged"), on the same input in the same process:
 
 - legomole: untrained gates ("even"), and trained ones that read the text, the hidden states or the experts;
 - PEFT: every adapter active, unmerged; it has no gates;
-- X-LoRA, PEFT's own gates: language models only. It runs the model without LoRAs first, to decide, then with them, and
-  gates every token apart.
+- X-LoRA, PEFT's own gates, language models only: it runs the model without LoRAs first to compute the gates, then with
+  them, with separate gates for every token.
 
-All gates stand at one, so all of them must give the merged model's output; they are compared before anything is timed.
-Models take turns, each round in another order, and a ratio is taken within a round: what else the machine does meets
-all of them alike. Ours and the peers share one copy of the base weights.
+All gates are one, so that all models must give the merged model's output, which is checked before anything is timed.
+Models take turns, in another order each round, and ratios are taken within a round, so that other load on the machine
+affects all models alike. Legomole's and PEFT's models share one copy of the base weights.
 
-`--profile` shows what a step with the gates that cost most is made of, beside the merged model's; on a CPU.
+`--profile` prints the operations of a step with the most expensive gates and of the merged model; on a CPU.
 """
 
 from __future__ import annotations
@@ -49,12 +49,14 @@ MERGED = "merged"
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what it is run on.
+    """A model with its input.
 
     Args:
-        model: With random weights. layers: Which of its layers the LoRAs change, a pattern for their names.
+        model: Model with random weights.
+        layers: Pattern for the names of the layers that the LoRAs change.
         inputs: Keyword arguments of the model.
-        gates: Name of a row -> gates to try. xlora: Whether X-LoRA can run it.
+        gates: Name of a row -> settings of its gates.
+        xlora: Whether X-LoRA supports the model.
     """
 
     model: nn.Module
@@ -70,7 +72,7 @@ def _gates(*reads: str) -> dict[str, GateSettings]:
 
 
 def dit(width: int, tokens: int) -> Case:
-    """Flux: double and single blocks, one sample, `tokens` of the picture and a quarter as many of the text."""
+    """Build a Flux with double and single blocks; input: `tokens` image tokens and a quarter as many of text."""
     from diffusers import FluxTransformer2DModel
 
     head = min(128, width // 2)
@@ -83,13 +85,13 @@ def dit(width: int, tokens: int) -> Case:
         pooled_projection_dim=64,
         axes_dims_rope=(head // 8, head * 7 // 16, head * 7 // 16),
     )
-    place = torch.arange(tokens)
+    position = torch.arange(tokens)
     inputs = {
         "hidden_states": torch.randn(1, tokens, 64),
         "encoder_hidden_states": torch.randn(1, tokens // 4, width),
         "pooled_projections": torch.randn(1, 64),
         "timestep": torch.tensor([0.5]),
-        "img_ids": torch.stack([0 * place, place // 32, place % 32], 1).float(),
+        "img_ids": torch.stack([0 * position, position // 32, position % 32], 1).float(),
         "txt_ids": torch.zeros(tokens // 4, 3),
     }
     layers = r".*transformer_blocks\.\d+\.(attn\.\w+(\.0)?|ff\w*\.net\.(0\.proj|2)|proj_mlp|proj_out)"
@@ -97,7 +99,7 @@ def dit(width: int, tokens: int) -> Case:
 
 
 def unet(width: int, tokens: int) -> Case:
-    """Stable Diffusion 1's U-Net with one layer a level, LoRAs on its convolutions too; prompt and negative prompt."""
+    """Build Stable Diffusion 1's U-Net with a layer per level; LoRAs on convolutions too; input: two prompts."""
     from diffusers import UNet2DConditionModel
 
     widths = (width // 4, width // 2, width)
@@ -120,7 +122,7 @@ def unet(width: int, tokens: int) -> Case:
 
 
 def llm(width: int, tokens: int) -> Case:
-    """Llama, eight layers, one text. Its gates cannot read a text conditioning: it has none."""
+    """Build a Llama with eight layers; the input is one text. It has no text conditioning for gates to read."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -141,8 +143,8 @@ CASES = {"dit": dit, "unet": unet, "llm": llm}
 
 
 def loras(case: Case, n: int, rank: int) -> list[Adapter]:
-    """`n` LoRAs on the case's layers, together about half as large as the weights they change."""
-    found: list[Adapter] = []
+    """Return `n` LoRAs on the case's layers, whose sum has about half the norm of the weights."""
+    adapters: list[Adapter] = []
     for _ in range(n):
         modules: dict[str, LowRank] = {}
         for name, layer in case.model.named_modules():
@@ -151,12 +153,12 @@ def loras(case: Case, n: int, rank: int) -> list[Adapter]:
                 A, B = torch.randn(rank, W.shape[1]) / W.shape[1] ** 0.5, torch.randn(W.shape[0], rank)
                 B *= 0.5 * W.float().norm().cpu() / (n * rank * W.shape[0]) ** 0.5
                 modules[name] = LowRank(A, B, kernel=tuple(layer.weight.shape[2:]))
-        found.append(Adapter(modules))
-    return found
+        adapters.append(Adapter(modules))
+    return adapters
 
 
 def models(case: Case, adapters: Sequence[Adapter], folder: Path) -> dict[str, Step]:
-    """The merged model first, then all others that can do the case."""
+    """Return a step function for the merged model and for every other model that supports the case."""
     steps = {MERGED: _step(_merged(case.model, adapters), case.inputs)}
     steps["even, untrained"] = _ours(case, adapters, None)
     steps |= {name: _ours(case, adapters, settings) for name, settings in case.gates.items()}
@@ -172,7 +174,7 @@ def _step(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
 
 
 def _sharing(model: nn.Module) -> Any:
-    """A copy of a model with the very same weights."""
+    """Copy a model without its weights, which both share."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
@@ -190,22 +192,22 @@ def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None
     step = _step(model, case.inputs)
     attachment: Attachment = attach(model, Mixture(tuple(adapters), GateSet(len(adapters), settings)))
     if settings is not None:
-        standardise_features(attachment, step)  # type: ignore[arg-type] # gates of the right size, all still at one
+        standardise_features(attachment, step)  # type: ignore[arg-type] # sets the size of the gates, which stay at one
     return step
 
 
 def _peft(model: nn.Module, paths: Sequence[Path]) -> nn.Module:
     from peft import PeftModel
 
-    made = PeftModel.from_pretrained(model, paths[0].as_posix(), "0", autocast_adapter_dtype=False)
+    peft = PeftModel.from_pretrained(model, paths[0].as_posix(), "0", autocast_adapter_dtype=False)
     for i, path in enumerate(paths[1:], 1):
-        made.load_adapter(path.as_posix(), str(i), autocast_adapter_dtype=False)
-    made.base_model.set_adapter([str(i) for i in range(len(paths))])
-    return made.eval()
+        peft.load_adapter(path.as_posix(), str(i), autocast_adapter_dtype=False)
+    peft.base_model.set_adapter([str(i) for i in range(len(paths))])
+    return peft.eval()
 
 
 def _xlora(model: Any, paths: Sequence[Path]) -> nn.Module:
-    """X-LoRA with equal shares, times their number: every adapter at one."""
+    """Return X-LoRA with equal weights, scaled by the number of adapters, so that each adapter has weight one."""
     from peft import XLoraConfig, get_peft_model
 
     config = XLoraConfig(
@@ -214,28 +216,28 @@ def _xlora(model: Any, paths: Sequence[Path]) -> nn.Module:
         adapters={str(i): path.as_posix() for i, path in enumerate(paths)},
         global_scaling_weight=len(paths),
     )
-    made: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
-    for parameter in made.base_model.internal_xlora_classifier.parameters():
+    peft: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for parameter in peft.base_model.internal_xlora_classifier.parameters():
         parameter.zero_()
-    return made.eval()
+    return peft.eval()
 
 
 def check(steps: Mapping[str, Step], base: Tensor, dtype: torch.dtype) -> None:
-    """Raise unless every model gives what the merged one gives.
+    """Raise unless every model gives the same output as the merged one.
 
-    The difference is relative to what the LoRAs change; one of `n` left out is ``n ** -0.5`` of that. In half precision
-    merging rounds the weights, and that is a few percent.
+    The difference is relative to the change made by the LoRAs, of which a missing LoRA would be ``n ** -0.5``. In half
+    precision, rounding of the merged weights is a few percent of it.
     """
     merged = steps[MERGED]().float()
     tolerance = 1e-3 if dtype == torch.float32 else 0.1
     for name, step in steps.items():
         error = float((step().float() - merged).norm() / (merged - base.float()).norm())
         if not error < tolerance:
-            raise SystemExit(f"{name} does not give what the merged model gives: {error:.2g} of what the LoRAs change")
+            raise SystemExit(f"{name} differs from the merged model by {error:.2g} of the change made by the LoRAs")
 
 
 def measure(steps: Mapping[str, Step], rounds: int, wait: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds of a step, for each model and round. `wait` returns when the device has done its work."""
+    """Return seconds per step for each model and round; `wait` blocks until the device has finished."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds):
         for name in random.Random(i).sample(list(steps), len(steps)):
@@ -248,7 +250,7 @@ def measure(steps: Mapping[str, Step], rounds: int, wait: Callable[[], None]) ->
 
 
 def summary(seconds: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
-    """Per model, the median of its seconds, and median and quartiles of their ratio to the merged model's."""
+    """Yield, per model, the median of its seconds, and median and quartiles of their ratio to the merged model's."""
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds[MERGED], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
@@ -256,20 +258,20 @@ def summary(seconds: Mapping[str, Sequence[float]]) -> Iterator[dict[str, Any]]:
 
 
 def profile(step: Step, rounds: int = 10) -> Counter[str]:
-    """Milliseconds of a step by operation, those that an operation calls not included."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    """Return milliseconds per step by operation, without nested operations."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         for _ in range(rounds):
             step()
     spent: Counter[str] = Counter()
-    for event in found.key_averages():
+    for event in profiler.key_averages():
         spent[event.key.removeprefix("aten::")] += event.self_cpu_time_total / 1000 / rounds
     return spent
 
 
 def show_profile(steps: Mapping[str, Step], mixed: str, lines: int = 10) -> None:
-    """Print the operations on which a mixed step and the merged one differ most."""
+    """Print the operations that differ most between a mixed step and the merged one."""
     ours, merged = profile(steps[mixed]), profile(steps[MERGED])
-    print(f"{'ms a step':32}{MERGED:>10}{'mixed':>10}   ({mixed})")
+    print(f"{'ms per step':32}{MERGED:>10}{'mixed':>10}   ({mixed})")
     for name in sorted(ours.keys() | merged.keys(), key=lambda name: -abs(ours[name] - merged[name]))[:lines]:
         print(f"  {name:30}{merged[name]:10.2f}{ours[name]:10.2f}")
     print(f"  {'all':30}{merged.total():10.2f}{ours.total():10.2f}", flush=True)
@@ -287,13 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--profile", action="store_true", help="what a step is made of, on a CPU")
+    parser.add_argument("--profile", action="store_true", help="print the operations of a step, on a CPU")
     options = parser.parse_args(arguments)
     if options.profile and options.device != "cpu":
-        parser.error("--profile tells the time of a CPU only")
+        parser.error("--profile works on a CPU only")
     dtype = getattr(torch, options.dtype)
-    warnings.filterwarnings("ignore", category=RuntimeWarning, module="peft")  # proj_out also ends another layer's name
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # X-LoRA's
+    warnings.filterwarnings(
+        "ignore", category=RuntimeWarning, module="peft"
+    )  # about proj_out, which also ends another layer's name
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     cuda = options.device == "cuda"
@@ -304,25 +308,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, n in itertools.product(options.cases, options.experts):
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             case = CASES[name](options.width, options.tokens)
-            nn.Module.to(case.model, options.device, dtype).eval()  # past diffusers' warning of it
+            nn.Module.to(case.model, options.device, dtype).eval()  # avoids a warning of diffusers
             inputs = {key: x.to(options.device) for key, x in case.inputs.items()}
             inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
             case = replace(case, inputs=inputs)
             steps = models(case, loras(case, n, options.rank), Path(folder))
-            check(steps, _step(case.model, inputs)(), dtype)  # warms up, too
+            check(steps, _step(case.model, inputs)(), dtype)  # also warms up
             seconds = measure(steps, options.rounds, torch.cuda.synchronize if cuda else lambda: None)
-            found = list(summary(seconds))
+            summaries = list(summary(seconds))
             if options.profile:
-                mixed = max((row for row in found if "gates" in row["model"]), key=lambda row: row["ratio"])
+                mixed = max((row for row in summaries if "gates" in row["model"]), key=lambda row: row["ratio"])
                 show_profile(steps, mixed["model"])
-        for row in found:
+        for row in summaries:
             rows.append({"case": name, "experts": n, **row})
             text = "{case:6}{experts:8}  {model:26}{seconds:8.3f}{ratio:8.2f}   {low:.2f} .. {high:.2f}"
             print(text.format(**rows[-1]), flush=True)
     if options.json:
-        about = {"device": where, "torch": torch.__version__}
-        about |= {name: getattr(options, name) for name in ("dtype", "width", "tokens", "rank", "rounds")}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
+        header = {"device": where, "torch": torch.__version__}
+        header |= {name: getattr(options, name) for name in ("dtype", "width", "tokens", "rank", "rounds")}
+        options.json.write_text(json.dumps({**header, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

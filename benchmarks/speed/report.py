@@ -1,4 +1,4 @@
-"""The comparison as files: ``results.json``, ``table.md`` and ``plot.png``."""
+"""Write the comparison to files: ``results.json``, ``table.md`` and ``plot.png``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from .cases import CASES
 
 _OURS = "legomole-lego"
 _FLOOR = "floor"
-_INERTIA = "inertia.json"  # beside the rows, whose form is fixed
+_INERTIA = "inertia.json"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tool on one case.
+    """Result of one tool on one case.
 
     Args:
-        seconds: Median of the rounds. peak_mb: Largest memory of the process that is no page of a file.
-        extrapolated: From one layer of every shape.
+        seconds: Median of the rounds.
+        peak_mb: Peak memory of the process without pages of mapped files.
+        extrapolated: Whether the time is extrapolated from one layer of every shape.
     """
 
     case: str
@@ -33,10 +34,12 @@ class Row:
 
 @dataclass
 class Results:
-    """All rows.
+    """All results of one machine.
 
     Args:
-        inertia: Case -> inertia of our clusters over that of scikit-learn's, on the same units.
+        machine: Description of the machine.
+        rows: Results by case and tool.
+        inertia: Case -> ratio of our clusters' inertia to scikit-learn's, on the same units.
     """
 
     machine: str
@@ -45,17 +48,17 @@ class Results:
 
     @classmethod
     def load(cls, out: Path, machine: str) -> Results:
-        """What is in a folder, if it was measured on this machine."""
+        """Read the results in a folder, if they were measured on this machine."""
         results = cls(machine)
         if (out / "results.json").exists():
-            found = json.loads((out / "results.json").read_text())
-            if found["machine"] == machine:
-                results.rows = [Row(**row) for row in found["rows"]]
+            data = json.loads((out / "results.json").read_text())
+            if data["machine"] == machine:
+                results.rows = [Row(**row) for row in data["rows"]]
                 results.inertia = json.loads((out / _INERTIA).read_text())
         return results
 
     def replace(self, case: str, rows: Sequence[Row], inertia: float | None) -> None:
-        """Put a case's rows in the place of those it had of the same tools: times of one run are comparable."""
+        """Replace all rows of a case, because only times of one run are comparable."""
         rows = [row for row in self.rows if row.case != case] + list(rows)
         self.rows = sorted(rows, key=lambda row: list(CASES).index(row.case))  # tools stay in their order
         if inertia is not None:
@@ -69,7 +72,7 @@ class Results:
         self._plot(out / "plot.png")
 
     def table(self) -> str:
-        """Markdown: a table a case, with ratios to the floor and to ours."""
+        """Return Markdown tables, one per case, with ratios to the floor and to `legomole-lego`."""
         parts = [self.machine]
         for case, rows in self._cases().items():
             seconds = {row.tool: row.seconds for row in rows}
@@ -92,7 +95,7 @@ class Results:
         return {case: [r for r in self.rows if r.case == case] for case in dict.fromkeys(r.case for r in self.rows)}
 
     def _plot(self, path: Path) -> None:
-        """Seconds, one panel a case; open bars are extrapolated."""
+        """Plot the seconds, one panel per case; open bars are extrapolated."""
         import matplotlib
 
         matplotlib.use("agg")

@@ -1,7 +1,7 @@
-"""Tools that would take too long: one layer of every shape is timed, and counted as often as the model has it.
+"""Tools that are too slow to run as a whole: one layer of every shape is timed, times the number of such layers.
 
-What they read and write is not counted. Where a full matrix is decomposed, a layer of more than `_LARGEST` numbers is
-made smaller by a factor f in both directions, and its time multiplied by ``f^3``, as the work of an SVD grows.
+Reading and writing files is not counted. Where a full matrix is decomposed, a layer of more than `_LARGEST` elements is
+shrunk by a factor f in both dimensions, and its time multiplied by ``f^3``, the complexity of an SVD.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from torch import Tensor
 from .cases import Case
 from .whole import peft_model
 
-_LARGEST = 1_700_000  # 1280 x 1280 fits
+_LARGEST = 1_700_000  # elements; 1280 x 1280 fits
 _ONE = "lora_unet_layer"
-_ROUNDS = 3  # the fastest counts
+_ROUNDS = 3  # rounds, of which the fastest counts
 
 Units = Sequence[LowRank]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Seconds of all layers, and the inertia of our clusters over the tool's where it clusters."""
+    """Result of a tool.
+
+    Args:
+        seconds: Seconds for all layers.
+        inertia: Ratio of our clusters' inertia to the tool's, if it clusters.
+    """
 
     seconds: float
     inertia: float | None = None
@@ -43,13 +48,13 @@ def _shapes(case: Case) -> Counter[tuple[int, int]]:
 
 
 def _units(case: Case, shape: tuple[int, int]) -> list[LowRank]:
-    """One layer of every LoRA."""
+    """Return one layer of every LoRA."""
     one = replace(case, layers=[(_ONE, *shape)])
     return [one.lora(seed).modules[_ONE] for seed in range(case.n)]
 
 
 def fastest(work: Callable[[], object], rounds: int = _ROUNDS) -> float:
-    """Seconds of the fastest round."""
+    """Return the seconds of the fastest round."""
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
@@ -66,7 +71,11 @@ def _factor(shape: tuple[int, int]) -> int:
 
 
 def per_layer(work: Callable[[Units, int], object], *, cubic: bool = False) -> Tool:
-    """A tool that does `work` on the LoRAs' updates of a layer and the rank of the result."""
+    """Return a tool that calls `work` with the LoRAs of each layer and the rank of the result.
+
+    Args:
+        cubic: Whether the work grows with the third power of the layer's size.
+    """
 
     def tool(case: Case, folder: Path) -> Sampled:
         seconds = 0.0
@@ -80,7 +89,7 @@ def per_layer(work: Callable[[Units, int], object], *, cubic: bool = False) -> T
 
 
 def kohya_svd(units: Units, rank: int) -> tuple[Tensor, Tensor]:
-    """kohya's ``svd_merge_lora``: the dense sum, its SVD, cut to the rank, its extreme entries clamped."""
+    """Merge as kohya's ``svd_merge_lora``: truncated SVD of the dense sum, with the extreme entries clamped."""
     delta = torch.zeros(units[0].d_out, units[0].d_in)
     for unit in units:
         delta += unit.scale * (unit.B.float() @ unit.A.float())
@@ -98,7 +107,7 @@ def _stacked(units: Units) -> list[Tensor]:
 
 
 def mergekit_ties(units: Units, rank: int) -> list[Tensor]:
-    """TIES on either factor: keep the larger half, elect a sign for every entry, average who agrees with it."""
+    """Apply TIES to each factor: keep the larger half, elect a sign per entry, average the entries that agree."""
     return [_ties(factor) for factor in _stacked(units)]
 
 
@@ -111,31 +120,31 @@ def _ties(factor: Tensor) -> Tensor:
 
 
 def mergekit_dare(units: Units, rank: int) -> list[Tensor]:
-    """DARE on either factor: drop half of the entries at random, double the rest, add."""
+    """Apply DARE to each factor: drop half of the entries at random, double the rest, add."""
     return [(factor * torch.bernoulli(torch.full_like(factor, 0.5)) * 2).sum(0) for factor in _stacked(units)]
 
 
 def sklearn_lego(case: Case, folder: Path) -> Sampled:
-    """LEGO as published with scikit-learn's ``KMeans(n_init=10)``, and how good our clusters of the same units are."""
+    """Cluster as in the LEGO paper with scikit-learn's ``KMeans(n_init=10)``; compare inertia on the same units."""
     from sklearn.cluster import KMeans
 
-    seconds, own, theirs = 0.0, 0.0, 0.0
+    seconds, ours, theirs = 0.0, 0.0, 0.0
     for shape, count in _shapes(case).items():
         units = _units(case, shape)
         X = torch.cat(
             [torch.cat([abs(u.scale) ** 0.5 * u.A.float(), abs(u.scale) ** 0.5 * u.B.float().T], 1) for u in units]
         )
         start = time.perf_counter()
-        found = KMeans(case.rank, n_init=10, random_state=0).fit(X.numpy())
-        torch.from_numpy(found.cluster_centers_).contiguous()
+        clusters = KMeans(case.rank, n_init=10, random_state=0).fit(X.numpy())
+        torch.from_numpy(clusters.cluster_centers_).contiguous()
         seconds += count * (time.perf_counter() - start)
-        theirs += count * float(found.inertia_)
-        own += count * float(gram.kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
-    return Sampled(seconds, own / theirs)
+        theirs += count * float(clusters.inertia_)
+        ours += count * float(gram.kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
+    return Sampled(seconds, ours / theirs)
 
 
 def peft_svd(case: Case, folder: Path) -> Sampled:
-    """PEFT's own ``add_weighted_adapter``, on models of a single layer."""
+    """Merge with PEFT's ``add_weighted_adapter``, on models of a single layer."""
     seconds = 0.0
     names = [str(i) for i in range(case.n)]
     for shape, count in _shapes(case).items():

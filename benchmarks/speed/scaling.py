@@ -1,7 +1,7 @@
-"""How the time of a LEGO merge grows: `python -m benchmarks.speed.scaling`, from the project's root; two minutes.
+"""Time of a LEGO merge by size: `python -m benchmarks.speed.scaling`, from the project's root; two minutes.
 
-Random LoRAs of SDXL's layers, of 3 LoRAs, rank 16 and all 722 layers one number at a time is changed. Reading, merging
-and writing count; each is measured three times, the fastest counts. Writes ``scaling.json`` and ``scaling.png``.
+Random LoRAs with SDXL's layers. Starting from 3 LoRAs, rank 16 and all 722 layers, one of these is varied at a time.
+Reading, merging and writing are counted; the fastest of three runs counts. Writes ``scaling.json`` and ``scaling.png``.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ CURVES = {"LoRAs": (2, 3, 4, 6, 8, 12), "rank": (4, 8, 16, 32, 64), "layers": (9
 
 def cases(curve: str, values: Sequence[int]) -> Iterator[Case]:
     layers = list(sdxl_layers())
-    usual = Case("scaling", layers, 3, 16)
+    default = Case("scaling", layers, 3, 16)
     for value in values:
         name = f"{curve}-{value}"
         if curve == "LoRAs":
-            yield replace(usual, name=name, n=value)
+            yield replace(default, name=name, n=value)
         elif curve == "rank":
-            yield replace(usual, name=name, rank=value)
-        else:  # every n-th, so that all shapes stay in
-            yield replace(usual, name=name, layers=layers[:: len(layers) // value][:value])
+            yield replace(default, name=name, rank=value)
+        else:  # every n-th layer, so that all shapes remain
+            yield replace(default, name=name, layers=layers[:: len(layers) // value][:value])
 
 
 def seconds(case: Case, folder: Path, rounds: int) -> float:

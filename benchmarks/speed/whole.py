@@ -1,4 +1,4 @@
-"""Tools that are run as a whole: read the LoRAs of a case, merge them, write the result."""
+"""Tools that run as a whole: they read the LoRAs of a case, merge them, and write the result."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from .cases import Case
 Tool = Callable[[Case, Sequence[Path], Path], None]
 
 
-def weight_files(path: Path) -> Path:
+def weights_of(path: Path) -> Path:
     return path / "adapter_model.safetensors" if path.is_dir() else path
 
 
 def floor(case: Case, paths: Sequence[Path], out: Path) -> None:
-    """Read every number of the inputs once, and write a file of the output's size; no other work."""
-    files = [load_file(weight_files(path)) for path in paths]
+    """Read the inputs once and write a file of the output's size, without any other work."""
+    files = [load_file(weights_of(path)) for path in paths]
     for file in files:
         for tensor in file.values():
-            tensor.clone()  # the file is mapped: only now its bytes are read
+            tensor.clone()  # the file is mapped, so that only this reads it
     save_file(files[0], out)
 
 
 def ours(method: str, **settings: Any) -> Tool:
-    """`legomole merge` without the command line's own start."""
+    """Return a tool that runs `legomole merge` without the start of the command line."""
 
     def merge(case: Case, paths: Sequence[Path], out: Path) -> None:
         rank = {} if method == "concat" else {"rank": case.rank}
         inputs = [Input(path=str(path)) for path in paths]
-        made = run(Recipe(method=method, inputs=inputs, settings={**rank, **settings}))
-        save(made.adapter, out.with_suffix("") if case.format == "peft" else out)
+        result = run(Recipe(method=method, inputs=inputs, settings={**rank, **settings}))
+        save(result.adapter, out.with_suffix("") if case.format == "peft" else out)
 
     return merge
 
 
 def peft(kind: str, **settings: Any) -> Tool:
-    """PEFT's `add_weighted_adapter` on a model of the case's layers, whose own weights take no memory."""
+    """Return a tool that calls PEFT's `add_weighted_adapter` on a model whose base weights take no memory."""
 
     def merge(case: Case, paths: Sequence[Path], out: Path) -> None:
         model = peft_model(case, paths)
@@ -56,7 +56,7 @@ def peft(kind: str, **settings: Any) -> Tool:
 
 
 def peft_model(case: Case, paths: Sequence[Path]) -> Any:
-    """A PEFT model with the LoRAs of these files, of those layers alone that the case names."""
+    """Return a PEFT model with the LoRAs of some files, restricted to the layers of the case."""
     from peft import LoraConfig, PeftModel
     from peft.utils import set_peft_model_state_dict
 
@@ -74,7 +74,7 @@ def peft_model(case: Case, paths: Sequence[Path]) -> Any:
         else:
             model.add_adapter(str(i), config, low_cpu_mem_usage=True)
         state: dict[str, Tensor] = {}
-        for key, tensor in load_file(weight_files(path)).items():
+        for key, tensor in load_file(weights_of(path)).items():
             module, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
             if module in names and kind != "alpha":
                 factor = {"lora_down": "lora_A", "lora_up": "lora_B"}.get(kind, kind)

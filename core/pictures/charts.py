@@ -1,63 +1,103 @@
-"""Pictures of what gates do: curves and heat maps. Drawn with Pillow, which every host has (loaded on use)."""
+"""Charts as images: lines over training steps or sampling passes, and heat maps."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .canvas import GRID, PALE, SERIES, Canvas, heat, ink_on
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_INK, _PALE, _GRID, _PAPER = (40, 40, 45), (120, 120, 128), (225, 225, 230), (255, 255, 255)
-_LINES = ((31, 119, 180), (214, 102, 0), (44, 140, 60), (190, 40, 60), (120, 90, 180), (110, 80, 60))
-# Dark blue, teal, green, yellow: even steps of lightness, readable without colour too.
-_SCALE = ((48, 18, 80), (50, 90, 142), (32, 146, 140), (94, 201, 98), (253, 231, 37))
+_TOP, _BOTTOM = 44, 34  # height of the title above a chart, and of the labels below it
+_CELL_WIDTH = 96
+_CHARACTER = 7  # width that a character of text takes at most, on average
+_LEGEND_ROW = 32
 
 
 def curves(series: Mapping[str, Sequence[float]], title: str = "", *, width: int = 640, height: int = 360) -> Image:
-    """Lines over steps, each on a scale of its own, with first and last value written beside it.
+    """Draw values over training steps, each series on a scale of its own.
 
     Args:
-        series: Name -> values. Values that are not finite are left out of the line.
-        title: Above the picture.
+        series: Name -> values. Values that are not finite are left out of the line. The legend holds the first and the
+            last finite value.
+        title: Text above the chart.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
     """
-    picture, draw, font = _sheet(width, height, title)
-    left, right, top, bottom = 20, width - 150, 44, height - 34
-    for i in range(5):
-        y = top + (bottom - top) * i / 4
-        draw.line([(left, y), (right, y)], fill=_GRID)
-    longest = max((len(values) for values in series.values()), default=0)
+    canvas = _titled(title)
+    left, right, bottom = 20, width - 150, height - _BOTTOM
+    steps = max((len(values) for values in series.values()), default=0)
+    canvas.axes(left, _TOP, right - left, bottom - _TOP, (), [(i / 4, "") for i in range(5)])
     for n, (name, values) in enumerate(series.items()):
-        finite = [v for v in values if math.isfinite(v)]
-        color = _LINES[n % len(_LINES)]
-        y = top + 46 * n
-        draw.text((right + 14, y), name, fill=color, font=font)
-        if not finite:
-            draw.text((right + 14, y + 15), "no values", fill=_PALE, font=font)
-            continue
-        draw.text((right + 14, y + 15), f"{finite[0]:.4g} to {finite[-1]:.4g}", fill=_INK, font=font)
-        low, high = min(finite), max(finite)
-        span = (high - low) or 1.0
+        finite = [value for value in values if math.isfinite(value)]
+        low, high = min(finite, default=0.0), max(finite, default=0.0)
         points = [
             (
-                left + (right - left) * i / max(1, longest - 1),
-                bottom - (bottom - top) * ((v - low) / span if high > low else 0.5),
+                left + (right - left) * i / max(1, steps - 1),
+                bottom - (bottom - _TOP) * ((value - low) / (high - low) if high > low else 0.5),
             )
-            for i, v in enumerate(values)
-            if math.isfinite(v)
+            for i, value in enumerate(values)
+            if math.isfinite(value)
         ]
-        if len(points) == 1:
-            draw.ellipse([points[0][0] - 2, points[0][1] - 2, points[0][0] + 2, points[0][1] + 2], fill=color)
+        colour, y = SERIES[n % len(SERIES)], _TOP + 46 * n
+        canvas.line(points, colour, 2)
+        canvas.text(right + 14, y, canvas.fitted(name, 132), colour)
+        if finite:
+            canvas.text(right + 14, y + 15, f"{finite[0]:.4g} to {finite[-1]:.4g}")
         else:
-            draw.line(points, fill=color, width=2, joint="curve")
-    draw.text((left, bottom + 8), "step 1", fill=_PALE, font=font)
-    _right(draw, (right, bottom + 8), f"step {longest}", _PALE, font)
-    return picture
+            canvas.text(right + 14, y + 15, "no values", PALE)
+    _span(canvas, left, right, bottom, "step", steps)
+    return canvas.finish(width, height)
+
+
+def lines(
+    series: Sequence[tuple[str, Sequence[float]]],
+    title: str,
+    *,
+    high: float = 1.0,
+    width: int = 660,
+    height: int = 220,
+) -> Image:
+    """Draw values over the passes of a model, all series on one scale that starts at 0, or at the lowest value.
+
+    The legend holds the first and the last value of each series. After six series colours repeat, dashed.
+
+    Args:
+        series: Names with their values, finite and equally many.
+        title: Text above the chart.
+        high: Smallest upper end of the scale; larger values extend it.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels; larger where the legend needs it.
+    """
+    passes = max((len(values) for _, values in series), default=0)
+    everything = [value for _, values in series for value in values]
+    low, high = min([0.0, *everything]), max([high, *everything])
+    high = high if high > low else low + 1.0
+    canvas, height = _titled(title), max(height, _TOP + _LEGEND_ROW * len(series) + _BOTTOM)
+    left, right, bottom = 52, width - 196, height - _BOTTOM
+    ticks = [(i / 4, f"{low + (high - low) * i / 4:.2f}") for i in range(5)]
+    canvas.axes(left, _TOP, right - left, bottom - _TOP, (), ticks, size=12)
+    for n, (name, values) in enumerate(series):
+        colour, dashed = SERIES[n % len(SERIES)], n >= len(SERIES)
+        points = [
+            (left + (right - left) * i / max(1, passes - 1), bottom - (bottom - _TOP) * (value - low) / (high - low))
+            for i, value in enumerate(values)
+        ]
+        canvas.line(points, colour, 2, dashed=dashed)
+        y = _TOP - 8 + _LEGEND_ROW * n
+        canvas.line([(right + 14, y + 8), (right + 34, y + 8)], colour, 2, dashed=dashed)
+        canvas.text(right + 40, y, canvas.fitted(name, 150))
+        ends = f"{values[0]:.3f}" if len(values) == 1 else f"{values[0]:.3f} to {values[-1]:.3f}"
+        canvas.text(right + 40, y + 14, ends, PALE)
+    _span(canvas, left, right, bottom, "pass", passes)
+    return canvas.finish(width, height)
 
 
 def heat_map(
@@ -68,91 +108,75 @@ def heat_map(
     *,
     high: float | None = None,
 ) -> Image:
-    """A table as colours, from 0 (dark) to `high` (bright), every value written into its cell.
+    """Draw a table as colours from 0 (dark) to `high` (bright), with every value written into its cell.
 
     Args:
-        values: ``(rows, columns)``, not negative.
-        row_names: E.g. blocks. column_names: E.g. LoRAs.
-        title: Above the picture.
-        high: The brightest value; default the largest, at least 1.
+        values: Table ``(rows, columns)``, not negative.
+        row_names: Names of the rows, e.g. blocks.
+        column_names: Names of the columns, e.g. LoRAs.
+        title: Text above the map.
+        high: Value of the brightest colour; default the largest value, at least 1.
     """
     table = torch.as_tensor(values, dtype=torch.float32)
     rows, columns = table.shape
     finite = table[torch.isfinite(table)]
     high = high or max(1.0, float(finite.max()) if finite.numel() else 1.0)
-    cell_w, cell_h = 96, 22 if rows <= 60 else 14
-    label = 14 + 7 * max((len(_short(name)) for name in row_names), default=1)
-    height = max(cell_h * rows, 60)
-    picture, draw, font = _sheet(max(label + cell_w * columns + 70, 320), 76 + height + 16, title)
+    cell_height, top = 22 if rows <= 60 else 14, 72
+    left = 14 + _CHARACTER * min(34, max((len(name) for name in row_names), default=1))
+    canvas, height = _titled(title), max(cell_height * rows, 60)
     for j, name in enumerate(column_names):
-        _middle(draw, (label + cell_w * (j + 0.5), 58), _short(name, 15), _INK, font)
+        canvas.text(left + _CELL_WIDTH * (j + 0.5), top - 14, canvas.fitted(name, _CELL_WIDTH - 6), anchor="mm")
     for i, name in enumerate(row_names):
-        y = 72 + cell_h * i
-        _right(draw, (label - 6, y + cell_h / 2 - 6), _short(name), _INK, font)
+        y = top + cell_height * i
+        canvas.text(left - 6, y + cell_height / 2 - 1, canvas.fitted(name, left - 10), anchor="rm")
         for j in range(columns):
             value = float(table[i, j])
-            color = _color(value / high) if math.isfinite(value) else _GRID
-            x = label + cell_w * j
-            draw.rectangle([x, y, x + cell_w - 2, y + cell_h - 2], fill=color)
-            if cell_h > 16:
-                ink = _INK if sum(color) > 380 else _PAPER
-                _middle(draw, (x + cell_w / 2 - 1, y + cell_h / 2 - 1), f"{value:.2f}", ink, font)
-    _scale(draw, label + cell_w * columns + 14, 72, height, high, font)
-    return picture
+            fill = heat(value / high) if math.isfinite(value) else GRID
+            x = left + _CELL_WIDTH * j
+            canvas.box(x, y, _CELL_WIDTH - 1, cell_height - 1, fill)
+            if cell_height > 16:
+                x, y_middle = x + _CELL_WIDTH / 2 - 1, y + cell_height / 2 - 1
+                canvas.text(x, y_middle, f"{value:.2f}", ink_on(fill), anchor="mm")
+    right = left + _CELL_WIDTH * columns
+    _heat_scale(canvas, right + 14, top, height, high)
+    return canvas.finish(max(right + 70, 320), top + height + 20)
 
 
-def stacked(parts: Sequence[Image]) -> Image:
-    """Pictures one below the other, on white."""
+def stacked(images: Sequence[Image]) -> Image:
+    """Put images one below the other, on white."""
+    canvas, top = Canvas(density=1), 0
+    for image in images:
+        canvas.image(0, top, image)
+        top += image.height
+    return canvas.finish(max(image.width for image in images), top)
+
+
+def png(image: Image) -> bytes:
+    """Encode an image as a PNG file with a palette of 256 colours: enough for a figure, and small."""
     from PIL import Image
 
-    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), _PAPER)
-    top = 0
-    for part in parts:
-        sheet.paste(part, (0, top))
-        top += part.height
-    return sheet
-
-
-def png(picture: Image) -> bytes:
-    """A picture as the bytes of a PNG file. Figures have few colours: 256 do, and make it small."""
-    from PIL import Image
-
+    # the default method merges rare colours, such as those of a legend or of the ends of a colour scale
+    palette = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    picture.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+    palette.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _scale(draw: Any, x: float, y: float, height: float, high: float, font: Any) -> None:
-    for i in range(int(height)):
-        draw.line([(x, y + i), (x + 12, y + i)], fill=_color(1 - i / height))
-    draw.text((x + 17, y - 4), f"{high:.2g}", fill=_PALE, font=font)
-    draw.text((x + 17, y + height - 10), "0", fill=_PALE, font=font)
+def _titled(title: str) -> Canvas:
+    canvas = Canvas(density=1)
+    canvas.text(14, 12, title, size=15)
+    return canvas
 
 
-def _color(share: float) -> tuple[int, int, int]:
-    position = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
-    i = min(int(position), len(_SCALE) - 2)
-    low, high = _SCALE[i], _SCALE[i + 1]
-    r, g, b = (round(a + (c - a) * (position - i)) for a, c in zip(low, high, strict=True))
-    return r, g, b
+def _span(canvas: Canvas, left: float, right: float, bottom: float, unit: str, count: int) -> None:
+    """Number the first and the last value below a chart."""
+    canvas.text(left, bottom + 8, f"{unit} 1", PALE)
+    if count > 1:
+        canvas.text(right, bottom + 8, f"{unit} {count}", PALE, anchor="ra")
 
 
-def _sheet(width: int, height: int, title: str) -> tuple[Image, Any, Any]:
-    from PIL import Image, ImageDraw, ImageFont
-
-    picture = Image.new("RGB", (int(width), int(height)), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    draw.text((14, 12), title, fill=_INK, font=ImageFont.load_default(15))
-    return picture, draw, ImageFont.load_default(12)
-
-
-def _short(name: str, limit: int = 34) -> str:
-    return name if len(name) <= limit else f"..{name[2 - limit :]}"
-
-
-def _right(draw: Any, at: tuple[float, float], text: str, fill: Any, font: Any) -> None:
-    draw.text((at[0] - draw.textlength(text, font=font), at[1]), text, fill=fill, font=font)
-
-
-def _middle(draw: Any, at: tuple[float, float], text: str, fill: Any, font: Any) -> None:
-    draw.text(at, text, fill=fill, font=font, anchor="mm")
+def _heat_scale(canvas: Canvas, x: float, y: float, height: int, high: float) -> None:
+    for i in range(height):
+        canvas.box(x, y + i, 13, 1, heat(1 - i / height))
+    canvas.text(x + 17, y - 4, f"{high:.2g}", PALE)
+    canvas.text(x + 17, y + height - 10, "0", PALE)

@@ -1,1 +1,1 @@
-"""Several adapters, examined together: numbers, findings in sentences, a picture and a page."""
+"""Surveys: several adapters compared before a merge, as numbers, findings in sentences, a picture and a page."""

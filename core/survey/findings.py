@@ -1,9 +1,9 @@
-"""A survey in plain sentences.
+"""Findings of a survey in plain sentences.
 
-Where they draw a line: two LoRAs share a direction above a cosine of `report.SHARED`, work against each other below its
-negative, and are nearly the same above `report.SAME`, as in a merge's report; from `_LITTLE` on it is called a little.
-One is much larger than another from `_LOUDER` times its norm on, and at home in a stretch of the model that holds more
-than `_HOME` of its energy. A rank is said to do from 95% of the sum's energy on.
+Thresholds: two LoRAs share a direction above a cosine of `report.SHARED`, work against each other below its negative,
+and are nearly the same above `report.SAME`, as in a merge report; from `_LITTLE` on they do so a little. One LoRA is
+called larger than another from `_LARGER` times its norm on. It acts mostly in a region of the model that holds more
+than `_MOSTLY` of its energy. A rank is called sufficient at 95 % of the sum's energy.
 """
 
 from __future__ import annotations
@@ -18,70 +18,79 @@ from ..merge.report import SAME, SHARED
 from .survey import Survey
 
 _LITTLE = 0.1
-_LONGEST = 40  # characters of a name
-_LOUDER = 2.0
-_HOME = 0.5
-_TOLD = 3  # pairs, or LoRAs, told of one by one
+_LARGER = 2.0
+_MOSTLY = 0.5
+_NAME_LENGTH = 40  # characters of a name, at most
+_NAMED = 3  # pairs, or LoRAs, that get a sentence each
 
 
-def title(survey: Survey) -> str:
-    """What to call the report."""
-    *some, last = survey.report.inputs
-    names = f"{', '.join(some)} and {last}" if some else last
-    return f"LoRA report: {names if len(some) < 4 else f'{len(some) + 1} LoRAs'}"
+def report_title(survey: Survey) -> str:
+    """Return a title with the LoRAs' names, or their number if there are more than four."""
+    *others, last = survey.report.inputs
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"LoRA report: {names if len(others) < 4 else f'{len(others) + 1} LoRAs'}"
 
 
-def sentences(survey: Survey) -> list[str]:
-    """What a person should know of these adapters, the most important first."""
-    return [*_overlaps(survey), *_sizes(survey), *_homes(survey), *_ranks(survey), *_origins(survey)]
+def findings(survey: Survey) -> list[str]:
+    """Summarise a survey in sentences, the most important first."""
+    return [
+        *_overlap_findings(survey),
+        *_size_findings(survey),
+        *_region_findings(survey),
+        *_rank_findings(survey),
+        *_lego_findings(survey),
+    ]
 
 
-def _overlaps(survey: Survey) -> Iterator[str]:
+def format_cosine(cosine: float) -> str:
+    """Format a cosine with a sign and two digits; zero has no sign."""
+    return f"{cosine:+.2f}" if abs(cosine) >= 0.005 else "0.00"
+
+
+def _overlap_findings(survey: Survey) -> Iterator[str]:
     names = survey.report.inputs
-    regions = _regions(survey)
-    local = {region: survey.of(layers).overlap() for region, layers in regions.items()}
+    by_region = {region: survey.report_of(layers).overlap() for region, layers in _layers_by_region(survey).items()}
     overall = survey.report.overlap()
 
     def strongest(pair: tuple[int, int]) -> float:
         i, j = pair
-        return max(abs(table[i][j]) for table in (overall, *local.values()))
+        return max(abs(table[i][j]) for table in (overall, *by_region.values()))
 
     pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: (-strongest(pair), pair))
     if len(pairs) > 1 and strongest(pairs[0]) < _LITTLE:
         yield (
             f"The {len(names)} LoRAs hardly touch each other: every cosine is within {strongest(pairs[0]):.2f} of 0, "
-            "over the whole model and in each stretch of it."
+            "over the whole model and in each region of it."
         )
         return
-    for i, j in pairs[:_TOLD]:
-        cosine = overall[i][j]
-        where = {region: table[i][j] for region, table in local.items() if len(local) > 1}
-        line = f"{_called(names[i])} and {_called(names[j])} {_do(cosine)} (cosine {signed(cosine)})"
-        against = {region: c for region, c in where.items() if c < -SHARED}
-        along = {region: c for region, c in where.items() if c > SHARED}
-        but: list[str] = []
-        for do, there, same in (
-            ("work against each other", against, cosine < -SHARED),
-            ("share a direction", along, cosine > SHARED),
-        ):
-            if there and len(there) < len(where):
-                if same:
-                    line += _most(there)
-                else:
-                    but.append(f"{do}{_most(there)}")
-        if but:
-            line += f", but they {' and '.join(but)}"
-        yield f"{line}."
-    if len(pairs) > _TOLD:
-        yield f"The other {len(pairs) - _TOLD} pairs overlap less."
+    for i, j in pairs[:_NAMED]:
+        regions = {region: table[i][j] for region, table in by_region.items() if len(by_region) > 1}
+        yield f"{_short_name(names[i])} and {_short_name(names[j])} {_pair_finding(overall[i][j], regions)}."
+    if len(pairs) > _NAMED:
+        yield f"The other {len(pairs) - _NAMED} pairs overlap less."
 
 
-def _called(name: str) -> str:
-    """A name short enough for a sentence."""
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}..{name[-_LONGEST // 2 :]}"
+def _pair_finding(overall: float, regions: dict[str, float]) -> str:
+    """Describe the cosine of a pair over the whole model and, where they differ from it, in the regions."""
+    text = f"{_relation(overall)} (cosine {format_cosine(overall)})"
+    exceptions: list[str] = []
+    for relation, strong, is_overall in (
+        ("work against each other", {r: c for r, c in regions.items() if c < -SHARED}, overall < -SHARED),
+        ("share a direction", {r: c for r, c in regions.items() if c > SHARED}, overall > SHARED),
+    ):
+        if strong and len(strong) < len(regions):
+            if is_overall:
+                text += _strongest_region(strong)
+            else:
+                exceptions.append(f"{relation}{_strongest_region(strong)}")
+    return f"{text}, but they {' and '.join(exceptions)}" if exceptions else text
 
 
-def _do(cosine: float) -> str:
+def _short_name(name: str) -> str:
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH // 2]}..{name[-_NAME_LENGTH // 2 :]}"
+
+
+def _relation(cosine: float) -> str:
     if cosine > SAME:
         return "are nearly the same LoRA"
     if cosine > SHARED:
@@ -93,54 +102,54 @@ def _do(cosine: float) -> str:
     return "hardly touch each other"
 
 
-def _most(regions: dict[str, float]) -> str:
-    region = max(regions, key=lambda region: abs(regions[region]))
-    others = "" if len(regions) == 1 else ", most"
-    return f"{others} in {region} ({signed(regions[region])})"
+def _strongest_region(cosines: dict[str, float]) -> str:
+    region = max(cosines, key=lambda region: abs(cosines[region]))
+    most = "" if len(cosines) == 1 else ", most"
+    return f"{most} in {region} ({format_cosine(cosines[region])})"
 
 
-def _sizes(survey: Survey) -> Iterator[str]:
+def _size_findings(survey: Survey) -> Iterator[str]:
     names, sizes = survey.report.inputs, survey.energies().sum(0).sqrt().tolist()
-    heard = [i for i, size in enumerate(sizes) if size > 0]
+    nonzero = [i for i, size in enumerate(sizes) if size > 0]
     for i in range(len(names)):
-        if i not in heard:
-            yield f"{_called(names[i])} changes nothing."
-    if len(heard) > 1:
-        low, high = min(heard, key=lambda i: sizes[i]), max(heard, key=lambda i: sizes[i])
-        if sizes[high] >= _LOUDER * sizes[low]:
+        if i not in nonzero:
+            yield f"{_short_name(names[i])} changes nothing."
+    if len(nonzero) > 1:
+        low, high = min(nonzero, key=lambda i: sizes[i]), max(nonzero, key=lambda i: sizes[i])
+        if sizes[high] >= _LARGER * sizes[low]:
             yield (
-                f"{_called(names[high])} is {sizes[high] / sizes[low]:.1f} times as large as {_called(names[low])}, at "
-                "these weights."
+                f"{_short_name(names[high])} is {sizes[high] / sizes[low]:.1f} times as large as "
+                f"{_short_name(names[low])}, at these weights."
             )
 
 
-def _homes(survey: Survey) -> Iterator[str]:
+def _region_findings(survey: Survey) -> Iterator[str]:
     energies = survey.energies()
     names, total = survey.report.inputs, energies.sum(0)
     for region in (FIRST, MIDDLE, LAST, TEXT):
-        at = torch.tensor([part.region == region for part in survey.parts])
-        shares = (energies[at].sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
-        home = [i for i, share in enumerate(shares) if share > _HOME]
-        if not home or at.all():
+        inside = torch.tensor([block.region == region for block in survey.blocks])
+        shares = (energies[inside].sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
+        mostly_here = [i for i, share in enumerate(shares) if share > _MOSTLY]
+        if not mostly_here or inside.all():
             continue
-        if len(home) > _TOLD:
-            yield f"{len(home)} of the {len(names)} LoRAs act mostly in {region}."
+        if len(mostly_here) > _NAMED:
+            yield f"{len(mostly_here)} of the {len(names)} LoRAs act mostly in {region}."
             continue
-        for i in home:
-            yield f"{_called(names[i])} acts mostly in {region} ({shares[i]:.0%} of its energy)."
+        for i in mostly_here:
+            yield f"{_short_name(names[i])} acts mostly in {region} ({shares[i]:.0%} of its energy)."
 
 
-def _ranks(survey: Survey) -> Iterator[str]:
-    kept = survey.kept()
-    what = "the sum's" if len(survey.report.inputs) > 1 else "its"
-    enough, whole = survey.rank_for(0.95), survey.rank_for(1 - 1e-9)
-    if enough == whole:
-        yield f"It takes rank {whole} to keep 95% of {what} energy, and that keeps all of it."
+def _rank_findings(survey: Survey) -> Iterator[str]:
+    whose = "the sum's" if len(survey.report.inputs) > 1 else "its"
+    sufficient, full = survey.rank_for(0.95), survey.rank_for(1 - 1e-9)
+    if sufficient == full:
+        yield f"It takes rank {full} to keep 95% of {whose} energy, and that keeps all of it."
     else:
-        yield f"Rank {enough} keeps {_percent(kept[enough - 1])} of {what} energy; all of it needs rank {whole}."
+        kept = _percent(survey.energy_by_rank()[sufficient - 1])
+        yield f"Rank {sufficient} keeps {kept} of {whose} energy; all of it needs rank {full}."
 
 
-def _origins(survey: Survey) -> Iterator[str]:
+def _lego_findings(survey: Survey) -> Iterator[str]:
     report, mixed = survey.report, survey.report.mixed_clusters()
     if len(report.inputs) < 2 or mixed is None:
         return
@@ -148,26 +157,21 @@ def _origins(survey: Survey) -> Iterator[str]:
     rank, best = f"rank {low} to {high}", ""
     if low == high:
         rank = f"rank {low}"
-        best = f" of it, where no merge can keep more than {_percent(survey.kept()[:low].max())}"
+        best = f" of it, where no merge can keep more than {_percent(survey.energy_by_rank()[:low].max())}"
     yield (
-        f"LEGO at {rank} keeps {_percent(survey.merged())}{best}; {mixed:.0%} of its units blend several LoRAs, the "
-        "others come from one."
+        f"LEGO at {rank} keeps {_percent(survey.lego_energy())}{best}; {mixed:.0%} of its units blend several LoRAs, "
+        "the others come from one."
     )
 
 
-def signed(cosine: float) -> str:
-    """To two digits; nothing has no sign."""
-    return f"{cosine:+.2f}" if abs(cosine) >= 0.005 else "0.00"
-
-
 def _percent(share: float | torch.Tensor) -> str:
-    """Whole numbers, but never 100% of what is not all."""
+    """Format a share in whole percent, but as less than 100% unless it is all."""
     share = float(share)
     return f"{share:.0%}" if share >= 1 - 1e-9 or share < 0.995 else f"{int(share * 1000) / 10:.1f}%"
 
 
-def _regions(survey: Survey) -> dict[str, list[str]]:
+def _layers_by_region(survey: Survey) -> dict[str, list[str]]:
     regions: dict[str, list[str]] = {}
-    for part in survey.parts:
-        regions.setdefault(part.region, []).extend(part.layers)
+    for block in survey.blocks:
+        regions.setdefault(block.region, []).extend(block.layers)
     return regions

@@ -1,7 +1,7 @@
-"""Look at several adapters together: where they meet, where they are strong, what rank their sum needs.
+"""Compare several adapters: where they overlap, in which blocks they are strong, what rank their sum needs.
 
-Everything is computed from Gram matrices of the factors, and none of it depends on how an adapter's delta is split into
-factors: cosines and energies are those of the deltas, units those of the balanced SVD form.
+Everything is computed from Gram matrices of the factors and does not depend on how a delta is split into factors:
+cosines and energies are those of the deltas, units those of the balanced SVD form.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from threading import Lock
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,36 +22,38 @@ from ..merge.pool import Merged, Pool
 from ..merge.rank import Rank
 from ..merge.report import MergeReport
 from ..progress import Progress
-from .embedding import pca, tsne
-
-Drawn = Literal["pca", "tsne"]
+from .embedding import pca
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
-    """What a survey knows of one layer beyond its `ModuleReport`; adapters are those of that report, in order.
+class LayerSpectra:
+    """Singular values and common directions of one layer; adapters in the order of its `ModuleReport`.
 
     Args:
-        total: Singular values of the exact sum, descending.
-        own: Those of every adapter's delta.
-        shared_in: Share of common input directions of any two, ``(n, n)``: ``|V_i^T V_j|^2 / min(r_i, r_j)`` for
-            orthonormal bases V of what their deltas read, 0 .. 1. By chance it is ``max(r_i, r_j) / d_in``.
-        shared_out: The same of what they write.
+        of_sum: Singular values of the exact sum of the deltas, descending.
+        of_adapters: Singular values of each adapter's delta.
+        shared_in: Share of common input directions of any two adapters, ``(n, n)``:
+            ``|V_i^T V_j|_F^2 / min(r_i, r_j)`` for orthonormal bases V of the row spaces of their deltas, 0 .. 1. For
+            random deltas it is ``max(r_i, r_j) / d_in``.
+        shared_out: Share of common output directions, likewise from the column spaces.
     """
 
-    total: Tensor
-    own: tuple[Tensor, ...]
+    of_sum: Tensor
+    of_adapters: tuple[Tensor, ...]
     shared_in: Tensor
     shared_out: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class UnitMap:
-    """The units of one layer as points in the plane.
+    """Units of one layer as points in the plane.
 
     Args:
-        layer: Its name. region: The stretch of the model it was chosen for, see `ModelBlock`.
-        points: ``(P, 2)``. owner: ``(P,)`` long, positions of the adapters. sizes: ``(P,)``, Frobenius norms.
+        layer: Name of the layer.
+        region: Region of the model that the layer represents, see `ModelBlock`.
+        points: Principal components of the units as matrices, ``(P, 2)``.
+        owner: Position of each unit's adapter, ``(P,)`` long.
+        sizes: Frobenius norms of the units, ``(P,)``.
     """
 
     layer: str
@@ -64,68 +65,82 @@ class UnitMap:
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Several adapters, looked at together.
+    """Comparison of several adapters.
 
     Args:
-        report: Of their LEGO merge.
-        parts: Blocks of the model. layers: By name.
-        maps: Of the largest layer in each region. drawn: How their points were found.
-        rank: LEGO's.
+        report: Report of their LEGO merge.
+        blocks: Blocks of the model with the layers that were merged.
+        layers: Layer name -> its spectra.
+        unit_maps: Units of the largest layer in each region.
+        rank: Rank of the LEGO merge.
     """
 
     report: MergeReport
-    parts: tuple[ModelBlock, ...]
-    layers: dict[str, Layer]
-    maps: tuple[UnitMap, ...]
-    drawn: Drawn
+    blocks: tuple[ModelBlock, ...]
+    layers: dict[str, LayerSpectra]
+    unit_maps: tuple[UnitMap, ...]
     rank: Rank
 
-    def of(self, layers: Sequence[str]) -> MergeReport:
-        """The report of some layers alone."""
+    def report_of(self, layers: Sequence[str]) -> MergeReport:
+        """Return the report of the LEGO merge, restricted to some layers."""
         wanted = set(layers)
         return replace(self.report, modules=tuple(module for module in self.report.modules if module.name in wanted))
 
     def energies(self) -> Tensor:
-        """``|delta|_F^2`` of every adapter in every part, ``(parts, N)`` float64; weights included."""
-        row = {name: i for i, part in enumerate(self.parts) for name in part.layers}
-        table = torch.zeros(len(self.parts), len(self.report.inputs), dtype=torch.float64)
+        """Return ``|delta|_F^2`` of every adapter in every block, weights included: ``(blocks, N)`` float64."""
+        row = self._block_of_layer()
+        table = torch.zeros(len(self.blocks), len(self.report.inputs), dtype=torch.float64)
         for module in self.report.modules:
             for i, norm in zip(module.adapters, module.norms, strict=True):
                 table[row[module.name], i] += norm**2
         return table
 
-    def kept(self, adapter: int | None = None, layers: Sequence[str] | None = None) -> Tensor:
-        """Share of the energy that rank 1, 2, .. in every layer keeps, ``(largest rank,)``; ends at 1.
+    def energy_shares(self) -> Tensor:
+        """Return how each adapter's energy is spread over the blocks, ``(blocks, N)``; zeros for a zero delta."""
+        energies = self.energies()
+        return energies / energies.sum(0).clamp_min(torch.finfo(energies.dtype).tiny)
+
+    def energy_by_rank(self, adapter: int | None = None, layers: Sequence[str] | None = None) -> Tensor:
+        """Return the share of energy kept by the best approximation of rank 1, 2, .. in every layer.
 
         Args:
-            adapter: Of its delta; ``None``: of the exact sum, which `svd` cuts at that rank. layers: Default all.
+            adapter: Position of the adapter to approximate; default the exact sum, which `svd` truncates.
+            layers: Names of the layers to count; default all.
+
+        Returns:
+            Shares ``(largest rank,)``, the last of which is 1.
         """
         energy = self._squares(adapter, layers).sum(0).cumsum(0)
         return energy / energy[-1] if energy.numel() and energy[-1] > 0 else torch.ones(1, dtype=torch.float64)
 
-    def merged(self) -> float:
-        """Share of the exact sum's energy that the LEGO merge keeps, to be compared with `kept` at its rank."""
-        sizes = [float(self.layers[module.name].total.square().sum()) for module in self.report.modules]
+    def lego_energy(self) -> float:
+        """Return the share of the exact sum's energy that the LEGO merge keeps, comparable to `energy_by_rank`."""
+        sizes = [float(self.layers[module.name].of_sum.square().sum()) for module in self.report.modules]
         lost = sum(module.error**2 * size for module, size in zip(self.report.modules, sizes, strict=True))
         return max(0.0, 1 - lost / sum(sizes)) if sum(sizes) > 0 else 1.0
 
     def spectrum(self, adapter: int | None = None) -> Tensor:
-        """Singular values, root mean square over the layers, ``(largest rank,)``; see `kept`."""
+        """Return the root mean square over the layers of the singular values, ``(largest rank,)``.
+
+        Args:
+            adapter: Position of the adapter; default the exact sum.
+        """
         squares = self._squares(adapter, None)
         return squares.mean(0).sqrt() if len(squares) else torch.zeros(1, dtype=torch.float64)
 
     def rank_for(self, share: float, layers: Sequence[str] | None = None) -> int:
-        """The smallest rank that keeps such a share of the exact sum's energy."""
-        return int((self.kept(None, layers) >= share - 1e-12).int().argmax()) + 1
+        """Return the smallest rank that keeps a share of the exact sum's energy."""
+        return int((self.energy_by_rank(None, layers) >= share - 1e-12).int().argmax()) + 1
 
-    def origins(self) -> tuple[Tensor, Tensor]:
-        """Where the merged units of every part come from: ``pure``, ``mixed``, ``(parts, N)`` float64.
+    def unit_origins(self) -> tuple[Tensor, Tensor]:
+        """Count the units of the LEGO merge by block and by the adapter they come from.
 
-        ``pure`` counts the units made of one adapter alone; of the others everyone in ``mixed`` has its share, by the
-        number of units it gave.
+        Returns:
+            ``pure``: units from one adapter alone, and ``mixed``: units from several adapters, divided among them in
+            proportion to the number of units each contributed. ``(blocks, N)`` float64 each.
         """
-        row = {name: i for i, part in enumerate(self.parts) for name in part.layers}
-        pure, mixed = torch.zeros(2, len(self.parts), len(self.report.inputs), dtype=torch.float64)
+        row = self._block_of_layer()
+        pure, mixed = torch.zeros(2, len(self.blocks), len(self.report.inputs), dtype=torch.float64)
         for module in self.report.modules:
             for cluster in module.clusters:
                 table = pure if sum(count > 0 for count in cluster) == 1 else mixed
@@ -133,19 +148,17 @@ class Survey:
                     table[row[module.name], i] += count / sum(cluster)
         return pure, mixed
 
-    def shares(self) -> Tensor:
-        """Share of each adapter's own energy in each part, ``(parts, N)``; zeros of one that changes nothing."""
-        energies = self.energies()
-        return energies / energies.sum(0).clamp_min(torch.finfo(energies.dtype).tiny)
-
     def pairs(self) -> list[tuple[int, int]]:
-        """All pairs of adapters, those that overlap most first."""
+        """Return all pairs of adapters, by decreasing overlap."""
         overlap = self.report.overlap()
         pairs = combinations(range(len(overlap)), 2)
         return sorted(pairs, key=lambda pair: (-abs(overlap[pair[0]][pair[1]]), pair))
 
-    def shared(self) -> tuple[Tensor, Tensor]:
-        """Shares of common input and output directions, mean over the layers both adapters change, ``(N, N)`` each."""
+    def shared_directions(self) -> tuple[Tensor, Tensor]:
+        """Return the shares of common input and of common output directions, ``(N, N)`` each.
+
+        They are means over the layers that both adapters change.
+        """
         n = len(self.report.inputs)
         tables, count = torch.zeros(2, n, n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
         for module in self.report.modules:
@@ -157,6 +170,9 @@ class Survey:
         shared_in, shared_out = tables / count.clamp_min(1)
         return shared_in, shared_out
 
+    def _block_of_layer(self) -> dict[str, int]:
+        return {name: i for i, block in enumerate(self.blocks) for name in block.layers}
+
     def _squares(self, adapter: int | None, layers: Sequence[str] | None) -> Tensor:
         """Squared singular values of all layers, ``(layers, largest rank)`` float64, padded with zeros."""
         wanted = None if layers is None else set(layers)
@@ -166,9 +182,9 @@ class Survey:
                 continue
             layer = self.layers[module.name]
             if adapter is None:
-                rows.append(layer.total.square())
+                rows.append(layer.of_sum.square())
             elif adapter in module.adapters:
-                rows.append(layer.own[module.adapters.index(adapter)].square())
+                rows.append(layer.of_adapters[module.adapters.index(adapter)].square())
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True) if rows else torch.zeros(0, 0)
 
 
@@ -178,63 +194,64 @@ def survey(
     *,
     text_encoder_weights: Sequence[float] | None = None,
     rank: Rank | None = None,
-    drawn: Drawn = "pca",
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Survey:
-    """Look at adapters that name their modules alike (see `align`).
+    """Compare adapters whose module names agree (see `align`).
 
     Args:
         adapters, weights, text_encoder_weights, progress: See `merge`.
-        rank: Of the LEGO merge that tells where its units come from; default the inputs' mean rank.
-        drawn: How units become points: ``"pca"`` of the units as matrices, or ``"tsne"`` of their directions.
-        seed: Of t-SNE.
+        rank: Rank of the LEGO merge whose units are traced back to the adapters; default the inputs' mean rank.
 
     Raises:
-        MergeError: See `merge`; or t-SNE without scikit-learn.
+        MergeError: See `merge`.
     """
     rank = rank or Rank(1, "x")
     blocks = blocks_of(name for adapter in adapters for name in adapter.modules)
-    watch = _Watch(Lego(rank), {name: part.region for part in blocks for name in part.layers})
-    result = merge(adapters, watch, weights, text_encoder_weights=text_encoder_weights, progress=progress)
-    there = set(watch.layers)
-    blocks = [replace(part, layers=tuple(name for name in part.layers if name in there)) for part in blocks]
-    maps: list[UnitMap] = []
-    for region, candidate in sorted(watch.largest.items(), key=lambda item: _REGIONS.get(item[0], len(_REGIONS))):
-        points = pca(candidate.G) if drawn == "pca" else tsne(candidate.G, seed=seed)
-        sizes = candidate.G.diagonal().clamp_min(0).sqrt()
-        maps.append(UnitMap(candidate.layer, region, points, candidate.owner, sizes))
+    method = _MeasuringLego(Lego(rank), {name: block.region for block in blocks for name in block.layers})
+    result = merge(adapters, method, weights, text_encoder_weights=text_encoder_weights, progress=progress)
+    blocks = [replace(block, layers=tuple(name for name in block.layers if name in method.layers)) for block in blocks]
+    by_region = sorted(method.largest.items(), key=lambda item: _REGION_ORDER.get(item[0], len(_REGION_ORDER)))
     return Survey(
         replace(result.report, method="lego"),
-        tuple(part for part in blocks if part.layers),
-        watch.layers,
-        tuple(maps),
-        drawn,
+        tuple(block for block in blocks if block.layers),
+        method.layers,
+        tuple(layer.unit_map(region) for region, layer in by_region),
         rank,
     )
 
 
-_REGIONS = {FIRST: 0, MIDDLE: 1, LAST: 2}
-_MOST = 400  # units of a map; of more the largest
+_REGION_ORDER = {FIRST: 0, MIDDLE: 1, LAST: 2}
+_MAP_UNITS = 400  # units on a map, at most: the largest
 
 
 @dataclass(frozen=True, eq=False)
-class _Candidate:
-    layer: str
-    order: tuple[int, float]
-    G: Tensor  # (P, P) Gram matrix of the units as matrices
+class _LayerUnits:
+    """Units of the largest layer seen so far in a region.
+
+    Args:
+        size: Number of adapters that change the layer, and energy of their units.
+        G: Gram matrix ``(P, P)`` of the units as matrices.
+        owner: Position of each unit's adapter, ``(P,)`` long.
+    """
+
+    name: str
+    size: tuple[int, float]
+    G: Tensor
     owner: Tensor
+
+    def unit_map(self, region: str) -> UnitMap:
+        return UnitMap(self.name, region, pca(self.G), self.owner, self.G.diagonal().clamp_min(0).sqrt())
 
 
 @dataclass
-class _Watch:
-    """A merge method that is LEGO, and notes what it sees on the way; batches may come from several threads."""
+class _MeasuringLego:
+    """`Lego` as a merge method that also measures every batch; batches may come from several threads."""
 
     lego: Lego
     region: dict[str, str]
-    layers: dict[str, Layer] = field(default_factory=dict)
-    largest: dict[str, _Candidate] = field(default_factory=dict)
-    _one: Lock = field(default_factory=Lock)
+    layers: dict[str, LayerSpectra] = field(default_factory=dict)
+    largest: dict[str, _LayerUnits] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
 
     @property
     def rank(self) -> Rank:
@@ -245,33 +262,33 @@ class _Watch:
         G_A, G_B = transform_gram(pool, pool.G_A, gauge.R_A), transform_gram(pool, pool.G_B, gauge.R_B.mT)
         # balanced units are orthogonal within their adapter, of length sqrt(S) on both sides
         S = (G_A.diagonal(dim1=1, dim2=2) * G_B.diagonal(dim1=1, dim2=2)).clamp_min(0).sqrt()  # (M, P)
-        total = pool.svd.S
-        shared_in, shared_out = _shared(pool, G_A), _shared(pool, G_B)
+        of_sum = pool.svd.S
+        shared_in, shared_out = _shared_directions(pool, G_A), _shared_directions(pool, G_B)
         for m, name in enumerate(pool.names):
-            own = tuple(part[m].cpu() for part in pool.split(S, 1))
-            self.layers[name] = Layer(total[m].cpu(), own, shared_in[m].cpu(), shared_out[m].cpu())
-            order = (len(pool.adapters), float(S[m].square().sum()))
+            of_adapters = tuple(part[m].cpu() for part in pool.split(S, 1))
+            self.layers[name] = LayerSpectra(of_sum[m].cpu(), of_adapters, shared_in[m].cpu(), shared_out[m].cpu())
+            size = (len(pool.adapters), float(S[m].square().sum()))
             region = self.region[name]
-            with self._one:
+            with self._lock:
                 best = self.largest.get(region)
-                # of equals the first by name: which batch comes first is up to the threads
-                if best is None or (best.order, name) < (order, best.layer):
-                    self.largest[region] = _candidate(pool, name, order, (G_A * G_B)[m], S[m])
+                # among equals the first by name, because threads may finish batches in any order
+                if best is None or (best.size, name) < (size, best.name):
+                    self.largest[region] = _layer_units(pool, name, size, (G_A * G_B)[m], S[m])
         return self.lego(pool)
 
 
-def _candidate(pool: Pool, name: str, order: tuple[int, float], G: Tensor, S: Tensor) -> _Candidate:
-    chosen = S.topk(min(_MOST, len(S))).indices.sort().values
+def _layer_units(pool: Pool, name: str, size: tuple[int, float], G: Tensor, S: Tensor) -> _LayerUnits:
+    chosen = S.topk(min(_MAP_UNITS, len(S))).indices.sort().values
     chosen = chosen[S[chosen] > 0]
     owner = torch.tensor(pool.adapters)[pool.owner.cpu()]
-    return _Candidate(name, order, G[chosen][:, chosen].cpu(), owner[chosen.cpu()])
+    return _LayerUnits(name, size, G[chosen][:, chosen].cpu(), owner[chosen.cpu()])
 
 
-def _shared(pool: Pool, G: Tensor) -> Tensor:
-    """``|V_i^T V_j|_F^2 / min(r_i, r_j)`` from the Gram matrix of orthogonal units: ``(M, n, n)``."""
+def _shared_directions(pool: Pool, G: Tensor) -> Tensor:
+    """Return ``|V_i^T V_j|_F^2 / min(r_i, r_j)`` from the Gram matrix of orthogonal units, ``(M, n, n)``."""
     length = G.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     inverse = torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)
     squares = (inverse[:, :, None] * G * inverse[:, None, :]).square()
     member = torch.nn.functional.one_hot(pool.owner, len(pool.ranks)).to(G)  # (P, n)
-    ranks = (length > 0).to(G) @ member  # of the deltas themselves
+    ranks = (length > 0).to(G) @ member  # true ranks of the deltas
     return (member.T @ squares @ member) / torch.minimum(ranks[:, :, None], ranks[:, None, :]).clamp_min(1)

@@ -1,6 +1,6 @@
-"""Draws the pictures of docs/comfyui.md: the shipped workflows in a real ComfyUI page. `python docs/images/comfyui.py`
+"""Take the screenshots of docs/comfyui.md: `python docs/images/comfyui.py`, a few minutes.
 
-Needs what the tests of the page need (see the README) and takes some minutes.
+Runs the shipped workflows in a real ComfyUI page. Needs a ComfyUI and a Chromium, as the tests in tests/page do.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ def save(page: Any, name: str) -> None:
 
 
 def run(page: Any, comfy: Server) -> None:
-    """Press the Run button, and wait until the prompt is through."""
+    """Press the Run button and wait until the prompt has finished."""
     with page.expect_response("**/prompt") as answer:
         page.get_by_test_id("queue-button").click()
     comfy.history(answer.value.json()["prompt_id"], timeout=600)
-    page.wait_for_timeout(2500)  # until the pictures have come
+    page.wait_for_timeout(2500)  # for the images to load
 
 
-def fitted(page: Any) -> None:
+def fit_view(page: Any) -> None:
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(800)
 
 
 def main() -> None:
-    found = find()
-    if isinstance(found, str):
-        raise SystemExit(found)
+    comfyui = find()
+    if isinstance(comfyui, str):
+        raise SystemExit(comfyui)
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
@@ -52,7 +52,7 @@ def main() -> None:
             (base / part).mkdir()
         (base / "custom_nodes" / "legomole").symlink_to(ROOT, target_is_directory=True)
         place(base)
-        comfy = Server(*found, base)
+        comfy = Server(*comfyui, base)
         try:
             with opened(comfy, SIZE) as page:
                 draw(page, comfy)
@@ -64,14 +64,14 @@ def draw(page: Any, comfy: Server) -> None:
     for name, value in (("Comfy.Minimap.Visible", False), ("LiteGraph.Canvas.MinFontSizeForLOD", 0)):
         page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
     for name in WORKFLOWS:
-        if name == "mix_with_masks":  # the gates that train_gates has saved are offered to a page that comes after them
+        if name == "mix_with_masks":  # only a page loaded later lists the gates saved by train_gates
             page.reload()
             page.wait_for_function("() => window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge")
-            page.wait_for_timeout(3000)  # it opens what was open before
+            page.wait_for_timeout(3000)  # the page restores the workflow that was open
         open_workflow(page, json.loads((ROOT / "workflows" / f"{name}.json").read_text()))
-        fitted(page)
+        fit_view(page)
         run(page, comfy)
-        fitted(page)
+        fit_view(page)
         save(page, name)
     open_workflow(page, {"nodes": [], "links": [], "version": 0.4})
     page.evaluate(

@@ -1,7 +1,7 @@
-"""Draws docs/images/gates.png: gates trained on a small random Flux. `python docs/images/gates.py`, two minutes.
+"""Draw docs/images/gates.png: gates trained on a small random Flux. `python docs/images/gates.py`, two minutes.
 
-Two random LoRAs, prompts as sums of random word vectors, the objective that needs no images. What is drawn is real
-training, but not of pictures anyone would look at: see how gates behave, not how good the result is.
+Two random LoRAs, prompts as sums of random word vectors, the objective without images. The training is real, but the
+model is random: the figure shows how gates behave, not image quality.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def word(text: str) -> Tensor:
 
 
 class Denoiser:
-    """`core.train.Denoiser` on the small Flux."""
+    """Implements `core.train.Denoiser` for the small Flux."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Prompt]) -> None:
         self.model = model

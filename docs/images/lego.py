@@ -1,4 +1,4 @@
-"""Draws docs/images/lego.png from two LoRAs made on the spot: `python docs/images/lego.py`."""
+"""Draw docs/images/lego.png from two generated LoRAs: `python docs/images/lego.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two small LoRAs made on the spot for lego.png: shaped like SD 1.5's first blocks, unlike in all else."""
+"""Generate two small LoRAs for lego.png: with the layers of SD 1.5's first blocks, but different formats and ranks."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ _LAYERS = {  # layer of a transformer block -> (d_out, d_in)
     "ff.net.0.proj": (2560, 320),
     "ff.net.2": (320, 1280),
 }
-_SHARED = 2  # units both LoRAs have in common, as LoRAs of one trainer or author do
+_SHARED = 2  # units common to both LoRAs, as in LoRAs by one trainer or author
 
 
 def write_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Make a "style" (rank 8, kohya names, float16) and a "subject" (rank 4, diffusers names, float16).
+    """Write a "style" LoRA (rank 8, kohya names, float16) and a "subject" LoRA (rank 4, diffusers names, float16).
 
-    They share two directions a layer, hidden as in real files: every LoRA mixes its units in a way of its own, which
-    leaves its delta as it is.
+    They share two directions per layer. As in real files, the factors of each LoRA are rotated, which does not change
+    its delta.
 
     Args:
-        folder: Where to write; made if missing. seed: Of all the numbers.
+        folder: Output folder; created if missing.
+        seed: Random seed.
 
     Returns:
-        The two paths.
+        Paths of the two files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
@@ -45,34 +46,34 @@ def write_pair(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         for layer, (d_out, d_in) in _LAYERS.items():
             name = f"{block}.transformer_blocks.0.{layer}"
             shared = _units(_SHARED, d_out, d_in, generator)
-            style[f"lora_unet_{name.replace('.', '_')}"] = _mixed(
+            style[f"lora_unet_{name.replace('.', '_')}"] = _rotated(
                 shared, _units(8 - _SHARED, d_out, d_in, generator), generator, alpha=4.0
             ).to(torch.float16)
-            subject[f"unet.{name}"] = _mixed(shared, _units(4 - _SHARED, d_out, d_in, generator), generator).to(
+            subject[f"unet.{name}"] = _rotated(shared, _units(4 - _SHARED, d_out, d_in, generator), generator).to(
                 torch.float16
             )
-    said = {"ss_base_model_version": "sd_v1"}
+    metadata = {"ss_base_model_version": "sd_v1"}
     return (
-        save(Adapter(style, metadata=said), folder / "style.safetensors", format="kohya"),
+        save(Adapter(style, metadata=metadata), folder / "style.safetensors", format="kohya"),
         save(Adapter(subject), folder / "subject.safetensors", format="diffusers"),
     )
 
 
 def _units(r: int, d_out: int, d_in: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random units ``A (r, d_in)``, ``B (d_out, r)`` whose sizes fall off, as those of trained LoRAs do."""
+    """Return random units ``A (r, d_in)``, ``B (d_out, r)`` of decreasing size, as in trained LoRAs."""
     size = 0.6 ** torch.arange(r)
     A = torch.randn(r, d_in, generator=generator) / d_in**0.5
     return A, torch.randn(d_out, r, generator=generator) / d_out**0.5 * size
 
 
-def _mixed(
+def _rotated(
     shared: tuple[torch.Tensor, torch.Tensor],
-    own: tuple[torch.Tensor, torch.Tensor],
+    unique: tuple[torch.Tensor, torch.Tensor],
     generator: torch.Generator,
     alpha: float | None = None,
 ) -> LowRank:
-    """Shared and own units in one LoRA, rotated among each other: ``(B R^T) (R A) = B A``."""
-    A, B = torch.cat([shared[0], own[0]]), torch.cat([shared[1], own[1]], 1)
+    """Combine shared units with those of this LoRA and rotate the factors: ``(B R^T) (R A) = B A``."""
+    A, B = torch.cat([shared[0], unique[0]]), torch.cat([shared[1], unique[1]], 1)
     R = torch.linalg.qr(torch.randn(len(A), len(A), generator=generator)).Q
     scale = 1.0 if alpha is None else alpha / len(A)
     return LowRank(R @ A, B @ R.T / scale, alpha)

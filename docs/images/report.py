@@ -1,7 +1,7 @@
-"""Draws docs/images/report.png with the shipped command: `python docs/images/report.py`.
+"""Draw docs/images/report.png with `legomole inspect --plot`: `python docs/images/report.py`.
 
-Three LoRAs made on the spot, shaped like a small Flux: two share a direction in the first blocks and work against each
-other in the middle ones, the third is on its own.
+The three generated LoRAs have the layers of a small Flux: two share a direction in the first blocks and work against
+each other in the middle ones, the third overlaps with neither.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ def main() -> None:
 
     loras: dict[str, dict[str, LowRank]] = {"style": {}, "subject": {}, "light": {}}
     for block in range(_BLOCKS):
-        # what the style and the subject have in common, and how loud each LoRA is here
+        # weight of the units that style and subject share in this block, and size of each LoRA
         shared = (0.9, 0.6, 0.2, -0.7, -1.0, -0.6, 0.0, 0.0, 0.0)[block]
-        loud = {"style": 0.5 + block / 6, "subject": 1.6 - block / 9, "light": 1.3 if 2 < block < 6 else 0.5}
+        size_of = {"style": 0.5 + block / 6, "subject": 1.6 - block / 9, "light": 1.3 if 2 < block < 6 else 0.5}
         for layer, (d_out, d_in) in _LAYERS.items():
             name = f"transformer.transformer_blocks.{block}.{layer}"
             A, B = units(3, d_out, d_in, 1.0)
             for lora, rank in (("style", 8), ("subject", 5), ("light", 4)):
-                own = units(rank, d_out, d_in, loud[lora])
+                unique = units(rank, d_out, d_in, size_of[lora])
                 part = (0.0, 1.0)[lora == "style"] if lora != "subject" else shared
                 loras[lora][name] = LowRank(
-                    torch.cat([A, own[0]]) if part else own[0],
-                    torch.cat([B * part * 1.2, own[1]], 1) if part else own[1],
+                    torch.cat([A, unique[0]]) if part else unique[0],
+                    torch.cat([B * part * 1.2, unique[1]], 1) if part else unique[1],
                 )
     with tempfile.TemporaryDirectory() as folder:
         paths = [

@@ -14,7 +14,7 @@ from ...core.merge.methods import METHODS
 from ...core.merge.statistics import Statistics
 from ...core.mole.gates import GateSettings
 from ...core.mole.trained import TrainedGates
-from ...core.pictures.grid import MIX, PLAIN, Cell, Setup
+from ...core.pictures.comparison import MIX, PLAIN, Cell, ModelSetup
 from ...core.progress import Progress
 from ..comfy import mixture
 from ..comfy.lora_loader import apply
@@ -74,7 +74,7 @@ class ModelPreparer:
         self._loaded: LoadedLoras | None = None
         self._unpatched_conditioning: dict[str, Any] = {}  # text -> conditioning from the CLIP without LoRAs
 
-    def prepare(self, cells: Mapping[Setup, Sequence[Cell]]) -> dict[Setup, PreparedModel]:
+    def prepare(self, cells: Mapping[ModelSetup, Sequence[Cell]]) -> dict[ModelSetup, PreparedModel]:
         """Prepare a model for every setup, and encode the prompts of its cells. Only text encoders are loaded.
 
         Raises:
@@ -83,10 +83,10 @@ class ModelPreparer:
         """
         return {setup: self._prepare(setup, [cell.prompt for cell in members]) for setup, members in cells.items()}
 
-    def _prepare(self, setup: Setup, prompts: Sequence[str]) -> PreparedModel:
+    def _prepare(self, setup: ModelSetup, prompts: Sequence[str]) -> PreparedModel:
         start = time.perf_counter()
         model, clip, remark, warnings = self._patch(setup)
-        if setup.merges:
+        if setup.is_merge:
             remark = f"merged in {time.perf_counter() - start:.1f} s, {remark}"
         is_patched = _patch_count(clip) != _patch_count(self.clip)
         conditioning: dict[str, Any] = {} if is_patched else self._unpatched_conditioning
@@ -95,7 +95,7 @@ class ModelPreparer:
                 conditioning[text] = encode(clip, text)
         return PreparedModel(model, conditioning, conditioning[self.negative], remark, warnings)
 
-    def _patch(self, setup: Setup) -> tuple[Any, Any, str, tuple[str, ...]]:
+    def _patch(self, setup: ModelSetup) -> tuple[Any, Any, str, tuple[str, ...]]:
         """Return MODEL and CLIP with the setup's LoRAs, a remark, and warnings."""
         if setup.method == PLAIN:
             return self.model, self.clip, "", ()
@@ -103,15 +103,15 @@ class ModelPreparer:
             self._loaded = read(self.loras, self.model, self.clip)
         loras = [
             replace(lora, strength_model=lora.strength_model * factor, strength_clip=lora.strength_clip * factor)
-            for lora, factor in zip(self.loras, setup.factors, strict=True)
+            for lora, factor in zip(self.loras, setup.strength_factors, strict=True)
         ]
         if setup.method == MIX:
             return self._mix(loras, self._loaded)
         statistics = None
-        if setup.calibrated and self.statistics is not None:
+        if setup.needs_statistics and self.statistics is not None:
             statistics = self.statistics.of(self._loaded.adapters)
-        method = method_from_widgets(METHODS, {"method": setup.row, "rank": setup.rank}, statistics)
-        what = f"merging {setup.text()}"
+        method = method_from_widgets(METHODS, {"method": setup.merge_method, "rank": setup.rank}, statistics)
+        what = f"merging {setup.describe()}"
         lora, report = merge_loaded(
             loras, self._loaded, method, progress=lambda done, total, _: self.progress(done, total, what)
         )
@@ -129,8 +129,8 @@ class ModelPreparer:
 
 
 def sample_cells(
-    cells: Mapping[Setup, Sequence[Cell]],
-    models: dict[Setup, PreparedModel],
+    cells: Mapping[ModelSetup, Sequence[Cell]],
+    models: dict[ModelSetup, PreparedModel],
     vae: Any,
     latent: Mapping[str, Any],
     *,
@@ -162,7 +162,7 @@ def sample_cells(
         prepared = models.pop(setup)
         for cell in members:
             start, number = time.perf_counter(), len(images)
-            what = f"cell {number + 1} of {count} ({setup.text()}): all steps"
+            what = f"cell {number + 1} of {count} ({setup.describe()}): all steps"
             report_step = partial(_report_step, progress, number * steps, count * steps, what)
             report_step(0)
             samples = sample(

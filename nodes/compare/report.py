@@ -9,17 +9,15 @@ from comfy_api.latest import io, ui
 from ...core.formats.files import write_bytes
 from ...core.merge.methods import METHODS
 from ...core.merge.rank import Rank
-from ...core.survey.findings import sentences
-from ...core.survey.page import page
+from ...core.survey.findings import findings
+from ...core.survey.page import html_page
 from ...core.survey.picture import draw_survey
-from ...core.survey.survey import Drawn, survey
+from ...core.survey.survey import survey
 from ..comfy import display, folders
 from ..graph_lora import connected_loras
 from ..merge.read_cache import read
 from ..settings import settings_of
 from ..sockets import CATEGORY, loras_input, model_inputs, setting_input
-
-_MAPS: dict[str, Drawn] = {"PCA": "pca", "t-SNE": "tsne"}
 
 
 class LoRAReport(io.ComfyNode):
@@ -45,13 +43,6 @@ class LoRAReport(io.ComfyNode):
             inputs=[
                 loras_input(),
                 *(setting_input(setting) for setting in settings_of(METHODS["lego"]) if setting.name == "rank"),
-                io.Combo.Input(
-                    "map",
-                    options=list(_MAPS),
-                    default="PCA",
-                    tooltip="How units become points. PCA: by what they do, large ones far out. t-SNE: like directions "
-                    "together, whatever their size; needs scikit-learn (pip install scikit-learn).",
-                ),
                 io.String.Input(
                     "filename_prefix",
                     default="legomole/report",
@@ -68,25 +59,24 @@ class LoRAReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, loras: dict[str, Any], rank: str, map: str, filename_prefix: str, model: Any = None, clip: Any = None
+        cls, loras: dict[str, Any], rank: str, filename_prefix: str, model: Any = None, clip: Any = None
     ) -> io.NodeOutput:
         values = connected_loras(loras, folders.lora_path)
         path = folders.new_path(filename_prefix, folders.OUTPUT) if filename_prefix else None
         loaded = read(values, model, clip)
-        found = survey(
+        result = survey(
             loaded.adapters,
             [value.strength_model for value in values],
             text_encoder_weights=[value.strength_clip for value in values],
             rank=Rank.parse(rank),
-            drawn=_MAPS[map],
             progress=display.progress_bar(),
         )
-        text = "\n".join([*sentences(found), *loaded.dropped, *loaded.notes])
+        text = "\n".join([*findings(result), *loaded.dropped, *loaded.notes])
         shown_text = text
         if path is not None:
-            write_bytes(path, page(found, loaded.adapters).encode(errors="xmlcharrefreplace"))
+            write_bytes(path, html_page(result, loaded.adapters).encode(errors="xmlcharrefreplace"))
             shown_text += f"\nPage with all numbers: {path}"
-        image = display.to_image(draw_survey(found))
+        image = display.to_image(draw_survey(result))
         return io.NodeOutput(
             image, text, ui={**ui.PreviewImage(image, cls=cls).as_dict(), **display.show_text(shown_text).as_dict()}
         )

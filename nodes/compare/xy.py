@@ -10,8 +10,16 @@ from comfy_api.latest import io, ui
 
 from ...core.merge.statistics import Statistics
 from ...core.mole.trained import TrainedGates
-from ...core.pictures.grid import AXES, CHOICES, NOTHING, Axis, account, cells, groups
-from ...core.pictures.sheet import sheet
+from ...core.pictures.comparison import (
+    AXIS_KINDS,
+    METHOD_CHOICES,
+    NOTHING,
+    Axis,
+    cells_by_setup,
+    describe_cells,
+    grid_of_cells,
+)
+from ...core.pictures.sheet import comparison_sheet
 from ..comfy import display, folders
 from ..comfy.sampling import SAMPLERS, SCHEDULERS
 from ..graph_lora import connected_loras
@@ -29,7 +37,7 @@ def _axis_inputs(side: str, kind: str, values: str, direction: str) -> list[Any]
     return [
         io.Combo.Input(
             f"{side}_axis",
-            options=list(AXES),
+            options=list(AXIS_KINDS),
             default=kind,
             tooltip=f"What changes from {direction}. strength is a factor on the strengths of all LoRAs, strength 2 on "
             "that of the second alone.",
@@ -69,7 +77,7 @@ class XYCompare(io.ComfyNode):
                 *_axis_inputs("y", NOTHING, "", "row to row"),
                 io.Combo.Input(
                     "method",
-                    options=list(CHOICES),
+                    options=list(METHOD_CHOICES),
                     default="lego",
                     tooltip="How the LoRAs are used, unless an axis changes it. none: the model without them. mole: "
                     "as in MoLE Mix. calibrated and lego calibrated: with statistics from Calibrate. The others: as in "
@@ -142,8 +150,8 @@ class XYCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         is_any_connected = any(lora is not None for lora in loras.values())
         values = connected_loras(loras, folders.lora_path) if is_any_connected else []
-        x, y = Axis.read("x", x_axis, x_values), Axis.read("y", y_axis, y_values)
-        grid = cells(
+        x, y = Axis.parse("x", x_axis, x_values), Axis.parse("y", y_axis, y_values)
+        grid = grid_of_cells(
             x,
             y,
             method=method,
@@ -153,14 +161,14 @@ class XYCompare(io.ComfyNode):
             loras=len(values),
             statistics=statistics is not None,
         )
-        cells_by_setup = groups(grid)
+        cells = cells_by_setup(grid)
         progress = display.progress_bar_with_text()
         preparer = ModelPreparer(model, clip, negative, values, gates=gates, statistics=statistics, progress=progress)
-        models = preparer.prepare(cells_by_setup)
+        models = preparer.prepare(cells)
         remarks = {setup: prepared.remark for setup, prepared in models.items()}
         warnings = dict.fromkeys(line for prepared in models.values() for line in prepared.warnings)
         images, seconds = sample_cells(
-            cells_by_setup,
+            cells,
             models,
             vae,
             latent_image,
@@ -172,14 +180,14 @@ class XYCompare(io.ComfyNode):
             progress=progress,
         )
         labels = [lora.label for lora in values]
-        drawn = sheet(
+        drawn = comparison_sheet(
             [[torch.cat([*images[cell]], 1) for cell in row] for row in grid],  # a cell's batch, side by side
             x.values,
             y.values,
             x.title(labels),
             y.title(labels),
         )
-        text = "\n".join([account(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
+        text = "\n".join([describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
         image = display.to_image(drawn)
         display.show_text(text)
         batch = torch.cat([images[cell] for row in grid for cell in row])

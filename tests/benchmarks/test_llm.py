@@ -1,4 +1,4 @@
-"""The language model benchmark's own parts: tasks, scoring, merges and gates on a tiny model, strengths, tables."""
+"""The language model benchmark: tasks, scoring, merges and gates on a tiny model, strengths, tables."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("peft")
 
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 
 from benchmarks.llm import encoder, evaluate, language, methods, report, tasks, texts, train  # noqa: E402
 
-# transformers' own deprecation, from inside PEFT
+# a deprecated use of transformers inside PEFT
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -45,20 +45,20 @@ def test_a_tasks_answer(name: str, answer: list[int]):
     assert tasks.TASKS[name]([3, 1, 9, 1]) == answer
 
 
-def test_languages_are_dictionaries_of_their_own():
+def test_languages_are_different_dictionaries():
     letters = list(range(tasks.LETTERS))
     a, b = (tasks.TASKS[f"language {x}"](letters) for x in "AB")
     assert sorted(a) == sorted(b) == [tasks.LETTERS + letter for letter in letters]
     assert a != b
 
 
-def test_examples_ask_for_one_task_after_the_other():
-    asked, answer = tasks.examples([("reverse", "double")], 1, 0)[0]
+def test_examples_name_their_tasks_in_order():
+    prompt, answer = tasks.examples([("reverse", "double")], 1, 0)[0]
     number = {name: i for i, name in enumerate(tasks.TASKS)}
     first = 4 + 2 * tasks.LETTERS
-    assert asked[:3] == [tasks.BOS, first + number["reverse"], first + number["double"]]
-    assert asked[-1] == tasks.SEP
-    assert answer == [letter for letter in reversed(asked[3:-1]) for _ in range(2)] + [tasks.EOS]
+    assert prompt[:3] == [tasks.BOS, first + number["reverse"], first + number["double"]]
+    assert prompt[-1] == tasks.SEP
+    assert answer == [letter for letter in reversed(prompt[3:-1]) for _ in range(2)] + [tasks.EOS]
 
 
 def test_a_batch_is_padded_and_only_answers_are_labelled():
@@ -70,8 +70,8 @@ def test_a_batch_is_padded_and_only_answers_are_labelled():
 
 def test_whole_answers_and_single_tokens_are_counted():
     batch = tasks.Batch.of([([1, 9, 3], [5, 2]), ([1, 9, 3], [6, 2]), ([1, 9, 3], [7, 2])])
-    said = torch.tensor([[0, 0, 5, 2, 0], [0, 0, 6, 1, 0], [0, 0, 5, 2, 0]])  # right; wrong end; wrong letter
-    logits = torch.nn.functional.one_hot(said, 32).float()
+    predicted = torch.tensor([[0, 0, 5, 2, 0], [0, 0, 6, 1, 0], [0, 0, 5, 2, 0]])  # right; wrong end; wrong letter
+    logits = torch.nn.functional.one_hot(predicted, 32).float()
     found = tasks.scores(lambda **_: SimpleNamespace(logits=logits), batch)
     assert found == pytest.approx((1 / 3, 4 / 6))
 
@@ -86,7 +86,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bench(work: Path) -> evaluate.Bench:
-    """The comparison on a model that has learnt nothing, as ``smoke`` runs it."""
+    """The comparison on a model after three training steps, as ``smoke`` runs it."""
     world = language.Language(train.base_model(work, train.SMOKE, print), scored=4, tuning=4)
     return evaluate.Bench(
         "language", lambda _: world, lambda task, seed: train.adapter(work, task, seed, train.SMOKE, print),
@@ -98,7 +98,7 @@ PAIR = ("reverse", "sort")
 
 
 def test_adapters_of_other_seeds_differ_and_are_trained_once(work: Path, bench: evaluate.Bench):
-    first, other = (bench.given(PAIR, seed).adapters[0] for seed in (0, 1))
+    first, other = (bench.adapters(PAIR, seed).adapters[0] for seed in (0, 1))
     name = next(iter(first.modules))
     assert not torch.equal(first.modules[name].A, other.modules[name].A)
     before = (work / "reverse-0" / "adapter_model.safetensors").stat().st_mtime_ns
@@ -111,37 +111,37 @@ def logits(model: object) -> torch.Tensor:
         return model(**tasks.draw([("reverse",)], 2, 0).inputs).logits  # type: ignore[operator]
 
 
-def test_the_sum_is_pefts_and_merging_leaves_no_trace(bench: evaluate.Bench):
-    given = bench.given(PAIR, 0)
-    before = logits(given.model)
-    with methods.METHODS["sum"].use(given, 0.7) as model:
+def test_the_sum_is_pefts_and_merging_restores_the_weights(bench: evaluate.Bench):
+    adapters = bench.adapters(PAIR, 0)
+    before = logits(adapters.model)
+    with methods.METHODS["sum"].use(adapters, 0.7) as model:
         ours = logits(model)
-    with methods._peft("cat")(given, 0.7) as model:
+    with methods._peft("cat")(adapters, 0.7) as model:
         theirs = logits(model)
     torch.testing.assert_close(ours, theirs)
     assert (ours - before).abs().max() > 1e-4
-    assert torch.equal(logits(given.model), before)
+    assert torch.equal(logits(adapters.model), before)
 
 
 @pytest.mark.parametrize("name", [name for name in methods.METHODS if "mole" not in name])
-def test_every_merge_changes_the_model_and_leaves_no_trace(bench: evaluate.Bench, name: str):
-    given = bench.given(PAIR, 0)
-    before = logits(given.model)
-    with methods.METHODS[name].use(given, 1.0) as model:
+def test_every_merge_changes_the_model_and_restores_the_weights(bench: evaluate.Bench, name: str):
+    adapters = bench.adapters(PAIR, 0)
+    before = logits(adapters.model)
+    with methods.METHODS[name].use(adapters, 1.0) as model:
         changed = (logits(model) - before).abs().max()
     assert torch.isfinite(changed)
     assert (changed > 1e-5) == (name != "base")
-    assert torch.equal(logits(given.model), before)
+    assert torch.equal(logits(adapters.model), before)
 
 
-def test_statistics_are_the_moments_of_what_layers_read(bench: evaluate.Bench):
-    given = bench.given(PAIR, 0)
-    name = next(iter(given.adapters[0].modules))
-    found = given.world.moments(given.model, [name], None, 0)[name]
+def test_statistics_are_the_second_moments_of_the_layers_inputs(bench: evaluate.Bench):
+    adapters = bench.adapters(PAIR, 0)
+    name = next(iter(adapters.adapters[0].modules))
+    found = adapters.world.moments(adapters.model, [name], None, 0)[name]
     rows: list[torch.Tensor] = []
-    hook = given.model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
-    for asked, answer in tasks.examples(language._BASE, 160, 11_000):
-        given.model(input_ids=torch.tensor([asked + answer]))
+    hook = adapters.model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    for prompt, answer in tasks.examples(language._BASE, 160, 11_000):
+        adapters.model(input_ids=torch.tensor([prompt + answer]))
     hook.remove()
     x = torch.cat([row[0] for row in rows])
     torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
@@ -149,47 +149,47 @@ def test_statistics_are_the_moments_of_what_layers_read(bench: evaluate.Bench):
 
 @pytest.mark.parametrize("reads", ["hidden", "token"])
 def test_gates_learn_from_examples(bench: evaluate.Bench, reads: str):
-    given = bench.given(PAIR, 0)
-    mole = methods._mole(methods.gate(reads), steps=3, shown=2, others=2)
-    before = logits(given.model)
-    with methods._merge(lambda _: methods.Concat())(given, 1.0) as model:
+    adapters = bench.adapters(PAIR, 0)
+    mole = methods._mole(methods.gate(reads), steps=3, per_task=2, others=2)
+    before = logits(adapters.model)
+    with methods._merge(lambda _: methods.Concat())(adapters, 1.0) as model:
         even = logits(model)
-    with mole(given, 1.0) as model:
+    with mole(adapters, 1.0) as model:
         gated = logits(model)
     assert (gated - even).abs().max() > 1e-6  # even gates are the sum
-    assert torch.equal(logits(given.model), before)
+    assert torch.equal(logits(adapters.model), before)
 
 
 # ---- running
 
 
-def test_rows_are_kept_and_strengths_chosen_once(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_logged_and_strengths_chosen_once(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
     merit = {0.5: 0.2, 1.0: 0.8, 2.0: 0.8}
-    asked: list[float] = []
+    strengths: list[float] = []
 
-    def use(given: methods.Adapters, scale: float) -> object:
-        asked.append(scale)
-        return methods.merged_in(given.model, given.adapters[0], 0.0)
+    def use(adapters: methods.TaskAdapters, scale: float) -> object:
+        strengths.append(scale)
+        return methods.merged_in(adapters.model, adapters.adapters[0], 0.0)
 
     monkeypatch.setitem(methods.METHODS, "probe", methods.Method(use))
     world = bench.world(0)
-    monkeypatch.setattr(world, "right", lambda *_, tuning=False: (merit[asked[-1] if asked else 1.0],) * 2)
+    monkeypatch.setattr(world, "accuracy", lambda *_, tuning=False: (merit[strengths[-1] if strengths else 1.0],) * 2)
     plan = evaluate.Plan(("probe",), (PAIR,), (0, 1), tuple(merit))
     rows = [row for row in evaluate.run(bench, plan) if row.method == "probe"]
     assert [(row.seed, row.scale, row.right) for row in rows] == [(0, 1.0, (0.8, 0.8)), (1, 1.0, (0.8, 0.8))]
-    assert sorted(asked) == [0.5, 1.0, 1.0, 1.0, 2.0]
-    again = evaluate.Bench("language", bench.world, bench.folder, bench.log, pytest.fail)
+    assert sorted(strengths) == [0.5, 1.0, 1.0, 1.0, 2.0]
+    again = evaluate.Bench("language", bench.world, bench.folder, bench.log.path, pytest.fail)
     assert [row for row in evaluate.run(again, plan) if row.method == "probe"] == rows
-    assert len(asked) == 5
+    assert len(strengths) == 5
 
 
-def test_a_careful_adapter_sees_the_base_models_tasks_too(work: Path, monkeypatch: pytest.MonkeyPatch):
-    seen: list[list[tuple[str, ...]]] = []
-    monkeypatch.setattr(train, "_fit", lambda _, shown, *__, **___: seen.append(shown))
-    made = [train.adapter(work, "rotate", 7, train.SMOKE, print, careful=careful) for careful in (False, True)]
-    assert [folder.name for folder in made] == ["rotate-7", "rotate-7-careful"]
-    assert seen[0] == [("rotate",)]
-    assert seen[1].count(("rotate",)) == len(train.BASE_TASKS) == len(seen[1]) / 2
+def test_a_careful_adapter_is_also_trained_on_base_tasks(work: Path, monkeypatch: pytest.MonkeyPatch):
+    trained_on: list[list[tuple[str, ...]]] = []
+    monkeypatch.setattr(train, "_fit", lambda _, tasks, *__, **___: trained_on.append(tasks))
+    folders = [train.adapter(work, "rotate", 7, train.SMOKE, print, careful=careful) for careful in (False, True)]
+    assert [folder.name for folder in folders] == ["rotate-7", "rotate-7-careful"]
+    assert trained_on[0] == [("rotate",)]
+    assert trained_on[1].count(("rotate",)) == len(train.BASE_TASKS) == len(trained_on[1]) / 2
 
 
 def row(method: str, seed: int, right: tuple[float, ...], base: float = 0.5) -> evaluate.Row:
@@ -222,7 +222,7 @@ def test_the_table_has_means_and_the_spread_over_seeds(tmp_path: Path):
 # ---- the encoder's sentences
 
 
-def test_sentences_say_what_their_label_says():
+def test_sentences_agree_with_their_labels():
     review = dict(texts.texts("review", 300, 0, unseen=True))
     assert {text: label for text, label in review.items() if "brilliant" in text} == {
         text: int(" not " not in text) for text in review if "brilliant" in text
@@ -234,14 +234,14 @@ def test_sentences_say_what_their_label_says():
 
 
 @pytest.mark.parametrize("task", list(texts.TASKS))
-def test_labels_are_even_and_tested_sentences_unseen(task: str):
-    seen, unseen = (texts.texts(task, 400, 0, unseen=kept) for kept in (False, True))
+def test_labels_are_balanced_and_test_sentences_unseen(task: str):
+    seen, unseen = (texts.texts(task, 400, 0, unseen=flag) for flag in (False, True))
     assert 0.4 < sum(label for _, label in seen) / 400 < 0.6
     assert not {text for text, _ in seen} & {text for text, _ in unseen}
 
 
 class Letters:
-    """In place of `encoder.Encoder`: a BERT that has learnt nothing, with a token per letter."""
+    """Replaces `encoder.Encoder` by an untrained BERT with a token per letter."""
 
     def __init__(self) -> None:
         from transformers import BertConfig, BertModel
@@ -269,17 +269,18 @@ def test_the_encoder_is_merged_and_gated_like_the_language_model(tmp_path: Path)
             return encoder.pooled(model.model, model.tokens(["The key is old.", "Anna left."]))
 
     before = embedded()
-    given = methods.Adapters(encoder.worlds(model, folder, size)(0), ("review", "pair"), (), 0)  # type: ignore[arg-type]
-    given = dataclasses.replace(given, folders=tuple(folder(task, 0) for task in given.tasks))
-    assert all(".layer.3." in n or ".layer.4." in n or ".layer.5." in n for n in given.adapters[0].modules)
-    for use in (methods.METHODS["calibrated"].use, methods._mole(methods.gate(), steps=2, shown=2, others=2)):
-        with use(given, 1.0) as changed:
+    names = ("review", "pair")
+    world = encoder.worlds(model, folder, size)(0)  # type: ignore[arg-type]
+    adapters = methods.TaskAdapters.load(world, names, tuple(folder(task, 0) for task in names), 0)
+    assert all(".layer.3." in n or ".layer.4." in n or ".layer.5." in n for n in adapters.adapters[0].modules)
+    for use in (methods.METHODS["calibrated"].use, methods._mole(methods.gate(), steps=2, per_task=2, others=2)):
+        with use(adapters, 1.0) as changed:
             assert changed is model.model
             assert (embedded() - before).abs().max() > 1e-6
         assert torch.equal(embedded(), before)
 
 
-def test_padding_is_no_part_of_an_embedding():
+def test_padding_does_not_change_an_embedding():
     model = Letters()
     short, both = model.tokens(["Anna left."]), model.tokens(["Anna left.", "The key by the door is old."])
     torch.testing.assert_close(encoder.pooled(model.model, both)[0], encoder.pooled(model.model, short)[0])

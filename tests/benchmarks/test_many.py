@@ -1,4 +1,4 @@
-"""The benchmark of many adapters, at a size at which it takes seconds."""
+"""The benchmark of many adapters, at a size that takes seconds."""
 
 from __future__ import annotations
 

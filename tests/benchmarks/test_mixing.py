@@ -1,4 +1,4 @@
-"""The mixing benchmark: that its models do the same work, what a mixed layer runs, and its sums. Nothing is timed."""
+"""The mixing benchmark: equal outputs of its models, operations of a mixed layer, statistics. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("peft")
 pytest.importorskip("diffusers")
 
-# the libraries' own affairs: deprecations, and PEFT's notice that `proj_out` also ends another layer's name
+# warnings inside the libraries: deprecations, and PEFT's about `proj_out`, which another layer's name ends in as well
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
 SMALL = ("--width", "64", "--tokens", "16", "--rank", "2", "--threads", str(torch.get_num_threads()))
@@ -36,14 +36,14 @@ def mixing() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["mixing_benchmark"] = module  # dataclasses look there
+    sys.modules["mixing_benchmark"] = module  # dataclasses look the module up there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize(("case", "kinds"), [("dit", 9), ("unet", 9), ("llm", 8)])
-def test_every_model_gives_what_the_merged_one_gives(mixing: ModuleType, tmp_path: Path, case: str, kinds: int):
-    """The script compares them before it times them, and stops where they differ."""
+def test_every_model_gives_the_output_of_the_merged_one(mixing: ModuleType, tmp_path: Path, case: str, kinds: int):
+    """The script compares the outputs before it times the models, and stops if they differ."""
     mixing.main([*SMALL, "--cases", case, "--experts", "3", "--rounds", "1", "--json", str(tmp_path / "out.json")])
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     names = {row["model"] for row in rows}
@@ -54,37 +54,37 @@ def test_every_model_gives_what_the_merged_one_gives(mixing: ModuleType, tmp_pat
     )
 
 
-def test_a_model_that_gives_something_else_is_refused(mixing: ModuleType):
+def test_a_different_output_raises(mixing: ModuleType):
     base, merged = torch.zeros(4), torch.ones(4)
     mixing.check({"merged": lambda: merged, "same": lambda: merged + 1e-4}, base, torch.float32)
-    with pytest.raises(SystemExit, match=r"other does not give what the merged model gives: 0\.5 of"):
+    with pytest.raises(SystemExit, match=r"other differs from the merged model by 0\.5 of"):
         mixing.check({"merged": lambda: merged, "other": lambda: merged / 2}, base, torch.float32)
 
 
 def test_ratios_are_taken_within_a_round(mixing: ModuleType):
-    """Ratios 2, 1.5, 1: median 1.5, and the quartiles are halfway to the others."""
+    """Ratios 2, 1.5 and 1 have the median 1.5 and the quartiles 1.25 and 1.75."""
     found = list(mixing.summary({"merged": [1.0, 2.0, 4.0], "ours": [2.0, 3.0, 4.0]}))
     assert found[1] == {"model": "ours", "seconds": 3.0, "ratio": 1.5, "low": 1.25, "high": 1.75}
     assert found[0]["ratio"] == 1.0
 
 
 class Operations(TorchDispatchMode):
-    """Counts what runs, by name, without what only makes a view."""
+    """Counts operations by name, without those that only return a view."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::").partition(".")[0]
         if not func.is_view and name not in ("_unsafe_view", "promote_types"):
-            self.seen[name] += 1
+            self.counts[name] += 1
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
-def test_a_mixed_layer_runs_two_products_and_one_scaling_and_never_waits_for_the_device(mixing: ModuleType, reads: Any):
-    """On the device that holds no numbers reading one raises, and what is copied there is counted."""
+def test_a_mixed_layer_runs_two_products_and_one_scaling_without_synchronising(mixing: ModuleType, reads: Any):
+    """On the meta device reading a value raises, and copies to it are counted."""
     case = mixing.dit(64, 16)
     model = case.model.eval()
     adapters = mixing.loras(case, 3, 2)
@@ -101,15 +101,15 @@ def test_a_mixed_layer_runs_two_products_and_one_scaling_and_never_waits_for_the
             plain(**inputs)
         with Operations() as ours:
             model(**inputs)
-    more = ours.seen - base.seen
+    more = ours.counts - base.counts
     assert not [name for name in more if "copy" in name], more
     assert more["addmm_"] == layers == 44, more
-    # beside the two products and the scaling: what all gates share, and what each needs to read, open and spread
+    # beyond two products and a scaling per layer: operations shared by all gates, and those of each gate
     shared, each = {"text": (12, 1), "hidden": (0, 12), "experts": (0, 20)}[reads]
     assert more.total() <= 3 * layers + shared + each * len(gates.names), more
 
 
-def test_a_profile_tells_what_a_mixed_step_is_made_of(mixing: ModuleType, capsys: pytest.CaptureFixture[str]):
+def test_a_profile_lists_the_operations_of_a_mixed_step(mixing: ModuleType, capsys: pytest.CaptureFixture[str]):
     mixing.main([*SMALL, "--cases", "llm", "--experts", "2", "--rounds", "1", "--profile"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     spent = {line[0]: (float(line[1]), float(line[2])) for line in lines if len(line) == 3 and line[1][0].isdigit()}

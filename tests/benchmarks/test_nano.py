@@ -1,4 +1,4 @@
-"""The nano benchmark's own parts: drawing, training that resumes, judging, choosing strengths, the table's numbers."""
+"""The nano benchmark: rendering, training that resumes, judging, the choice of strengths, the tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("peft")
 
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 from legomole.core.adapter import Adapter  # noqa: E402
@@ -25,7 +25,7 @@ from legomole.nano import model, words  # noqa: E402
 from benchmarks.nano import data, evaluate, methods, render, report, scoring, train_base, train_loras  # noqa: E402
 
 
-def test_pictures_depend_on_the_seed_alone():
+def test_pictures_depend_only_on_the_seed():
     first, again, other = (render.render("heart", "ember", np.random.default_rng(s)) for s in (0, 0, 1))
     assert first.shape == (64, 64, 3)
     assert first.dtype == np.uint8
@@ -38,9 +38,9 @@ def test_every_subject_and_style_looks_different():
         (s, k): render.render(s, k, np.random.default_rng(0), jitter=0).astype(int)
         for s, k in [*((s, "flat") for s in render.SUBJECTS), *(("star", k) for k in render.STYLES)]
     }
-    found = list(pictures.values())
-    for i, a in enumerate(found):
-        for b in found[:i]:
+    rendered = list(pictures.values())
+    for i, a in enumerate(rendered):
+        for b in rendered[:i]:
             assert np.abs(a - b).mean() > 2 or a is b
     assert set(words.SUBJECTS) == set(render._SHAPES)
     assert set(words.STYLES) == set(render._LOOKS)
@@ -60,15 +60,15 @@ def examples(n: int = 12) -> data.Examples:
     return data.Examples(latents, tuple(("star", "flat") for _ in range(n)))
 
 
-def test_training_that_was_cut_off_gives_the_weights_of_one_that_was_not():
-    kept: list[dict] = []
-    said: list[str] = []
-    options = {"batch": 2, "say": said.append, "every": 2}
-    whole = train_base.train(examples(), 4, keep=lambda s: kept.append(_copied(s)), **options)
-    resumed = train_base.train(examples(), 4, earlier=kept[0], **options)
-    assert kept[0]["step"] == 2
+def test_interrupted_training_gives_the_same_weights():
+    states: list[dict] = []
+    messages: list[str] = []
+    options = {"batch": 2, "say": messages.append, "every": 2}
+    whole = train_base.train(examples(), 4, save=lambda s: states.append(_copied(s)), **options)
+    resumed = train_base.train(examples(), 4, resume=states[0], **options)
+    assert states[0]["step"] == 2
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert any("4/4" in text for text in said)
+    assert any("4/4" in text for text in messages)
 
 
 def _copied(value):
@@ -84,20 +84,19 @@ def test_a_very_short_training_warms_up_too():
     assert all(bool(w.isfinite().all()) for w in weights.values())
 
 
-def test_a_lora_learns_and_leaves_the_base_alone():
+def test_training_a_lora_does_not_change_the_base_model():
     base = model.build()
     before = {name: w.clone() for name, w in base.state_dict().items()}
-    said: list[str] = []
     prompts = model.Prompts(short=True)
-    made = train_loras.train(base, examples(), prompts, steps=20, seed=1, batch=4, lr=0.05, say=said.append)
+    lora = train_loras.train(base, examples(), prompts, steps=20, seed=1, batch=4, lr=0.05, say=lambda _: None)
     assert all(torch.equal(before[name], w) for name, w in base.state_dict().items())
-    assert {part.rank for part in made.modules.values()} == {4}
-    assert {part.dtype for part in made.modules.values()} == {torch.float16}
-    layer = made.modules["transformer.transformer_blocks.2.attn.to_q"]
+    assert {part.rank for part in lora.modules.values()} == {4}
+    assert {part.dtype for part in lora.modules.values()} == {torch.float16}
+    layer = lora.modules["transformer.transformer_blocks.2.attn.to_q"]
     assert layer.delta().abs().max() > 0
 
 
-def test_merged_in_is_the_sum_and_leaves_no_trace():
+def test_merged_in_adds_the_delta_and_restores_the_weights():
     base = model.build()
     name = "transformer_blocks.0.attn.to_q"
     before = base.get_submodule(name).weight.clone()
@@ -107,7 +106,7 @@ def test_merged_in_is_the_sum_and_leaves_no_trace():
     assert torch.equal(base.get_submodule(name).weight, before)
 
 
-def test_batches_are_noised_pictures_and_the_way_back():
+def test_batches_hold_noised_pictures_and_their_flow():
     prompts = model.Prompts(short=True)
     drawn = data.draw(examples(), 64, prompts, torch.Generator().manual_seed(0), empty=0.5)
     t = drawn.sigma[:, None, None, None]
@@ -121,21 +120,23 @@ def test_batches_are_noised_pictures_and_the_way_back():
 # ---- judging
 
 
-def test_what_is_asked_of_a_pair():
-    what = scoring.task(("heart", "ember"), joint=4, alone=2, base=3)
-    assert what.kinds == ("joint",) * 4 + ("subject",) * 2 + ("style",) * 2 + ("base",) * 3
-    assert set(what.wanted[:4]) == {("heart", "ember")}
-    assert all(s == "heart" and k in render.BASE_STYLES for s, k in what.wanted[4:6])
-    assert all(s in render.BASE_SUBJECTS and k == "ember" for s, k in what.wanted[6:8])
+def test_pictures_for_a_pair():
+    scored = scoring.task(("heart", "ember"), joint=4, alone=2, base=3)
+    assert scored.kinds == ("joint",) * 4 + ("subject",) * 2 + ("style",) * 2 + ("base",) * 3
+    assert set(scored.wanted[:4]) == {("heart", "ember")}
+    assert all(s == "heart" and k in render.BASE_STYLES for s, k in scored.wanted[4:6])
+    assert all(s in render.BASE_SUBJECTS and k == "ember" for s, k in scored.wanted[6:8])
     unseen = [
-        text for text in what.texts if not any(text == words.prompt(*p, w) for p in what.wanted for w in words.WORDINGS)
+        text
+        for text in scored.texts
+        if not any(text == words.prompt(*p, w) for p in scored.wanted for w in words.WORDINGS)
     ]
-    assert len(unseen) >= len(what.texts) // 2 - 1  # every second wording is in no training
+    assert len(unseen) >= len(scored.texts) // 2 - 1  # every second wording is unseen
 
 
-def test_more_loras_are_asked_for_in_all_pairs():
-    what = scoring.task(("heart", "fish", "ember", "wood"), joint=8)
-    pairs = [w for w, k in zip(what.wanted, what.kinds, strict=True) if k == "joint"]
+def test_more_loras_are_combined_in_all_pairs():
+    scored = scoring.task(("heart", "fish", "ember", "wood"), joint=8)
+    pairs = [w for w, k in zip(scored.wanted, scored.kinds, strict=True) if k == "joint"]
     assert len(set(pairs)) == 4
     assert all(pairs.count(pair) == 4 for pair in pairs)
 
@@ -152,8 +153,8 @@ def test_distance_by_hand():
 # ---- choosing and reporting
 
 
-def row(scale: float, joint: float, kept: float, *, seed: int = 0, concepts=("heart", "ember")) -> evaluate.Row:
-    return evaluate.Row("sum", 2, seed, scale, "N r", concepts, joint, kept, kept, kept, 0.0, 1.0)
+def row(scale: float, joint: float, preserved: float, *, seed: int = 0, concepts=("heart", "ember")) -> evaluate.Row:
+    return evaluate.Row("sum", 2, seed, scale, "N r", concepts, joint, preserved, preserved, preserved, 0.0, 1.0)
 
 
 def test_the_best_strength_has_the_best_joint_score_then_keeps_most():
@@ -163,16 +164,16 @@ def test_the_best_strength_has_the_best_joint_score_then_keeps_most():
     assert evaluate.best([row(1.0, 1.0, 0.5), row(1.0, 0.0, 0.5), row(2.0, 0.6, 0.0), row(2.0, 0.6, 0.0)]) == 2.0
 
 
-def test_rows_are_kept_and_not_measured_again(tmp_path, monkeypatch):
+def test_logged_rows_are_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "Scorer", lambda store: pytest.fail("measured") if store is None else store)
-    kept = row(1.0, 0.8, 0.3)
-    (tmp_path / "rows.jsonl").write_text(json.dumps(dataclasses.asdict(kept)) + "\n")
+    logged = row(1.0, 0.8, 0.3)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dataclasses.asdict(logged)) + "\n")
     bench = evaluate.Bench(object(), tmp_path / "rows.jsonl", print)
-    assert bench.row("sum", methods.METHODS["sum"], ("heart", "ember"), 0, 1.0) == kept
+    assert bench.row("sum", methods.METHODS["sum"], ("heart", "ember"), 0, 1.0) == logged
 
 
 def test_spread_is_over_loras_not_pictures():
-    # one LoRA pair right, the other wrong: the mean of a resample is 0, 1/2 .. 1; all alike: no spread
+    # one LoRA pair right, the other wrong: the mean of a resample is 0, 1/2 .. 1; with equal scores there is no spread
     rows = [row(1.0, 1.0, 0.5), row(1.0, 0.0, 0.5, concepts=("fish", "wood"))]
     assert report.spread(rows, "joint") == pytest.approx(0.5)
     assert report.spread([row(1.0, 0.7, 0.5), row(1.0, 0.7, 0.5, seed=1)], "joint") == pytest.approx(0.0)

@@ -1,4 +1,4 @@
-"""A few seconds of what ``python -m benchmarks.reliability`` does in minutes, in processes of their own."""
+"""A few seconds of each command of ``python -m benchmarks.reliability``, in separate processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and limit
 
 
 def python(code: str) -> Any:
-    """What the code prints, as JSON."""
+    """Run code in a separate process; return its output, parsed as JSON."""
     env = os.environ | {"PYTHONSAFEPATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300, check=False
@@ -27,7 +27,7 @@ def python(code: str) -> Any:
 
 @POSIX
 def test_fuzzed_inputs_are_read_or_refused() -> None:
-    """Always the same 40. Then two readings with a known end: an error that is not ours must be counted as a defect."""
+    """Read 40 fixed cases. Then an error that is not ours must be counted as a defect, and a success as such."""
     found = python(
         "import json\n"
         "from benchmarks.reliability import fuzz, readers\n"
@@ -49,18 +49,18 @@ def test_fuzzed_inputs_are_read_or_refused() -> None:
 
 @POSIX
 def test_killed_at_every_stage_and_faults_of_the_machine() -> None:
-    """The old folder or the new. Where they cannot be exchanged there are moments with neither: they must be seen."""
+    """The old or the new folder must be there. Without an atomic exchange there are moments with neither, a defect."""
     exchanged, in_turn, faults = python(
         "import json\n"
         "from benchmarks.reliability import faults, kills\n"
         "from legomole.core.formats import files\n"
         "def stages():\n"
-        "    toll, job = kills.Toll(), kills.jobs()[2]\n"
-        "    toll.found[job.name] = kills.Counter()\n"
+        "    results, job = kills.KillResults(), kills.jobs()[2]\n"
+        "    results.outputs[job.name] = kills.Counter()\n"
         "    kills._measure(job)\n"
         "    stage = 0\n"
-        "    while kills._killed(job, toll, at_call=stage): stage += 1\n"
-        "    return [stage, toll.found[job.name], toll.defects]\n"
+        "    while kills._killed(job, results, at_call=stage): stage += 1\n"
+        "    return [stage, results.outputs[job.name], results.defects]\n"
         "exchanged = stages()\n"
         "files.swap_folders = lambda new, old: False\n"
         "in_turn = stages()\n"

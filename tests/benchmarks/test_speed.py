@@ -1,4 +1,4 @@
-"""The speed benchmark, tiny: what its tools make, its sums, its files. Nothing is timed."""
+"""The speed benchmark at a tiny size: results of its tools, extrapolation, files. Nothing is timed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("peft")
 pytest.importorskip("sklearn")
 
-if str(ROOT) not in sys.path:  # benchmarks are no part of the package; last, so that nothing is shadowed
+if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
 from benchmarks.speed import report, sampled, scaling  # noqa: E402
@@ -30,7 +30,7 @@ SMOKE = CASES["smoke"]
 
 
 def delta_of(path: Path, i: int, scale: float) -> Tensor:
-    """Of a file as PEFT's tools write it."""
+    """Delta of a layer in a file written by PEFT's tools."""
     state = load_file(path)
     return (
         scale
@@ -43,12 +43,12 @@ def test_the_cases_have_the_layers_of_their_models():
     assert [len(CASES[name].layers) for name in PLAIN] == [722, 722, 304, 304, 224]
     weights = [sum(d_out * d_in for _, d_out, d_in in CASES[name].layers) for name in ("flux-3x16", "llm-3x16")]
     assert 11e9 < weights[0] < 12e9  # Flux has 12 billion
-    assert 6.9e9 < weights[1] < 7e9  # the Llama's others are in its embeddings
+    assert 6.9e9 < weights[1] < 7e9  # the Llama's other weights are embeddings
 
 
 @torch.no_grad()
 def test_the_tools_merge_the_same_files(tmp_path: Path):
-    """What should be the exact sum of the LoRAs is, whoever made it."""
+    """Concatenation by either library is the exact sum of the LoRAs."""
     paths = SMOKE.write(tmp_path)
     adapters = [load(path) for path in paths]
     for tool in WHOLE:
@@ -61,26 +61,26 @@ def test_the_tools_merge_the_same_files(tmp_path: Path):
         torch.testing.assert_close(delta_of(tmp_path / "peft-cat.safetensors", i, 1.0), wanted, rtol=0, atol=2e-4)
 
 
-def test_a_layer_of_every_shape_is_counted_as_often_as_there_are_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Three of one shape, one of another: the large one halved in both directions, for eight times its second."""
+def test_one_layer_of_every_shape_is_timed_and_multiplied(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Three layers of one shape, one of another, which is halved in both dimensions for eight times its time."""
     case = replace(SMOKE, layers=[("a", 8, 8), ("b", 8, 8), ("c", 8, 8), ("d", 32, 16)])
     monkeypatch.setattr(sampled, "_LARGEST", 128)
     monkeypatch.setattr(sampled, "fastest", lambda work: [work(), 1.0][1])
-    seen: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int]] = []
 
     def work(units: sampled.Units, rank: int) -> None:
         assert (len(units), rank) == (3, 4)
-        seen.append((units[0].d_out, units[0].d_in))
+        shapes.append((units[0].d_out, units[0].d_in))
 
     assert sampled.per_layer(work)(case, tmp_path).seconds == 3 + 1
     assert sampled.per_layer(work, cubic=True)(case, tmp_path).seconds == 3 + 8
-    assert seen == [(8, 8), (32, 16), (8, 8), (16, 8)]
+    assert shapes == [(8, 8), (32, 16), (8, 8), (16, 8)]
 
 
-def test_the_restated_methods_by_hand():
+def test_the_reimplemented_methods_by_hand():
     one, two = (LowRank(torch.tensor([[a, 0.1]]), torch.tensor([[b], [0.1]])) for a, b in ((4.0, 1.0), (2.0, -1.0)))
     A, B = sampled.mergekit_ties([one, two], 1)
-    assert A.tolist() == [[3.0, 0.0]]  # both agree: their mean
+    assert A.tolist() == [[3.0, 0.0]]  # equal signs: the mean
     assert B.tolist() == [[0.0], [0.0]]  # 1 - 1 elects no sign
     up, down = sampled.kohya_svd([one], 1)
     assert up.shape == (2, 1)
@@ -89,9 +89,9 @@ def test_the_restated_methods_by_hand():
 
 @torch.no_grad()
 def test_the_sampled_tools_run(tmp_path: Path):
-    found = {name: tool(SMOKE, tmp_path) for name, tool in sampled.SAMPLED.items()}
-    assert all(one.seconds > 0 for one in found.values())
-    ratio = found["sklearn-lego"].inertia
+    results = {name: tool(SMOKE, tmp_path) for name, tool in sampled.SAMPLED.items()}
+    assert all(result.seconds > 0 for result in results.values())
+    ratio = results["sklearn-lego"].inertia
     assert ratio is not None
     assert 0.9 < ratio < 1.1
 
@@ -114,7 +114,7 @@ def test_the_table_has_the_ratios(tmp_path: Path):
     assert again.rows == rows[:1]
 
 
-def test_cases_come_in_their_order_whichever_was_run_last():
+def test_cases_keep_their_order():
     results = report.Results("a machine")
     for case in ("llm-3x16", "sdxl-3x32", "flux-3x16", "sdxl-3x32"):
         results.replace(case, [report.Row(case, tool, 1.0, 1, False) for tool in ("floor", "legomole-lego")], None)
@@ -141,12 +141,12 @@ def test_the_command_writes_its_files(tmp_path: Path):
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
-def test_one_number_at_a_time_is_changed(tmp_path: Path):
-    """Each curve passes through the usual case, and what it writes has all points."""
+def test_one_size_is_varied_at_a_time(tmp_path: Path):
+    """Each curve contains the default case, and the file has all points."""
     for curve, values in scaling.CURVES.items():
-        usual = {"LoRAs": 3, "rank": 16, "layers": 722}
+        default = {"LoRAs": 3, "rank": 16, "layers": 722}
         for value, case in zip(values, scaling.cases(curve, values), strict=True):
-            assert {"LoRAs": case.n, "rank": case.rank, "layers": len(case.layers)} == {**usual, curve: value}
+            assert {"LoRAs": case.n, "rank": case.rank, "layers": len(case.layers)} == {**default, curve: value}
     scaling.main(["--rounds", "1", "--out", str(tmp_path)], {"layers": (1, 2)})
     assert list(json.loads((tmp_path / "scaling.json").read_text())["layers"]) == ["1", "2"]
     assert (tmp_path / "scaling.png").stat().st_size > 0

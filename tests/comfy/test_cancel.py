@@ -25,12 +25,12 @@ PLAIN, MIXED = 0, 6
 def before(comfy: Server, files: dict[str, str]) -> dict[int, str]:
     """Images of the model without LoRAs and with a mix."""
     prompts.write_files(comfy.base)
-    return {number: soak.painted(comfy, prompts.picture(number)) for number in (PLAIN, MIXED)}
+    return {number: soak.sample(comfy, prompts.picture(number)) for number in (PLAIN, MIXED)}
 
 
 @pytest.mark.parametrize("number", range(4), ids=lambda number: prompts.cancelled(number).kind)
 def test_the_next_prompts_give_the_same_images_as_before(comfy: Server, before: dict[int, str], number: int) -> None:
-    run = soak.Soak()
+    run = soak.SoakResults()
     soak.cancel(comfy, prompts.cancelled(number), Random(number), run)
     assert run.defects == []
-    assert {n: soak.painted(comfy, prompts.picture(n)) for n in before} == before
+    assert {n: soak.sample(comfy, prompts.picture(n)) for n in before} == before

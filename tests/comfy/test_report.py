@@ -15,7 +15,7 @@ pytestmark = pytest.mark.comfy
 
 def report(graph: Graph, *loras: Link, with_model: bool = True, **settings: Any) -> Link:
     host = {"model": graph.model, "clip": graph.clip} if with_model else {}
-    defaults = {"rank": "1x", "map": "PCA", "filename_prefix": "test/report"}
+    defaults = {"rank": "1x", "filename_prefix": "test/report"}
     row = {f"loras__lora{i}": lora for i, lora in enumerate(loras)}
     return graph.add("LegoMoLE_LoRAReport", **row, **host, **{**defaults, **settings})
 

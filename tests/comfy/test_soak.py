@@ -23,13 +23,13 @@ NUMBERS = (0, 3, 6, 7, 9, 11)  # no LoRA; a file that changes, applied and mixed
 def test_images_do_not_depend_on_earlier_prompts(comfy: Server, files: dict[str, str]) -> None:
     """In order, with a failing prompt in between, and in reverse order after ComfyUI has unloaded everything."""
     prompts.write_files(comfy.base)
-    run = soak.Soak()
-    soak.paint(comfy, NUMBERS[:2], run)
+    run = soak.SoakResults()
+    soak.queue_images(comfy, NUMBERS[:2], run)
     soak.refuse(comfy, prompts.refused(1), run)
-    soak.paint(comfy, NUMBERS[2:], run)
+    soak.queue_images(comfy, NUMBERS[2:], run)
     comfy.post("/free", {"unload_models": True, "free_memory": True})
     for number in reversed(NUMBERS):
-        soak.compare(number, soak.painted(comfy, prompts.picture(number)), run)
+        soak.compare(number, soak.sample(comfy, prompts.picture(number)), run)
     assert run.defects == []
     assert run.compared == len(NUMBERS)
     assert len({*map(tuple, run.pictures.values())}) == len(NUMBERS)  # the images do differ

@@ -55,7 +55,7 @@ def test_every_method_gives_the_image_of_its_own_graph(comfy: Server, pair: Call
     for cell, picture in zip(cells, expected, strict=True):
         assert np.array_equal(cell, picture)
     assert len({picture.tobytes() for picture in expected[:4]}) == 4  # MoLE with even gates is the sum
-    assert report.startswith("5 cells, 5 painted in ")
+    assert report.startswith("5 cells, 5 sampled in ")
     assert "row 1, column 2: concat, seed 7" in report
     assert re.search(r"column 3: svd, rank 1x, seed 7: [\d.]+ s; merged in [\d.]+ s, rank \d+, [\d.]+% of", report)
 
@@ -113,7 +113,7 @@ def test_strength_of_one_lora_and_trained_gates(comfy: Server, pair: Callable) -
     assert np.array_equal(cells[4], pictures(comfy, run, nodes[1])[0])
     assert np.array_equal(cells[2], cells[5])
     assert "row 2, column 3: the same as row 1, column 3" in report
-    assert report.startswith("6 cells, 5 painted in ")
+    assert report.startswith("6 cells, 5 sampled in ")
     assert "trained gates" in report
 
 
@@ -165,7 +165,7 @@ def test_the_node_shows_a_labelled_sheet_and_counts_all_steps(comfy: Server, pai
         ({"x_axis": "strength", "x_values": "1, loud"}, ("This is not a strength.", "loud")),
         ({"x_axis": "seed", "x_values": "1, -2"}, ("This is not a seed.", "-2")),
         ({"x_values": " , "}, ("The x axis has no values.",)),
-        ({"y_axis": "method", "y_values": "lego"}, ("Both axes change the same: method.",)),
+        ({"y_axis": "method", "y_values": "lego"}, ("Both axes change the same setting: method.",)),
         ({"x_values": "none, calibrated"}, ("The method calibrated needs statistics.",)),
     ],
     ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
@@ -189,7 +189,7 @@ def refused_unsampled(comfy: Server, graph: Graph, *words: str) -> None:
 def test_misfits_are_reported_before_anything_is_sampled(comfy: Server, files: dict, pair: Callable) -> None:
     graph = Graph()
     graph.compare(x_values="none, mole")
-    refused_unsampled(comfy, graph, "No LoRA is connected, and mole needs some.")
+    refused_unsampled(comfy, graph, "No LoRA is connected, and mole needs at least one.")
     graph = Graph()
     graph.compare(graph.load(files["sd15_kohya"]))
     refused_unsampled(comfy, graph, "This LoRA changes no layer of the diffusion model that can be mixed.")

@@ -1,4 +1,4 @@
-"""A folder of weights as the shipped one is, but fresh ones."""
+"""A folder of untrained weights with the layout of the shipped one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Seeded weights of every part, in float16, and a LoRA per concept."""
+    """Seeded weights of every model, in float16, and a LoRA per concept."""
     pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("weights")
     (folder / "loras").mkdir()
@@ -27,10 +27,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
             state = module.state_dict()
             halves = {n: w.half() if w.is_floating_point() else w for n, w in state.items()}
             save_file(halves, folder / f"{name}.safetensors")
-    made = Store(folder)
+    store = Store(folder)
     for seed, concept in enumerate(CONCEPTS):
-        save(_lora(seed), made.lora(concept), format="diffusers")
-    return made
+        save(_lora(seed), store.lora(concept), format="diffusers")
+    return store
 
 
 def _lora(seed: int) -> Adapter:

@@ -1,4 +1,4 @@
-"""Files for ComfyUI. That its own loaders read them: tests/comfy/test_nano.py."""
+"""Files for ComfyUI. tests/comfy/test_nano.py reads them with ComfyUI's own loaders."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ NAMES = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ComfyUI without models; the text encoder is a small part of the real one."""
-    some = text.weights(layers=0, tokens=[320])
-    monkeypatch.setattr(text, "weights", lambda: some)
+    """A ComfyUI folder without models; the text encoder is shortened to one embedding."""
+    weights = text.weights(layers=0, tokens=[320])
+    monkeypatch.setattr(text, "weights", lambda: weights)
     (tmp_path / "models").mkdir()
     return tmp_path
 
@@ -33,11 +33,11 @@ def path(folder: Path, name: str) -> Path:
     return folder / "models" / f"{name}.safetensors"
 
 
-def test_every_file_is_written_once_and_again_where_it_differs(folder, store):
-    said: list[str] = []
-    written = comfyui.place(folder, store, said.append)
+def test_files_are_written_once_and_again_if_they_differ(folder, store):
+    messages: list[str] = []
+    written = comfyui.place(folder, store, messages.append)
     assert {p.relative_to(folder / "models").with_suffix("").as_posix() for p in written} == NAMES
-    assert said == [f"writing {p}" for p in written]
+    assert messages == [f"writing {p}" for p in written]
 
     lora, base = path(folder, "loras/legomole_nano_fish"), path(folder, "diffusion_models/legomole_nano")
     original, stamp = lora.read_bytes(), base.stat().st_mtime_ns
@@ -45,7 +45,7 @@ def test_every_file_is_written_once_and_again_where_it_differs(folder, store):
     assert comfyui.place(folder, store) == [lora]
     assert lora.read_bytes() == original
     assert base.stat().st_mtime_ns == stamp
-    assert len(list((folder / "models").rglob("*"))) == len(NAMES) + 4  # the folders: nothing is left behind
+    assert len(list((folder / "models").rglob("*"))) == len(NAMES) + 4  # 4: the folders
 
 
 def test_another_folder_is_refused(tmp_path, store):
@@ -54,7 +54,7 @@ def test_another_folder_is_refused(tmp_path, store):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_in_patches_it_predicts_the_same_of_what_it_reads(folder, store):
+def test_the_patched_transformer_predicts_the_same(folder, store):
     comfyui.place(folder, store)
     config = {**store.transformer.config, "patch_size": 2, "sample_size": 16}
     patched = SD3Transformer2DModel.from_config(config).eval().requires_grad_(False)
@@ -65,7 +65,7 @@ def test_in_patches_it_predicts_the_same_of_what_it_reads(folder, store):
     rng = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 16, 16, 16, generator=rng)
     read = comfyui.folded(wide)
-    assert float(read.std()) == pytest.approx(1, abs=0.05)  # noise stays noise
+    assert float(read.std()) == pytest.approx(1, abs=0.05)  # unit normal noise stays unit normal
     torch.testing.assert_close(read[0, 3, 5, 6], wide[0, 3, 10:12, 12:14].sum() / 2)
     inputs = {
         "timestep": torch.tensor([700.0, 200.0]), "encoder_hidden_states": torch.randn(2, 77, 768, generator=rng),
@@ -74,7 +74,7 @@ def test_in_patches_it_predicts_the_same_of_what_it_reads(folder, store):
     expected = store.transformer(hidden_states=read, **inputs).sample
     found = patched(hidden_states=wide, **inputs).sample
     torch.testing.assert_close(comfyui.folded(found), expected, rtol=1e-4, atol=1e-4)
-    assert float((found[..., 0::2] - found[..., 1::2]).abs().max()) == 0  # the four of a patch move as one
+    assert float((found[..., 0::2] - found[..., 1::2]).abs().max()) == 0  # the pixels of a patch are updated as one
 
 
 def test_the_vae_has_every_layer_of_taesd(folder, store):

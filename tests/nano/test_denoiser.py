@@ -1,4 +1,4 @@
-"""The small model as training and calibration see it: a flow from clean to noise."""
+"""The denoiser interface for training and calibration: a flow from clean latents to noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def denoiser(store):
     return NanoDenoiser(store.transformer, TEXTS, Prompts())
 
 
-def test_a_perfect_prediction_leads_back(denoiser):
+def test_a_perfect_prediction_gives_the_clean_latents(denoiser):
     clean, noise = (torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     t = torch.tensor([0.0, 0.3, 1.0])
     noisy = denoiser.noised(clean, t, noise)
@@ -29,7 +29,7 @@ def test_a_perfect_prediction_leads_back(denoiser):
     torch.testing.assert_close(denoiser.clean(noisy, t, denoiser.goal(clean, t, noise)), clean)
 
 
-def test_it_predicts_what_the_transformer_predicts(denoiser, store):
+def test_predictions_are_the_transformers(denoiser, store):
     x = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     hidden, pooled = denoiser.prompts([TEXTS[1], TEXTS[0]])
     expected = store.transformer(
@@ -39,6 +39,6 @@ def test_it_predicts_what_the_transformer_predicts(denoiser, store):
     torch.testing.assert_close(denoiser.predict(x, torch.tensor([0.25, 0.9]), [1, 0]), expected)
 
 
-def test_it_paints_without_guidance(denoiser, store):
+def test_it_samples_without_guidance(denoiser, store):
     expected = sample(store.transformer, denoiser.prompts, [TEXTS[1], TEXTS[1]], 4, guidance=1.0)
     assert torch.equal(denoiser.sample([1, 1], 4), expected)

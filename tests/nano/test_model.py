@@ -1,4 +1,4 @@
-"""The transformer, and prompts cut short that count as whole."""
+"""The transformer, and shortened prompts that are equivalent to whole ones."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def predict(transformer, prompts, x):
     )[0]  # fmt: skip
 
 
-def test_its_size_and_shape(transformer):
+def test_size_and_shape(transformer):
     assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(4.0e6, rel=0.02)
     x = torch.randn(3, 16, 8, 8)
     assert predict(transformer, model.Prompts(), x).shape == x.shape
     assert len(transformer.transformer_blocks) == transformer.config.num_attention_heads  # ComfyUI's rule
 
 
-def test_short_prompts_count_as_whole_ones(transformer):
+def test_short_prompts_give_the_same_result(transformer):
     short, whole = model.Prompts(short=True), model.Prompts()
     assert short(TEXTS)[0].shape == (3, 12, 768)
     assert whole(TEXTS)[0].shape == (3, 77, 768)
@@ -58,7 +58,7 @@ def test_short_prompts_count_as_whole_ones(transformer):
     assert compared > 60
 
 
-def test_short_prompts_are_not_whole_ones_outside(transformer):
+def test_short_prompts_differ_outside_the_block(transformer):
     short, whole = model.Prompts(short=True), model.Prompts()
     x = torch.randn(3, 16, 8, 8)
     before = transformer.attn_processors

@@ -1,4 +1,4 @@
-"""The judge's shapes and verdicts."""
+"""Shapes and judgements of the judge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from legomole.nano.oracle import Oracle, judge
 from legomole.nano.words import STYLES, SUBJECTS
 
 
-def test_classes_are_the_words_and_none_of_them(seeded):
+def test_classes_are_the_concepts_and_none_of_these(seeded):
     oracle = Oracle().eval()
     subject, style = oracle(torch.rand(2, 3, 64, 64))
     assert subject.shape == (2, len(SUBJECTS) + 1)
@@ -22,11 +22,11 @@ def test_pictures_are_judged_one_by_one(seeded):
         for head, row in ((oracle.subject, SUBJECTS.index("heart")), (oracle.style, len(STYLES))):
             head.weight.zero_()
             head.bias.zero_()
-            head.bias[row] = 1.0  # sees a heart everywhere, and a style nowhere ..
+            head.bias[row] = 1.0  # predicts a heart for every picture, and no style
         features = oracle.features(pictures)
         middle = features.mean(0)
         toward = (features - middle)[1]
-        oracle.style.weight[STYLES.index("ember")] = 2 * toward / (toward @ toward)  # .. but ember in the second
+        oracle.style.weight[STYLES.index("ember")] = 2 * toward / (toward @ toward)  # except ember for the second
         oracle.style.bias[STYLES.index("ember")] = -2 * (middle @ toward) / (toward @ toward)
     verdict = judge(oracle, pictures, [("heart", "ember"), ("heart", "ember"), ("fish", "ember"), ("star", "neon")])
     assert verdict.subject.tolist() == [True, True, False, False]

@@ -1,4 +1,4 @@
-"""The weights in a folder, and that the shipped ones do what they are for."""
+"""Weights in a folder, and the quality of the shipped ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from legomole.nano.store import FOLDER, Store
 from legomole.nano.words import SUBJECTS, prompt
 
 
-def test_models_are_the_files_in_float32_and_frozen(store):
+def test_models_have_the_weights_of_the_files_in_float32_and_are_frozen(store):
     for name, module in {"base": store.transformer, "vae": store.vae, "oracle": store.oracle}.items():
         file = load_file(store.folder / f"{name}.safetensors")
         state = module.state_dict()
@@ -30,7 +30,7 @@ def test_models_are_the_files_in_float32_and_frozen(store):
     assert store.transformer is store.transformer
 
 
-def test_pictures_are_what_the_decoder_paints_within_bounds(store):
+def test_pictures_are_decoded_and_clamped(store):
     latents = 3 * torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     raw = store.vae.decoder(latents)
     found = store.pictures(latents, batch=2)
@@ -51,13 +51,13 @@ def prompts() -> Prompts:
     return Prompts(short=True)
 
 
-def painted(store: Store, prompts: Prompts, wanted: list[tuple[str, str]]) -> Verdict:
+def judged(store: Store, prompts: Prompts, wanted: list[tuple[str, str]]) -> Verdict:
     with short_prompts(store.transformer):
         latents = sample(store.transformer, prompts, [prompt(*pair) for pair in wanted], 0)
     return judge(store.oracle, store.pictures(latents), wanted)
 
 
-def test_all_of_it_is_a_small_download():
+def test_the_weights_are_a_small_download():
     assert 9e6 < sum(p.stat().st_size for p in FOLDER.rglob("*") if p.is_file()) < 15e6
 
 
@@ -65,16 +65,16 @@ KNOWN = [("star", "blueprint"), ("moon", "night"), ("mushroom", "flat"), ("tree"
          ("arrow", "neon"), ("flower", "stripes"), ("diamond", "checker")]  # fmt: skip
 
 
-def test_the_base_paints_what_it_is_asked_for(shipped, prompts):
-    assert painted(shipped, prompts, KNOWN).both.sum() >= 7
+def test_the_base_model_follows_its_prompts(shipped, prompts):
+    assert judged(shipped, prompts, KNOWN).both.sum() >= 7
 
 
 @pytest.mark.parametrize("concept", CONCEPTS)
-def test_a_lora_brings_the_concept_that_the_base_does_not_know(shipped, prompts, concept):
+def test_a_lora_adds_its_concept_to_the_base_model(shipped, prompts, concept):
     wanted = [(concept, style) if concept in SUBJECTS else (subject, concept) for subject, style in KNOWN]
 
     def right() -> int:
-        verdict = painted(shipped, prompts, wanted)
+        verdict = judged(shipped, prompts, wanted)
         return int((verdict.subject if concept in SUBJECTS else verdict.style).sum())
 
     with attach(shipped.transformer, Mixture((load(shipped.lora(concept)),))):

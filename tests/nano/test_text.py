@@ -1,4 +1,4 @@
-"""The text encoder that is written from a seed. Oracle: transformers, with all twelve layers."""
+"""The text encoder generated from a seed. Oracle: transformers, with all twelve layers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def states(encoder: Any, *prompts: str) -> Tensor:
     return encoder(input_ids=torch.tensor([words.tokens(p) for p in prompts])).last_hidden_state
 
 
-def test_the_numbers_are_frozen():
-    # of numpy's RandomState(7000 + 320) and of two of them for a word with synonyms
+def test_embeddings_do_not_change_between_versions():
+    # from numpy's RandomState(7000 + 320), and from two such streams for a word with synonyms
     assert text.embedding(words.IDS["a"])[:3] == pytest.approx([-1.000879, -0.028444, -0.704161], abs=1e-6)
     assert text.embedding(words.IDS["heart"])[:3] == pytest.approx([-1.576999, -0.69333, 0.050926], abs=1e-6)
 
 
-def test_all_tokens_after_a_prompt_are_alike(encoder):
+def test_all_tokens_after_a_prompt_have_equal_states(encoder):
     found = states(encoder, "a heart in ember style")[0]
     assert all(torch.equal(found[6], row) for row in found[7:])
     assert all((found[i] - found[6]).abs().max() > 0.1 for i in range(6))
 
 
-def test_twelve_layers_say_what_one_says(encoder):
+def test_twelve_layers_give_the_same_states_as_one(encoder):
     config = transformers.CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12, bos_token_id=words.START,
         eos_token_id=words.END, pad_token_id=words.END,
@@ -50,10 +50,10 @@ def test_twelve_layers_say_what_one_says(encoder):
         found = whole.eval()(input_ids=torch.tensor([words.tokens(p) for p in prompts]))
     ours = states(encoder, *prompts)
     torch.testing.assert_close(found.last_hidden_state, ours, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found.pooler_output, ours[:, -1], rtol=0, atol=1e-6)  # all a pooled state is
+    torch.testing.assert_close(found.pooler_output, ours[:, -1], rtol=0, atol=1e-6)  # pooled: end token
 
 
-def test_the_summary_hears_every_word(encoder):
+def test_the_summary_depends_on_every_word(encoder):
     plain, *others = states(
         encoder, "a heart in ember style", "the heart in ember style", "a fish in ember style", "a heart in wood style"
     )[:, -1]
@@ -74,7 +74,7 @@ def test_synonyms_are_near(encoder):
     assert cosine_similarity(heart, love, dim=0) > cosine_similarity(heart, fish, dim=0) + 0.05
 
 
-def test_the_encoder_knows_exactly_the_words(encoder):
+def test_the_encoder_has_exactly_the_vocabulary(encoder):
     inner = encoder if hasattr(encoder, "embeddings") else encoder.text_model
     table = inner.embeddings.token_embedding.weight
     known = set(table.abs().sum(1).nonzero().flatten().tolist())
@@ -88,7 +88,7 @@ def test_the_file_for_comfyui_has_every_token_and_layer():
     assert table.shape == (49408, 768)
     assert table.abs().sum(1).all()
     assert torch.equal(table[1936], torch.tensor(text.embedding(1936)).half())
-    assert float(table[7] @ table[8]) != pytest.approx(float(table[7] @ table[7]))  # no row like another
+    assert float(table[7] @ table[8]) != pytest.approx(float(table[7] @ table[7]))  # rows differ
     assert {w.dtype for w in state.values()} == {torch.float16}
     layers = {name.split(".")[3] for name in state if ".layers." in name}
     assert layers == {str(i) for i in range(12)}

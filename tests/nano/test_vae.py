@@ -1,4 +1,4 @@
-"""The autoencoder with blocks left out, and the whole one with zeros there."""
+"""The autoencoder without some blocks, and the full one with zeros in them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from legomole.nano import vae
 diffusers: Any = pytest.importorskip("diffusers")
 
 
-def test_the_whole_one_paints_what_the_short_one_paints(seeded):
+def test_the_full_autoencoder_gives_the_same_result(seeded):
     short = vae.build()
     full = diffusers.AutoencoderTiny(latent_channels=vae.CHANNELS).eval()
     full.load_state_dict(vae.whole(short.state_dict()))
@@ -23,13 +23,13 @@ def test_the_whole_one_paints_what_the_short_one_paints(seeded):
     assert sum(p.numel() for p in short.parameters()) < 0.8 * sum(p.numel() for p in full.parameters())
 
 
-def test_what_was_left_out_is_zeros_of_the_same_kind(seeded):
+def test_omitted_blocks_are_zeros_of_the_same_dtype(seeded):
     state = {name: w.half() for name, w in vae.build().state_dict().items()}
     found = vae.whole(state)
-    left_out = found.keys() - state.keys()
-    assert {name.rsplit(".conv", 1)[0] for name in left_out} == {
+    omitted = found.keys() - state.keys()
+    assert {name.rsplit(".conv", 1)[0] for name in omitted} == {
         *(f"encoder.layers.{i}" for i in (1, 5, 9)), *(f"decoder.layers.{i}" for i in (4, 9, 14, 17)),
     }  # fmt: skip
-    assert not any(found[name].any() for name in left_out)
+    assert not any(found[name].any() for name in omitted)
     assert {w.dtype for w in found.values()} == {torch.float16}
     assert all(torch.equal(found[name], w) for name, w in state.items())

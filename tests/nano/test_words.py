@@ -1,4 +1,4 @@
-"""Words, their numbers, the ways to put them. Oracle: CLIP's vocabulary and tokenizer, where a ComfyUI has them."""
+"""Vocabulary, token ids and wordings. Oracle: CLIP's vocabulary and tokenizer, if a ComfyUI has them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..comfy import server
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Path:
-    """The folder with CLIP's vocabulary."""
+    """Folder with CLIP's vocabulary."""
     found = server.find()
     if isinstance(found, str):
         pytest.skip(found)
@@ -30,7 +30,7 @@ def test_tokens_of_a_prompt():
     assert words.tokens("") == [49406, *[49407] * 76]
 
 
-def test_numbers_are_those_of_clip(vocabulary):
+def test_token_ids_are_those_of_clip(vocabulary):
     known = json.loads((vocabulary / "vocab.json").read_text(encoding="utf-8"))
     assert {word: known[f"{word}</w>"] for word in words.IDS} == words.IDS
 
@@ -53,24 +53,24 @@ def test_prompts_are_tokenized_as_clip_does(vocabulary):
         (("heart", "ember"), "a simple {s} with a {k} look", "a simple heart with an ember look"),
     ],
 )
-def test_english_wants_an_before_vowels(pair, wording, expected):
+def test_an_stands_before_vowels(pair, wording, expected):
     assert words.prompt(*pair, wording) == expected
 
 
-def test_every_prompt_can_be_written():
+def test_every_prompt_can_be_tokenized():
     for wording in (*words.WORDINGS, *words.UNSEEN_WORDINGS):
         for subject in words.SUBJECTS:
             for style in words.STYLES:
                 assert {words.IDS[subject], words.IDS[style]} < set(words.tokens(words.prompt(subject, style, wording)))
 
 
-def test_synonyms_are_words_of_their_own():
+def test_synonyms_are_distinct_words():
     others = [word for group in words.SYNONYMS.values() for word in group]
     assert len({*others, *words.SUBJECTS, *words.STYLES}) == len(others) + 16 + 12
     assert set(words.SYNONYMS) < {*words.SUBJECTS, *words.STYLES}
 
 
-def test_words_it_does_not_know_are_named():
+def test_unknown_words_are_named():
     with pytest.raises(MergeError, match="circle, square") as error:
         words.tokens("a zebra in velvet style")
     assert "zebra, velvet" in str(error.value)

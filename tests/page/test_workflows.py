@@ -43,7 +43,7 @@ TEXTS = {
     "LegoMoLE_MoLEMix": "mix of ",
     "LegoMoLE_SaveGates": ".safetensors",
     "LegoMoLE_LoadGates": "gates per block",
-    "LegoMoLE_XYCompare": "20 cells, 20 painted in ",
+    "LegoMoLE_XYCompare": "20 cells, 20 sampled in ",
 }
 
 

@@ -1,4 +1,4 @@
-"""Pictures by their pixels: what is high is bright, what is absent is not drawn."""
+"""Charts by their pixels: high values are bright, missing values are not drawn."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ def test_heat_map_colours_go_from_zero_to_the_highest():
     assert picture.getpixel((left + 96 + 3, 75)) == BRIGHT
 
 
-def test_heat_map_is_not_brighter_than_it_should_be():
-    """Values below 1 do not fill the scale: 1 is a LoRA's own strength."""
+def test_heat_map_scale_reaches_at_least_1():
+    """Values below 1 do not fill the scale, because 1 is a LoRA's own strength."""
     assert BRIGHT not in {heat_map([[0.5]], ["x"], ["a"]).getpixel((14 + 7 + 3, 75))}
     half, whole = (heat_map([[0.5]], ["x"], ["a"], high=high).getpixel((14 + 7 + 3, 75)) for high in (1.0, 0.5))
     assert whole == BRIGHT
     assert half == (32, 146, 140)  # the middle of the scale
 
 
-def test_heat_map_has_a_row_per_part_and_cuts_long_names():
+def test_heat_map_has_a_row_per_name_and_shortens_long_names():
     names = [f"{'very_long_' * 6}{i}" for i in range(80)]
     small, large = heat_map(torch.ones(2, 2), names[:2], ["a", "b"]), heat_map(torch.ones(80, 2), names, ["a", "b"])
     assert small.width == large.width < 600
     assert large.height > 80 * 14
-    assert heat_map([[math.nan]], ["x"], ["a"]).size  # nothing to say of it
+    assert heat_map([[math.nan]], ["x"], ["a"]).size  # a table without finite values
 
 
-def test_curves_draw_what_is_finite():
+def test_curves_draw_finite_values():
     line, flat, empty = (31, 119, 180), (214, 102, 0), (44, 140, 60)
     picture = curves({"loss": [3.0, math.nan, 1.0], "flat": [2.0], "none": []}, "title")
     assert picture.size == (640, 360)

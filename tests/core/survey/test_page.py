@@ -1,4 +1,4 @@
-"""The page of a survey: a stranger's names and metadata are shown, never obeyed; the numbers are the survey's."""
+"""The page of a survey: untrusted names and metadata are escaped; the values are those of the survey."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 from legomole.core.adapter import Adapter, Source
-from legomole.core.survey.page import page
+from legomole.core.survey.page import html_page
 from legomole.core.survey.survey import survey
 
 from .test_survey import A, B, adapter, layers, part
@@ -44,41 +44,41 @@ class Tags(HTMLParser):
             self.cells[-1] += data
 
 
-def made(*adapters: Adapter) -> str:
-    return page(survey(adapters), adapters)
+def page_of(*adapters: Adapter) -> str:
+    return html_page(survey(adapters), adapters)
 
 
-def test_no_text_of_a_file_becomes_markup():
-    """In the file's name, a layer's name and the base model."""
+def test_text_from_a_file_never_becomes_markup():
+    """Neither the file's name, nor a layer's name, nor the base model."""
     modules = {f"blocks.0.{HOSTILE}{x}.{i}": part((1, 0, 0)) for i, x in enumerate("ab")}
-    told = {"modelspec.architecture": HOSTILE, "title": HOSTILE}
-    hostile = Adapter(modules, metadata=told, source=Source(HOSTILE.replace("/", "|"), HOSTILE, "comfy"))
-    text = made(hostile, Adapter(modules, source=Source("y")))
+    metadata = {"modelspec.architecture": HOSTILE, "title": HOSTILE}
+    hostile = Adapter(modules, metadata=metadata, source=Source(HOSTILE.replace("/", "|"), HOSTILE, "comfy"))
+    text = page_of(hostile, Adapter(modules, source=Source("y")))
     found = Tags(text)
     assert "<script" not in text
     assert not {"script", "iframe", "object", "link", "a"} & set(found.tags)
     assert found.tags.count("img") == 1
     assert not [name for name, _ in found.attributes if name.startswith("on")]
-    assert HOSTILE in found.cells  # as it stands
+    assert HOSTILE in found.cells  # unchanged, as text
 
 
-def test_nothing_is_loaded_from_anywhere():
-    text = made(A, B)
+def test_the_page_loads_nothing():
+    text = page_of(A, B)
     assert "default-src 'none'" in text
     assert set(re.findall(r"(?:src|href|url)\W*=?\W*(\w+:)", text)) == {"data:"}
     assert "http" not in text.replace("http-equiv", "")
 
 
-def test_the_picture_is_inside():
-    data = re.search(r"base64,([^\"]+)", made(A))
+def test_the_picture_is_embedded():
+    data = re.search(r"base64,([^\"]+)", page_of(A))
     assert data is not None
     with Image.open(io.BytesIO(base64.b64decode(data[1]))) as picture:
         assert picture.size[0] == 1590
 
 
-def test_numbers_of_the_tables():
+def test_values_of_the_tables():
     """The cases of `test_survey`: energies 9, 4, 1 and 16, 4, 29; overlaps 1, -1, 0; sums 49, 0, 30."""
-    cells = Tags(made(A, B)).cells
+    cells = Tags(page_of(A, B)).cells
     at = cells.index("blocks.0")
     rows = [cells[at + 6 * i : at + 6 * i + 6] for i in range(3)]
     assert rows == [
@@ -94,13 +94,13 @@ def test_numbers_of_the_tables():
 
 
 def test_one_alone_has_no_pairs():
-    text = made(A)
+    text = page_of(A)
     assert "Pairs" not in text
     assert "the sum" not in Tags(text).cells
 
 
-def test_many_pairs_are_not_all_listed():
+def test_the_table_of_pairs_is_limited():
     several = [adapter(f"n{i}", layers(part((1, i % 6, i % 5)))) for i in range(21)]
-    text = made(*several)
+    text = page_of(*several)
     assert "and 10 pairs that overlap less" in text
     assert text.count("<tr>") < 300

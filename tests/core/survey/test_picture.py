@@ -1,12 +1,11 @@
-"""The picture of a survey, by its pixels; and the sheet it is drawn on."""
+"""The picture of a survey, by its pixels."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from legomole.core.lowrank import LowRank
-from legomole.core.pictures.canvas import Sheet
-from legomole.core.pictures.charts import _LINES
+from legomole.core.pictures.canvas import SERIES
 from legomole.core.survey.picture import draw_survey
 from legomole.core.survey.survey import survey
 
@@ -17,22 +16,22 @@ COLD, WARM = (33, 102, 172), (178, 24, 43)
 
 
 def share(picture, colour) -> float:
-    """Pixels of a colour, in the whole."""
+    """Share of the pixels that have a colour."""
     return sum(n for n, found in picture.getcolors(1 << 24) if found == colour) / (picture.width * picture.height)
 
 
-def test_blocks_that_fight_are_cold_and_those_that_agree_warm():
+def test_negative_overlap_is_blue_and_positive_red():
     picture = draw_survey(survey([A, B]))
     assert picture.width == 1590
-    assert share(picture, COLD) == pytest.approx(share(picture, WARM), rel=0.2)  # one cell each, with figures in it
+    assert share(picture, COLD) == pytest.approx(share(picture, WARM), rel=0.2)  # one cell each, with a number in it
     assert share(picture, COLD) > 0.0005
     apart = draw_survey(survey([A, adapter("c", layers(part((1, 5, 5)), part((1, 5, 5)), part((1, 5, 5))))]))
     assert share(apart, COLD) == share(apart, WARM) == 0
 
 
-def test_origins_are_bars_of_the_loras_colours():
-    """Three blocks of 2 layers: of units nobody shares all are pure; of one LoRA twice all are blends, in pale."""
-    pale = tuple(round(x + (255 - x) * 0.62) for x in _LINES[0])
+def test_origins_are_bars_in_the_colours_of_the_loras():
+    """Units of one LoRA alone have its colour, units of several the paler one: here those of the same LoRA twice."""
+    pale = tuple(round(x + (255 - x) * 0.62) for x in SERIES[0])
     twice = draw_survey(survey([A, adapter("b", dict(A.modules))]))
     assert share(twice, pale) > 0.005
     other = adapter("c", {name: LowRank(p.A.flip(1), p.B.flip(0)) for name, p in A.modules.items() if ".a." in name})
@@ -45,8 +44,8 @@ def test_origins_are_bars_of_the_loras_colours():
 def test_one_lora_has_no_pairs_and_no_origins():
     one, two = draw_survey(survey([A])), draw_survey(survey([A, B]))
     assert one.height < two.height
-    assert share(one, _LINES[1]) == 0
-    assert share(two, _LINES[1]) > 0.002
+    assert share(one, SERIES[1]) == 0
+    assert share(two, SERIES[1]) > 0.002
 
 
 @pytest.mark.parametrize("n", [7, 9])
@@ -58,7 +57,7 @@ def test_many_loras_with_long_names_and_other_scripts(n):
     picture = draw_survey(survey(several))
     assert picture.width == 1590
     assert picture.height < 2500
-    assert all(share(picture, colour) > 0 for colour in _LINES)
+    assert all(share(picture, colour) > 0 for colour in SERIES)
 
 
 def test_many_blocks_and_nothing_at_all():
@@ -76,16 +75,3 @@ def test_many_blocks_and_nothing_at_all():
 
 def test_the_same_survey_gives_the_same_picture():
     assert draw_survey(survey([A, B])).tobytes() == draw_survey(survey([A, B])).tobytes()
-
-
-def test_text_is_cut_and_wrapped_to_fit():
-    sheet = Sheet(100, 100)
-    assert sheet.fitted("short", 100) == "short"
-    cut = sheet.fitted("long " * 40, 100)
-    assert cut.startswith("..")
-    assert sheet.length(cut) <= 100
-    lines = sheet.wrapped(f"a bc {'d' * 80} e f", 100)
-    assert lines[0] == "a bc"
-    assert all(sheet.length(line) <= 100 for line in lines)
-    assert sheet.wrapped("", 100) == []
-    assert sheet.finish().size == (150, 150)

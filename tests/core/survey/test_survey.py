@@ -1,30 +1,27 @@
-"""What a survey says of adapters whose deltas are written down: numbers by hand."""
+"""Surveys of adapters with known deltas: values by hand."""
 
 from __future__ import annotations
-
-import sys
 
 import pytest
 import torch
 from legomole.core.adapter import Adapter, Source
-from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
-from legomole.core.survey.embedding import pca, tsne
+from legomole.core.survey.embedding import pca
 from legomole.core.survey.survey import survey
 
 WIDTH = 6
 
 
 def part(*units: tuple[float, int, int]) -> LowRank:
-    """``sum_j size_j e_out e_in^T``, hidden in factors that mix the units."""
+    """``sum_j size_j e_out e_in^T``, with factors in which the units are mixed."""
     r = len(units)
     A, B = torch.zeros(r, WIDTH), torch.zeros(WIDTH, r)
     for j, (size, out, into) in enumerate(units):
         A[j, into], B[out, j] = 1.0, size
-    R = torch.eye(r) + torch.ones(r, r).triu(1)  # any invertible matrix leaves B A as it is
+    R = torch.eye(r) + torch.ones(r, r).triu(1)  # an invertible matrix does not change B A
     return LowRank(R @ A, B @ torch.linalg.inv(R))
 
 
@@ -33,7 +30,7 @@ def adapter(name: str, modules: dict[str, LowRank]) -> Adapter:
 
 
 def layers(*parts_: LowRank) -> dict[str, LowRank]:
-    """Blocks 0, 1, .. of two layers: the given one, and one that is zero."""
+    """Blocks 0, 1, .. with two layers each: the given one and a zero one."""
     return {f"blocks.{i}.a.q": part for i, part in enumerate(parts_)} | {
         f"blocks.{i}.b.q": LowRank(torch.zeros(1, WIDTH), torch.zeros(WIDTH, 1)) for i in range(len(parts_))
     }
@@ -50,90 +47,93 @@ def close(found, wanted) -> None:
 
 def test_energies_are_squared_norms_by_block_and_lora():
     found = survey([A, B])
-    assert [part.name for part in found.parts] == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [block.name for block in found.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
     close(found.energies(), [[9, 16], [4, 4], [1, 29]])
     close(survey([A, B], [2, -1]).energies(), [[36, 16], [16, 4], [4, 29]])
 
 
 def test_overlap_by_block():
     found = survey([A, B])
-    assert [found.of(part.layers).overlap()[0][1] for part in found.parts] == pytest.approx([1, -1, 0], abs=1e-5)
+    assert [found.report_of(part.layers).overlap()[0][1] for part in found.blocks] == pytest.approx(
+        [1, -1, 0], abs=1e-5
+    )
 
 
 def test_spectra_are_those_of_the_deltas():
     """Sums: 7; 0; 1, 5 and 2 in rows and columns (0,0), (2,2), (3,0): the singular values of [[1], [2]] are sqrt 5."""
     found = survey([A, B])
     layer = found.layers["blocks.2.a.q"]
-    close(layer.total, [5, 5**0.5, 0])
-    close(layer.own[0], [1])
-    close(layer.own[1], [5, 2])
-    assert float(found.layers["blocks.0.a.q"].total[0]) == pytest.approx(7, abs=1e-5)
-    assert float(found.layers["blocks.1.a.q"].total.max()) < 1e-5
+    close(layer.of_sum, [5, 5**0.5, 0])
+    close(layer.of_adapters[0], [1])
+    close(layer.of_adapters[1], [5, 2])
+    assert float(found.layers["blocks.0.a.q"].of_sum[0]) == pytest.approx(7, abs=1e-5)
+    assert float(found.layers["blocks.1.a.q"].of_sum.max()) < 1e-5
 
 
 def test_energy_kept_by_rank():
     """The sum's squares are 49, 0 and 25 + 5: rank 1 keeps 74 of 79. b's: 16 + 4 + 25 of 49. Blocks 2: 25 of 30."""
     found = survey([A, B])
-    close(found.kept()[:2], [74 / 79, 1])
-    close(found.kept(1), [45 / 49, 1])
-    close(found.kept(0), [1])
-    close(found.kept(None, found.parts[2].layers)[:2], [25 / 30, 1])
+    close(found.energy_by_rank()[:2], [74 / 79, 1])
+    close(found.energy_by_rank(1), [45 / 49, 1])
+    close(found.energy_by_rank(0), [1])
+    close(found.energy_by_rank(None, found.blocks[2].layers)[:2], [25 / 30, 1])
     assert [found.rank_for(share) for share in (0.9, 0.95, 1.0)] == [1, 2, 2]
     # root mean square over six layers, three of them zero
     close(found.spectrum()[:2], [(74 / 6) ** 0.5, (5 / 6) ** 0.5])
     close(found.spectrum(0), [(14 / 6) ** 0.5])
 
 
-def test_kept_is_what_svd_keeps():
+def test_energy_by_rank_is_what_svd_keeps():
     adapters = [adapter(name, {"x.0.q": part((3, i, 0), (2, 1, 1), (1, 2, i))}) for i, name in enumerate("ab")]
     found = survey(adapters)
     for k in (1, 2, 3):
-        assert float(found.kept()[k - 1]) == pytest.approx(merge(adapters, SVD(Rank(k))).report.energy_kept, abs=1e-6)
+        kept = merge(adapters, SVD(Rank(k))).report.energy_kept
+        assert float(found.energy_by_rank()[k - 1]) == pytest.approx(kept, abs=1e-6)
 
 
-def test_what_lego_keeps_is_measured_against_the_sum():
-    """At rank 1 block 0 loses nothing of 49, block 1 has nothing to lose, block 2 some of its 30."""
+def test_lego_energy_is_relative_to_the_sum():
+    """At rank 1 block 0 loses none of its energy of 49, block 1 has none, block 2 loses some of its 30."""
     found = survey([A, B], rank=Rank(1))
     modules = {module.name: module for module in found.report.modules}
     lost = modules["blocks.2.a.q"].error ** 2 * 30
-    assert found.merged() == pytest.approx(1 - lost / 79, abs=1e-4)
-    assert found.merged() <= float(found.kept()[0]) + 1e-6
-    assert survey([A, B], rank=Rank(3)).merged() == pytest.approx(1, abs=1e-5)
+    assert found.lego_energy() == pytest.approx(1 - lost / 79, abs=1e-4)
+    assert found.lego_energy() <= float(found.energy_by_rank()[0]) + 1e-6
+    assert survey([A, B], rank=Rank(3)).lego_energy() == pytest.approx(1, abs=1e-5)
 
 
 def test_shared_directions_do_not_depend_on_size():
-    """Block 0 and 1: all shared. Block 2: a reads e0, one of b's two; it writes e0, none of b's. Zeros do not count."""
+    """Blocks 0 and 1 share all. In block 2 both read e0, but only a writes it. Zero layers do not count."""
     found = survey([A, B])
     block = found.layers["blocks.2.a.q"]
     close(block.shared_in, [[1, 1], [1, 1]])
     close(block.shared_out, [[1, 0], [0, 1]])
-    shared_in, shared_out = found.shared()
+    shared_in, shared_out = found.shared_directions()
     assert float(shared_in[0, 1]) == pytest.approx(3 / 3, abs=1e-5)
     assert float(shared_out[0, 1]) == pytest.approx(2 / 3, abs=1e-5)
 
 
 def test_origins_count_merged_units():
-    """Of rank 1: everywhere one unit of both. Of rank 2: in block 2 a's unit of size 1 and b's of size 2 become one.
+    """At rank 1 all units come from both. At rank 2, in block 2, a's unit of size 1 and b's of size 2 become one.
 
-    The layers of zeros count too: there both have a unit.
+    The zero layers count too: there both have a unit.
     """
-    pure, mixed = survey([A, B], rank=Rank(1)).origins()
+    pure, mixed = survey([A, B], rank=Rank(1)).unit_origins()
     close(pure[0], [0, 0])
     close(mixed[0], [0.5 + 0.5, 0.5 + 0.5])
     close(mixed[2], [1 / 3 + 0.5, 2 / 3 + 0.5])
-    pure, mixed = survey([A, B], rank=Rank(2)).origins()
+    pure, mixed = survey([A, B], rank=Rank(2)).unit_origins()
     close(pure[2], [0 + 1, 1 + 1])
     close(mixed[2], [0.5, 0.5])
 
 
 def test_maps_show_the_largest_layer_of_each_region():
     found = survey([A, B])
-    assert [(m.layer, m.region) for m in found.maps] == [
+    assert [(m.layer, m.region) for m in found.unit_maps] == [
         ("blocks.0.a.q", "the first blocks"),
         ("blocks.1.a.q", "the middle blocks"),
         ("blocks.2.a.q", "the last blocks"),
     ]
-    first, middle, last = found.maps
+    first, middle, last = found.unit_maps
     close(first.sizes, [3, 4])
     close((first.points[0] - first.points[1]).norm(), 1)  # 3 and 4 times the same matrix
     close((middle.points[0] - middle.points[1]).norm(), 4)
@@ -141,23 +141,23 @@ def test_maps_show_the_largest_layer_of_each_region():
     close(last.sizes, [1, 5, 2])
 
 
-def test_a_layer_that_one_lora_lacks():
+def test_a_layer_that_only_one_lora_changes():
     other = adapter("c", {"blocks.0.a.q": A.modules["blocks.0.a.q"]})
     found = survey([B, other])
     close(found.energies(), [[16, 9], [4, 0], [29, 0]])
-    close(found.kept(1), [1])
-    close(survey([other]).kept(), [1])
+    close(found.energy_by_rank(1), [1])
+    close(survey([other]).energy_by_rank(), [1])
 
 
-def test_the_gauge_makes_no_difference():
+def test_the_result_does_not_depend_on_the_gauge():
     g = torch.Generator().manual_seed(0)
     random = {f"m.{i}.q": LowRank(torch.randn(3, WIDTH, generator=g), torch.randn(5, 3, generator=g)) for i in range(3)}
     R = torch.randn(3, 3, generator=g)
-    turned = {name: LowRank(R @ p.A, p.B @ torch.linalg.inv(R)) for name, p in random.items()}
-    one, two = (survey([adapter("x", modules)]) for modules in (random, turned))
-    for m, n in zip(one.maps, two.maps, strict=True):
+    transformed = {name: LowRank(R @ p.A, p.B @ torch.linalg.inv(R)) for name, p in random.items()}
+    one, two = (survey([adapter("x", modules)]) for modules in (random, transformed))
+    for m, n in zip(one.unit_maps, two.unit_maps, strict=True):
         torch.testing.assert_close(m.points, n.points, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(one.kept(), two.kept(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one.energy_by_rank(), two.energy_by_rank(), rtol=1e-4, atol=1e-5)
 
 
 def test_pca_of_known_points():
@@ -167,31 +167,11 @@ def test_pca_of_known_points():
     assert pca(torch.ones(0, 0)).shape == (0, 2)
 
 
-def test_tsne_brings_like_directions_together():
-    pytest.importorskip("sklearn")
-    g = torch.Generator().manual_seed(0)
-    centres = torch.eye(3, 9).repeat_interleave(6, 0)
-    X = (centres + 0.1 * torch.randn(18, 9, generator=g)).double() * torch.rand(18, 1, generator=g)
-    points = tsne(X @ X.T, seed=1)
-    assert torch.equal(points, tsne(X @ X.T, seed=1))
-    group = torch.arange(3).repeat_interleave(6)
-    apart = torch.cdist(points, points)
-    same = group[:, None] == group
-    assert apart[same].mean() < 0.5 * apart[~same].mean()
-    assert tsne(torch.eye(3)).shape == (3, 2)
-
-
-def test_tsne_without_its_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    with pytest.raises(MergeError, match=r"legomole\[plots\]"):
-        tsne(torch.eye(5))
-
-
-def test_of_equal_layers_the_first_by_name_is_drawn():
-    """Whichever batch a thread is done with first."""
+def test_among_equal_layers_the_first_by_name_is_drawn():
+    """Whichever batch a thread finishes first."""
     torch.manual_seed(0)
     A, B = torch.randn(2, 6), torch.randn(5, 2)
     names = [f"transformer.transformer_blocks.{i}.attn.to_{x}" for i in (1, 0) for x in "vkq"]
     one, other = ({name: LowRank(A * s, B) for name in names} for s in (1.0, 2.0))
     found = survey([Adapter(one, source=Source("a")), Adapter(other, source=Source("b"))])
-    assert [drawn.layer for drawn in found.maps] == ["transformer.transformer_blocks.0.attn.to_k"]
+    assert [drawn.layer for drawn in found.unit_maps] == ["transformer.transformer_blocks.0.attn.to_k"]

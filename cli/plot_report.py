@@ -1,4 +1,4 @@
-"""`legomole inspect --plot`: a report of several LoRAs as a picture or a page."""
+"""`legomole inspect --plot`: a report of several LoRAs as a picture or an HTML page."""
 
 from __future__ import annotations
 
@@ -19,53 +19,58 @@ if TYPE_CHECKING:
 
 
 def check_plot(path: Path, *, overwrite: bool) -> None:
-    """Refuse a picture that could not be written, before any work is done."""
+    """Raise an error for a plot that could not be written, before any work is done."""
     if path.suffix.lower() not in (".png", ".html"):
         raise typer.BadParameter(f"{path.name}: --plot writes .png or .html.")
     try:
         import PIL  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
         raise LegoMoleError(
-            "Pictures need Pillow, which is not installed.", found=error, remedy="pip install 'legomole[plots]'"
+            "Plots need Pillow, which is not installed.", found=error, remedy="pip install 'legomole[plots]'"
         ) from error
     check_free(path, overwrite=overwrite)
 
 
-def surveyed(paths: Sequence[Path], rank: str | None, *, by_tsne: bool, quiet: bool) -> tuple[Survey, list[Adapter]]:
-    """Look at LoRAs together; also gives them, under common names."""
+def survey_files(paths: Sequence[Path], rank: str | None, *, quiet: bool) -> tuple[Survey, list[Adapter]]:
+    """Survey the LoRAs in files; also returns them, aligned.
+
+    Args:
+        paths: LoRA files or PEFT folders.
+        rank: Rank of the LEGO merge in the report.
+        quiet: Show no progress bar.
+    """
     from ..core.formats import load
     from ..core.formats.file_changes import raise_if_changed
     from ..core.layers.align import align
     from ..core.merge.rank import Rank
     from ..core.survey.survey import survey
 
-    chosen = None if rank is None else Rank.parse(rank)
-    with raise_if_changed(paths), progress_bar("looking", quiet=quiet) as progress:
+    lego_rank = None if rank is None else Rank.parse(rank)
+    with raise_if_changed(paths), progress_bar("comparing", quiet=quiet) as progress:
         adapters = align([load(path) for path in paths], key_map=key_map)
-        drawn = "tsne" if by_tsne else "pca"
-        return survey(adapters, rank=chosen, drawn=drawn, progress=progress), adapters
+        return survey(adapters, rank=lego_rank, progress=progress), adapters
 
 
 def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
-    """Write the picture, or the page with the picture in it.
+    """Write the report as a picture, or as a page that contains the picture.
 
     Raises:
-        SaveError: It could not be written.
+        SaveError: The file could not be written.
     """
     from ..core.formats.files import write_bytes
     from ..core.pictures.charts import png
-    from ..core.survey.page import page
+    from ..core.survey.page import html_page
     from ..core.survey.picture import draw_survey
 
     if path.suffix.lower() == ".html":
-        write_bytes(path, page(survey, adapters).encode(errors="xmlcharrefreplace"))
+        write_bytes(path, html_page(survey, adapters).encode(errors="xmlcharrefreplace"))
     else:
         write_bytes(path, png(draw_survey(survey)))
 
 
-def tell_plot(survey: Survey, path: Path) -> None:
-    """Print the summary, and what was written."""
-    from ..core.survey.findings import sentences
+def print_findings(survey: Survey, path: Path) -> None:
+    """Print the findings of a survey, and where the plot was written."""
+    from ..core.survey.findings import findings
 
-    out().print("\n".join(sentences(survey)), markup=False)
+    out().print("\n".join(findings(survey)), markup=False)
     out().print(f"wrote {path} ({size_of(path)})", markup=False)

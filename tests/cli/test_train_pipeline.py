@@ -1,4 +1,4 @@
-"""`legomole train-gates`, and what `inspect` says of its files."""
+"""`legomole train-gates` on a pipeline, and what `inspect` prints of its files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 
 import diffusers
 import legomole
-from legomole.cli import train_gates as gates
+from legomole.cli import train_pipeline
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
@@ -175,14 +175,6 @@ def test_pictures_that_are_broken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         read_pictures(["1:x"], [["fire"]])
 
 
-def test_clip_guidance_from_a_folder() -> None:
-    model, processor = tiny.clip()
-    model.save_pretrained("clip")
-    processor.save_pretrained("clip")
-    done(*TRAIN, "--objective", "clip", "--clip", "clip", "--steps", "2", "-o", "gates")
-    assert TrainedGates.load("gates.safetensors").training["settings"]["objective"] == "clip"
-
-
 # ---- interruptions
 
 
@@ -199,7 +191,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
 
             yield progress
 
-        monkeypatch.setattr(gates, "progress_bar", bar)
+        monkeypatch.setattr(train_pipeline, "progress_bar", bar)
 
     return at
 
@@ -209,7 +201,7 @@ def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> Non
     interrupt(5)
     result = run(*TRAIN, *options)
     assert result.exit_code == 130
-    assert "What was done is kept in state: the same command goes on" in squeezed(result.output)
+    assert "A checkpoint is kept in state: the same command resumes" in squeezed(result.output)
     assert not Path("gates.safetensors").exists()
     other = run(*TRAIN, *options, "--seed", "1")
     assert other.exit_code == 3
@@ -225,9 +217,9 @@ def test_a_cancel_says_what_became_of_it(interrupt: Any) -> None:
     interrupt(0)
     result = run(*TRAIN, "--state", "state", "-o", "gates")
     assert result.exit_code == 130
-    assert "before there was anything to keep" in squeezed(result.output)
+    assert "before the first checkpoint" in squeezed(result.output)
     result = run(*TRAIN, "-o", "gates")
-    assert "With --state FOLDER what was learnt would have been kept" in squeezed(result.output)
+    assert "With --state FOLDER the training could be resumed" in squeezed(result.output)
 
 
 def test_too_little_memory_says_what_to_try(interrupt: Any) -> None:
@@ -243,11 +235,13 @@ def test_too_little_memory_says_what_to_try(interrupt: Any) -> None:
 USAGE = {
     "words missing": (("pipe", *LORAS, "--words", "ember"), "2 LoRAs and 1 times --words"),
     "a second strength": (("pipe", "style.safetensors:1:0.5", "--words", "x"), "a LoRA has one strength here"),
-    "no CLIP": (("pipe", *LORAS, *WORDS, "--objective", "clip"), "needs --clip FOLDER"),
+    "no words": (("pipe", *LORAS), "give --words once for every LoRA"),
+    "texts": (("pipe", *LORAS, *WORDS, "--texts", "a.jsonl"), "is a diffusers pipeline, for which there is no --texts"),
+    "a setting with an option": (("pipe", *LORAS, *WORDS, "--set", "steps=3"), "use the option --steps 3"),
     "a wrong size": (("pipe", *LORAS, *WORDS, "--size", "big"), "'big' is not a size"),
     "a wrong setting": (("pipe", *LORAS, *WORDS, "--set", "examples=none"), "examples = none"),
     "an unknown setting": (("pipe", *LORAS, *WORDS, "--set", "exampels=5"), "exampels"),
-    "pictures of nobody": (("pipe", *LORAS, *WORDS, "--images", "3:x"), "N from 1 to 2"),
+    "pictures of nobody": (("pipe", *LORAS, *WORDS, "--images", "3:x"), "from 1 to 2"),
 }
 
 
@@ -260,7 +254,7 @@ def test_wrong_usage(case: str) -> None:
 
 
 BAD = {
-    "no pipeline": (("nothing", *LORAS, *WORDS), "The pipeline cannot be loaded"),
+    "no pipeline": (("nothing", *LORAS, *WORDS), "no model of this name"),
     "no LoRA": (("pipe", "gone.safetensors", "--words", "x"), "There is no such file"),
     "another architecture": (("pipe", "flux.safetensors", "--words", "x"), "made for another base model"),
     "the same word twice": (("pipe", *LORAS, "--words", "x", "--words", "X"), "named by the same word"),
@@ -271,13 +265,15 @@ BAD = {
     "no prompts": (("pipe", *LORAS, *WORDS, "--prompts", "gone.txt"), "The text cannot be read"),
     "a prompt for one only": (("pipe", *LORAS, *WORDS, "--prompts", "prompts.txt"), "None of the prompts names LoRA"),
     "no such device": (("pipe", *LORAS, *WORDS, "--device", "warp"), "This device cannot be used"),
-    "no CLIP there": (("pipe", *LORAS, *WORDS, "--objective", "clip", "--clip", "pipe"), "CLIP model cannot be loaded"),
+    "half a pipeline": (("half", *LORAS, *WORDS), "The pipeline cannot be loaded"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_has_its_own_words(case: str) -> None:
     Path("prompts.txt").write_text("heart\n", encoding="utf-8")
+    Path("half").mkdir()
+    Path("half/model_index.json").write_text("{}", encoding="utf-8")
     arguments, words = BAD[case]
     result = run("train-gates", *arguments, *SMALL, "-o", "gates")
     assert result.exit_code == 3

@@ -1,4 +1,4 @@
-"""`legomole train-text-gates`, in one process and in two that `accelerate launch` starts as the page says."""
+"""`legomole train-gates` on a language model, in one process and in two of `accelerate launch`, as the page says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import legomole
-from legomole.cli import text_gates
+from legomole.cli import train_language_model
 from legomole.cli.gates_input import read_texts
 from legomole.core.mole.trained import TrainedGates
 
@@ -29,7 +29,7 @@ from .command import done, run, squeezed
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 WORDS = [f"w{i}" for i in range(40)]
-TRAIN = ("train-text-gates", "base", "one:0.5", "two", "--texts", "one.jsonl", "--texts", "two.jsonl", "--batch", "4")
+TRAIN = ("train-gates", "base", "one:0.5", "two", "--texts", "one.jsonl", "--texts", "two.jsonl", "--batch", "4")
 FAST = ("--steps", "6", "--lr", "0.05", "--set", "warmup=0")
 
 
@@ -148,10 +148,18 @@ def test_examples_are_read_as_json_says() -> None:
 def test_what_cannot_be_trained_with_is_refused_first() -> None:
     result = run(*TRAIN[:6], "-o", "gates")
     assert (result.exit_code, "2 LoRAs and 1 times --texts" in squeezed(result.output)) == (2, True)
+    result = run(*TRAIN, "--words", "x", "-o", "gates")
+    assert (result.exit_code, "for which there is no --words" in squeezed(result.output)) == (2, True)
     assert "steps = 0" in squeezed(run(*TRAIN, "--steps", "0", "-o", "gates").output)
     Path("empty").mkdir()
-    for model, problem in (("empty", "The language model cannot be loaded"), ("nothing", "no model of this name")):
-        error = json.loads(run("train-text-gates", model, *TRAIN[2:], "--json", "-o", "gates").stdout)["error"]
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{}", encoding="utf-8")
+    for model, problem in (
+        ("empty", "neither a diffusers pipeline nor a transformers model"),
+        ("broken", "The language model cannot be loaded"),
+        ("nothing", "no model of this name"),
+    ):
+        error = json.loads(run("train-gates", model, *TRAIN[2:], "--json", "-o", "gates").stdout)["error"]
         assert (problem in error["problem"], error["file"]) == (True, model)
 
 
@@ -168,8 +176,8 @@ def test_an_interrupted_training_goes_on_to_the_same_file(monkeypatch: pytest.Mo
 
     done(*TRAIN, *FAST, "-o", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(text_gates, "progress_bar", bar)
+        patch.setattr(train_language_model, "progress_bar", bar)
         result = run(*TRAIN, *FAST, "--state", "state", "-o", "gates")
-    assert (result.exit_code, "What was done is kept in state" in squeezed(result.output)) == (130, True)
+    assert (result.exit_code, "A checkpoint is kept in state" in squeezed(result.output)) == (130, True)
     done(*TRAIN, *FAST, "--state", "state", "-o", "gates")
     assert Path("gates.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
