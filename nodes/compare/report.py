@@ -64,19 +64,19 @@ class LoRAReport(io.ComfyNode):
         values = connected_loras(loras, folders.lora_path)
         path = folders.new_path(filename_prefix, folders.OUTPUT) if filename_prefix else None
         loaded = read(values, model, clip)
-        found = survey(
+        result = survey(
             loaded.adapters,
             [value.strength_model for value in values],
             text_encoder_weights=[value.strength_clip for value in values],
             rank=Rank.parse(rank),
             progress=display.progress_bar(),
         )
-        text = "\n".join([*findings(found), *loaded.dropped, *loaded.notes])
+        text = "\n".join([*findings(result), *loaded.dropped, *loaded.notes])
         shown_text = text
         if path is not None:
-            write_bytes(path, html_page(found, loaded.adapters).encode(errors="xmlcharrefreplace"))
+            write_bytes(path, html_page(result, loaded.adapters).encode(errors="xmlcharrefreplace"))
             shown_text += f"\nPage with all numbers: {path}"
-        image = display.to_image(draw_survey(found))
+        image = display.to_image(draw_survey(result))
         return io.NodeOutput(
             image, text, ui={**ui.PreviewImage(image, cls=cls).as_dict(), **display.show_text(shown_text).as_dict()}
         )

@@ -10,8 +10,15 @@ from comfy_api.latest import io, ui
 
 from ...core.merge.statistics import Statistics
 from ...core.mole.trained import TrainedGates
-from ...core.pictures import comparison
-from ...core.pictures.comparison import AXIS_KINDS, METHOD_CHOICES, NOTHING, Axis
+from ...core.pictures.comparison import (
+    AXIS_KINDS,
+    METHOD_CHOICES,
+    NOTHING,
+    Axis,
+    cells_by_setup,
+    describe_cells,
+    grid_of_cells,
+)
 from ...core.pictures.sheet import comparison_sheet
 from ..comfy import display, folders
 from ..comfy.sampling import SAMPLERS, SCHEDULERS
@@ -144,7 +151,7 @@ class XYCompare(io.ComfyNode):
         is_any_connected = any(lora is not None for lora in loras.values())
         values = connected_loras(loras, folders.lora_path) if is_any_connected else []
         x, y = Axis.parse("x", x_axis, x_values), Axis.parse("y", y_axis, y_values)
-        grid = comparison.grid_of_cells(
+        grid = grid_of_cells(
             x,
             y,
             method=method,
@@ -154,14 +161,14 @@ class XYCompare(io.ComfyNode):
             loras=len(values),
             statistics=statistics is not None,
         )
-        cells_by_setup = comparison.cells_by_setup(grid)
+        cells = cells_by_setup(grid)
         progress = display.progress_bar_with_text()
         preparer = ModelPreparer(model, clip, negative, values, gates=gates, statistics=statistics, progress=progress)
-        models = preparer.prepare(cells_by_setup)
+        models = preparer.prepare(cells)
         remarks = {setup: prepared.remark for setup, prepared in models.items()}
         warnings = dict.fromkeys(line for prepared in models.values() for line in prepared.warnings)
         images, seconds = sample_cells(
-            cells_by_setup,
+            cells,
             models,
             vae,
             latent_image,
@@ -180,7 +187,7 @@ class XYCompare(io.ComfyNode):
             x.title(labels),
             y.title(labels),
         )
-        text = "\n".join([comparison.describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
+        text = "\n".join([describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
         image = display.to_image(drawn)
         display.show_text(text)
         batch = torch.cat([images[cell] for row in grid for cell in row])
