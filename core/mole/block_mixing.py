@@ -54,7 +54,7 @@ class Block(Forward):
         if self.output:
             return self._output_mixed(args, kwargs)
         if self.own is not None and state.reads in INPUT:
-            x = self.arguments.stream(args, kwargs)
+            x = self._stream(args, kwargs)
             state.hidden(self.own, "", x, image=self._image(x))
         return self.inner(*args, **kwargs)
 
@@ -66,7 +66,7 @@ class Block(Forward):
         state, site = self.state, self.own
         assert site is not None
         n = state.bank.experts
-        gate, x = site.value, self.arguments.stream(args, kwargs)
+        gate, x = site.value, self._stream(args, kwargs)
         alone = torch.eye(n, device=x.device)
         outputs: list[list[Any]] = []
         tree = None
@@ -85,7 +85,7 @@ class Block(Forward):
                 gate = state.read(site, *self._outputs_read(base, own))
         state.set(site, gate)
         mixed = [
-            value + sum(_scaled(fit_batch(gate, value.shape[0])[..., i], own[i][j] - value) for i in range(n))
+            value + sum(_scaled(fit_batch(gate, _batch(value))[..., i], own[i][j] - value) for i in range(n))
             if isinstance(value, Tensor) and value.is_floating_point()
             else value
             for j, value in enumerate(base)
@@ -105,7 +105,17 @@ class Block(Forward):
 
     def _positions(self, x: Tensor) -> Tensor:
         """``(B, T, d)`` of a sequence or an image."""
+        if x.ndim == 1:
+            return x[None, None]
         return x.flatten(2).mT if self._image(x) else x.flatten(1, -2) if x.ndim > 2 else x[:, None]
+
+    def _stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        x = self.arguments.stream(args, kwargs)
+        return x[None] if x.ndim == 1 else x
+
+
+def _batch(x: Tensor) -> int:
+    return x.shape[0] if x.ndim > 1 else 1
 
 
 def _scaled(g: Tensor, x: Tensor) -> Tensor:

@@ -6,10 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .gating import TEXT, GateScope, State
+from .ownership import is_only_reference
 from .stack import Stack
 
 
@@ -69,18 +71,27 @@ class Layer(Forward):
 
     def __init__(self, module: nn.Module, state: State, path: str, stack: Stack, site: GateScope) -> None:
         self.path, self.stack, self.site = path, stack, site
+        self.unbatched = 1 + len(stack.kernel)  # dimensions of an input without a batch
         super().__init__(module, state)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        y = self.inner(*args, **kwargs)
+        outputs = [self.inner(*args, **kwargs)]
         if not self.active:
-            return y
-        x = first_given(args, kwargs).to(y.device)
+            return outputs[0]
+        in_place = not torch.is_grad_enabled() and is_only_reference(outputs)
+        y = outputs[0]
+        x = first_given(args, kwargs)
+        if x.device != y.device:
+            x = x.to(y.device)
+        unbatched = x.ndim == self.unbatched
+        if unbatched:
+            x, y = x[None], y[None]
         z = self.stack.down(self.module, x)
         g = self.site.value
         if g is None:
             g = self.state.open(self.site, self.path, self.stack, x, z)
-        return self.stack.add(y, z * self.state.spread(g, self.stack, z))
+        y = self.stack.add(y, z * self.state.spread(g, self.stack, z), in_place=in_place)
+        return y[0] if unbatched else y
 
 
 class Reader(Forward):
@@ -88,11 +99,14 @@ class Reader(Forward):
 
     def __init__(self, module: nn.Module, state: State, path: str, site: GateScope) -> None:
         self.path, self.site, self.image = path, site, isinstance(module, _ConvNd)
+        self.unbatched = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
         super().__init__(module, state)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active and self.site.value is None:
-            self.state.hidden(self.site, self.path, first_given(args, kwargs), image=self.image)
+            x = first_given(args, kwargs)
+            x = x[None] if x.ndim == self.unbatched else x
+            self.state.hidden(self.site, self.path, x, image=self.image)
         return self.inner(*args, **kwargs)
 
 

@@ -54,6 +54,7 @@ class Stack(nn.Module):
     Attributes:
         D: ``(R, d_in)``, or ``(R, channels, *kernel)``. owner: ``(R,)`` long, the expert of each row of `D`.
         layout: Equal for stacks that `spread` the same gates alike.
+        whole: Whether all parts cover all output rows.
     """
 
     D: Tensor
@@ -88,6 +89,7 @@ class Stack(nn.Module):
                 units += part.update.rank
             self.groups.append((start, stop, first, units))
             self.register_buffer(f"U{n}", torch.cat(ups, 1).to(dtype or _widest(parts)))
+        self.whole = len(self.groups) == 1 and self.groups[0][:2] == (0, d_out)
         D = torch.cat(downs).to(dtype or _widest(parts))
         self.register_buffer("D", D.unflatten(1, (-1, *kernel)) if kernel else D)
         owner = torch.tensor([part.expert for part in parts for _ in range(part.update.rank)])
@@ -98,14 +100,9 @@ class Stack(nn.Module):
         """One ``(rows, units)`` per group of output rows."""
         return [getattr(self, f"U{n}") for n in range(len(self.groups))]
 
-    @property
-    def whole(self) -> bool:
-        """Whether all parts cover all output rows."""
-        return len(self.groups) == 1 and self.groups[0][:2] == (0, self.d_out)
-
     def down(self, layer: nn.Module, x: Tensor) -> Tensor:
         """``z = D x``: ``(B, .., R)`` for a linear layer, ``(B, R, ..)`` for a convolution."""
-        D = self.D.to(x.device, x.dtype)
+        D = _like(self.D, x)
         if self.kernel:
             return layer._conv_forward(x, D, None)  # type: ignore[operator] # the layer's own stride and padding
         return nn.functional.linear(x, D)
@@ -139,15 +136,18 @@ class Stack(nn.Module):
         """`z` with every expert's slice times its gate, see `spread`."""
         return z * self.spread(g, z)
 
-    def add(self, y: Tensor, z: Tensor) -> Tensor:
-        """``y + U z`` in the dtype of `y`; `z` already gated, `y` the layer's own output, which may be overwritten.
+    def add(self, y: Tensor, z: Tensor, *, in_place: bool = False) -> Tensor:
+        """``y + U z`` in the dtype of `y`.
 
-        Without gradients it is, to save copying it. With them it is not, because the layer may have kept `y` for its
-        backward pass, or handed out a view.
+        Args:
+            y: Output of the layer. z: From `down`, already gated.
+            in_place: Write the sum into `y`, which saves a copy. Allowed without gradients (the layer may have saved
+                `y` for its backward pass) and if nothing else uses `y`.
         """
         Y = y.flatten(2) if self.kernel else y.flatten(0, -2)  # (B, d_out, positions), or (positions, d_out)
-        Y = Y.clone() if torch.is_grad_enabled() else Y
-        Z = (z.flatten(2) if self.kernel else z.flatten(0, -2)).to(y.dtype)
+        Y = Y if in_place else Y.clone()
+        Z = z if z.dtype == y.dtype else z.to(y.dtype)
+        Z = Z.flatten(2) if self.kernel else Z.flatten(0, -2)
         if self.whole:
             self._add(Y, Z, self.U0)
         else:
@@ -157,7 +157,7 @@ class Stack(nn.Module):
 
     def _add(self, Y: Tensor, Z: Tensor, U: Tensor) -> None:
         """``Y += U Z`` in place, `Y` and `Z` flattened as in `add`."""
-        U = U.to(Y.device, Y.dtype)
+        U = _like(U, Y)
         if self.kernel:
             Y.baddbmm_(U.expand(Y.shape[0], -1, -1), Z)
         else:
@@ -272,6 +272,12 @@ def _check(layer: nn.Module, update: LowRank, start: int, stop: int, module: str
             found=(update.d_out, update.d_in),
             remedy="use the base model the LoRA was trained for",
         )
+
+
+def _like(factor: Tensor, x: Tensor) -> Tensor:
+    """`factor` on the device and in the dtype of `x`."""
+    # compared first: even a ``to`` that changes nothing takes longer
+    return factor if factor.dtype == x.dtype and factor.device == x.device else factor.to(x.device, x.dtype)
 
 
 def _widest(parts: Sequence[ExpertSlice]) -> torch.dtype:
