@@ -15,7 +15,7 @@ from ..errors import MergeError
 from ..mole.attach import Attachment
 from ..mole.gates import GateSet
 from ..mole.mixture import Mixture
-from ..mole.router import check_concepts, named, route_gates
+from ..mole.router import check_concepts, concepts_in, route_gates
 from ..mole.trained import Expert
 from ..progress import Progress
 from .denoiser import Denoiser
@@ -184,9 +184,9 @@ def _routed(
         if latents is None:
             with torch.no_grad(), attachment.hold([0.0] * attachment.bank.experts):
                 latents = denoiser.sample([i], settings.seed)  # any picture will do
-        with torch.no_grad(), attachment.measure(collect):
+        with torch.no_grad(), attachment.watch_inputs(collect):
             denoiser.predict(latents, torch.full((1,), 0.5), [i])
         if progress is not None:
             progress(i + 1, len(prompts), "reading the prompts")
-    asked = named([prompt.text for prompt in prompts], concepts)
+    asked = concepts_in([prompt.text for prompt in prompts], concepts)
     return route_gates(torch.cat(seen), asked, attachment.bank.gates.settings, scopes)

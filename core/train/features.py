@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..errors import MergeError
 from ..mole.attach import Attachment
-from ..mole.gates import Gate, GateSet
-from ..mole.router import standardisation
+from ..mole.gates import Gate, GateSet, feature_spread
 
 _FEATURES = 64  # as many as there were where the default learning rate was found
 
@@ -52,7 +51,7 @@ def standardise_features(attachment: Attachment, run: Callable[[], None]) -> Gat
 
     bank = attachment.bank
     attachment.use(GateSet(bank.experts, bank.gates.settings))
-    with torch.no_grad(), attachment.measure(seen):
+    with torch.no_grad(), attachment.watch_inputs(seen):
         run()
     if not found:
         raise MergeError(
@@ -62,7 +61,7 @@ def standardise_features(attachment: Attachment, run: Callable[[], None]) -> Gat
     gates: dict[str, Gate] = {}
     device = next(iter(bank.stacks.values())).D.device
     for scope, m in found.items():
-        mean, spread = standardisation(m.sum / m.n, (m.square / m.n - (m.sum / m.n).square()).clamp_min(0))
+        mean, spread = m.sum / m.n, feature_spread((m.square / m.n - (m.sum / m.n).square()).clamp_min(0))
         gates[scope] = Gate(
             len(mean),
             bank.experts,

@@ -17,7 +17,7 @@ from ..formats.files import read_tensors, write_tensors
 from ..json_text import from_json
 from ..mole.attach import Attachment
 from ..mole.gates import balance_loss, entropy
-from ..mole.gating import CollectedGates
+from ..mole.observers import CollectedGates
 from ..mole.recompute import exact_gradients
 from ..progress import Progress
 from .settings import FitSettings

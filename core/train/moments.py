@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..mole.forwards import first_given
+from ..mole.forwards import first_argument
 
 
 class SecondMoments:
@@ -132,7 +132,7 @@ class _Numbers:
 
 def _noting(name: str, seen: dict[str, Seen], numbers: _Numbers) -> Any:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_given(args, kwargs)
+        x = first_argument(args, kwargs)
         if isinstance(module, nn.modules.conv._ConvNd):  # another kernel sees other patches of the same tensor
             numbers.count += 1
             width, number = x.shape[-1 - len(module.kernel_size)] * math.prod(module.kernel_size), numbers.count
@@ -146,7 +146,7 @@ def _noting(name: str, seen: dict[str, Seen], numbers: _Numbers) -> Any:
 
 def _hook(moment: SecondMoments) -> Any:
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_given(args, kwargs)
+        x = first_argument(args, kwargs)
         moment.add(_patches(module, x) if isinstance(module, nn.modules.conv._ConvNd) else x)
 
     return count

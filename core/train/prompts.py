@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations, cycle, islice
 
 from ..errors import MergeError, name_some
-from ..mole.router import named
+from ..mole.router import concepts_in
 
 # How the kinds of prompts share the training examples: several concepts at once, one alone, none, the empty prompt.
 JOINT, SINGLE, BASE, EMPTY = 0.35, 0.40, 0.10, 0.15
@@ -52,17 +52,18 @@ def prompts_for(concepts: Sequence[Sequence[str]], texts: Sequence[str] = ()) ->
             )
     _check_apart(concepts)
     texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-    found = [Prompt(text, _indices(row)) for text, row in zip(texts, named(texts, concepts).tolist(), strict=True)]
+    rows = concepts_in(texts, concepts).tolist()
+    given = [Prompt(text, _indices(row)) for text, row in zip(texts, rows, strict=True)]
     if texts:
         for i, words in enumerate(concepts):
-            if not any(i in prompt.named for prompt in found):
+            if not any(i in prompt.named for prompt in given):
                 raise MergeError(
                     f"None of the prompts names LoRA number {i + 1}.",
                     expected=f"a prompt with {' or '.join(map(repr, words))}",
                     found=name_some([repr(text) for text in texts], 4),
                     remedy="use its words in a prompt, or leave the prompts empty to have some made from the words",
                 )
-    made = [*found, *_missing(concepts, {prompt.named for prompt in found}), Prompt("", ())]
+    made = [*given, *_missing(concepts, {prompt.named for prompt in given}), Prompt("", ())]
     return list(dict.fromkeys(made))
 
 
@@ -76,9 +77,9 @@ def _missing(concepts: Sequence[Sequence[str]], present: set[tuple[int, ...]]) -
         words = [islice(cycle(concepts[i]), len(_ALONE)) for i in group]
         for template, chosen in zip(_ALONE if len(group) == 1 else _TOGETHER, zip(*words, strict=True), strict=True):
             text = template.format(*chosen) if len(group) < 3 else ", ".join(chosen)
-            made.append(Prompt(text, _indices(named([text], concepts)[0].tolist())))
+            made.append(Prompt(text, _indices(concepts_in([text], concepts)[0].tolist())))
     if () not in present:
-        rows = named(_OTHERS, concepts).tolist()
+        rows = concepts_in(_OTHERS, concepts).tolist()
         made += [Prompt(text, ()) for text, row in zip(_OTHERS, rows, strict=True) if not any(row)]
     return made
 

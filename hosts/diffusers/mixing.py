@@ -18,9 +18,9 @@ from ...core.errors import MergeError, name_some
 from ...core.layers.keymap import rename
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.gates import GateSet
-from ...core.mole.guidance import Rows
+from ...core.mole.guidance import PromptRows
 from ...core.mole.mixture import Mixture
-from ...core.mole.router import check_concepts, named, routed_values
+from ...core.mole.router import check_concepts, concepts_in, routed_values
 from ...core.mole.scopes import uncompiled
 from ...core.mole.trained import TrainedGates
 from .layer_names import key_map
@@ -97,7 +97,7 @@ def load_gates(pipe: Any, path: str | Path, adapters: Sequence[Adapter]) -> Gate
     return TrainedGates.load(path).of(adapters, base_of(pipe))
 
 
-def prompt_rows(pipe: Any) -> Rows:
+def prompt_rows(pipe: Any) -> PromptRows:
     """The rows of a batch that belong to the prompt, not to the negative one: for `attach`, and for `Record`."""
 
     def rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
@@ -180,7 +180,7 @@ class _Router:
             if prefix and given.arguments.get("negative_prompt_embeds") is None:
                 parts[0] = parts[0] or ""
             if parts[0] is not None:
-                asked = named(_texts(parts, len(embeddings)), self.concepts)
+                asked = concepts_in(_texts(parts, len(embeddings)), self.concepts)
                 self.known.append((embeddings.detach(), routed_values(asked, self.settings)))
         return result
 

@@ -20,7 +20,7 @@ from ...core.errors import FormatError, MergeError
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.mixture import Mixture
 from ...core.mole.record import Record
-from ...core.mole.router import check_concepts, named
+from ...core.mole.router import check_concepts, concepts_in
 from ...core.mole.trained import TrainedGates
 from ...core.progress import Progress
 from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, prompts_for, train
@@ -152,7 +152,7 @@ def train_gates(
 
 def _named(images: Sequence[tuple[Any, str]], concepts: Sequence[Sequence[str]]) -> list[tuple[str, list[bool]]]:
     texts = [text.strip() for _, text in images]
-    return list(zip(texts, named(texts, concepts).tolist(), strict=True))
+    return list(zip(texts, concepts_in(texts, concepts).tolist(), strict=True))
 
 
 def _check_images(captions: Sequence[Prompt], mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:

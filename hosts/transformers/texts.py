@@ -21,7 +21,7 @@ _OTHER_CACHES = ("cache_params",)  # states of models without keys and values
 
 
 class PromptTexts:
-    """Implements `core.mole.texts.Texts`.
+    """Implements `core.mole.texts.TextReader`.
 
     Args:
         model: Its forward's arguments are understood. tokens: Whether gates read each token.
@@ -59,13 +59,13 @@ class PromptTexts:
         finally:
             self.generating, self.asked = outer
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> TextPositions:
-        """See `core.mole.texts.Texts`.
+    def begin_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TextPositions:
+        """See `core.mole.texts.TextReader`.
 
         Raises:
             MergeError: A cache that was begun without the mixture, or by another number of texts.
         """
-        given = dict(zip(self.names, arguments, strict=False)) | dict(named)
+        given = dict(zip(self.names, args, strict=False)) | dict(kwargs)
         self._checkpoints()
         self.cache = next((v for name in _CACHES if (v := given.get(name)) is not None), None)
         ids = next((v for k in ("input_ids", "inputs_embeds") if isinstance(v := given.get(k), Tensor)), None)
@@ -77,7 +77,7 @@ class PromptTexts:
         if self.tokens:
             return TextPositions(own)
         if past or any(given.get(name) is not None for name in _OTHER_CACHES):
-            return TextPositions(kept=self._kept(B))
+            return TextPositions(prompt_gates=self._kept(B))
         if self.generating:
             asked = self.asked = own if self.asked is None else self.asked
             return TextPositions(asked)
@@ -86,7 +86,7 @@ class PromptTexts:
             own = own & _before_labels(labels.to(own.device), own)
         return TextPositions(own)
 
-    def end(self, output: Any, values: Mapping[str, Tensor]) -> None:
+    def end_pass(self, output: Any, values: Mapping[str, Tensor]) -> None:
         made = next((v for name in _CACHES if (v := getattr(output, name, None)) is not None), None)
         cache = self.cache if self.cache is not None else made
         self.cache = None
@@ -152,7 +152,7 @@ class _Checkpoint:
         self.function, self.attachment = function, attachment
 
     def __call__(self, part: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.attachment.repeatable(part), *args, **kwargs)
+        return self.function(self.attachment.recomputable(part), *args, **kwargs)
 
     def remove(self, module: Any) -> None:
         if module.__dict__.get("_gradient_checkpointing_func") is self:

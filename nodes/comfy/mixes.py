@@ -22,7 +22,7 @@ from ...core.merge.methods import MergeMethod
 from ...core.mole.attach import Attachment
 from ...core.mole.bank import Bank
 from ...core.mole.gates import GateSet, GateSettings
-from ...core.mole.guidance import PromptFirst, PromptFollowing
+from ...core.mole.guidance import PromptGateSharing, PromptPassRequired
 from ...core.mole.mixture import MixMode, Mixture
 from ...core.mole.record import Record
 from ...core.mole.trained import TrainedGates
@@ -41,7 +41,8 @@ class Mix:
 
     Args:
         mixture: The experts that are switched on, with their gates.
-        bank: What runs. record: Of the last sampling run. following: Lets the negative prompt follow.
+        bank: What runs. record: Of the last sampling run.
+        prompt_gates: Gives negative prompts the gates of the prompt.
         text_encoder_weights: Strengths of the experts in the text encoders.
         reading: How the LoRAs were read; knows how to name a merged one.
         base: The kind of model.
@@ -50,7 +51,7 @@ class Mix:
     mixture: Mixture
     bank: Bank
     record: Record
-    following: PromptFollowing
+    prompt_gates: PromptGateSharing
     text_encoder_weights: tuple[float, ...]
     reading: LoadedLoras
     base: str
@@ -143,8 +144,8 @@ def build(
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     kept = [i for i in range(len(loras)) if i not in off]
     weights = tuple(loras[i].strength_clip for i in kept)
-    following = PromptFollowing(_prompt_rows, apart=True)
-    return Mix(mixture, bank, _Record(_prompt_rows), following, weights, reading, base)
+    prompt_gates = PromptGateSharing(_prompt_rows, separate_passes=True)
+    return Mix(mixture, bank, _Record(_prompt_rows), prompt_gates, weights, reading, base)
 
 
 def on_model(mix: Mix, model: Any) -> Any:
@@ -160,31 +161,38 @@ def on_model(mix: Mix, model: Any) -> Any:
     patched.set_injections(key, [_injection(mix)])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: mix.record.passes.clear())
     tell = telling(mix.record, tuple(mix.mixture.labels))
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_guided, mix.following, tell))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_guided, mix.prompt_gates, tell))
     patched.set_attachments(_KEY, (*(model.get_attachment(_KEY) or ()), mix))
     return patched
 
 
 def _guided(
-    following: PromptFollowing, tell: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+    prompt_gates: PromptGateSharing,
+    tell: Callable[[], None],
+    calculate: Any,
+    model: Any,
+    conds: Sequence[Any],
+    *rest: Any,
 ) -> Any:
-    predictions = _followed(following, calculate, model, conds, *rest)
+    predictions = _with_prompt_gates(prompt_gates, calculate, model, conds, *rest)
     tell()
     return predictions
 
 
-def _followed(following: PromptFollowing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
+def _with_prompt_gates(
+    prompt_gates: PromptGateSharing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+) -> Any:
     """ComfyUI's own guidance asks for two predictions, the prompt's first; other guidance goes by its own words."""
-    following.on = len(conds) == 2
-    if not following.on:
+    prompt_gates.enabled = len(conds) == 2
+    if not prompt_gates.enabled:
         return calculate(model, conds, *rest)
     if conds[0] is not None:
-        following.forget()
-    following.wait = None not in conds
+        prompt_gates.begin_step()
+    prompt_gates.require_prompt_first = None not in conds
     try:
         return calculate(model, conds, *rest)
-    except PromptFirst:  # ComfyUI's order where memory is too short for both at once
-        following.wait = False
+    except PromptPassRequired:  # ComfyUI's order where memory is too short for both at once
+        prompt_gates.require_prompt_first = False
         prompt = calculate(model, [conds[0], None], *rest)
         negative = calculate(model, [None, conds[1]], *rest)
         return [prompt[0], negative[1]]
@@ -199,7 +207,7 @@ def _injection(mix: Mix) -> PatcherInjection:
             return
         stack = ExitStack()
         network = patcher.model.diffusion_model
-        attachment = stack.enter_context(Attachment(network, mix.bank, following=mix.following))
+        attachment = stack.enter_context(Attachment(network, mix.bank, prompt_gates=mix.prompt_gates))
         stack.enter_context(attachment.watch(mix.record))
         at_work[patcher] = stack
 
@@ -235,8 +243,8 @@ def _part(adapter: Adapter, wanted: Callable[[str], bool], *, modules: bool = Tr
 class _Record(Record):
     """Keeps only what tells samples apart: the other arguments lead back to the model, and would keep it alive."""
 
-    def start(self, arguments: Mapping[str, Any]) -> None:
-        super().start({"transformer_options": {"cond_or_uncond": _parts(arguments)}})
+    def begin_pass(self, arguments: Mapping[str, Any]) -> None:
+        super().begin_pass({"transformer_options": {"cond_or_uncond": _parts(arguments)}})
 
 
 def _parts(arguments: Mapping[str, Any]) -> list[int]:

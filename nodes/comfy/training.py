@@ -101,7 +101,7 @@ def calibrate(
     progress: Callable[[int, int, str], None],
 ) -> Statistics:
     """Measure what a calibrated merge of a mix's LoRAs needs; arguments as for `train_gates`."""
-    modules = {name: place.key for name, place in mix.mixture.places.items()}
+    modules = {name: place.key for name, place in mix.mixture.targets.items()}
     encoded = _encoded(clip, prompts)
     with (
         _loaded(model, latent, settings.batch) as patcher,

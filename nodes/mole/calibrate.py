@@ -95,7 +95,7 @@ class Calibrate(io.ComfyNode):
             f"measured {len(found.modules)} layers with {', '.join(mix.mixture.labels)}\n"
             f"{len(asked)} prompts of {kinds} kinds, {pictures} pictures of each; {found.size / 1e6:.1f} MB in memory"
         )
-        left_out = len(mix.mixture.places) - len(found.modules)
+        left_out = len(mix.mixture.targets) - len(found.modules)
         if left_out:
             text += f"\n{left_out} layers are too wide to be measured, or not used: they get the plain SVD of the sum"
         return io.NodeOutput(found, text, ui=program.show(text))

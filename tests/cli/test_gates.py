@@ -21,7 +21,7 @@ from legomole.cli import train_gates as gates
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
-from legomole.core.mole.router import named, route_gates
+from legomole.core.mole.router import concepts_in, route_gates
 from legomole.core.mole.trained import TrainedGates
 from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
@@ -144,7 +144,7 @@ def test_the_router_needs_no_steps() -> None:
     pipe = tiny.build("SD 1.5")
     prompts = trained.training["prompts"]
     encoded = torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0].mean(1) for prompt in prompts])
-    asked = named(prompts, [["ember style", "burning"], ["heart"]])
+    asked = concepts_in(prompts, [["ember style", "burning"], ["heart"]])
     expected = route_gates(encoded.detach(), asked, trained.gates.settings, ["x"])["x"]
     for scope in trained.gates.names:
         torch.testing.assert_close(trained.gates[scope].state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)

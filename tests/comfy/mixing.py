@@ -33,7 +33,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from legomole.core.mole.attach import attach  # noqa: E402
 from legomole.core.mole.bank import Bank  # noqa: E402
 from legomole.core.mole.gates import Gate, GateSet, GateSettings  # noqa: E402
-from legomole.core.mole.guidance import PromptFollowing  # noqa: E402
+from legomole.core.mole.guidance import PromptGateSharing  # noqa: E402
 from legomole.core.mole.recompute import exact_gradients  # noqa: E402
 from legomole.core.mole.trained import Expert, TrainedGates  # noqa: E402
 from legomole.nodes.comfy import mixes  # noqa: E402
@@ -245,12 +245,12 @@ def guided(base: str) -> Callable[[], Any]:
         fixed = mixed(model, *pair, gates=replace(gates, gates=constant(gates.gates, found)))
         with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):  # so the two never share a batch
             apart = paint(mix, base)
-        with patch.object(PromptFollowing, "__call__", lambda _, scope, value: value):
+        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value: value):
             own = paint(mix, base)
         three = mixed(model, *pair, gates=gates)
         three.set_model_sampler_calc_cond_batch_function(perpendicular)
         asked = paint(three, base)
-        with patch.object(PromptFollowing, "__call__", lambda _, scope, value: value):
+        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value: value):
             asked_own = paint(three, base)
         return {
             "one batch": away(painted, paint(fixed, base), plain),

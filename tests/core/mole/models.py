@@ -229,10 +229,10 @@ def random_gates(
         sizes[scope] = f.shape[1], owner
 
     untrained = Mixture(
-        mixture.experts, GateSet(n, settings), mixture.strengths, mixture.scale, mixture.mixing, mixture.places
+        mixture.experts, GateSet(n, settings), mixture.strengths, mixture.scale, mixture.mixing, mixture.targets
     )
     dtype = next(model.parameters()).dtype
-    with torch.no_grad(), attach(model, untrained) as attachment, attachment.measure(seen):
+    with torch.no_grad(), attach(model, untrained) as attachment, attachment.watch_inputs(seen):
         call(model, *inputs(model, dtype=dtype))
         layers = attachment.layers_read
     g = torch.Generator().manual_seed(seed)
@@ -253,7 +253,7 @@ def trained(
     """A mixture with random gates."""
     even = Mixture(tuple(adapters), GateSet(len(adapters), settings), mixing=mixing, **kw)
     gates = random_gates(model, even, settings)
-    return Mixture(even.experts, gates, even.strengths, even.scale, even.mixing, even.places)
+    return Mixture(even.experts, gates, even.strengths, even.scale, even.mixing, even.targets)
 
 
 def untouched(model: nn.Module) -> bool:
@@ -267,10 +267,10 @@ class Values:
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
-    def start(self, arguments: object) -> None:
+    def begin_pass(self, arguments: object) -> None:
         self.values = {}
 
-    def seen(self, scope: str, value: Tensor) -> None:
+    def gate_opened(self, scope: str, value: Tensor) -> None:
         self.values[scope] = value
 
 

@@ -115,16 +115,16 @@ class TestEqualsMerged:
         g = torch.Generator().manual_seed(0)
         parts = {f"to_{n}": LowRank(torch.randn(2, D, generator=g), torch.randn(D, 2, generator=g), 1.0) for n in "qkv"}
         where = "double_blocks.0.img.qkv"
-        places = {f"to_{n}": ParameterSlice(where, D * i, D * (i + 1)) for i, n in enumerate("qkv")}
+        targets = {f"to_{n}": ParameterSlice(where, D * i, D * (i + 1)) for i, n in enumerate("qkv")}
         split = Adapter({n: parts[n] for n in ("to_q", "to_v")})
         turned = Adapter({"mod": LowRank(torch.randn(1, D, generator=g), torch.randn(2 * D, 1, generator=g))})
-        places["mod"] = ParameterSlice("double_blocks.0.img.mod", 0, 2 * D, ((D, 2 * D), (0, D)))
+        targets["mod"] = ParameterSlice("double_blocks.0.img.mod", 0, 2 * D, ((D, 2 * D), (0, D)))
         weights = copy.deepcopy(model)
         weights.get_submodule(where).weight[:D] += 0.5 * parts["to_q"].delta()
         weights.get_submodule(where).weight[2 * D :] += 0.5 * parts["to_v"].delta()
         delta = turned.modules["mod"].delta()
         weights.get_submodule("double_blocks.0.img.mod").weight += 2 * torch.cat([delta[D:], delta[:D]])
-        with attach(model, Mixture((split, turned), places=places)) as at, at.hold([0.5, 2.0]):
+        with attach(model, Mixture((split, turned), targets=targets)) as at, at.hold([0.5, 2.0]):
             assert close(call(model, x, text), call(weights, x, text))
 
     @pytest.mark.parametrize("mixing", ["delta", "output"])
@@ -195,7 +195,7 @@ class TestGatesByHand:
         read: dict[str, Tensor] = {}
         with (
             attach(model, Mixture((a, b), GateSet(2, settings("experts")))) as at,
-            at.measure(lambda scope, f, owner: read.update({scope: f, f"{scope} owner": owner})),
+            at.watch_inputs(lambda scope, f, owner: read.update({scope: f, f"{scope} owner": owner})),
         ):
             model(x, text)
         z = torch.cat([x @ (part.scale**0.5 * part.A).mT for part in (a.modules["inp"], b.modules["inp"])], -1)
@@ -210,7 +210,10 @@ class TestGatesByHand:
         mixtures = [Mixture((lora(model, 1), lora(model, 2)), GateSet(2, settings(r))) for r in ("experts", "flat")]
         read: list[Tensor] = []
         for mixture in mixtures:
-            with attach(model, mixture) as at, at.measure(lambda scope, f, _: read.append(f) if not scope else None):
+            with (
+                attach(model, mixture) as at,
+                at.watch_inputs(lambda scope, f, _: read.append(f) if not scope else None),
+            ):
                 model(x, text)
         assert torch.allclose(read[1].unflatten(1, (5, -1)).mean(1), read[0], atol=1e-6)
 
@@ -376,18 +379,18 @@ class TestMasks:
         where = ["double_blocks.0.img.qkv"]
         plain = [n for n in lora(model, 0).modules if n not in where]
         g = torch.Generator().manual_seed(0)
-        experts, places = [], {}
+        experts, targets = [], {}
         for seed, halves in enumerate((("v", "qkv"), ("q",), ("k", "v"))):
             modules = dict(lora(model, seed, 1 + seed, names=plain).modules)
             for i, path in enumerate(where):
                 for half in halves:
                     start, stop = (0, 3 * D) if half == "qkv" else ("qkv".index(half) * D, "qkv".index(half) * D + D)
                     low = LowRank(torch.randn(2, D, generator=g), torch.randn(stop - start, 2, generator=g), 0.5)
-                    modules[f"{i}.{half}"], places[f"{i}.{half}"] = low, ParameterSlice(path, start, stop)
+                    modules[f"{i}.{half}"], targets[f"{i}.{half}"] = low, ParameterSlice(path, start, stop)
             experts.append(Adapter(modules))
-        mixture = trained(model, experts, settings(reads, granularity, "softmax"), mixing, places=places)
+        mixture = trained(model, experts, settings(reads, granularity, "softmax"), mixing, targets=targets)
         order = [2, 0, 1]
-        turned = Mixture(tuple(experts[i] for i in order), mixture.gates.select(order), mixing=mixing, places=places)
+        turned = Mixture(tuple(experts[i] for i in order), mixture.gates.select(order), mixing=mixing, targets=targets)
         with attach(model, mixture):
             expected = call(model, x, text)
         with attach(model, turned):
@@ -419,7 +422,7 @@ class TestVideoBlocks:
         x = torch.randn(2, 3, 4, 5, 6)
         mixture = Mixture((lora(model, 1), lora(model, 2)), GateSet(2, settings("hidden", "block")), mixing=mixing)
         seen = {}
-        with attach(model, mixture) as attachment, attachment.measure(lambda scope, f, _: seen.update({scope: f})):
+        with attach(model, mixture) as attachment, attachment.watch_inputs(lambda scope, f, _: seen.update({scope: f})):
             model(x)
         assert close(seen["blocks.0"], rms_normalised(x).mean((1, 2, 3)))
 
@@ -595,7 +598,7 @@ class TestAttached:
             first = model(x, text)
             model(x, -text)
             assert torch.equal(model(x, text), first)
-            assert {site.value for site in at._state.sites.values()} == {None}
+            assert {site.value for site in at._gate_values.scopes.values()} == {None}
 
     def test_factors_follow_the_model_to_its_device(self):
         model = Transformer()
@@ -663,7 +666,7 @@ class TestErrors:
         with (
             attach(model, Mixture((lora(model, 1),), gates)),
             pytest.raises(
-                MergeError, match=r"another size[\s\S]*blocks\.0\.ff[\s\S]*7 numbers[\s\S]*found: +6[\s\S]*base model"
+                MergeError, match=r"another size[\s\S]*blocks\.0\.ff[\s\S]*7 features[\s\S]*found: +6[\s\S]*base model"
             ),
         ):
             model(*inputs(model))
@@ -676,14 +679,14 @@ class TestErrors:
         x, text = inputs(model)
         with attach(model, trained(model, (lora(model, 1), lora(model, 2)), settings("flat"))):
             model(x, text)
-            with pytest.raises(MergeError, match=r"another size[\s\S]*20 numbers[\s\S]*found: +16[\s\S]*image size"):
+            with pytest.raises(MergeError, match=r"another size[\s\S]*20 features[\s\S]*found: +16[\s\S]*image size"):
                 model(x[:, :4], text)
 
     def test_values_for_another_number_of_experts(self):
         model = Transformer()
         with (
             attach(model, Mixture((lora(model, 1),))) as at,
-            pytest.raises(MergeError, match="needs a value"),
+            pytest.raises(MergeError, match="needs a gate value"),
             at.hold([1.0, 1.0]),
         ):
             pass
@@ -809,7 +812,7 @@ class TestGradients:
         with torch.enable_grad():
             total = loss()
         attachment.detach()
-        with pytest.raises(MergeError, match=r"taken off before the backward pass[\s\S]*double_blocks\.0"):
+        with pytest.raises(MergeError, match=r"detached before the backward pass[\s\S]*double_blocks\.0"):
             total.backward()
 
     def test_dropout_falls_alike_in_the_recomputation(self):

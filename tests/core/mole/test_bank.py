@@ -35,8 +35,8 @@ def test_modules_are_found_by_path_and_behind_the_usual_prefixes():
 
 def test_places_lead_anywhere():
     model, low = InPlace(), LowRank(torch.randn(1, 8), torch.randn(8, 1))
-    places = {f"to_{x}": ParameterSlice("double_blocks.0.img.qkv", 8 * i, 8 * i + 8) for i, x in enumerate("qkv")}
-    bank = Bank(model, Mixture((Adapter({"to_k": low, "to_v": low}),), places=places))
+    targets = {f"to_{x}": ParameterSlice("double_blocks.0.img.qkv", 8 * i, 8 * i + 8) for i, x in enumerate("qkv")}
+    bank = Bank(model, Mixture((Adapter({"to_k": low, "to_v": low}),), targets=targets))
     (stack,) = bank.stacks.values()
     assert [group[:2] for group in stack.groups] == [(8, 16), (16, 24)]
     assert bank.paths == {"to_k": "double_blocks.0.img.qkv", "to_v": "double_blocks.0.img.qkv"}
@@ -53,7 +53,7 @@ def test_another_architecture():
     with pytest.raises(MergeError, match=r"model lacks layers[\s\S]*deep[\s\S]*6 layers such as blocks\.2\.attn"):
         Bank(model, Mixture((lora(model, 0), deeper)))
     with pytest.raises(MergeError, match=r"model lacks layers[\s\S]*double_blocks\.9"):
-        Bank(model, Mixture((lora(model, 0),), places={"inp": ParameterSlice("double_blocks.9", 0, 8)}))
+        Bank(model, Mixture((lora(model, 0),), targets={"inp": ParameterSlice("double_blocks.9", 0, 8)}))
 
 
 def test_another_shape_under_the_same_name():

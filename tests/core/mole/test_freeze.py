@@ -82,13 +82,13 @@ def test_modules_whose_names_have_brackets():
     model = InPlace(1)
     g = torch.Generator().manual_seed(0)
     where = "double_blocks.0.img.qkv"
-    places = {f"{where}[{i}:{i + D}]": ParameterSlice(where, i, i + D) for i in (0, D)}
+    targets = {f"{where}[{i}:{i + D}]": ParameterSlice(where, i, i + D) for i in (0, D)}
     low = LowRank(torch.randn(2, D, generator=g), torch.randn(D, 2, generator=g))
-    adapter = Adapter(dict.fromkeys(places, low))
-    mixture = Mixture((adapter, adapter), GateSet(2, GateSettings(activation="softmax")), places=places)
+    adapter = Adapter(dict.fromkeys(targets, low))
+    mixture = Mixture((adapter, adapter), GateSet(2, GateSettings(activation="softmax")), targets=targets)
     bank, record = run(model, mixture)
     frozen = freeze(mixture, bank, record, CONCAT).adapter
-    assert frozen.modules.keys() == places.keys()
+    assert frozen.modules.keys() == targets.keys()
     for part in frozen.modules.values():
         assert close(part.delta(), low.delta())  # shares of a half of each
 
@@ -98,8 +98,8 @@ def test_what_else_is_lost_is_said():
     expert = Adapter(lora(model, 1).modules, diffs={"inp.bias": torch.ones(D)}, source=Source("a.safetensors"))
     mixture = trained(model, (expert, lora(model, 2)), GateSettings(granularity="block"), "output")
     notes = " / ".join(freeze(mixture, *run(model, mixture), CONCAT).report.notes)
-    assert "mixed by their outputs" in notes
-    assert "though no gate ruled them: inp.bias of a: a difference" in notes
+    assert "mixed outputs of blocks" in notes
+    assert "merged without a gate: inp.bias of a: a difference" in notes
 
 
 def test_text_encoder_parts_have_weights_of_their_own():

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from legomole.core.errors import MergeError
-from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss, entropy, normalised
+from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss, entropy, feature_spread, rms_normalised
 from pydantic import ValidationError
 
 ACTIVATIONS = ("sigmoid", "softmax", "softmax-null")
@@ -214,19 +214,29 @@ class TestNormalised:
         # root mean square of (3, 4): sqrt((9 + 16) / 2); a position ten times as large comes to the same
         x = torch.tensor([[[3.0, 4.0], [30.0, 40.0]]])
         expected = [3 / math.sqrt(12.5), 4 / math.sqrt(12.5)]
-        for row in normalised(x)[0]:
+        for row in rms_normalised(x)[0]:
             assert row.tolist() == pytest.approx(expected)
-        assert torch.equal(normalised(x.mT, 1), normalised(x).mT)
+        assert torch.equal(rms_normalised(x.mT, 1), rms_normalised(x).mT)
 
     def test_nothing_stays_nothing_and_has_a_gradient(self):
         x = torch.zeros(1, 2, 3, requires_grad=True)
-        y = normalised(x)
+        y = rms_normalised(x)
         y.sum().backward()
         assert not y.any()
         assert x.grad is not None
         assert x.grad.isfinite().all()
 
     def test_half_precision_is_widened_before_it_is_squared(self):
-        y = normalised(torch.full((1, 4), 60_000.0, dtype=torch.float16))
+        y = rms_normalised(torch.full((1, 4), 60_000.0, dtype=torch.float16))
         assert y.dtype == torch.float32
         assert y[0].tolist() == pytest.approx([1.0] * 4)
+
+
+class TestFeatureSpread:
+    def test_by_hand(self):
+        # variances (0, 200, 400): the mean 200 gives a floor of 2
+        spread = feature_spread(torch.tensor([0.0, 200.0, 400.0]))
+        assert spread.tolist() == pytest.approx([math.sqrt(2), math.sqrt(202), math.sqrt(402)])
+
+    def test_constant_features_are_not_scaled(self):
+        assert feature_spread(torch.zeros(2)).tolist() == [1.0, 1.0]

@@ -8,16 +8,16 @@ import pytest
 import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.guidance import PromptFirst, PromptFollowing
+from legomole.core.mole.guidance import PromptGateSharing, PromptPassRequired
 from torch import Tensor
 
 from ..merge.pools import close
 from .models import Transformer, Values, call, inputs, lora, trained
 
 
-def following(*own: int) -> PromptFollowing:
+def following(*own: int) -> PromptGateSharing:
     """Of batches in which these samples are the prompt's."""
-    return PromptFollowing(lambda _, batch: [row for row in own if row < batch])
+    return PromptGateSharing(lambda _, batch: [row for row in own if row < batch])
 
 
 def rows(*values: float) -> Tensor:
@@ -40,54 +40,54 @@ class TestByHand:
     def test_in_one_batch(self, own, values, expected):
         follow = following(*own)
         for _ in range(2):  # the next step is no other
-            follow.start({}, len(values))
+            follow.begin_pass({}, len(values))
             assert torch.equal(follow("scope", rows(*values)), rows(*expected))
 
     def test_in_two_passes(self):
         prompt = [True]
-        follow = PromptFollowing(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
+        follow = PromptGateSharing(lambda _, batch: range(batch) if prompt[0] else [], separate_passes=True)
 
         def one(of_prompt: bool, *values: float) -> list[float]:
             prompt[0] = of_prompt
-            follow.start({}, len(values))
+            follow.begin_pass({}, len(values))
             return follow("scope", rows(*values))[:, 0].tolist()
 
         assert one(False, 9) == [9]  # nothing to follow yet
         assert one(True, 1, 2) == [1, 2]
         assert one(False, 8, 9) == [1, 2]
         assert one(False, 8, 9) == [1, 2]
-        follow.forget()
+        follow.begin_step()
         assert one(True, 3, 4) == [3, 4]  # a prompt of two parts
         assert one(True, 5, 8) == [5, 8]
         assert one(False, 8, 9) == [4, 6]
-        follow.forget()
+        follow.begin_step()
         assert one(False, 8, 9) == [8, 9]
 
     def test_a_negative_prompt_that_comes_first_is_put_off(self):
         prompt = [False]
-        follow = PromptFollowing(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
-        follow.wait = True
-        with pytest.raises(PromptFirst):
-            follow.start({}, 1)
+        follow = PromptGateSharing(lambda _, batch: range(batch) if prompt[0] else [], separate_passes=True)
+        follow.require_prompt_first = True
+        with pytest.raises(PromptPassRequired):
+            follow.begin_pass({}, 1)
         prompt[0] = True
-        follow.start({}, 1)
+        follow.begin_pass({}, 1)
         prompt[0] = False
-        follow.start({}, 1)  # even if no gate of the prompt told anything
-        follow.forget()
-        with pytest.raises(PromptFirst):
-            follow.start({}, 1)
+        follow.begin_pass({}, 1)  # even if no gate of the prompt told anything
+        follow.begin_step()
+        with pytest.raises(PromptPassRequired):
+            follow.begin_pass({}, 1)
 
     def test_scopes_are_apart_and_values_for_all_samples_stay(self):
         follow = following(0)
-        follow.start({}, 2)
+        follow.begin_pass({}, 2)
         assert torch.equal(follow("a", rows(1, 9)), rows(1, 1))
         assert torch.equal(follow("b", rows(2, 9)), rows(2, 2))
         assert torch.equal(follow("c", rows(5)), rows(5))
 
     def test_switched_off_each_sample_has_its_own(self):
         follow = following(0)
-        follow.on = False
-        follow.start({}, 2)
+        follow.enabled = False
+        follow.begin_pass({}, 2)
         assert torch.equal(follow("a", rows(1, 9)), rows(1, 9))
 
 

@@ -81,7 +81,7 @@ class TestInputsWithoutABatch:
         with (
             attach(model, Mixture(experts, gates, (0.7, 0.4))) as attachment,
             torch.no_grad(),
-            attachment.measure(lambda scope, f, owner: features.append(f)),
+            attachment.watch_inputs(lambda scope, f, owner: features.append(f)),
         ):
             found, expected = model(x), model(x[None])[0]
         assert close(found, expected, 1e-6)

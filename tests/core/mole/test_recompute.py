@@ -10,7 +10,7 @@ import pytest
 import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.gating import CollectedGates
+from legomole.core.mole.observers import CollectedGates
 from torch.utils.checkpoint import checkpoint
 
 from .models import Transformer, call, inputs, lora, seeded, trained
@@ -34,7 +34,7 @@ def test_gates_that_were_collected_are_freed(reads: Any, by: str) -> None:
                     return call(model, x, text)
 
                 x, text = inputs(model)
-                out = checkpoint(attachment.repeatable(run), x.requires_grad_(), text, use_reentrant=True)
+                out = checkpoint(attachment.recomputable(run), x.requires_grad_(), text, use_reentrant=True)
         out.sum().backward()  # type: ignore[union-attr]
         kept = [weakref.ref(value) for value in seen.values.values()]
         assert kept

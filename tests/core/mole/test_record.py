@@ -17,9 +17,9 @@ from .models import Transformer, inputs, lora, trained
 def record(*passes: dict[str, list[list[float]]], rows=None, sizes=None) -> Record:
     made = Record(rows)
     for i, one in enumerate(passes):
-        made.start({} if sizes is None else sizes[i])
+        made.begin_pass({} if sizes is None else sizes[i])
         for scope, value in one.items():
-            made.seen(scope, torch.tensor(value))
+            made.gate_opened(scope, torch.tensor(value))
     return made
 
 
@@ -51,7 +51,7 @@ def test_latest_is_the_last_pass_with_values():
 def test_the_first_value_of_a_pass_counts():
     """A part of the model that runs again (a tile, a refiner) does not overwrite it."""
     made = record({"a": [[1.0]]})
-    made.seen("a", torch.tensor([[0.0]]))
+    made.gate_opened("a", torch.tensor([[0.0]]))
     assert made.passes == [{"a": torch.tensor([[1.0]])}]
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
+from legomole.core.mole.layers import rows_of, stacks
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch, rows_of, stacks
+from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -222,7 +223,7 @@ class TestNormalised:
         parts += [ExpertSlice(0, update(1, 3, d_in, 7), 3, 6)] if grouped else []
         stack = Stack(parts, d_out, kernel)
         z = stack.down(layer, x)
-        f = stack.normalised(z, N)  # (B, T, R)
+        f = stack.normalised_outputs(z, N)  # (B, T, R)
         # the literal one
         flat = (z.flatten(2).mT if kernel else z).double()  # (B, T, R)
         E = torch.zeros(*flat.shape[:2], N, d_out, dtype=torch.float64)
@@ -237,7 +238,7 @@ class TestNormalised:
 
     def test_positions_where_no_expert_does_anything_give_zero(self):
         stack = Stack([ExpertSlice(0, update(2, 6, 4), 0, 6)], 6)
-        f = stack.normalised(torch.zeros(1, 3, 2), 1)
+        f = stack.normalised_outputs(torch.zeros(1, 3, 2), 1)
         assert torch.equal(f, torch.zeros(1, 3, 2))
 
     def test_sorted_by_expert(self):
@@ -258,7 +259,7 @@ class TestNormalised:
         z = torch.zeros(1, 2, 2)
         z[0, 1] = torch.tensor([1.0, 2.0])
         z.requires_grad_()
-        stack.normalised(z, 1).square().sum().backward()
+        stack.normalised_outputs(z, 1).square().sum().backward()
         assert torch.isfinite(z.grad).all()
 
 
@@ -289,7 +290,7 @@ class TestStacks:
 
     @pytest.mark.parametrize("layer", [nn.MultiheadAttention(4, 2).out_proj, nn.Embedding(6, 4)])
     def test_layers_that_only_lend_their_weight_are_refused(self, layer):
-        with pytest.raises(MergeError, match=r"through its weight alone[\s\S]*c \(adapter\)"):
+        with pytest.raises(MergeError, match=r"weight is used without calling the layer[\s\S]*c \(adapter\)"):
             stacks(Mixture((lora_of(update(2, 4, 4)),)), {"c": layer}, {"c": ("c", 0, 4, None)})
 
     @pytest.mark.parametrize(

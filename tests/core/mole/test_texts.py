@@ -38,14 +38,14 @@ class TestReading:
         assert TextPositions().rows(X).shape == (6, 2)
 
     def test_tokens_in_a_row_get_their_positions_back(self):
-        assert torch.equal(TextPositions(OWN).positions(X.flatten(0, 1)), X)
-        assert TextPositions().positions(X.flatten(0, 1)).shape == (1, 6, 2)
-        assert TextPositions(OWN).positions(X) is X
+        assert torch.equal(TextPositions(OWN).by_position(X.flatten(0, 1)), X)
+        assert TextPositions().by_position(X.flatten(0, 1)).shape == (1, 6, 2)
+        assert TextPositions(OWN).by_position(X) is X
 
     def test_a_prompt_is_part_of_the_own_positions(self):
         prompt = torch.tensor([[True, False], [True, True]])
-        assert TextPositions(OWN).only(prompt).own.tolist() == [[True, False], [False, True]]
-        assert TextPositions().only(prompt).own is prompt
+        assert TextPositions(OWN).only(prompt).mask.tolist() == [[True, False], [False, True]]
+        assert TextPositions().only(prompt).mask is prompt
 
     @pytest.mark.parametrize("x", [X[:1], X[:, :2], X.flatten(0, 1), X[None]])
     def test_layers_that_see_something_else(self, x: Tensor):

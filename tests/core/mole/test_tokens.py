@@ -60,11 +60,10 @@ class TestStack:
 
     def test_other_positions_are_refused(self):
         with pytest.raises(MergeError, match=r"other positions[\s\S]*\(2, 3\) positions[\s\S]*found: +\(2, 4\)"):
-            self.stack().spread(self.g, torch.randn(2, 4, 4))
+            self.stack().unit_gates(self.g, torch.randn(2, 4, 4))
+        low = LowRank(torch.ones(1, 4), torch.ones(5, 1), 1.0, (1, 1))
         with pytest.raises(MergeError, match="an image"):
-            Stack([ExpertSlice(0, LowRank(torch.ones(1, 4), torch.ones(5, 1), 1.0, (1, 1)), 0, 5)], 5, (1, 1)).spread(
-                self.g[..., :1], torch.randn(2, 1, 3, 1)
-            )
+            Stack([ExpertSlice(0, low, 0, 5)], 5, (1, 1)).unit_gates(self.g[..., :1], torch.randn(2, 1, 3, 1))
 
 
 class Loop:
@@ -224,12 +223,12 @@ class TestWatchingAndTraining:
         own = torch.tensor([[True, True, False, False, False], [False, True, True, True, True]])
 
         class Padding:
-            def begin(self, arguments, named):
+            def begin_pass(self, args, kwargs):
                 from legomole.core.mole.texts import TextPositions
 
                 return TextPositions(own)
 
-            def end(self, output, values):
+            def end_pass(self, output, values):
                 self.shapes = {tuple(value.shape) for value in values.values()}
 
         padding, seen = Padding(), Values()

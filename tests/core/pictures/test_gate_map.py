@@ -30,9 +30,9 @@ def test_course_by_hand():
 def test_the_mean_of_the_course_is_what_the_report_says():
     record = Record()
     for value in (0.2, 0.9):
-        record.start({})
-        record.seen("a", torch.tensor([[value, 0.5]]))
-        record.seen("b", torch.tensor([[0.1, value]]))
+        record.begin_pass({})
+        record.gate_opened("a", torch.tensor([[value, 0.5]]))
+        record.gate_opened("b", torch.tensor([[0.1, value]]))
     means, entropies = course(record.table())
     torch.testing.assert_close(means.mean(0), record.table().mean((0, 1)))
     assert float(entropies.mean()) == pytest.approx(record.entropy(), abs=1e-6)

@@ -6,9 +6,8 @@ import pytest
 import torch
 from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
-from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.gates import GateSet, GateSettings, feature_spread
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.router import standardisation
 from legomole.core.train.features import standardise_features
 
 from ..merge.pools import close
@@ -26,7 +25,7 @@ def test_what_is_read_has_mean_0_and_spread_1(reads):
     batches = [inputs(model, 4, seed) for seed in range(3)]
     read: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad(), attach(model, mixture(model, reads)) as at:
-        with at.measure(lambda scope, f, _: read.setdefault(scope, []).append(f)):
+        with at.watch_inputs(lambda scope, f, _: read.setdefault(scope, []).append(f)):
             for x, text in batches:
                 call(model, x, text)
         gates = standardise_features(at, lambda: [call(model, *batch) for batch in batches])
@@ -38,7 +37,7 @@ def test_what_is_read_has_mean_0_and_spread_1(reads):
     assert layers["down_blocks.0.resnets.0"] == ""  # it reads the block's input
     for name, parts in read.items():
         f = torch.cat(parts).double()
-        mean, spread = standardisation(f.mean(0), f.var(0, unbiased=False))
+        mean, spread = f.mean(0), feature_spread(f.var(0, unbiased=False))
         gate = gates[name]
         assert torch.allclose(gate.mean.double(), mean, atol=1e-5)
         assert torch.allclose(gate.spread.double(), spread * max(1, f.shape[1] / 64), rtol=1e-3, atol=1e-5)

@@ -266,7 +266,7 @@ class TestGenerate:
                     scores = model(texts[i], **{CACHE: caches[i]}, use_cache=True).logits
                     texts[i] = scores[:, -1:].argmax(-1)
                     found[i].append(texts[i])
-            own = at._state.texts
+            own = at._gate_values.text_reader
             assert len(own.known) == 2
             del caches
             assert len(own.known) == 0
@@ -417,7 +417,7 @@ class TestGradientCheckpointing:
             gradients(at, lambda: model(prompts(4)[0], use_cache=False).logits.square().mean())
             assert len(runs) == 2
             late = model(prompts(4)[0], use_cache=False).logits.square().mean()
-        with torch.enable_grad(), pytest.raises(MergeError, match="taken off before the backward pass"):
+        with torch.enable_grad(), pytest.raises(MergeError, match="detached before the backward pass"):
             late.backward()
 
     def test_what_the_model_checkpoints_with_is_put_back(self):

@@ -117,7 +117,7 @@ def mixture(model: Any, settings: GateSettings, mixing: str = "delta", size: flo
     found: dict[str, tuple[int, Tensor | None]] = {}
     with (
         attach(model, even) as at,
-        at.measure(lambda scope, f, owner: found.update({scope: (f.shape[1], owner)})),
+        at.watch_inputs(lambda scope, f, owner: found.update({scope: (f.shape[1], owner)})),
         torch.no_grad(),
     ):
         model(prompts(5)[0], **({} if type(model).__name__.startswith("Bert") else {"use_cache": False}))
@@ -138,10 +138,10 @@ class Opened:
     def __init__(self) -> None:
         self.passes: list[dict[str, Tensor]] = []
 
-    def start(self, arguments: object) -> None:
+    def begin_pass(self, arguments: object) -> None:
         self.passes.append({})
 
-    def seen(self, scope: str, value: Tensor) -> None:
+    def gate_opened(self, scope: str, value: Tensor) -> None:
         self.passes[-1][scope] = value
 
 
