@@ -16,7 +16,7 @@ from legomole.core.mole.trained import TrainedGates
 from legomole.core.recipes.recipe import Input, Recipe, to_text
 from legomole.core.recipes.remote import RemoteInputs
 from legomole.core.recipes.run import read_recipe, run
-from legomole.core.train.fit import FitRecord, _resume
+from legomole.core.train.state import FitRecord, resume_state
 from legomole.hosts.hub import cached
 from legomole.hosts.names import key_map, names_for_format
 from legomole.hosts.transformers.training import load_model
@@ -99,7 +99,7 @@ def _resumed(folder: Path) -> object:
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([p])
     found = FitRecord()
-    steps = _resume(folder, "k", [p], optimizer, found)
+    steps = resume_state(folder, "k", [p], optimizer, found)
     p.grad = torch.ones(3)
     optimizer.step()
     return steps, sum(found.losses), sum(found.entropies)

@@ -19,7 +19,7 @@ from ...core.merge.statistics import Statistics
 from ...core.mole.attach import attach
 from ...core.mole.bank import Bank
 from ...core.train import Images, Prompt, TrainingResult, TrainSettings, train
-from ...core.train.measure import AT_ONCE, CalibrationSettings, measure_statistics
+from ...core.train.measure import MAX_MOMENT_BYTES, CalibrationSettings, measure_statistics
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixes import Mix
 from .sampling import encode
@@ -146,7 +146,7 @@ def _loaded(model: Any, latent: Tensor, batch: int) -> Generator[Any]:
     patcher = model.clone()
     shape = (batch, *comfy.sample.fix_empty_latent_channels(patcher, latent).shape[1:])
     models = [patcher, *patcher.get_nested_additional_models()]
-    comfy.model_management.load_models_gpu(models, memory_required=patcher.memory_required(shape) + AT_ONCE)
+    comfy.model_management.load_models_gpu(models, memory_required=patcher.memory_required(shape) + MAX_MOMENT_BYTES)
     try:
         yield patcher
     finally:

@@ -194,7 +194,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
         @contextlib.contextmanager
         def bar(*_: Any, **__: Any) -> Generator[Any]:
             def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "painting"):
+                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
                     raise what_comes
 
             yield progress
@@ -266,7 +266,7 @@ BAD = {
     "the same word twice": (("pipe", *LORAS, "--words", "x", "--words", "X"), "named by the same word"),
     "no words": (("pipe", *LORAS, "--words", "x", "--words", ","), "has no words"),
     "zero strength": (("pipe", "style.safetensors:0", "--words", "x"), "strength 0"),
-    "no pictures": (("pipe", *LORAS, *WORDS, "--objective", "denoise"), "needs pictures"),
+    "no pictures": (("pipe", *LORAS, *WORDS, "--objective", "denoise"), "needs images"),
     "an empty folder": (("pipe", *LORAS, *WORDS, "--images", "1:pipe"), "There are no pictures"),
     "no prompts": (("pipe", *LORAS, *WORDS, "--prompts", "gone.txt"), "The text cannot be read"),
     "a prompt for one only": (("pipe", *LORAS, *WORDS, "--prompts", "prompts.txt"), "None of the prompts names LoRA"),

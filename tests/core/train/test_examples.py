@@ -13,7 +13,7 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.gates import GateSettings
 from legomole.core.train import Images, TrainSettings, prompts_for
-from legomole.core.train.examples import Examples, make_examples, teacher
+from legomole.core.train.examples import Examples, make_examples, target_gates
 from legomole.core.train.prompts import Prompt
 
 from ..merge.pools import close
@@ -44,9 +44,9 @@ def toy() -> Iterator[Toy]:
         yield Toy(model, experts, attachment, ToyDenoiser(model, PROMPTS))
 
 
-def test_teacher_by_hand():
+def test_target_gates_by_hand():
     prompts = [Prompt("a", (0,)), Prompt("c", (2,)), Prompt("abc", (0, 1, 2)), Prompt("", ())]
-    assert teacher(prompts, 3, 1.5).tolist() == [[1, 0, 0], [0, 0, 1], [1.5, 1.5, 1.5], [0, 0, 0]]
+    assert target_gates(prompts, 3, 1.5).tolist() == [[1, 0, 0], [0, 0, 1], [1.5, 1.5, 1.5], [0, 0, 0]]
 
 
 def test_targets_are_the_merged_models_predictions(toy):
@@ -141,7 +141,7 @@ def test_pictures_that_are_not_finite(toy):
 def test_progress_and_cancelling(toy):
     told: list[tuple[int, int, str]] = []
     toy.made(progress=lambda *what: told.append(what))
-    assert told[:3] == [(4, 29, "painting"), (8, 29, "painting"), (9, 29, "painting")]
+    assert told[:3] == [(4, 29, "sampling"), (8, 29, "sampling"), (9, 29, "sampling")]
     assert told[-1] == (29, 29, "predicting")
 
     def cancel(*_: object) -> None:

@@ -26,7 +26,7 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.train import TrainSettings, prompts_for
 from legomole.core.train.examples import Examples, make_examples
 from legomole.core.train.features import standardise_features
-from legomole.core.train.fit import FitRecord, _stale, _step, batch_of, fit, schedule
+from legomole.core.train.fit import FitRecord, accumulate_gradients, batch_of, fit, has_stalled, schedule
 from legomole.core.train.objectives import Regression
 from torch import Tensor, nn
 
@@ -169,7 +169,7 @@ class TestLearning:
 class TestStep:
     def gradients(self, made: Toy, settings: TrainSettings, devices=None) -> tuple[list[Tensor], tuple[float, float]]:
         with made.attached(reads="hidden") as (at, objective):
-            outcome = _step(at, objective, settings, 0, devices, at.bank.parameters_of_gates)
+            outcome = accumulate_gradients(at, objective, settings, 0, devices, at.bank.parameters_of_gates)
             return [p.grad.clone() for p in at.bank.parameters_of_gates], outcome
 
     @pytest.mark.parametrize("accumulation", [2, 3, 8, 20])
@@ -210,7 +210,7 @@ class TestStep:
             def loss(self, indices: Sequence[int]) -> Tensor:
                 return torch.zeros((), requires_grad=True)
 
-        with plain.attached() as (at, _), pytest.raises(MergeError, match=r"not seen at work[\s\S]*torch\.compile"):
+        with plain.attached() as (at, _), pytest.raises(MergeError, match=r"No gate opened[\s\S]*torch\.compile"):
             fit(at, Blind(), SETTINGS)
 
 
@@ -307,7 +307,7 @@ class TestResume:
     def test_a_caller_may_see_how_far_it_went(self, plain):
         run = FitRecord()
         with pytest.raises(Stop):
-            plain.trained(progress=stopping(5), run=run)
+            plain.trained(progress=stopping(5), record=run)
         assert len(run.losses) == 5
 
     def test_another_training_in_the_folder(self, plain, tmp_path: Path):
@@ -324,10 +324,10 @@ class TestResume:
             plain.trained(folder=tmp_path, key="k", progress=stopping(3))
         sound = path.read_bytes()
         path.write_bytes(sound[:-20])
-        with pytest.raises(FormatError, match=r"cut off[\s\S]*state\.safetensors[\s\S]*start anew"):
+        with pytest.raises(FormatError, match=r"cut off[\s\S]*state\.safetensors[\s\S]*start again"):
             plain.trained(folder=tmp_path, key="k")
         path.write_bytes(b"not a file of ours")
-        with pytest.raises(FormatError, match=r"state\.safetensors[\s\S]*start anew"):
+        with pytest.raises(FormatError, match=r"state\.safetensors[\s\S]*start again"):
             plain.trained(folder=tmp_path, key="k")
         path.write_bytes(sound)
         tensors, header = read_tensors(path)
@@ -344,7 +344,7 @@ class TestResume:
             ((tensors, header | {"run": "[" * 10_000}), "levels deep"),
         ):
             write_tensors(path, *changed)
-            with pytest.raises(FormatError, match=rf"cannot be taken up[\s\S]*{said}[\s\S]*start anew"):
+            with pytest.raises(FormatError, match=rf"cannot be resumed[\s\S]*{said}[\s\S]*start again"):
                 plain.trained(folder=tmp_path, key="k")
 
 
@@ -369,7 +369,7 @@ class TestNotFinite:
     def test_from_the_start(self, plain, tmp_path: Path):
         with plain.attached() as (at, objective):
             before = values(at)
-            with pytest.raises(MergeError, match=r"not a finite number, from the first step[\s\S]*float32"):
+            with pytest.raises(MergeError, match=r"not finite at the first step[\s\S]*float32"):
                 fit(at, Poisoned(objective, 0), SETTINGS, folder=tmp_path)
             assert equal(values(at), before)
         assert not list(tmp_path.iterdir())
@@ -403,10 +403,10 @@ class TestNotFinite:
 class TestEarlyStop:
     def test_by_hand(self):
         # means of two: 4.5, 3.5, 3, 3: the last is no lower than the one before
-        assert not _stale([5.0, 4.0], 2)
-        assert not _stale([5.0, 4.0, 3.0], 2)
-        assert not _stale([5.0, 4.0, 3.0, 3.0], 2)
-        assert _stale([5.0, 4.0, 3.0, 3.0, 3.0, 3.0], 2)
+        assert not has_stalled([5.0, 4.0], 2)
+        assert not has_stalled([5.0, 4.0, 3.0], 2)
+        assert not has_stalled([5.0, 4.0, 3.0, 3.0], 2)
+        assert has_stalled([5.0, 4.0, 3.0, 3.0, 3.0, 3.0], 2)
 
     def test_stops_and_says_so(self, plain):
         """Gates that do not learn at all: no improvement between the first and the second half."""

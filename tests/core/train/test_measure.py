@@ -98,7 +98,7 @@ def test_it_tells_of_every_batch_and_can_be_cancelled():
     told: list[tuple[int, int, str]] = []
     run(CalibrationSettings(samples=5, noised=2, batch=4), progress=lambda *args: told.append(args))
     # per kind: 4 and 1 painted, then each of them shown twice
-    one = [(4, "painting"), (1, "painting"), (4, "measuring"), (4, "measuring"), (1, "measuring"), (1, "measuring")]
+    one = [(4, "sampling"), (1, "sampling"), (4, "measuring"), (4, "measuring"), (1, "measuring"), (1, "measuring")]
     assert [what for *_, what in told] == 4 * [what for _, what in one]
     assert [done for done, *_ in told] == torch.tensor(4 * [n for n, _ in one]).cumsum(0).tolist()
     assert {total for _, total, _ in told} == {told[-1][0]} == {60}
@@ -126,7 +126,7 @@ def test_layers_that_read_one_tensor_share_their_moments():
 def test_measuring_some_layers_at_a_time_gives_the_same(monkeypatch):
     settings = CalibrationSettings(samples=3, noised=2, batch=2)
     whole, flow, _ = run(settings)
-    monkeypatch.setattr(measure, "AT_ONCE", 4 * 2 * 8 * 8)  # two layers of width 8
+    monkeypatch.setattr(measure, "MAX_MOMENT_BYTES", 4 * 2 * 8 * 8)  # two layers of width 8
     parts, again, _ = run(settings)
     assert len(again.calls) > 4 * len(flow.calls)
     assert list(parts.modules) == list(whole.modules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from legomole.core.errors import MergeError
-from legomole.core.train.prompts import BASE, EMPTY, JOINT, SINGLE, Prompt, prompts_for, shares
+from legomole.core.train.prompts import BASE, EMPTY, JOINT, SINGLE, Prompt, prompts_for, sampling_weights
 
 WORDS = [["ember style", "embers"], ["heart"]]
 
@@ -77,7 +77,7 @@ def test_shares_by_hand():
         Prompt("", ()),
     ]
     # single: .4 over two LoRAs, LoRA 0's over two prompts
-    assert shares(prompts) == pytest.approx([SINGLE / 4, SINGLE / 4, SINGLE / 2, JOINT, BASE, EMPTY])
+    assert sampling_weights(prompts) == pytest.approx([SINGLE / 4, SINGLE / 4, SINGLE / 2, JOINT, BASE, EMPTY])
     assert sum((JOINT, SINGLE, BASE, EMPTY)) == pytest.approx(1)
     # without a kind the others share all
-    assert shares(prompts[:3]) == pytest.approx([0.25, 0.25, 0.5])
+    assert sampling_weights(prompts[:3]) == pytest.approx([0.25, 0.25, 0.5])

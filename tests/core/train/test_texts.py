@@ -11,7 +11,7 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings, Text, train_on_texts
-from legomole.core.train.texts import NextToken, answers
+from legomole.core.train.texts import NextToken, answer_logits
 from torch import Tensor, nn
 
 from ..mole.models import Block, D, lora, seeded
@@ -51,7 +51,7 @@ class TestNextToken:
 
     def test_answers_are_cut_out_of_padded_rows(self):
         logits = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
-        one, two = answers(lambda _: logits, [text(0, 1, 2, 0, start=3), text(1, 2, start=1)])
+        one, two = answer_logits(lambda _: logits, [text(0, 1, 2, 0, start=3), text(1, 2, start=1)])
         assert torch.equal(one, logits[0, 2:4])
         assert torch.equal(two, logits[1, :2])
 

@@ -172,7 +172,7 @@ class TestFolder:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.safetensors", "state.safetensors"]
         resumed = run(model, mixture(model), folder=tmp_path, progress=lambda *what: told.append(what))
         assert [done for done, _, what in told if what.startswith("loss")] == list(range(10, 21))
-        assert not any(what in ("painting", "predicting") for _, _, what in told)  # not again
+        assert not any(what in ("sampling", "predicting") for _, _, what in told)  # not again
         assert equal(resumed.gates.gates, whole.gates.gates)
         assert resumed.fit.losses == whole.fit.losses
         assert list(tmp_path.iterdir()) == []
@@ -255,7 +255,7 @@ class TestBadInput:
         with pytest.raises(MergeError, match=r"strength 0 adds nothing[\s\S]*file: +adapter"):
             run(model, mixed)
 
-    @pytest.mark.parametrize(("objective", "said"), [("denoise", "needs pictures"), ("clip", "needs a CLIP model")])
+    @pytest.mark.parametrize(("objective", "said"), [("denoise", "needs images"), ("clip", "needs a CLIP model")])
     def test_what_an_objective_needs(self, objective, said):
         model = Transformer(1)
         with pytest.raises(MergeError, match=rf"{said}[\s\S]*distil"):

@@ -1,11 +1,16 @@
-"""gather: what the hooks see, on layers of every kind."""
+"""record_second_moments: the inputs that hooks record, on layers of every kind."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.train.moments import SecondMoments, _patches, gather, observe
+from legomole.core.train.second_moments import (
+    SecondMoments,
+    convolution_patches,
+    find_shared_inputs,
+    record_second_moments,
+)
 from torch import nn
 
 
@@ -56,9 +61,9 @@ def test_summed_in_float32_at_least_also_inside_autocast(dtype, kept):
 
 
 def test_a_module_that_saw_nothing_is_an_error():
-    with gather({"layer": nn.Linear(2, 2)}) as moments:
+    with record_second_moments({"layer": nn.Linear(2, 2)}) as moments:
         pass
-    with pytest.raises(MergeError, match="saw no input"):
+    with pytest.raises(MergeError, match="had no input"):
         _ = moments["layer"].value
 
 
@@ -66,7 +71,7 @@ def test_measures_a_running_model_and_leaves_it_as_it_was():
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     x = randn(2, 5, 4)  # batch, tokens, width
     before = model(x)
-    with gather({"first": model[0], "last": model[2]}) as moments:
+    with record_second_moments({"first": model[0], "last": model[2]}) as moments:
         during = model(x)
         model(x)
     assert torch.equal(before, during)
@@ -80,7 +85,7 @@ def test_measures_a_running_model_and_leaves_it_as_it_was():
 
 def test_hooks_go_away_after_an_error():
     layer = nn.Linear(2, 2)
-    with pytest.raises(RuntimeError, match="stop"), gather({"layer": layer}) as moments:
+    with pytest.raises(RuntimeError, match="stop"), record_second_moments({"layer": layer}) as moments:
         raise RuntimeError("stop")
     layer(torch.ones(1, 2))
     assert moments["layer"].n == 0
@@ -104,22 +109,25 @@ def test_a_convolution_is_a_matrix_on_its_patches(conv, shape):
     x = randn(*shape)
     n = len(conv.kernel_size)
     out = conv(x) if x.ndim == n + 2 else conv(x)[None]
-    patches = _patches(conv, x)
+    patches = convolution_patches(conv, x)
     assert torch.allclose(patches @ conv.weight.flatten(1).mT + conv.bias, out.movedim(1, -1), atol=1e-5)
-    with gather({"conv": conv}) as moments:
+    with record_second_moments({"conv": conv}) as moments:
         conv(x)
     flat = patches.reshape(-1, patches.shape[-1])
     assert torch.allclose(moments["conv"].value, flat.mT @ flat / len(flat), atol=1e-5)
 
 
 def test_grouped_convolutions_are_refused():
-    with pytest.raises(MergeError, match=r"Grouped[\s\S]*conv"), gather({"conv": nn.Conv2d(4, 4, 3, groups=2)}):
+    with (
+        pytest.raises(MergeError, match=r"Grouped[\s\S]*conv"),
+        record_second_moments({"conv": nn.Conv2d(4, 4, 3, groups=2)}),
+    ):
         pass
 
 
 def test_inputs_given_by_name_are_seen():
     layer = nn.Linear(2, 2)
-    with gather({"layer": layer}) as moments, observe({"layer": layer}) as inputs:
+    with record_second_moments({"layer": layer}) as moments, find_shared_inputs({"layer": layer}) as inputs:
         layer(input=torch.tensor([[1.0, 2.0]]))
     assert torch.equal(moments["layer"].value, torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
     assert inputs["layer"].d_in == 2
@@ -130,7 +138,7 @@ def test_who_reads_the_same_is_told_by_the_tensor_not_by_its_numbers(mode):
     q, k, v, conv, unused = nn.Linear(4, 2), nn.Linear(4, 3), nn.Linear(4, 3), nn.Conv1d(4, 2, 3), nn.Linear(4, 4)
     layers = {"q": q, "k": k, "v": v, "conv": conv, "again": conv, "unused": unused}
     x = randn(2, 5, 4)
-    with mode(), observe(layers) as inputs:
+    with mode(), find_shared_inputs(layers) as inputs:
         q(x), k(x)
         v(x.clone())  # equal, but another tensor: it may differ in the next pass
         conv(x.mT)
@@ -143,7 +151,7 @@ def test_who_reads_the_same_is_told_by_the_tensor_not_by_its_numbers(mode):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_tensor_that_was_written_to_is_another_one(mode):
     first, second, third = (nn.Linear(3, 3) for _ in range(3))
-    with mode(), observe({"first": first, "second": second, "third": third}) as inputs:
+    with mode(), find_shared_inputs({"first": first, "second": second, "third": third}) as inputs:
         x = randn(2, 3)
         first(x)
         x.mul_(2)
