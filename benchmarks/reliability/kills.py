@@ -204,7 +204,7 @@ def _look(job: Job, folder: Path, toll: Toll, where: str) -> None:
 
 def training(times: int, seed: int = 0) -> str:
     """Kill a training again and again until it is through; its gates must be those of one that was left alone."""
-    from tests.core.train.test_fit import SETTINGS, equal, toy
+    from tests.core.train.toy import SETTINGS, equal, toy
 
     torch.set_num_threads(1)
     rng, plain = Random(seed), toy()

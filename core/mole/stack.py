@@ -12,9 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import MergeError
 from ..layers.keymap import Spans
@@ -104,7 +106,7 @@ class Stack(nn.Module):
         """``z = D x``: ``(B, .., R)`` for a linear layer, ``(B, R, ..)`` for a convolution."""
         D = _like(self.D, x)
         if self.kernel:
-            return layer._conv_forward(x, D, None)  # type: ignore[operator] # the layer's own stride and padding
+            return cast(_ConvNd, layer)._conv_forward(x, D, None)  # the layer's own stride and padding
         return nn.functional.linear(x, D)
 
     def unit_gates(self, g: Tensor, z: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from torch import nn
 
-from .models import InPlace, Transformer, UNet, lora
+from .mixtures import lora
+from .models import InPlace, Transformer, UNet
 
 
 def renamed(adapter: Adapter, prefix: str, path: str = "") -> Adapter:

@@ -12,7 +12,8 @@ from legomole.core.mole.mixture import Mixture
 from torch import Tensor, nn
 
 from ..merge.pools import close
-from .models import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
+from .mixtures import gradients, lora, trained, untouched
+from .models import InPlace, Transformer, call, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # PyTorch's, on Python 3.13.0
 

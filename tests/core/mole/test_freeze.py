@@ -20,7 +20,8 @@ from legomole.core.mole.record import Record
 from torch import nn
 
 from ..merge.pools import close
-from .models import D, InPlace, Transformer, UNet, call, inputs, lora, merged, trained
+from .mixtures import lora, merged, trained
+from .models import D, InPlace, Transformer, UNet, call, inputs
 
 CONCAT = METHODS["concat"]()
 

@@ -12,7 +12,8 @@ from legomole.core.mole.guidance import PromptGateSharing, PromptPassRequired
 from torch import Tensor
 
 from ..merge.pools import close
-from .models import Transformer, Values, call, inputs, lora, trained
+from .mixtures import Values, lora, trained
+from .models import Transformer, call, inputs
 
 
 def following(*own: int) -> PromptGateSharing:

@@ -14,7 +14,8 @@ from legomole.core.mole.mixture import Mixture
 from torch import Tensor, nn
 
 from ..merge.pools import close
-from .models import FEATURES, D, lora, merged, trained
+from .mixtures import lora, merged, trained
+from .models import FEATURES, D
 
 MODES = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
 

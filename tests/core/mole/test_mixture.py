@@ -10,7 +10,8 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 
-from .models import Transformer, lora
+from .mixtures import lora
+from .models import Transformer
 
 
 @pytest.fixture(scope="module")

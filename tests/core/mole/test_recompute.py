@@ -13,7 +13,8 @@ from legomole.core.mole.gates import GateSettings
 from legomole.core.mole.observers import CollectedGates
 from torch.utils.checkpoint import checkpoint
 
-from .models import Transformer, call, inputs, lora, seeded, trained
+from .mixtures import lora, trained
+from .models import Transformer, call, inputs, seeded
 
 
 @pytest.mark.parametrize("by", ["us", "the model"])

@@ -11,7 +11,8 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
 from legomole.core.mole.record import Record
 
-from .models import Transformer, inputs, lora, trained
+from .mixtures import lora, trained
+from .models import Transformer, inputs
 
 
 def record(*passes: dict[str, list[list[float]]], rows=None, sizes=None) -> Record:

@@ -12,7 +12,8 @@ from legomole.core.mole.texts import TextPositions
 from torch import Tensor
 
 from ..merge.pools import close
-from .models import Transformer, Values, inputs, lora, trained
+from .mixtures import Values, lora, trained
+from .models import Transformer, inputs
 
 X = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]], [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]])
 OWN = torch.tensor([[True, True, False], [False, True, True]])

@@ -20,7 +20,8 @@ from legomole.core.train.features import standardise_features
 from torch import Tensor, nn
 
 from ..merge.pools import close
-from .models import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged, rms_normalised
+from .mixtures import Values, gradients, lora, merged, rms_normalised
+from .models import D, InPlace, Transformer, UNet, call, inputs
 from .test_texts import names, trained_without_text
 
 GRANULARITIES = ("network", "block", "layer", "matrix")

@@ -20,7 +20,8 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.trained import Expert, TrainedGates
 
 from ..merge.pools import close
-from .models import InPlace, Transformer, call, inputs, lora, trained
+from .mixtures import lora, trained
+from .models import InPlace, Transformer, call, inputs
 
 
 def file_of(model: torch.nn.Module, seed: int, **kw) -> Adapter:

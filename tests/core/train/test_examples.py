@@ -17,7 +17,9 @@ from legomole.core.train.examples import Examples, make_examples, target_gates
 from legomole.core.train.prompts import Prompt
 
 from ..merge.pools import close
-from ..mole.models import ToyDenoiser, Transformer, call, lora, merged, trained
+from ..mole.mixtures import lora, merged, trained
+from ..mole.models import Transformer, call
+from .toy import ToyDenoiser
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])

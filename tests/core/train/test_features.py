@@ -11,7 +11,8 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.train.features import standardise_features
 
 from ..merge.pools import close
-from ..mole.models import FEATURES, Transformer, UNet, Values, call, inputs, lora
+from ..mole.mixtures import Values, lora
+from ..mole.models import FEATURES, Transformer, UNet, call, inputs
 
 
 def mixture(model, reads: str, granularity: str = "layer", activation: str = "softmax") -> Mixture:

@@ -14,7 +14,8 @@ from legomole.core.train import Prompt, measure
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from torch import Tensor
 
-from ..mole.models import FEATURES, Transformer, lora, merged, untouched
+from ..mole.mixtures import lora, merged, untouched
+from ..mole.models import FEATURES, Transformer
 
 PROMPTS = [Prompt("a", (0,)), Prompt("b", (1,)), Prompt("a b", (0, 1)), Prompt("c", ()), Prompt("", ())]
 

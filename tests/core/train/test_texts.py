@@ -14,7 +14,8 @@ from legomole.core.train import FitSettings, Text, train_on_texts
 from legomole.core.train.texts import NextToken, answer_logits
 from torch import Tensor, nn
 
-from ..mole.models import Block, D, lora, seeded
+from ..mole.mixtures import lora
+from ..mole.models import Block, D, seeded
 
 
 def text(*ids: int, start: int = 1, expert: int | None = 0) -> Text:

@@ -16,7 +16,9 @@ from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Images, TrainingResult, TrainSettings, prompts_for, train
 
 from ..merge.pools import close
-from ..mole.models import FEATURES, ToyDenoiser, Transformer, Values, lora
+from ..mole.mixtures import Values, lora
+from ..mole.models import FEATURES, Transformer
+from .toy import ToyDenoiser
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])

@@ -27,7 +27,7 @@ from legomole.hosts.transformers.mixing import experts, mixed
 from legomole.hosts.transformers.texts import _own
 from torch import Tensor, nn
 
-from ...core.mole.models import gradients, untouched
+from ...core.mole.mixtures import gradients, untouched
 from ...core.mole.test_tokens import Loop
 from .tiny_language import (
     CAUSAL,
