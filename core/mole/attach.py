@@ -145,10 +145,10 @@ class Attachment:
 
     @contextmanager
     def prompt(self, positions: Tensor) -> Generator[None]:
-        """Inside the block a text's gates read only these positions of its prompt: ``(B, T)`` bool.
+        """Inside the block a text's gates read only these positions: ``(B, T)`` bool, and no later ones.
 
-        Later positions are not read, and padding that the model is told of is not either. Gates per token read each
-        position anyway.
+        Positions that the model's own arguments mark as padding are left out too. Gates per token read each position
+        anyway.
         """
         before, self._gate_values.prompt_positions = self._gate_values.prompt_positions, positions
         try:

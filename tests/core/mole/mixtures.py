@@ -27,7 +27,7 @@ def lora(
     dtype: torch.dtype = torch.float32,
     source: Source | None = None,
 ) -> Adapter:
-    """Random factors for every layer, or those named."""
+    """Random factors for every layer, or for the layers in `names`."""
     g = torch.Generator().manual_seed(seed)
     chosen = set(names) if names is not None else None
     modules: dict[str, LowRank] = {}
@@ -41,7 +41,7 @@ def lora(
 
 
 def merged(model: nn.Module, adapters: Sequence[Adapter], gates: Sequence[float]) -> nn.Module:
-    """A copy with the LoRAs in its weights, and without what is attached."""
+    """A copy of the model with the LoRAs merged into its weights, without attached mixtures."""
     model = copy.deepcopy(model)
     for module in model.modules():
         module.__dict__.pop("forward", None)
@@ -56,17 +56,17 @@ def merged(model: nn.Module, adapters: Sequence[Adapter], gates: Sequence[float]
 def random_gates(
     model: nn.Module, mixture: Mixture, settings: GateSettings, seed: int = 3, size: float = 0.5
 ) -> GateSet:
-    """Gates that read what the mixture's would on this model, with random weights: as if trained."""
+    """Gates with random weights that read what the mixture's gates read on this model, as if trained."""
     n, sizes = len(mixture.experts), {}
 
-    def seen(scope: str, f: Tensor, owner: Tensor | None) -> None:
+    def note_size(scope: str, f: Tensor, owner: Tensor | None) -> None:
         sizes[scope] = f.shape[1], owner
 
     untrained = Mixture(
         mixture.experts, GateSet(n, settings), mixture.strengths, mixture.scale, mixture.mixing, mixture.targets
     )
     dtype = next(model.parameters()).dtype
-    with torch.no_grad(), attach(model, untrained) as attachment, attachment.watch_inputs(seen):
+    with torch.no_grad(), attach(model, untrained) as attachment, attachment.watch_inputs(note_size):
         call(model, *inputs(model, dtype=dtype))
         layers = attachment.layers_read
     g = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def untouched(model: nn.Module) -> bool:
 
 
 class Values:
-    """Notes what the gates open to. A `GateObserver`."""
+    """The gate values of the last pass, by scope. A `GateObserver`."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -109,12 +109,12 @@ class Values:
 
 
 def rms_normalised(x: Tensor, dim: int = -1) -> Tensor:
-    """What gates see of a layer's input; nothing where it is zero."""
+    """A layer's input as gates read it; 0 if it is 0."""
     return x / x.square().mean(dim, keepdim=True).sqrt().clamp_min(1e-6)
 
 
 def gradients(attachment: Attachment, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Gradients of a loss with respect to every parameter of the gates."""
+    """Gradients of a loss with respect to all parameters of the gates."""
     attachment.bank.gates.zero_grad()
     loss().backward()
     return {name: p.grad.clone() for name, p in attachment.bank.gates.named_parameters() if p.grad is not None}

@@ -126,7 +126,7 @@ class DoubleBlock(nn.Module):
 
 
 class InPlace(nn.Module):
-    """A model in the manner of Flux: in-place double blocks called with keywords, then the picture's stream alone."""
+    """A model like Flux: double blocks called with keywords that work in place, then the image stream alone."""
 
     def __init__(self, blocks: int = 2, seed: int = 0) -> None:
         super().__init__()
@@ -139,12 +139,12 @@ class InPlace(nn.Module):
         img, txt, vec = self.img_in(x), self.txt_in(context), self.vec_in(context.mean(1))
         for block in self.double_blocks:
             img, txt = block(img=img, txt=txt, vec=vec)
-            img += 0.1  # as a control net does
+            img += 0.1  # as a ControlNet does
         return self.final(torch.cat([txt, img], 1)[:, txt.shape[1] :])
 
 
 class seeded:
-    """Draws inside the block depend on the seed alone, and leave no trace outside."""
+    """Random numbers inside the block depend on the seed only, and do not change those outside."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -160,7 +160,7 @@ class seeded:
 def inputs(
     model: nn.Module, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """A picture (or tokens) and a text that a model of this file takes."""
+    """An image (or tokens) and a text as input for a model of this file."""
     g = torch.Generator().manual_seed(seed)
     shape = (2, 6, 6) if isinstance(model, UNet) else (5, 4)
     x, text = torch.randn(batch, *shape, generator=g), torch.randn(batch, 3, FEATURES, generator=g)
@@ -168,5 +168,5 @@ def inputs(
 
 
 def call(model: nn.Module, x: Tensor, text: Tensor) -> Tensor:
-    """The model's output, its text given by the name it has there."""
+    """The model's output; the text is passed by the model's own argument name."""
     return model(x, **{"encoder_hidden_states" if isinstance(model, UNet) else "context": text})

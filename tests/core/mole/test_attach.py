@@ -1,4 +1,4 @@
-"""attach(): an attached mixture at work, and errors."""
+"""attach(): an attached mixture in use, and errors."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class TestAttached:
             assert inspect.signature(model.forward) == before
             assert list(inspect.signature(model.inp.forward).parameters) == ["input"]
 
-    def test_nothing_is_left_of_a_pass(self):
-        """Gates of one prompt must not be used for the next, nor keep its graph alive."""
+    def test_no_gate_values_remain_after_a_pass(self):
+        """Gates of one prompt are not used for the next, and do not keep its graph alive."""
         model = Transformer()
         x, text = inputs(model)
         mixture = trained(model, (lora(model, 1), lora(model, 2)), settings("text"))
@@ -58,7 +58,7 @@ class TestAttached:
             first = model(x, text)
             model(x, -text)
             assert torch.equal(model(x, text), first)
-            assert {site.value for site in at._gate_values.scopes.values()} == {None}
+            assert {scope.value for scope in at._gate_values.scopes.values()} == {None}
 
     def test_factors_follow_the_model_to_its_device(self):
         model = Transformer()
@@ -67,7 +67,7 @@ class TestAttached:
             model.to("meta")
             assert model(*(t.to("meta") for t in inputs(model))).device.type == "meta"
         with attach(model, mixture) as at:
-            assert at.bank.stacks["inp"].D.device.type == "cpu"  # a model that is offloaded says nothing
+            assert at.bank.stacks["inp"].D.device.type == "cpu"  # an offloaded model's device is not used
 
     def test_layers_called_by_keyword(self):
         model = Transformer()
@@ -77,7 +77,7 @@ class TestAttached:
             found = model(x, text)
         assert close(found, merged(Transformer(), (lora(model, 1),), (1,))(x, text))
 
-    def test_left_out_is_told(self):
+    def test_parts_that_cannot_be_mixed_are_listed(self):
         model = Transformer()
         with attach(model, Mixture((Adapter(lora(model, 1).modules, diffs={"inp.bias": torch.zeros(D)}),))) as at:
             assert at.left_out == ("inp.bias of adapter: a difference has no low-rank factors to gate",)
@@ -114,10 +114,10 @@ class TestErrors:
         with attach(model, trained(model, (lora(model, 1), lora(model, 2)), settings("text"))):
             with pytest.raises(MergeError, match=r"got none[\s\S]*encoder_hidden_states or context[\s\S]*read hidden"):
                 model(x)
-            with pytest.raises(MergeError, match="got none"):  # a part of the model alone
+            with pytest.raises(MergeError, match="got none"):  # only a part of the model runs
                 model.blocks[0](model.inp.forward.inner(x))
         with attach(model, Mixture((lora(model, 1),))):
-            model(x)  # untrained, they read nothing
+            model(x)  # untrained gates read nothing
 
     def test_gates_for_features_of_another_size(self):
         model = Transformer()
@@ -134,7 +134,7 @@ class TestErrors:
         with attach(model, Mixture((lora(model, 1),), gates)), pytest.raises(MergeError, match="another size"):
             model(x)
 
-    def test_flat_gates_at_another_size_of_picture(self):
+    def test_flat_gates_at_another_image_size(self):
         model = Transformer()
         x, text = inputs(model)
         with attach(model, trained(model, (lora(model, 1), lora(model, 2)), settings("flat"))):
@@ -151,7 +151,7 @@ class TestErrors:
         ):
             pass
 
-    def test_one_gate_for_all_that_reads_within_checkpoints(self):
+    def test_a_network_gate_that_reads_a_layer_with_checkpointing(self):
         model = Transformer()
         for reads in ("hidden", "experts", "flat"):
             with pytest.raises(MergeError, match="cannot be trained with checkpointing"):

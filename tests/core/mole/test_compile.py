@@ -1,4 +1,4 @@
-"""Mixtures and ``torch.compile``, whichever came first. The graphs it traces are run as they are: no C++ needed."""
+"""Mixtures and ``torch.compile`` in either order. Traced graphs are run without a compiler, so no C++ is needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWar
 
 
 class Backend:
-    """Runs graphs as they are, and counts them."""
+    """Runs graphs without compiling them, and counts them."""
 
     def __init__(self) -> None:
         self.compiled = 0
@@ -58,7 +58,7 @@ def test_compiled_first(reads, mixing, granularity):
         assert close(compiled(x, text), expected, 1e-6)
         traced = backend.compiled
         assert close(compiled(x, text), expected, 1e-6)
-        assert backend.compiled == traced == 2  # once without and once with the mixture, not once a step
+        assert backend.compiled == traced == 2  # once without and once with the mixture, not once per step
     assert untouched(model)
     assert torch.equal(compiled(x, text), base)
 
@@ -92,7 +92,7 @@ def test_other_values_of_the_gates_reach_a_compiled_model():
 
 
 def test_blocks_compiled_one_by_one():
-    """As diffusers' `compile_repeated_blocks` does."""
+    """Like diffusers' `compile_repeated_blocks`."""
     model, backend = InPlace(1), Backend()
     x, text = inputs(model)
     base, mixture = call(model, x, text), mixed(model, "hidden", "delta", "block")

@@ -1,4 +1,4 @@
-"""Detaching: the model is as it was, whatever else replaced its forward methods."""
+"""Detaching restores the model, also if other programs replaced its forward methods."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestDetach:
         assert untouched(model)
         assert torch.equal(model(x, text), base)
 
-    def test_three_mixtures_taken_off_from_below(self):
+    def test_three_mixtures_detached_from_below(self):
         model = Transformer()
         x, text = inputs(model)
         base = model(x, text)
@@ -73,8 +73,8 @@ class TestDetach:
         assert untouched(model)
         assert torch.equal(model(x, text), base)
 
-    def test_what_stays_below_another_program_does_not_pile_up(self):
-        """A program on top that puts back what it found, again and again, with a new mixture below it each time."""
+    def test_forward_methods_below_another_program_do_not_accumulate(self):
+        """Another program wraps and restores a forward method several times, each time with a new mixture below."""
         model = Transformer()
         x, text = inputs(model)
         base, layer = model(x, text), model.blocks[0].attn.to_q
@@ -91,7 +91,7 @@ class TestDetach:
 
     @pytest.mark.parametrize("ours_first", [True, False])
     def test_under_the_wrapper_of_another_program(self, ours_first):
-        """It keeps the method that it found and puts it back; we may be gone by then."""
+        """It keeps the method it wrapped and restores it, perhaps after the mixture was detached."""
         model = Transformer()
         x, text = inputs(model)
         base = model(x, text)

@@ -43,8 +43,8 @@ class TestEqualsMerged:
                 base = call(model, x, text)
         assert close(base, call(model, x, text), 1e-6)
 
-    def test_every_row_has_gates_of_its_own(self, model):
-        """As for the prompt and the negative prompt in one batch."""
+    def test_every_row_has_its_own_gates(self, model):
+        """For example a prompt and a negative prompt in one batch."""
         a, b = lora(model, 1), lora(model, 2)
         x, text = inputs(model, 3)
         held = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.3, 1.4]])

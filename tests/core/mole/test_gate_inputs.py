@@ -19,19 +19,19 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class TestGatesByHand:
-    def test_what_text_gates_read(self):
+    def test_text_gates_read_the_text(self):
         model = Transformer()
         x, text = inputs(model)
         mixture = trained(model, (lora(model, 1), lora(model, 2)), settings("text"))
-        seen = Values()
-        with attach(model, mixture) as at, at.watch(seen):
+        observed = Values()
+        with attach(model, mixture) as at, at.watch(observed):
             model(x, text)
-        assert set(seen.values) == {"", "blocks.0.attn", "blocks.0.ff", "blocks.1.attn", "blocks.1.ff"}
-        for name, value in seen.values.items():
+        assert set(observed.values) == {"", "blocks.0.attn", "blocks.0.ff", "blocks.1.attn", "blocks.1.ff"}
+        for name, value in observed.values.items():
             assert torch.allclose(value, mixture.gates[name](text.mean(1)), atol=1e-6)
 
-    def test_what_gates_of_a_block_read(self):
-        """Its input: the stream of the picture, mean over positions; channels first for images."""
+    def test_gates_of_a_block_read_its_input(self):
+        """The mean of the hidden states over positions; images have channels first."""
         for model, block, stream in (
             (Transformer(), "blocks.0", lambda x: rms_normalised(x).mean(1)),
             (InPlace(), "double_blocks.0", lambda x: rms_normalised(x).mean(1)),
@@ -47,14 +47,14 @@ class TestGatesByHand:
                 caught.append((args[0] if args else kwargs["img"]).clone())
 
             handle = model.get_submodule(block).register_forward_pre_hook(catch, with_kwargs=True)
-            seen = Values()
-            with attach(model, mixture) as at, at.watch(seen):
+            observed = Values()
+            with attach(model, mixture) as at, at.watch(observed):
                 call(model, x, text)
             handle.remove()
-            assert torch.allclose(seen.values[block], mixture.gates[block](stream(caught[0])), atol=1e-6)
+            assert torch.allclose(observed.values[block], mixture.gates[block](stream(caught[0])), atol=1e-6)
 
-    def test_what_gates_of_experts_read(self):
-        """The experts' outputs at the scope's first layer, as published; its gradient-free literal form."""
+    def test_gates_read_the_experts_outputs(self):
+        """At the scope's first layer, against the published form computed literally."""
         model = Transformer()
         x, text = inputs(model)
         a, b = lora(model, 1, names=["inp"]), lora(model, 2, names=["inp"])
@@ -70,7 +70,7 @@ class TestGatesByHand:
         assert torch.allclose(read[""], (z / rho).mean(1), atol=1e-5)
         assert read[" owner"].tolist() == [0, 0, 1, 1]
 
-    def test_flat_gates_read_every_position_apart(self):
+    def test_flat_gates_read_all_positions_in_a_row(self):
         model = Transformer()
         x, text = inputs(model)
         mixtures = [Mixture((lora(model, 1), lora(model, 2)), GateSet(2, settings(r))) for r in ("experts", "flat")]
@@ -121,7 +121,7 @@ class TestGatesByHand:
         assert close(found, layer("final", h, outside))
 
     def test_output_mixing_of_blocks_within_blocks(self):
-        """Innermost blocks run once per LoRA and once without; the layers around them are mixed by their updates."""
+        """Innermost blocks run once per LoRA and once without; the layers around them are mixed by their deltas."""
         model = UNet()
         passes: dict[str, int] = {}
         for name in ("down_blocks.0", "down_blocks.0.attentions.0", "down_blocks.0.resnets.0"):
@@ -139,10 +139,10 @@ class TestGatesByHand:
         assert passes == {
             "down_blocks.0": 1,
             "down_blocks.0.attentions.0": 1,
-            "down_blocks.0.resnets.0": 1,  # what is under a hook of another program sees one call
+            "down_blocks.0.resnets.0": 1,  # a hook of another program is called once
             "inner": 3,
         }
-        # by hand: blocks in a model whose other layers are merged
+        # by hand: blocks of a model whose other layers are merged
         rest = [Adapter({n: p for n, p in e.modules.items() if n not in names}) for e in (a, b)]
         own = [Adapter({n: p for n, p in e.modules.items() if n in names}) for e in (a, b)]
         by_hand = merged(model, rest, (1, 1))
@@ -156,7 +156,7 @@ class TestGatesByHand:
         assert close(found, call(by_hand, x, text))
 
     def test_two_mixtures_add_up(self):
-        """Both read a text that is given by position."""
+        """Both read a text that is passed by position."""
         model = Transformer()
         x, text = inputs(model)
         experts = [lora(model, seed) for seed in range(4)]
@@ -171,7 +171,7 @@ class TestGatesByHand:
 
 
 class TestVideoBlocks:
-    """Transformers that keep frames, rows and columns apart have channels last; U-Nets have them first."""
+    """Transformers with separate dimensions for frames, rows and columns have channels last, U-Nets first."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -194,7 +194,10 @@ class TestVideoBlocks:
         model = self.Model(self.Block)
         x = torch.randn(2, 3, 4, 5, 6)
         mixture = Mixture((lora(model, 1), lora(model, 2)), GateSet(2, settings("hidden", "block")), mixing=mixing)
-        seen = {}
-        with attach(model, mixture) as attachment, attachment.watch_inputs(lambda scope, f, _: seen.update({scope: f})):
+        observed = {}
+        with (
+            attach(model, mixture) as attachment,
+            attachment.watch_inputs(lambda scope, f, _: observed.update({scope: f})),
+        ):
             model(x)
-        assert close(seen["blocks.0"], rms_normalised(x).mean((1, 2, 3)))
+        assert close(observed["blocks.0"], rms_normalised(x).mean((1, 2, 3)))

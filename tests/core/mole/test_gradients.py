@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class TestGradients:
-    """Of a loss through the whole model, with respect to the gates. float64, so that differences are exact."""
+    """Of a loss through the whole model with respect to the gates; float64, so that finite differences are exact."""
 
     @staticmethod
     def prepared(kind: str, reads: str, mixing: str = "delta", granularity: str = "block", checkpointing=False):
@@ -30,10 +30,10 @@ class TestGradients:
         target = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
 
         def loss() -> Tensor:
-            seen = Values()
-            with attachment.watch(seen), exact_gradients():
+            observed = Values()
+            with attachment.watch(observed), exact_gradients():
                 error = (call(model, x, text) - target).square().mean()
-            return error + 0.3 * balance_loss(list(seen.values.values()))
+            return error + 0.3 * balance_loss(list(observed.values.values()))
 
         return attachment, loss
 
@@ -44,7 +44,7 @@ class TestGradients:
         + [("transformer", "flat", "delta"), ("in place", "hidden", "output"), ("in place", "experts", "output")],
     )
     def test_equal_finite_differences(self, kind, reads, mixing, checkpointing):
-        """Along a random direction in all parameters at once, and along some parameters alone."""
+        """Along a random direction in all parameters, and along single parameters."""
         attachment, loss = self.prepared(kind, reads, mixing, checkpointing=checkpointing)
         with torch.enable_grad():
             found = gradients(attachment, loss)
@@ -96,7 +96,7 @@ class TestGradients:
             gradients(attachment, loss)
         assert passes == [False, True]
 
-    def test_checkpoints_outlive_no_mixture(self):
+    def test_backward_after_detaching_is_refused(self):
         attachment, loss = self.prepared("in place", "hidden", checkpointing=True)
         with torch.enable_grad():
             total = loss()
@@ -104,7 +104,7 @@ class TestGradients:
         with pytest.raises(MergeError, match=r"detached before the backward pass[\s\S]*double_blocks\.0"):
             total.backward()
 
-    def test_dropout_falls_alike_in_the_recomputation(self):
+    def test_dropout_is_equal_in_the_recomputation(self):
         model = Transformer().double()
         model.blocks[0].attn.to_out[1] = nn.Dropout(0.5)
         mixture = trained(model, (lora(model, 1), lora(model, 2)), settings("hidden"))
@@ -116,8 +116,8 @@ class TestGradients:
                 found.append(gradients(at, lambda: model(x, text).square().mean()))
         assert all(torch.allclose(g, found[1][n], rtol=1e-5, atol=1e-8) for n, g in found[0].items())
 
-    def test_writing_in_place_does_not_spoil_what_was_kept(self):
-        """Plain autograd refuses; both activations with and without a gradient must be kept as they were."""
+    def test_writing_in_place_does_not_change_saved_tensors(self):
+        """Plain autograd raises an error; activations with and without gradients must both be saved unchanged."""
         a, t = torch.ones(3, requires_grad=True), torch.arange(3.0)
         with torch.enable_grad():
             with exact_gradients():
@@ -131,7 +131,7 @@ class TestGradients:
         tanh = torch.tanh(torch.tensor(0.3))
         assert torch.allclose(a.grad, 2.4 * tanh * (1 - tanh**2) + torch.tensor([0.0, 2.0, 6.0]))
 
-    def test_weights_are_kept_without_copies(self):
+    def test_weights_are_saved_without_copies(self):
         weight = nn.Parameter(torch.randn(3, 3), requires_grad=False)
         kept: list[int] = []
         with torch.enable_grad(), exact_gradients():

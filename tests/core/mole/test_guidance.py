@@ -1,4 +1,4 @@
-"""Negative prompts take the gates of the prompt they guide: in one batch, in two passes, with parts of a prompt."""
+"""Negative prompts get the gates of their prompt: in one batch, in two passes, with prompts of several parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .models import Transformer, call, inputs
 
 
 def following(*own: int) -> PromptGateSharing:
-    """Of batches in which these samples are the prompt's."""
+    """For batches in which these rows are the prompt's."""
     return PromptGateSharing(lambda _, batch: [row for row in own if row < batch])
 
 
@@ -31,9 +31,9 @@ class TestByHand:
         [
             ((0,), (1, 9), (1, 1)),
             ((1,), (9, 1), (1, 1)),
-            ((2, 3), (8, 9, 1, 2), (1, 2, 1, 2)),  # two pictures, negative first
+            ((2, 3), (8, 9, 1, 2), (1, 2, 1, 2)),  # two images, negative prompts first
             ((0, 1), (1, 2, 8, 9), (1, 2, 1, 2)),
-            ((0, 1, 2, 3), (1, 2, 3, 5, 8, 9), (1, 2, 3, 5, 2, 3.5)),  # a prompt of two parts: the mean of them
+            ((0, 1, 2, 3), (1, 2, 3, 5, 8, 9), (1, 2, 3, 5, 2, 3.5)),  # a prompt of two parts: their mean
             ((0,), (1, 8, 9), (1, 1, 1)),  # a negative prompt of two parts
             ((0, 1), (1, 2), (1, 2)),
         ],
@@ -53,7 +53,7 @@ class TestByHand:
             follow.begin_pass({}, len(values))
             return follow("scope", rows(*values))[:, 0].tolist()
 
-        assert one(False, 9) == [9]  # nothing to follow yet
+        assert one(False, 9) == [9]  # no prompt's gates yet
         assert one(True, 1, 2) == [1, 2]
         assert one(False, 8, 9) == [1, 2]
         assert one(False, 8, 9) == [1, 2]
@@ -64,7 +64,7 @@ class TestByHand:
         follow.begin_step()
         assert one(False, 8, 9) == [8, 9]
 
-    def test_a_negative_prompt_that_comes_first_is_put_off(self):
+    def test_a_negative_prompt_that_comes_first_raises(self):
         prompt = [False]
         follow = PromptGateSharing(lambda _, batch: range(batch) if prompt[0] else [], separate_passes=True)
         follow.require_prompt_first = True
@@ -73,12 +73,12 @@ class TestByHand:
         prompt[0] = True
         follow.begin_pass({}, 1)
         prompt[0] = False
-        follow.begin_pass({}, 1)  # even if no gate of the prompt told anything
+        follow.begin_pass({}, 1)  # even if the prompt's pass opened no gate
         follow.begin_step()
         with pytest.raises(PromptPassRequired):
             follow.begin_pass({}, 1)
 
-    def test_scopes_are_apart_and_values_for_all_samples_stay(self):
+    def test_scopes_are_independent_and_values_for_all_samples_stay(self):
         follow = following(0)
         follow.begin_pass({}, 2)
         assert torch.equal(follow("a", rows(1, 9)), rows(1, 1))
@@ -94,7 +94,7 @@ class TestByHand:
 
 @pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
 @pytest.mark.parametrize("mixing", ["delta", "output"])
-def test_both_halves_of_a_guided_batch_are_painted_with_the_gates_of_the_prompt(reads, mixing):
+def test_both_halves_of_a_guided_batch_use_the_gates_of_the_prompt(reads, mixing):
     model = Transformer(1)
     settings = GateSettings(reads=reads, granularity="block")
     pair = (lora(model, 1), lora(model, 2))
@@ -118,5 +118,5 @@ def test_both_halves_of_a_guided_batch_are_painted_with_the_gates_of_the_prompt(
     for scope, value in both.values.items():
         assert torch.equal(value[0], value[1])
         first = next(iter(own.values))
-        if scope == first:  # later ones read what the first half, painted otherwise, does not change
+        if scope == first:  # the first gate reads an input that the negative prompt does not change
             assert torch.equal(value[1], own.values[scope][1])

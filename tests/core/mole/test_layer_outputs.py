@@ -1,4 +1,4 @@
-"""Adapted layers: inputs without a batch, and outputs that somebody else still holds."""
+"""Adapted layers: inputs without a batch dimension, and outputs that something else still refers to."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Modulation(nn.Module):
         return x
 
 
-class TestInputsWithoutABatch:
+class TestUnbatchedInputs:
     @pytest.mark.parametrize("mixing", ["delta", "output"])
     def test_a_vector_equals_merged_weights(self, mixing):
         model = Modulation()
@@ -101,15 +101,15 @@ STORED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class Stored(nn.Linear):
-    """A linear layer that hands out a stored tensor, as a cache of a constant input's output does."""
+    """A linear layer that returns a stored tensor, like a cache for a constant input."""
 
-    def __init__(self, hand_out: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, returned: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__(4, 4)
         self.requires_grad_(False)
-        self.hand_out, self.stored = hand_out, torch.randn(2, 3, 4)
+        self.returned, self.stored = returned, torch.randn(2, 3, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.hand_out(self.stored, x)
+        return self.returned(self.stored, x)
 
 
 class Remembering(nn.Linear):
@@ -120,14 +120,14 @@ class Remembering(nn.Linear):
         return self.kept["last"][0]
 
 
-class TestOutputsThatAreHeldElsewhere:
+class TestOutputsInUseElsewhere:
     @pytest.mark.parametrize("mode", MODES)
-    @pytest.mark.parametrize("hand_out", STORED)
-    def test_a_stored_tensor_is_not_overwritten(self, hand_out, mode):
-        model = nn.ModuleDict({"layer": Stored(STORED[hand_out])})
+    @pytest.mark.parametrize("returned", STORED)
+    def test_a_stored_tensor_is_not_overwritten(self, returned, mode):
+        model = nn.ModuleDict({"layer": Stored(STORED[returned])})
         layer, x = model["layer"], torch.randn(2, 3, 4)
         with MODES[mode]():
-            layer.stored = layer.stored.clone()  # of the mode: tensors made in inference mode do not know their base
+            layer.stored = layer.stored.clone()  # created in this mode: views of inference tensors have no base
             before = layer.stored.clone()
             plain = layer(x).clone()
             low = lora(model, 1)
@@ -156,9 +156,9 @@ class TestOutputsThatAreHeldElsewhere:
             assert not close(mixed, layer.kept["last"][0], 0.01)
 
     @pytest.mark.parametrize("mode", MODES)
-    def test_an_input_that_is_handed_on_is_not_overwritten(self, mode):
-        for hand_out in (lambda stored, x: x, lambda stored, x: x.view(x.shape), lambda stored, x: x.detach()):
-            model = nn.ModuleDict({"layer": Stored(hand_out)})
+    def test_an_input_that_is_returned_is_not_overwritten(self, mode):
+        for returned in (lambda stored, x: x, lambda stored, x: x.view(x.shape), lambda stored, x: x.detach()):
+            model = nn.ModuleDict({"layer": Stored(returned)})
             with MODES[mode](), attach(model, Mixture((lora(model, 1),))):
                 x = torch.ones(2, 3, 4)
                 assert not torch.equal(model["layer"](x), x)
@@ -166,15 +166,15 @@ class TestOutputsThatAreHeldElsewhere:
 
 
 class Own(nn.Linear):
-    """A layer with a forward method of its own, as hosts and quantisers bring them."""
+    """A layer with its own forward method, like the layers of hosts and quantisation libraries."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
 
 
-class TestOutputsThatNobodyHolds:
-    """The sum is written into them, so that no copy is made."""
+class TestNewOutputs:
+    """The sum is written into the output, without a copy."""
 
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ class TestOutputsThatNobodyHolds:
             del layer.forward
         assert addresses == [found.data_ptr()]
 
-    def test_not_without_a_count_of_the_tensors_that_share_memory(self, monkeypatch):
-        """Older builds of PyTorch do not tell."""
+    def test_never_without_a_count_of_tensors_that_share_memory(self, monkeypatch):
+        """Older builds of PyTorch lack this count."""
         monkeypatch.setattr(ownership, "_storage_use_count", None)
         with torch.no_grad():
             assert not ownership.is_only_reference([torch.zeros(2)])

@@ -1,4 +1,4 @@
-"""Experts that are switched off: as if the mixture had been built without them."""
+"""Experts that are switched off: the mixture acts as if it had been built without them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TestMasks:
         model = InPlace(1)
         x, text = inputs(model)
         experts = [lora(model, seed, 1 + seed) for seed in range(3)]
-        # expert 1 alone changes some scopes
+        # some scopes are changed by expert 1 only
         for i in (0, 2):
             modules = experts[i].modules.items()
             experts[i] = Adapter({name: part for name, part in modules if "double_blocks.0.txt" not in name})
@@ -59,7 +59,7 @@ class TestMasks:
 
     @pytest.mark.parametrize("reads", ["hidden", "experts"])
     def test_gates_read_where_they_did_in_training(self, reads):
-        """Also where only the expert that is off changed that layer: its input, or nothing of the other expert."""
+        """Also if only the switched-off expert changed that layer: the gate reads its input, or nothing."""
         model = Transformer(1)
         x, text = inputs(model)
         a, b = lora(model, 1, names=["blocks.0.ff.0"]), lora(model, 2, names=["blocks.0.ff.2"])
@@ -68,13 +68,13 @@ class TestMasks:
         assert gate.layer == ("blocks.0.ff.0" if reads == "hidden" else "")
         caught: list[Tensor] = []
         model.blocks[0].ff[0].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-        seen = Values()
-        with attach(model, mixture.without(0)) as at, at.watch(seen):
+        observed = Values()
+        with attach(model, mixture.without(0)) as at, at.watch(observed):
             found = model(x, text)
         assert untouched(model)
         shut = (1.5 * torch.sigmoid(gate.bias[1:])).expand(2, 1)
         g = gate(rms_normalised(caught[0]).mean(1))[:, 1:] if reads == "hidden" else shut
-        assert torch.allclose(seen.values["blocks.0.ff"], g, atol=1e-6)
+        assert torch.allclose(observed.values["blocks.0.ff"], g, atol=1e-6)
         for row in range(2):
             one = slice(row, row + 1)
             assert close(found[one], merged(model, (b,), (float(g[row]),))(x[one], text[one]))
@@ -90,7 +90,7 @@ class TestMasks:
 
     @each_kind
     def test_another_order_is_the_same_mixture(self, reads, mixing, granularity):
-        """Also where modules of the experts cover different rows of a layer."""
+        """Also if modules of the experts cover different rows of a layer."""
         model = InPlace(1)
         x, text = inputs(model)
         where = ["double_blocks.0.img.qkv"]

@@ -1,4 +1,4 @@
-"""Which positions of texts are read, by hand; prompts and padding on a small causal model."""
+"""Positions of texts that gates read, by hand; prompts and padding on a small causal model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TestReading:
     def test_a_text_without_positions_reads_nothing(self):
         assert TextPositions(torch.zeros(2, 3, dtype=torch.bool)).mean(X).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
-    def test_what_has_no_positions_stays(self):
+    def test_input_without_positions_is_unchanged(self):
         assert torch.equal(TextPositions(OWN).mean(X[:, 0]), X[:, 0])
         assert torch.equal(TextPositions().mean(X[:, 0]), X[:, 0])
 
@@ -49,7 +49,7 @@ class TestReading:
         assert TextPositions().only(prompt).mask is prompt
 
     @pytest.mark.parametrize("x", [X[:1], X[:, :2], X.flatten(0, 1), X[None]])
-    def test_layers_that_see_something_else(self, x: Tensor):
+    def test_inputs_that_are_not_texts(self, x: Tensor):
         with pytest.raises(MergeError, match=r"position by position[\s\S]*\(2, 3\)[\s\S]*granularity network"):
             TextPositions(OWN).mean(x)
 
@@ -58,7 +58,7 @@ class TestReading:
 @pytest.mark.parametrize(("granularity", "mixing"), [("layer", "delta"), ("network", "delta"), ("block", "output")])
 @torch.no_grad()
 def test_gates_read_the_prompt_alone(reads, granularity, mixing):
-    """A prompt in the middle of other tokens opens the gates it opens alone, on a model without attention."""
+    """On a model without attention, a prompt among other tokens opens the same gates as alone."""
     model = Transformer(1)
     model.blocks[0].attn = torch.nn.Sequential(torch.nn.Linear(8, 8)).requires_grad_(False)
     settings = GateSettings(reads=reads, granularity=granularity)
@@ -85,5 +85,5 @@ def trained_without_text(model, settings, mixing="delta") -> Mixture:
 
 
 def names(model) -> list[str]:
-    """All layers but the one that reads the text."""
+    """All layers except the one that reads the text."""
     return [n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and n != "ctx"]

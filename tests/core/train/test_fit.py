@@ -41,7 +41,7 @@ class TestLearning:
         assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(factors, after, strict=True))
 
     def test_the_first_loss_by_hand(self, plain):
-        """All of the examples in one batch: the mean squared error of the plain sum of the LoRAs."""
+        """All examples in one batch: the mean squared error of the plain sum of the LoRAs."""
         with plain.attached(reads="hidden") as (at, objective):
             run = fit(at, objective, SETTINGS.model_copy(update={"steps": 1, "batch": 32}))
         e = plain.examples
@@ -50,13 +50,13 @@ class TestLearning:
         assert run.losses == [pytest.approx(float(error.square().mean()), rel=1e-5)]
         assert run.entropies == [pytest.approx(math.log(2))]
 
-    def test_a_step_is_adamws(self, plain):
+    def test_steps_equal_adamw(self, plain):
         settings = SETTINGS.model_copy(update={"steps": 2, "batch": 32, "warmup": 1, "weight_decay": 0.1})
         found, _ = plain.trained(settings)
         with plain.attached(reads="text") as (at, objective):
             parameters = at.bank.parameters_of_gates
             optimizer = torch.optim.AdamW(parameters, lr=0.03, weight_decay=0.1)
-            for rate in (0.03 / 2, 0.03):  # half of the way up, then the top
+            for rate in (0.03 / 2, 0.03):  # half of the warmup, then the peak
                 optimizer.param_groups[0]["lr"] = rate
                 optimizer.zero_grad()
                 objective.loss(range(32)).backward()
@@ -69,7 +69,7 @@ class TestLearning:
         assert not equal(plain.trained()[0], plain.trained(SETTINGS.model_copy(update={"seed": 1}))[0])
 
     def test_the_balance_loss_keeps_the_entropy_up(self, plain):
-        """Examples of the first LoRA alone: without it, one expert takes all."""
+        """With examples of the first LoRA only, one expert takes all without it."""
         one = [i for i, p in enumerate(plain.examples.prompt.tolist()) if PROMPTS[p].named == (0,)]
         e = plain.examples
         only = Examples(e.noisy[one], e.t[one], e.prompt[one], e.target[one])
@@ -98,7 +98,7 @@ class TestLearning:
 
 
 class Poisoned(Regression):
-    """A loss that is not a number from one step on."""
+    """A loss that is NaN from one step on."""
 
     def __init__(self, objective: Regression, step: int, gradient: bool = False) -> None:
         super().__init__(objective.denoiser, objective.examples)
@@ -109,7 +109,7 @@ class Poisoned(Regression):
         self.calls += 1
         if self.calls <= self.step:
             return loss
-        if self.gradient:  # the loss is a number, its gradient is none: sqrt at 0
+        if self.gradient:  # the loss is finite, its gradient is not: sqrt at 0
             return loss + (loss - loss.detach()).sqrt()
         return loss * float("nan")
 
@@ -124,14 +124,14 @@ class TestNotFinite:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("gradient", [False, True])
-    def test_later_it_keeps_the_last_good_gates_and_says_so(self, plain, gradient):
-        """Those of the last step whose loss was known: the step after it may be what spoilt them."""
+    def test_later_the_last_good_gates_are_kept(self, plain, gradient):
+        """The gates of the last step with a finite loss: the step after it may have made them NaN."""
         with plain.attached() as (at, objective):
             run = fit(at, Poisoned(objective, 5, gradient), SETTINGS)
             found = values(at)
         assert len(run.losses) == 5
-        said = "its gradient was not finite" if gradient else "the loss became nan"
-        assert run.stopped == f"{said} at step 6; the gates are those of the step before"
+        reason = "its gradient was not finite" if gradient else "the loss became nan"
+        assert run.stopped == f"{reason} at step 6; the gates are those of the step before"
         with plain.attached() as (at, objective), pytest.raises(Stop):
             fit(at, objective, SETTINGS, progress=stopping(4))
         assert equal(found, values(at))
@@ -142,7 +142,7 @@ class TestNotFinite:
         with plain.attached() as (at, objective):
             with torch.no_grad():
                 for p in at.bank.parameters_of_gates:
-                    p.add_(10.0)  # the decay makes it -1e39
+                    p.add_(10.0)  # weight decay makes it -1e39
             before = values(at)
             run = fit(at, objective, settings)
             assert equal(values(at), before)
@@ -157,37 +157,37 @@ class TestEarlyStop:
         assert not has_stalled([5.0, 4.0, 3.0, 3.0], 2)
         assert has_stalled([5.0, 4.0, 3.0, 3.0, 3.0, 3.0], 2)
 
-    def test_stops_and_says_so(self, plain):
-        """Gates that do not learn at all: no improvement between the first and the second half."""
+    def test_stops_and_reports_why(self, plain):
+        """Gates that do not learn: no improvement from the first to the second half."""
         settings = SETTINGS.model_copy(update={"steps": 40, "batch": 32, "learning_rate": 1e-30, "patience": 4})
         _, run = plain.trained(settings)
         assert len(run.losses) == 8
         assert run.stopped == "the loss had not improved for 4 steps, at step 8"
 
-    def test_goes_on_while_it_improves(self, plain):
+    def test_continues_while_it_improves(self, plain):
         _, run = plain.trained(SETTINGS.model_copy(update={"batch": 32, "patience": 2}))
         assert len(run.losses) == 12
 
 
 class TestSchedules:
     def test_rate_by_hand(self):
-        # up in thirds to the top at step 2, then half a cosine over the 4 steps from there
+        # in thirds to the peak at step 2, then half a cosine over the remaining 4 steps
         expected = [1 / 3, 2 / 3, 1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4))]
         assert [schedule(step, 6, 2) for step in range(6)] == pytest.approx(expected)
         assert schedule(0, 1, 0) == 1.0
         assert schedule(0, 1, 10) == pytest.approx(1 / 11)
 
     def test_batches_go_through_all_examples_in_turn(self):
-        drawn = [i for step in range(7) for i in batch_of(step, 10, 4, 0)]  # 28: two whole passes and more
+        drawn = [i for step in range(7) for i in batch_of(step, 10, 4, 0)]  # 28: two complete epochs and more
         for start in (0, 10):
             assert sorted(drawn[start : start + 10]) == list(range(10))
         assert drawn[:10] != drawn[10:20]
         assert batch_of(3, 10, 4, 0) == drawn[12:16]
         assert batch_of(0, 10, 4, 1) != drawn[:4]
-        assert len(batch_of(0, 3, 8, 0)) == 8  # more than there are
+        assert len(batch_of(0, 3, 8, 0)) == 8  # more than there are examples
 
 
-def test_the_temperature_of_a_softmax_is_learnt_too(plain):
+def test_the_temperature_of_a_softmax_is_trained_too(plain):
     with plain.attached(activation="softmax") as (at, objective):
         fit(at, objective, SETTINGS.model_copy(update={"steps": 3}))
         assert at.bank.gates["blocks.0.ff"].log_temperature.tolist() != 0.0

@@ -32,7 +32,7 @@ class TestStep:
 
     @pytest.mark.parametrize(("world", "batch"), [(2, 8), (3, 8), (4, 2)])
     def test_several_devices_give_the_gradients_of_one(self, world, batch):
-        """Threads, each with a model of its own; also where a batch does not go up, or leaves some with nothing."""
+        """Threads with their own models; also if a batch does not divide evenly, or some threads get no example."""
         settings = SETTINGS.model_copy(update={"batch": batch})
         made = toy()
         whole, outcome = self.gradients(made, settings)
@@ -54,7 +54,7 @@ class TestStep:
             assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(whole, gradients, strict=True))
             assert of_rank == pytest.approx(outcome, rel=1e-5)
 
-    def test_a_model_whose_gates_are_not_seen(self, plain):
+    def test_a_model_that_opens_no_gate(self, plain):
         class Blind:
             size = 8
 
@@ -66,11 +66,11 @@ class TestStep:
 
 
 class Together:
-    """The mean of what all threads bring."""
+    """The mean over all threads."""
 
     def __init__(self, world: int) -> None:
         self.world, self.barrier = world, threading.Barrier(world, timeout=60)
-        self.brought: dict[int, Tensor] = {}
+        self.tensors: dict[int, Tensor] = {}
 
 
 @dataclass
@@ -83,8 +83,8 @@ class Device:
         return self.together.world
 
     def mean(self, tensor: Tensor) -> Tensor:
-        self.together.brought[self.rank] = tensor.detach().clone()
+        self.together.tensors[self.rank] = tensor.detach().clone()
         self.together.barrier.wait()
-        mean = torch.stack([self.together.brought[rank] for rank in range(self.world)]).mean(0)
+        mean = torch.stack([self.together.tensors[rank] for rank in range(self.world)]).mean(0)
         self.together.barrier.wait()
         return mean

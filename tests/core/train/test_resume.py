@@ -1,4 +1,4 @@
-"""Interrupted fits: by exceptions, by force, and with damaged or other files in the folder."""
+"""Interrupted fits: by exceptions, by a kill, and with damaged or other files in the folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TestResume:
         assert equal(resumed, whole)
         assert (again.losses, again.entropies) == (run.losses, run.entropies)
 
-    def test_after_two_of_them_with_another_kind_of_gate(self, plain, tmp_path: Path):
+    def test_after_two_exceptions_with_another_kind_of_gate(self, plain, tmp_path: Path):
         kw = {"folder": tmp_path / "new" / "folder", "key": "k", "reads": "experts"}
         whole, _ = plain.trained(reads="experts")
         for at in (3, 4):
@@ -58,7 +58,7 @@ class TestResume:
         assert equal(found, whole)
 
     def test_killed(self, plain, tmp_path: Path):
-        """A process that cannot say goodbye: it goes on from the last state that was kept."""
+        """A killed process: the fit continues from the last state that was saved."""
         settings = SETTINGS.model_copy(update={"steps": 30})
         root = Path(legomole.__file__).parent
         code = (
@@ -86,7 +86,7 @@ class TestResume:
         assert equal(found, whole)
         assert run.losses == uninterrupted.losses
 
-    def test_a_caller_may_see_how_far_it_went(self, plain):
+    def test_the_record_is_filled_after_a_cancel_too(self, plain):
         run = FitRecord()
         with pytest.raises(Stop):
             plain.trained(progress=stopping(5), record=run)
@@ -114,7 +114,7 @@ class TestResume:
         path.write_bytes(sound)
         tensors, header = read_tensors(path)
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        for changed, said in (
+        for changed, message in (
             ((tensors, header | {"run": "{"}), "Expecting"),
             ((tensors, header | {"run": "[1]"}), "indices"),
             ((tensors | {"0/value": torch.zeros(7)}, header), "size"),
@@ -126,5 +126,5 @@ class TestResume:
             ((tensors, header | {"run": "[" * 10_000}), "levels deep"),
         ):
             write_tensors(path, *changed)
-            with pytest.raises(FormatError, match=rf"cannot be resumed[\s\S]*{said}[\s\S]*start again"):
+            with pytest.raises(FormatError, match=rf"cannot be resumed[\s\S]*{message}[\s\S]*start again"):
                 plain.trained(folder=tmp_path, key="k")

@@ -70,7 +70,7 @@ class Toy:
 
     @contextmanager
     def attached(self, checkpointing: bool = False, **settings) -> Iterator[tuple[Attachment, Regression]]:
-        """With calibrated gates, always the same."""
+        """Attached with gates that standardise their features, always the same ones."""
         mixture = Mixture(self.experts, GateSet(2, GateSettings(**settings)))
         with attach(self.model, mixture, checkpointing=checkpointing) as at:
             e = self.examples
