@@ -122,11 +122,11 @@ class Attachment:
         held = torch.as_tensor(values, dtype=torch.float32, device=device)
         if held.shape[-1:] != (self.bank.experts,):
             raise MergeError("Every LoRA needs a gate value.", expected=self.bank.experts, found=tuple(held.shape))
-        before, self._gate_values.held = self._gate_values.held, held if held.ndim > 1 else held[None]
+        before, self._gate_values.held_values = self._gate_values.held_values, held if held.ndim > 1 else held[None]
         try:
             yield
         finally:
-            self._gate_values.held = before
+            self._gate_values.held_values = before
 
     def use(self, gates: GateSet) -> None:
         """Replace the gates, also the bank's, by others for the same experts and settings."""
@@ -135,13 +135,13 @@ class Attachment:
     @contextmanager
     def only_samples(self, rows: Sequence[int]) -> Generator[None]:
         """Run only these samples of the batch inside the block: uses their rows of values that are held for all."""
-        before = self._gate_values.held
+        before = self._gate_values.held_values
         if before is not None and before.shape[0] > 1:
-            self._gate_values.held = before[list(rows)]
+            self._gate_values.held_values = before[list(rows)]
         try:
             yield
         finally:
-            self._gate_values.held = before
+            self._gate_values.held_values = before
 
     @contextmanager
     def prompt(self, positions: Tensor) -> Generator[None]:

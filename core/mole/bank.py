@@ -9,8 +9,8 @@ from torch import nn
 
 from ..adapter import is_text_encoder
 from ..errors import MergeError, name_some
+from .adapted_layers import LayerSlice, rows_of, stacks
 from .gates import GateSet
-from .layers import LayerSlice, rows_of, stacks
 from .mixture import Mixture
 from .scopes import Scope, scopes, uncompiled
 
@@ -25,7 +25,7 @@ class Bank(nn.Module):
     Args:
         model: The module tree the experts were made for; it is only inspected.
         mixture: Its gates are copied: training changes the bank's gates, never the mixture's.
-        dtype: Of the stacked factors; default the dtype of each layer's weight if it is an ordinary float dtype.
+        dtype: Dtype of the stacked factors; default that of each layer's weight if it is an ordinary float dtype.
 
     Attributes:
         paths: Module name of an expert -> path of the layer it changes.

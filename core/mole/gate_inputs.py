@@ -58,7 +58,7 @@ def expert_features(
     """The experts' outputs at a layer, concatenated and normalised, in rank space: see `Stack.normalised_outputs`.
 
     Args:
-        stack: The layer's experts. z: ``D x``, from `Stack.down`.
+        stack: The layer's experts. z: ``D x``, computed by `Stack.down`.
         experts: Number of experts `N`.
         reads: ``experts`` or ``flat``. positions: The positions of each text to average over (``experts``).
 

@@ -39,11 +39,12 @@ class PassSnapshot(NamedTuple):
 
     Args:
         values: Scope -> value of its gate.
-        held: Values held by the user. positions: The positions of the texts that gates read.
+        held_values: Values held by the user, if any.
+        positions: The positions of the texts that gates read.
     """
 
     values: Mapping[str, Tensor | None]
-    held: Tensor | None
+    held_values: Tensor | None
     positions: TextPositions
 
 
@@ -52,15 +53,17 @@ class GateValues:
 
     Args:
         bank: The experts and their gates.
-        prompt_gates: Gives negative prompts the gates of the prompt. text_reader: Of a language model.
+        prompt_gates: Gives negative prompts the gates of the prompt.
+        text_reader: Interprets the arguments of a language model.
 
     Attributes:
         reads: What the gates read, see `GateSettings`.
         scopes: Name -> scope.
-        held: Values held by the user, see `Attachment.hold`; ``None``: the gates decide.
+        held_values: Values held by the user, see `Attachment.hold`; ``None``: the gates decide.
         positions: The positions of the texts that gates read in this pass.
         prompt_positions: ``(B, T)`` bool, the positions of the prompts, see `Attachment.prompt`.
-        observer: Is called with gate values. input_observer: Is called with what gates read.
+        observer: Observer of gate values.
+        input_observer: Observer of what gates read.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class GateValues:
         self.scopes = {scope.name: GateScope(scope.name) for scope in bank.scopes.values()}
         self.use(bank.gates)
         self.prompt_gates, self.text_reader = prompt_gates, text_reader
-        self.held: Tensor | None = None
+        self.held_values: Tensor | None = None
         self.positions = TextPositions()
         self.prompt_positions: Tensor | None = None
         self.observer: GateObserver | None = None
@@ -87,7 +90,7 @@ class GateValues:
     @property
     def gates_need_input(self) -> bool:
         """Whether any gate must read something in the next pass."""
-        return self.held is None and (self.input_observer is not None or self.bank.gates.trained)
+        return self.held_values is None and (self.input_observer is not None or self.bank.gates.trained)
 
     def begin_pass(self, text: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Prepare a forward pass of the whole model; open all gates that read its text.
@@ -106,7 +109,7 @@ class GateValues:
         self.clear()
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer.begin_pass(kwargs)
-        if self.reads == "text" and self.held is None:
+        if self.reads == "text" and self.held_values is None:
             self._open_text_gates(text)
         if self.text_reader is not None and self.gates_need_input:
             self.positions = self.text_reader.begin_pass(args, kwargs)
@@ -146,8 +149,9 @@ class GateValues:
         """Open a gate at the first adapted layer of its scope.
 
         Args:
-            path: Of the layer. stack: Its experts.
-            x: Input of the layer. z: ``D x``, from `Stack.down`.
+            scope: The scope.
+            path: Path of the layer. stack: Experts of the layer.
+            x: Input of the layer. z: ``D x``, computed by `Stack.down`.
         """
         if self.reads in READS_LAYER_INPUT:
             return self.open_from_layer_input(scope, path, x, image=bool(stack.kernel))
@@ -162,8 +166,8 @@ class GateValues:
 
     def value_without_input(self, scope: GateScope, like: Tensor) -> Tensor | None:
         """The value of a gate that need not read: held by the user, decided at the prompt, or even if untrained."""
-        if self.held is not None:
-            return self.held.to(like.device)
+        if self.held_values is not None:
+            return self.held_values.to(like.device)
         if self.positions.prompt_gates is not None and scope.name in self.positions.prompt_gates:
             return self.positions.prompt_gates[scope.name].to(like.device)
         if scope.gate is None and self.input_observer is None:
@@ -202,7 +206,9 @@ class GateValues:
 
     def snapshot(self) -> PassSnapshot:
         """The gates as they are now."""
-        return PassSnapshot({name: scope.value for name, scope in self.scopes.items()}, self.held, self.positions)
+        return PassSnapshot(
+            {name: scope.value for name, scope in self.scopes.items()}, self.held_values, self.positions
+        )
 
     @contextmanager
     def replay(
@@ -224,7 +230,7 @@ class GateValues:
     ) -> None:
         for name, value in snapshot.values.items():
             self.scopes[name].value = value
-        self.held, self.positions = snapshot.held, snapshot.positions
+        self.held_values, self.positions = snapshot.held_values, snapshot.positions
         self.observer, self.input_observer = observer, input_observer
 
     def _open_text_gates(self, text: Tensor | None) -> None:

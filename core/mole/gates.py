@@ -173,7 +173,7 @@ class GateSet(nn.Module):
 
     Args:
         experts: Number of experts `N`.
-        settings: Of all gates.
+        settings: Settings of all gates.
         gates: Scope (see `core.mole.scopes`) -> gate. Empty for an untrained set.
 
     Raises:

@@ -81,7 +81,7 @@ def recomputable(
     the gate values of the time of wrapping, and does not notify observers again.
 
     Args:
-        gate_values: Of the attachment. function: The part of the pass.
+        gate_values: Gate values of the attachment. function: The part of the pass.
         is_attached: Whether the mixture is still attached.
     """
     # the observer itself is not kept: a graph that keeps an observer of its gates would never be freed

@@ -50,7 +50,7 @@ class Stack(nn.Module):
         parts: In any order; parts of the same rows are stacked together.
         d_out: Output rows of the layer.
         kernel: Kernel size of a convolution, ``()`` for a linear layer.
-        dtype: Of the factors; default the widest of the parts'.
+        dtype: Dtype of the factors; default the widest dtype of the parts.
 
     Attributes:
         D: ``(R, d_in)``, or ``(R, channels, *kernel)``.
@@ -115,7 +115,7 @@ class Stack(nn.Module):
         Args:
             g: ``(B, N)``, ``(1, N)`` for all samples, or ``(B, T, N)`` for each position, which may also be all
                 positions of a layer that sees them in one row.
-            z: From `down`.
+            z: Result of `down`.
 
         Raises:
             MergeError: Gates for each position, and other positions in `z`.
@@ -145,7 +145,7 @@ class Stack(nn.Module):
         """``y + U z`` in the dtype of `y`.
 
         Args:
-            y: Output of the layer. z: From `gated`.
+            y: Output of the layer. z: Result of `gated`.
             in_place: Write the sum into `y`, which saves a copy. Allowed without gradients (the layer may have saved
                 `y` for its backward pass) and if nothing else uses `y`.
         """
@@ -176,7 +176,7 @@ class Stack(nn.Module):
         linear map of the result: ``e (E / rho) = (e U) (z / rho)``. At least float32.
 
         Args:
-            z: From `down`. experts: Number of experts `N`.
+            z: Result of `down`. experts: Number of experts `N`.
 
         Source: arXiv:2404.13628 eq. 5, which leaves open which normalisation.
         """

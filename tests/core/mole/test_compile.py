@@ -120,3 +120,20 @@ def test_gradients_of_a_compiled_model():
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_stored_output_is_not_overwritten():
+    class Stored(nn.Linear):
+        """A linear layer that returns a stored tensor."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stored
+
+    model = nn.Sequential(Stored(4, 4)).requires_grad_(False)
+    model[0].stored = torch.ones(3, 4)
+    compiled = torch.compile(model, backend=Backend(), fullgraph=True)
+    with attach(model, Mixture((lora(model, 1),))):
+        first, second = compiled(torch.ones(3, 4)).clone(), compiled(torch.ones(3, 4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.ones(3, 4))
+    assert torch.equal(model[0].stored, torch.ones(3, 4))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
-from legomole.core.mole.layers import rows_of, stacks
+from legomole.core.mole.adapted_layers import rows_of, stacks
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch
 from torch import Tensor, nn

@@ -151,7 +151,7 @@ def test_progress_and_cancelling(toy):
 
     with pytest.raises(KeyboardInterrupt):
         toy.made(progress=cancel)
-    assert toy.attachment._gate_values.held is None
+    assert toy.attachment._gate_values.held_values is None
 
 
 class TestFile:

@@ -21,7 +21,8 @@ class LayerSlice(NamedTuple):
     """Output rows of a layer in a model.
 
     Args:
-        path: Of the layer. start, stop: First row, and the row after the last.
+        path: Path of the layer.
+        start, stop: First row, and the row after the last.
         order: Row permutation, see `core.layers.keymap.ParameterSlice`.
     """
 
