@@ -16,7 +16,7 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
 from legomole.core.train.features import standardise_features
 from legomole.core.train.fit import fit
-from legomole.core.train.moments import gather
+from legomole.core.train.second_moments import record_second_moments
 from legomole.hosts.transformers.mixing import mixed
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -160,7 +160,7 @@ class Sentences:
         lengths: dict[int, list[str]] = {}
         for sentence in [text for text, _ in _training_texts(task, 48, seed)]:
             lengths.setdefault(len(self.encoder.tokens([sentence])["input_ids"][0]), []).append(sentence)
-        with gather({name: model.get_submodule(name) for name in layers}) as moments, torch.no_grad():
+        with record_second_moments({name: model.get_submodule(name) for name in layers}) as moments, torch.no_grad():
             for part in lengths.values():
                 model(**self.encoder.tokens(part))
         return {name: moment.value for name, moment in moments.items()}

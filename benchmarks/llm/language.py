@@ -10,7 +10,7 @@ import torch
 from legomole.core.mole.gates import GateSet
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
-from legomole.core.train.moments import gather
+from legomole.core.train.second_moments import record_second_moments
 from legomole.hosts.transformers.training import train_gates
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class Language:
         lengths: dict[int, list[Any]] = {}
         for prompt, answer in rows:
             lengths.setdefault(len(prompt) + len(answer), []).append((prompt, answer))
-        with gather({name: model.get_submodule(name) for name in layers}) as moments, torch.no_grad():
+        with record_second_moments({name: model.get_submodule(name) for name in layers}) as moments, torch.no_grad():
             for part in lengths.values():
                 model(input_ids=Batch.of(part).ids)
         return {name: moment.value for name, moment in moments.items()}

@@ -21,9 +21,9 @@ from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.statistics import Statistics
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
-from legomole.core.mole.guidance import Rows
+from legomole.core.mole.guidance import PromptRows
 from legomole.core.mole.mixture import MixMode, Mixture
-from legomole.core.mole.router import named, routed_values
+from legomole.core.mole.router import concepts_in, routed_values
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, train
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
@@ -98,7 +98,7 @@ def training_prompts(loras: LoraSet) -> list[Prompt]:
     pairs += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
     texts = [prompt(*pair, wording) for wording in WORDINGS for pair in pairs]
     texts += [prompt(s, k, wording) for s in subjects for k in styles for wording in WORDINGS]
-    rows = named(texts, [[concept] for concept in loras.concepts]).tolist()
+    rows = concepts_in(texts, [[concept] for concept in loras.concepts]).tolist()
     return [
         *(Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)),
         Prompt("", ()),
@@ -131,7 +131,7 @@ def _training(settings: GateSettings, training: TrainSettings) -> Callable[[Lora
 
 def _mole(
     settings: GateSettings, training: TrainSettings, *, times_n: bool = False, mixing: MixMode = "delta",
-    rows: Rows | None = first_half,
+    rows: PromptRows | None = first_half,
 ) -> Use:  # fmt: skip
     """Mix the LoRAs with trained gates; `times_n` multiplies the strength by the number of LoRAs."""
 
@@ -146,13 +146,13 @@ def _mole(
     return use
 
 
-def _router(rows: Rows | None) -> Use:
+def _router(rows: PromptRows | None) -> Use:
     """Mix the LoRAs whose concepts each prompt names."""
 
     @contextmanager
     def use(loras: LoraSet, scale: float, texts: Sequence[str]) -> Generator[Any]:
         mixture = Mixture(loras.adapters, scale=scale)
-        values = routed_values(named(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
+        values = routed_values(concepts_in(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
         with (
             attach(loras.transformer, mixture, prompt_rows=rows) as attachment,
             attachment.hold(torch.cat([values, torch.zeros_like(values)])),  # the second half is the empty prompt

@@ -205,7 +205,7 @@ def _check(job: Job, folder: Path, results: KillResults, where: str) -> None:
 
 def training(times: int, seed: int = 0) -> str:
     """Kill and resume a gate training until it is finished; its gates must be those of an uninterrupted one."""
-    from tests.core.train.test_fit import SETTINGS, equal, toy
+    from tests.core.train.toy import SETTINGS, equal, toy
 
     torch.set_num_threads(1)
     rng, example = Random(seed), toy()

@@ -18,7 +18,7 @@ from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.remote import RemoteInputs
 from legomole.core.recipes.run import run
 from legomole.core.recipes.text import recipe_to_text
-from legomole.core.train.fit import FitRecord, _resume
+from legomole.core.train.state import FitRecord, resume_state
 from legomole.hosts.hub import cached_folder
 from legomole.hosts.names import key_map, rename_for_format
 from legomole.hosts.transformers.training import load_model
@@ -102,7 +102,7 @@ def _resumed(folder: Path) -> object:
     p = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([p])
     record = FitRecord()
-    steps = _resume(folder, "k", [p], optimizer, record)
+    steps = resume_state(folder, "k", [p], optimizer, record)
     p.grad = torch.ones(3)
     optimizer.step()
     return steps, sum(record.losses), sum(record.entropies)

@@ -1,7 +1,7 @@
-"""Put a mixture on any tree of ``torch.nn`` modules, and take it off without a trace.
+"""Attach a mixture to any tree of ``torch.nn`` modules, and detach it without a trace.
 
-Forward methods are replaced on the instances (hooks are ignored by a model that was compiled before they came). The
-model's root notes the text conditioning, blocks open and close the gates inside them, layers add the gated experts.
+Forward methods are replaced on the instances (a model that was compiled earlier would ignore hooks). The model's own
+method finds the text conditioning, blocks open and close the gates inside them, layers add the gated experts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from .bank import Bank
-from .block_mixing import Block
-from .forwards import Forward, Layer, Reader, Root
-from .gates import INPUT, GateSet
-from .gating import GateObserver, Measure, State
-from .guidance import PromptFollowing, Rows
+from .block_mixing import BlockForward
+from .forwards import GateReaderForward, LayerForward, ModelForward, ReplacedForward
+from .gate_values import GateValues
+from .gates import READS_LAYER_INPUT, GateSet
+from .guidance import PromptGateSharing, PromptRows
 from .mixture import Mixture
-from .recompute import repeatable
+from .observers import GateObserver, InputObserver
+from .recompute import recomputable
 from .scopes import NETWORK, uncompiled
 from .texts import TextReader
 
@@ -31,20 +32,22 @@ def attach(
     mixture: Mixture | Bank,
     *,
     checkpointing: bool = False,
-    prompt_rows: Rows | None = None,
+    prompt_rows: PromptRows | None = None,
     texts: TextReader | None = None,
 ) -> Attachment:
-    """Put a mixture on a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
+    """Attach a mixture to a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
 
-    Linear layers and convolutions are mixed, quantised and offloaded ones too: only their inputs and outputs are used.
+    Mixes linear layers and convolutions, including quantised and offloaded ones: only their inputs and outputs are
+    used.
 
     Args:
-        model: A U-Net, a transformer, a language model: whatever holds the layers the experts change.
-        mixture: The experts and gates; a `Bank` where one was built for this model already.
-        checkpointing: Recompute blocks in the backward pass instead of keeping what they computed (for training).
-        prompt_rows: Tells which samples of a batch are the prompt's, for models that are called with a negative prompt
-            too: its samples take the gates of the prompt's, see `core.mole.guidance`. Without it each goes by its own.
-        texts: Tells a language model's padding and prompts, see `core.mole.texts`. Without it gates read all positions.
+        model: A U-Net, a transformer, a language model: the module tree that holds the layers the experts change.
+        mixture: The experts and gates, or a `Bank` that was built for this model.
+        checkpointing: Recompute blocks in the backward pass instead of keeping their activations (for training).
+        prompt_rows: Finds the rows of a batch that belong to the prompt, for models that are called with a negative
+            prompt too: its samples get the gates of the prompt, see `core.mole.guidance`. Default: every sample has
+            its own gates.
+        texts: Finds a language model's padding and prompts, see `core.mole.texts`. Default: gates read all positions.
 
     Raises:
         MergeError: The experts or gates are for another model.
@@ -54,15 +57,17 @@ def attach(
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             mixture.to(parameter.device)
-    following = None if prompt_rows is None else PromptFollowing(prompt_rows)
-    return Attachment(model, mixture, checkpointing=checkpointing, following=following, texts=texts)
+    prompt_gates = None if prompt_rows is None else PromptGateSharing(prompt_rows)
+    return Attachment(model, mixture, checkpointing=checkpointing, prompt_gates=prompt_gates, texts=texts)
 
 
 class Attachment:
-    """A mixture at work on a model.
+    """A mixture that is attached to a model.
 
     Args:
-        model: The module tree. bank: Built for it. checkpointing, texts: See `attach`. following: Of negative prompts.
+        model: The module tree. bank: A bank built for it.
+        checkpointing, texts: See `attach`.
+        prompt_gates: Gives negative prompts the gates of the prompt.
     """
 
     def __init__(
@@ -71,33 +76,34 @@ class Attachment:
         bank: Bank,
         *,
         checkpointing: bool = False,
-        following: PromptFollowing | None = None,
+        prompt_gates: PromptGateSharing | None = None,
         texts: TextReader | None = None,
     ) -> None:
         self.model, self.bank = uncompiled(model), bank
-        self._state = state = State(bank)
-        state.following, state.texts = following, texts
+        self._gate_values = values = GateValues(bank, prompt_gates=prompt_gates, text_reader=texts)
         self._at_detach: list[Callable[[], None]] = []
-        outside = NETWORK in state.sites and state.reads != "text"
-        if checkpointing and outside and bank.gates.settings.granularity == "network":
+        first_layer_decides = NETWORK in values.scopes and values.reads != "text"
+        if checkpointing and first_layer_decides and bank.gates.settings.granularity == "network":
             raise MergeError(
                 "One gate for the whole network that reads its first layer cannot be trained with checkpointing.",
                 remedy="switch checkpointing off, or choose gates that read text or a finer granularity",
             )
-        blocks = bank.blocks if state.reads != "text" or bank.mixing == "output" or checkpointing else {}
-        readers = {
-            site.gate.layer: site
-            for site in state.sites.values()
-            if state.reads in INPUT and site.gate is not None and site.gate.layer not in ("", *bank.stacks)
+        blocks = bank.blocks if values.reads != "text" or bank.mixing == "output" or checkpointing else {}
+        only_read = {
+            scope.gate.layer: scope
+            for scope in values.scopes.values()
+            if values.reads in READS_LAYER_INPUT and scope.gate is not None
+            if scope.gate.layer not in ("", *bank.stacks)
         }
-        modules = {path: self.model.get_submodule(path) for path in (*blocks, *readers, *bank.stacks)}
-        self._forwards: list[Forward] = [Root(self.model, state)]
+        modules = {path: self.model.get_submodule(path) for path in (*blocks, *only_read, *bank.stacks)}
+        self._forwards: list[ReplacedForward] = [ModelForward(self.model, values)]
         for path, inside in blocks.items():
-            sites = [state.sites[name] for name in inside]
-            self._forwards.append(Block(modules[path], state, path, sites, checkpointing))
-        self._forwards += [Reader(modules[path], state, path, site) for path, site in readers.items()]
+            scopes = [values.scopes[name] for name in inside]
+            self._forwards.append(BlockForward(modules[path], values, path, scopes, checkpointing=checkpointing))
+        self._forwards += [GateReaderForward(modules[path], values, path, scope) for path, scope in only_read.items()]
         for path, stack in bank.stacks.items():
-            self._forwards.append(Layer(modules[path], state, path, stack, state.sites[bank.scopes[path].name]))
+            scope = values.scopes[bank.scopes[path].name]
+            self._forwards.append(LayerForward(modules[path], values, path, stack, scope))
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -106,77 +112,78 @@ class Attachment:
 
     @property
     def layers_read(self) -> dict[str, str]:
-        """Scope -> path of the layer at which its gate read in the last pass, see `Gate`."""
-        return {site.name: site.layer for site in self._state.sites.values()}
+        """Scope -> path of the layer whose input its gate read in the last pass, see `Gate`."""
+        return {scope.name: scope.layer for scope in self._gate_values.scopes.values()}
 
     @contextmanager
     def hold(self, values: Tensor | Sequence[float]) -> Generator[None]:
-        """Hold all gates at given values: ``(N,)``, ``(B, N)`` for a batch, or ``(B, T, N)`` for each position."""
-        device = next(self.bank.buffers()).device  # copied there now: copies in the pass would make a GPU wait
+        """Hold all gates at these values: ``(N,)``, ``(B, N)`` for a batch, or ``(B, T, N)`` for each position."""
+        device = next(self.bank.buffers()).device  # copied here once: copies in every pass would block a GPU
         held = torch.as_tensor(values, dtype=torch.float32, device=device)
         if held.shape[-1:] != (self.bank.experts,):
-            raise MergeError("Every LoRA needs a value.", expected=self.bank.experts, found=tuple(held.shape))
-        before, self._state.held = self._state.held, held if held.ndim > 1 else held[None]
+            raise MergeError("Every LoRA needs a gate value.", expected=self.bank.experts, found=tuple(held.shape))
+        before, self._gate_values.held_values = self._gate_values.held_values, held if held.ndim > 1 else held[None]
         try:
             yield
         finally:
-            self._state.held = before
+            self._gate_values.held_values = before
 
     def use(self, gates: GateSet) -> None:
-        """Go on with other gates, for the same experts and settings; the bank's too."""
-        self._state.use(gates)
+        """Replace the gates, also the bank's, by others for the same experts and settings."""
+        self._gate_values.use(gates)
 
     @contextmanager
-    def part(self, rows: Sequence[int]) -> Generator[None]:
-        """Only these samples of the batch run inside the block: of values held for all of them, theirs."""
-        before = self._state.held
+    def only_samples(self, rows: Sequence[int]) -> Generator[None]:
+        """Run only these samples of the batch inside the block: uses their rows of values that are held for all."""
+        before = self._gate_values.held_values
         if before is not None and before.shape[0] > 1:
-            self._state.held = before[list(rows)]
+            self._gate_values.held_values = before[list(rows)]
         try:
             yield
         finally:
-            self._state.held = before
+            self._gate_values.held_values = before
 
     @contextmanager
     def prompt(self, positions: Tensor) -> Generator[None]:
-        """Inside the block, a text's gates read these positions alone: ``(B, T)`` bool, of what follows later none.
+        """Inside the block a text's gates read only these positions: ``(B, T)`` bool, and no later ones.
 
-        Padding that the model is told of is left out all the same. Gates per token read each position anyway.
+        Positions that the model's own arguments mark as padding are left out too. Gates per token read each position
+        anyway.
         """
-        before, self._state.prompt = self._state.prompt, positions
+        before, self._gate_values.prompt_positions = self._gate_values.prompt_positions, positions
         try:
             yield
         finally:
-            self._state.prompt = before
+            self._gate_values.prompt_positions = before
 
-    def repeatable(self, part: Callable[..., Any]) -> Callable[..., Any]:
-        """A part of a pass that the model itself runs again in the backward pass, see `recompute.repeatable`."""
-        return repeatable(self._state, part, lambda: bool(self._forwards))
+    def recomputable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a part of a pass that the model itself runs again in the backward pass, see `core.mole.recompute`."""
+        return recomputable(self._gate_values, function, lambda: bool(self._forwards))
 
     def at_detach(self, undo: Callable[[], None]) -> None:
-        """Have this called when the mixture is taken off."""
+        """Register a function to call when the mixture is detached."""
         self._at_detach.append(undo)
 
     @contextmanager
-    def watch(self, watcher: GateObserver) -> Generator[None]:
-        """Tell `watcher` what the gates do inside the block."""
-        before, self._state.watch = self._state.watch, watcher
+    def watch(self, observer: GateObserver) -> Generator[None]:
+        """Report gate values to `observer` inside the block."""
+        before, self._gate_values.observer = self._gate_values.observer, observer
         try:
             yield
         finally:
-            self._state.watch = before
+            self._gate_values.observer = before
 
     @contextmanager
-    def measure(self, seen: Measure) -> Generator[None]:
-        """Tell of everything the gates read: ``seen(scope, features (B, F), owner (F,) or None)``."""
-        before, self._state.measure = self._state.measure, seen
+    def watch_inputs(self, observer: InputObserver) -> Generator[None]:
+        """Report what gates read inside the block: ``observer(scope, features (B, F), owner (F,) or None)``."""
+        before, self._gate_values.input_observer = self._gate_values.input_observer, observer
         try:
             yield
         finally:
-            self._state.measure = before
+            self._gate_values.input_observer = before
 
     def detach(self) -> None:
-        """Take the mixture off. The model is what it was, bit for bit; calling this again does nothing."""
+        """Restore the model exactly as it was. Calling this again does nothing."""
         for forward in reversed(self._forwards):
             forward.remove()
         for undo in reversed(self._at_detach):

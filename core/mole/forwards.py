@@ -1,4 +1,4 @@
-"""Forward methods in place of a module's own: of adapted layers, and of the whole model."""
+"""Replaced forward methods: of the whole model, of adapted layers, and of layers that only gates read."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .gating import TEXT, GateScope, State
+from .gate_inputs import TEXT_ARGUMENTS
+from .gate_values import GateScope, GateValues
+from .ownership import is_only_reference
 from .stack import Stack
 
 
-class Forward:
-    """A forward method in place of a module's own, which it calls.
+class ReplacedForward:
+    """Replaces the forward method of a module, and calls it.
 
-    Offloading hooks (accelerate's) keep the method they wrap as `_old_forward` and put it back as the module's own
-    whenever they are renewed, which diffusers does after every picture. So we go below them.
+    Offloading hooks (accelerate's) keep the method they wrap as `_old_forward` and restore it as the module's own
+    whenever they are renewed, which diffusers does after every image. So the method that they wrap is replaced.
     """
 
-    def __init__(self, module: nn.Module, state: State) -> None:
-        self.module, self.state, self.active = module, state, True
+    def __init__(self, module: nn.Module, gate_values: GateValues) -> None:
+        self.module, self.gate_values, self.active = module, gate_values, True
         slot = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
-        found = module.__dict__.get(slot)
-        self.previous: Any = _at_work(found)
-        self.inner: Callable[..., Any] = getattr(module, slot) if self.previous is found else self._below()
+        current = module.__dict__.get(slot)
+        self.previous: Any = _active_forward(current)
+        self.inner: Callable[..., Any] = getattr(module, slot) if self.previous is current else self._wrapped()
         setattr(module, slot, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -33,101 +36,115 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The module's own: pipelines and `generate` look there for what a model takes."""
+        """The signature of the replaced method: pipelines and `generate` inspect it."""
         return inspect.signature(self.inner)
 
     def remove(self) -> None:
-        self.active = False  # should another program have put something on top, this only passes calls on
-        self.previous = previous = _at_work(self.previous)
-        own = self.module.__dict__
-        if own.get("forward") is self and previous is None:
+        self.active = False  # if another program has wrapped this method, it stays and only passes calls on
+        self.previous = previous = _active_forward(self.previous)
+        attributes = self.module.__dict__
+        if attributes.get("forward") is self and previous is None:
             del self.module.forward
-        elif own.get("forward") is self:
+        elif attributes.get("forward") is self:
             self.module.forward = previous
-        if own.get("_old_forward") is self:  # also if the hooks came after us
-            setattr(self.module, "_old_forward", self._below())  # noqa: B010
+        if attributes.get("_old_forward") is self:  # also if the hooks were added later
+            setattr(self.module, "_old_forward", self._wrapped())  # noqa: B010
 
-    def _below(self) -> Any:
-        """What a call goes on to: the forward that was there, else the one of the module's class."""
+    def _wrapped(self) -> Any:
+        """The method that was replaced: the instance's, else the one of the module's class."""
         return self.previous or type(self.module).forward.__get__(self.module)
 
 
-def _at_work(forward: Any) -> Any:
-    """A forward, or what is below it if it was taken off while another program was on top."""
-    while isinstance(forward, Forward) and not forward.active:
+def _active_forward(forward: Any) -> Any:
+    """`forward`, or the method below it if it was removed while another program had wrapped it."""
+    while isinstance(forward, ReplacedForward) and not forward.active:
         forward = forward.previous
     return forward
 
 
-def first_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """What a layer was called with, by position or by name."""
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The input of a layer, passed by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class Layer(Forward):
-    """Adds the gated experts to a layer's output."""
+class LayerForward(ReplacedForward):
+    """Replaced forward method of an adapted layer: adds the gated experts to its output."""
 
-    def __init__(self, module: nn.Module, state: State, path: str, stack: Stack, site: GateScope) -> None:
-        self.path, self.stack, self.site = path, stack, site
-        super().__init__(module, state)
+    def __init__(self, module: nn.Module, gate_values: GateValues, path: str, stack: Stack, scope: GateScope) -> None:
+        self.path, self.stack, self.scope = path, stack, scope
+        self.unbatched_ndim = 1 + len(stack.kernel)
+        super().__init__(module, gate_values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        y = self.inner(*args, **kwargs)
+        outputs = [self.inner(*args, **kwargs)]
         if not self.active:
-            return y
-        x = first_given(args, kwargs).to(y.device)
+            return outputs[0]
+        in_place = not torch.is_grad_enabled() and is_only_reference(outputs)
+        y = outputs[0]
+        x = first_argument(args, kwargs)
+        if x.device != y.device:
+            x = x.to(y.device)
+        unbatched = x.ndim == self.unbatched_ndim
+        if unbatched:
+            x, y = x[None], y[None]
         z = self.stack.down(self.module, x)
-        g = self.site.value
+        g = self.scope.value
         if g is None:
-            g = self.state.open(self.site, self.path, self.stack, x, z)
-        return self.stack.add(y, z * self.state.spread(g, self.stack, z))
+            g = self.gate_values.open_at_layer(self.scope, self.path, self.stack, x, z)
+        y = self.stack.add(y, z * self.gate_values.unit_gates(g, self.stack, z), in_place=in_place)
+        return y[0] if unbatched else y
 
 
-class Reader(Forward):
-    """Opens a gate where it read in training, at a layer that only experts changed which are switched off now."""
+class GateReaderForward(ReplacedForward):
+    """Replaced forward method of a layer that a gate read in training, but that no expert changes any more.
 
-    def __init__(self, module: nn.Module, state: State, path: str, site: GateScope) -> None:
-        self.path, self.site, self.image = path, site, isinstance(module, _ConvNd)
-        super().__init__(module, state)
+    Only experts that are switched off changed it.
+    """
+
+    def __init__(self, module: nn.Module, gate_values: GateValues, path: str, scope: GateScope) -> None:
+        self.path, self.scope, self.image = path, scope, isinstance(module, _ConvNd)
+        self.unbatched_ndim = 1 + (len(module.kernel_size) if isinstance(module, _ConvNd) else 0)
+        super().__init__(module, gate_values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active and self.site.value is None:
-            self.state.hidden(self.site, self.path, first_given(args, kwargs), image=self.image)
+        if self.active and self.scope.value is None:
+            x = first_argument(args, kwargs)
+            x = x[None] if x.ndim == self.unbatched_ndim else x
+            self.gate_values.open_from_layer_input(self.scope, self.path, x, image=self.image)
         return self.inner(*args, **kwargs)
 
 
-class Root(Forward):
-    def __init__(self, module: nn.Module, state: State) -> None:
-        super().__init__(module, state)
-        self.arguments = Arguments(self.inner, TEXT)
+class ModelForward(ReplacedForward):
+    """Replaced forward method of the whole model: begins and ends each pass, and finds its text conditioning."""
+
+    def __init__(self, module: nn.Module, gate_values: GateValues) -> None:
+        super().__init__(module, gate_values)
+        self.text = ArgumentFinder(self.inner, TEXT_ARGUMENTS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.active:
-            text = self.arguments.find(args, kwargs)
-            if self.state.following is not None:
-                batch = next((len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1), 0)
-                self.state.following.start(kwargs, batch)
-            self.state.start(text if isinstance(text, Tensor) else None, kwargs)
-            self.state.begin(args, kwargs)
+            text = self.text.find(args, kwargs)
+            self.gate_values.begin_pass(text if isinstance(text, Tensor) else None, args, kwargs)
         output = self.inner(*args, **kwargs)
         if self.active:
-            self.state.finish(output)
+            self.gate_values.end_pass(output)
         return output
 
 
-class Arguments:
-    """Finds one of a forward method's arguments by name, however it is passed."""
+class ArgumentFinder:
+    """Finds an argument of a forward method by its possible names, passed by position or by keyword."""
 
     def __init__(self, forward: Callable[..., Any], names: Sequence[str]) -> None:
         try:
             parameters = inspect.signature(forward).parameters.values()
-        except (TypeError, ValueError):  # another program's wrapper that does not tell: by keyword only
+        except (TypeError, ValueError):  # another program's wrapper without a signature: find keywords only
             parameters = ()
-        known = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         self.names = names
-        self.positions = [known.index(name) for name in names if name in known]
+        self.positions = [positional.index(name) for name in names if name in positional]
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The argument; ``None`` if it was not passed."""
         for name in self.names:
             if kwargs.get(name) is not None:
                 return kwargs[name]
@@ -136,11 +153,11 @@ class Arguments:
                 return args[position]
         return None
 
-    def stream(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The stream of the picture (or the text): by name, else the last of the sequences given by position."""
-        found = self.find(args, kwargs)
-        if isinstance(found, Tensor):
-            return found
+    def find_stream(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The hidden states of a block: by name, else the last sequence among the positional arguments."""
+        stream = self.find(args, kwargs)
+        if isinstance(stream, Tensor):
+            return stream
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         sequences = [value for value in args if isinstance(value, Tensor) and value.ndim > 2]
         return (sequences[-1:] or tensors)[0]

@@ -1,4 +1,4 @@
-"""Freeze a mixture: gates at their mean become merge weights, and the mixture one ordinary LoRA."""
+"""Freeze a mixture: gates at their mean become merge weights, and the mixture becomes one ordinary LoRA."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def freeze(
 ) -> MergeResult:
     """One LoRA that acts as the mixture does with its gates held at their mean over a recorded run.
 
-    What is lost: the gates no longer follow the prompt, the step or the picture. The report says how much they did.
+    The gates then no longer follow the prompt, the step or the image. The report says how much they varied.
 
     Args:
-        mixture: The mixture. bank: What was built of it for the model that ran.
-        record: Of the run, see `core.mole.record`.
-        method: How the experts are merged; ``concat`` keeps exactly what the mean gates say, at the ranks' sum.
-        text_encoder_weights: Of the experts' text encoder parts, which no gate rules; default the strengths.
+        mixture: The mixture. bank: Its bank for the model that ran.
+        record: Record of the run, see `core.mole.record`.
+        method: Merge method; ``concat`` equals the mixture at its mean gates exactly, at the sum of the ranks.
+        text_encoder_weights: Weights of the experts' text encoder parts, which have no gates; default the strengths.
         progress: See `merge`.
 
     Raises:
@@ -62,23 +62,25 @@ def freeze(
         module_weights=module_weights,
         progress=progress,
     )
-    notes = (*result.report.notes, *_said(mixture, bank, mean, spread))
-    config = combine_configs(mixture.experts)  # what PEFT must know of the base model, such as transposed layers
-    kept = {CONFIG_KEY: json.dumps(config, sort_keys=True)} if config else {}
-    adapter = replace(result.adapter, metadata={**result.adapter.metadata, **kept})
+    notes = (*result.report.notes, *_notes(mixture, bank, mean, spread))
+    config = combine_configs(
+        mixture.experts
+    )  # PEFT's settings that depend on the base model, such as transposed layers
+    metadata = {CONFIG_KEY: json.dumps(config, sort_keys=True)} if config else {}
+    adapter = replace(result.adapter, metadata={**result.adapter.metadata, **metadata})
     return MergeResult(adapter, replace(result.report, notes=notes))
 
 
-def _said(mixture: Mixture, bank: Bank, mean: Mapping[str, Tensor], spread: Mapping[str, Tensor]) -> list[str]:
+def _notes(mixture: Mixture, bank: Bank, mean: Mapping[str, Tensor], spread: Mapping[str, Tensor]) -> list[str]:
     n = len(mixture.experts)
-    average = [float(sum(m[i] for m in mean.values()) / len(mean)) for i in range(n)]
-    varied = [float(sum(s[i] for s in spread.values()) / len(spread)) for i in range(n)]
-    each = ", ".join(
-        f"{label} {a:.3g} (varied by {v:.2g})" for label, a, v in zip(mixture.labels, average, varied, strict=True)
+    means = [float(sum(m[i] for m in mean.values()) / len(mean)) for i in range(n)]
+    deviations = [float(sum(s[i] for s in spread.values()) / len(spread)) for i in range(n)]
+    gates = ", ".join(
+        f"{label} {m:.3g} (varied by {s:.2g})" for label, m, s in zip(mixture.labels, means, deviations, strict=True)
     )
-    notes = [f"gates frozen at their mean over the recorded run: {each}; they no longer follow the prompt or the step"]
+    notes = [f"gates frozen at their mean over the recorded run: {gates}; they no longer follow the prompt or the step"]
     if mixture.mixing == "output":
-        notes.append("blocks were mixed by their outputs; one LoRA can only sum the updates of layers, which is near")
+        notes.append("the mixture mixed outputs of blocks; one LoRA can only sum updates of layers, an approximation")
     if bank.left_out:
-        notes.append(f"merged too, though no gate ruled them: {name_some(bank.left_out, 3)}")
+        notes.append(f"merged without a gate: {name_some(bank.left_out, 3)}")
     return notes

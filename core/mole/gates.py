@@ -1,8 +1,8 @@
-"""Gates: how much of each expert goes in, decided from what a gate reads.
+"""Gates: how much of each expert to add, computed from features that a gate reads.
 
-``g = softmax((W (f - m) / s + b) / tau)`` as published, with the paper's ``e`` as ``W``, or independent sigmoids, which
-can turn every expert off at once. ``m`` and ``s`` are the mean and spread of what the gate read in a calibration pass,
-so that one learning rate suits all gates.
+``g = softmax((W (f - m) / s + b) / tau)`` is the paper's gate, with its ``e`` as ``W``. Independent sigmoids can also
+switch all experts off at once. ``m`` and ``s`` are mean and standard deviation of the features, measured before
+training, so that one learning rate suits all gates.
 
 Source: arXiv:2404.13628, section 3.2 (gating function) and eq. 10, 11 (balance loss).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,23 +22,24 @@ from ..errors import MergeError
 Granularity = Literal["network", "block", "layer", "matrix"]
 Activation = Literal["sigmoid", "softmax", "softmax-null"]
 Reads = Literal["text", "hidden", "experts", "flat", "token"]
-INPUT: tuple[Reads, ...] = ("hidden", "token")  # those that read what goes into a block or layer
+READS_LAYER_INPUT: tuple[Reads, ...] = ("hidden", "token")  # the input of a block or layer
 
 
 class GateSettings(BaseModel):
-    """What kind of gates.
+    """Kind of gates.
 
     Args:
-        granularity: One gate for the whole ``network``, per ``block``, per ``layer`` (an attention, a feed-forward) or
-            per weight ``matrix``.
-        activation: ``softmax`` over the experts with a learnable temperature (the paper's), ``softmax-null`` with one
-            more place that stands for none of them, or one ``sigmoid`` per expert, up to `ceiling`.
-        reads: ``text``: the model's text conditioning, mean over tokens. ``hidden``: the block's (or layer's) input,
-            every position normalised, mean over positions. ``experts``: the experts' own normalised outputs, mean over
-            positions (the paper's input, made independent of image size). ``flat``: the same of every position apart
-            (as published); works only at the number of positions it was trained with. ``token``: the block's (or
-            layer's) input at each position, normalised, which gets gates of its own; for sequences.
-        ceiling: The largest value of a sigmoid gate. It starts at 1, the plain sum.
+        granularity: One gate for the whole ``network``, per ``block``, per ``layer`` (an attention or a feed-forward)
+            or per weight ``matrix``.
+        activation: ``softmax`` over the experts with a learnable temperature (the paper's), ``softmax-null`` with an
+            additional share for no expert, or one ``sigmoid`` per expert, up to `ceiling`.
+        reads: ``text``: the model's text conditioning, mean over tokens. ``hidden``: the input of the block (or layer),
+            normalised at every position, mean over positions. ``experts``: the experts' own normalised outputs, mean
+            over positions (the paper's input, made independent of image size). ``flat``: the same without the mean, all
+            positions in a row (as published); works only for the number of positions it was trained with. ``token``:
+            the input of the block (or layer) at each position, normalised; every position has its own gate values; for
+            sequences.
+        ceiling: Largest value of a sigmoid gate. It starts at 1, the plain sum.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,16 +55,17 @@ class GateSettings(BaseModel):
 
 
 class Gate(nn.Module):
-    """One gate: features ``(.., F)`` to weights ``(.., N)``, float32. A new one gives `GateSettings.even`.
+    """One gate: features ``(.., F)`` to gate values ``(.., N)``, float32. Starts at `GateSettings.even`.
 
     Args:
         features: Number of features `F`. experts: Number of experts `N`.
-        settings: The activation is taken from here.
-        mean: ``(F,)``. spread: ``(F,)``, positive. Of the features in the calibration pass; default 0 and 1.
-        owner: ``(F,)`` long: the expert a feature belongs to, ascending (at every position anew); ``None`` where they
-            belong to none.
-        layer: Path of the layer whose input it reads (``hidden``, ``token``), the first of its scope that an expert
-            changed; ``""`` where it reads a block's input or something else.
+        settings: Only `activation` and `ceiling` are used.
+        mean: ``(F,)``, mean of the features before training; default 0.
+        spread: ``(F,)``, positive, their standard deviation; default 1.
+        owner: ``(F,)`` long, the expert that each feature belongs to, ascending (again from the first at every
+            position); ``None`` if features belong to no expert.
+        layer: Path of the layer whose input the gate reads (``hidden``, ``token``): the first of its scope that an
+            expert changes; ``""`` if it reads a block's input or something else.
     """
 
     mean: Tensor
@@ -106,18 +108,18 @@ class Gate(nn.Module):
     def select(self, keep: Sequence[int]) -> Gate:
         """The gate of a mixture that has only these experts, in this order.
 
-        The rows of the others, and what it read of them, are gone. What it reads stays sorted by expert.
+        Drops the rows of the other experts, and the features that belong to them. Features stay sorted by expert.
         """
         columns, owner = torch.arange(self.features), None
         if self.owner is not None:
-            own = self.owner.cpu()
-            place = torch.full((self.experts,), -1)
-            place[list(keep)] = torch.arange(len(keep))
-            # where the owner falls, the features of the next position begin (gates that read positions apart)
-            position = torch.cat([own[:1] * 0, (own[1:] < own[:-1]).cumsum(0)])
-            columns = torch.argsort(position * self.experts + place[own], stable=True)
-            columns = columns[place[own][columns] >= 0]
-            owner = place[own][columns]
+            old_owner = self.owner.cpu()
+            new_index = torch.full((self.experts,), -1)
+            new_index[list(keep)] = torch.arange(len(keep))
+            # in ``flat`` features the next position begins wherever the owner decreases
+            position = torch.cat([old_owner[:1] * 0, (old_owner[1:] < old_owner[:-1]).cumsum(0)])
+            columns = torch.argsort(position * self.experts + new_index[old_owner], stable=True)
+            columns = columns[new_index[old_owner][columns] >= 0]
+            owner = new_index[old_owner][columns]
         gate = Gate(
             len(columns),
             len(keep),
@@ -135,34 +137,43 @@ class Gate(nn.Module):
         return gate.to(self.weight.device)
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32, or wider if it is."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def normalised(x: Tensor, dim: int = -1) -> Tensor:
+def rms_normalised(x: Tensor, dim: int = -1) -> Tensor:
     """`x`, features along `dim`, with every position divided by its root mean square; at least float32.
 
-    In the mean over positions then all count alike. In a transformer's stream some are a hundred times as large as the
-    rest (a text's first token, often), and not those that say what is asked for.
+    So all positions count equally in a mean over positions. Some hidden states of a transformer (often of a text's
+    first token) are a hundred times as large as the others without saying what the prompt asks for.
     """
-    x = wide(x)
-    return x * x.square().mean(dim, keepdim=True).clamp_min(1e-12).rsqrt()  # bounded where the root has a gradient
+    x = at_least_float32(x)
+    return x * x.square().mean(dim, keepdim=True).clamp_min(1e-12).rsqrt()  # bounded: no gradient at 0
+
+
+def feature_spread(variance: Tensor) -> Tensor:
+    """Standard deviation of features ``(F,)``, bounded below: features that hardly varied must not be magnified."""
+    spread = (variance + 0.01 * variance.mean()).sqrt()
+    return torch.where(spread > 0, spread, torch.ones_like(spread))
 
 
 def activate(logits: Tensor, log_temperature: Tensor, settings: GateSettings, experts: int) -> Tensor:
-    """Logits ``(..., N)`` or ``(..., N + 1)`` to gates ``(..., N)``; `log_temperature` must broadcast with them."""
+    """Logits ``(.., N)`` or ``(.., N + 1)`` to gate values ``(.., N)``; `log_temperature` must broadcast with them.
+
+    Source: arXiv:2404.13628, section 3.2: ``g = softmax(logits / tau)``.
+    """
     if settings.activation == "sigmoid":
         return settings.ceiling * torch.sigmoid(logits)
     return torch.softmax(logits / log_temperature.exp(), -1)[..., :experts]
 
 
 class GateSet(nn.Module):
-    """All gates of a mixture, by the part of the model they rule. Parts without a gate of their own mix evenly.
+    """All gates of a mixture, by scope. Scopes without a gate mix evenly.
 
     Args:
         experts: Number of experts `N`.
-        settings: Of all gates.
+        settings: Settings of all gates.
         gates: Scope (see `core.mole.scopes`) -> gate. Empty for an untrained set.
 
     Raises:
@@ -178,29 +189,30 @@ class GateSet(nn.Module):
         for name, gate in (gates or {}).items():
             if gate.experts != experts:
                 raise MergeError(
-                    "A gate belongs to another number of LoRAs.", module=name, expected=experts, found=gate.experts
+                    "A gate was made for another number of LoRAs.", module=name, expected=experts, found=gate.experts
                 )
         self._gates = nn.ModuleList((gates or {}).values())
-        self._place = {name: i for i, name in enumerate(self.names)}
+        self._index = {name: i for i, name in enumerate(self.names)}
 
     def __getitem__(self, scope: str) -> Gate:
-        return self._gates[self._place[scope]]  # type: ignore[return-value]
+        return cast(Gate, self._gates[self._index[scope]])
 
     def get(self, scope: str) -> Gate | None:
-        return self[scope] if scope in self._place else None
+        """The gate of a scope; ``None`` if it has none."""
+        return self[scope] if scope in self._index else None
 
     @property
     def trained(self) -> bool:
-        """Whether there are gates at all; without any the mix is even."""
+        """Whether there are any gates; without them all scopes mix evenly."""
         return bool(self.names)
 
     def even(self, like: Tensor) -> Tensor:
-        """``(1, N)``: what a scope without a gate uses."""
+        """``(1, N)`` on the device of `like`: the gate values of a scope without a gate."""
         return like.new_full((1, self.experts), self.settings.even(self.experts), dtype=torch.float32)
 
     def values(self, f: Tensor) -> list[Tensor]:
-        """All gates of the same features ``(B, F)`` in one product: a ``(B, N)`` per name of `names`."""
-        gates: list[Gate] = list(self._gates)  # type: ignore[arg-type]
+        """The values of all gates for the same features ``(B, F)``, in one product: ``(B, N)`` per name in `names`."""
+        gates = [self[name] for name in self.names]
         weight, bias = torch.stack([g.weight for g in gates]), torch.stack([g.bias for g in gates])  # (G, rows, F)
         mean, spread = torch.stack([g.mean for g in gates]), torch.stack([g.spread for g in gates])
         x = (f.to(mean) - mean[:, None]) / spread[:, None]  # (G, B, F)
@@ -220,21 +232,21 @@ class GateSet(nn.Module):
 
 
 def balance_loss(values: Iterable[Tensor]) -> Tensor:
-    """``-log prod_i q_i`` with ``q_i`` the mean of expert `i` over all gates: smallest when none is starved.
+    """``L_balance = -log prod_i q_i`` with ``q_i = mean_m g_i^(m)``: smallest if all experts are used alike.
 
     Args:
-        values: ``(B, N)`` per gate; the batch counts into the mean.
+        values: ``(B, N)`` per gate; the mean also runs over the batch.
 
     Source: arXiv:2404.13628 eq. 10, 11.
     """
-    q = torch.stack([wide(value).mean(0) for value in values]).mean(0)
+    q = torch.stack([at_least_float32(value).mean(0) for value in values]).mean(0)
     return -q.clamp_min(1e-12).log().sum()
 
 
 def entropy(values: Iterable[Tensor]) -> Tensor:
-    """Mean entropy in nats of the gates, each normalised to sum to one: ``log N`` when even, 0 when one rules."""
-    each: list[Tensor] = []
+    """Mean entropy of the gates in nats, each normalised to sum to 1: ``log N`` for even gates, 0 for one expert."""
+    entropies: list[Tensor] = []
     for value in values:
         p = value.float() / value.float().sum(-1, keepdim=True).clamp_min(1e-12)
-        each.append(-(p * p.clamp_min(1e-12).log()).sum(-1).mean())
-    return torch.stack(each).mean()
+        entropies.append(-(p * p.clamp_min(1e-12).log()).sum(-1).mean())
+    return torch.stack(entropies).mean()

@@ -1,7 +1,7 @@
-"""Guidance: where a prompt and a negative one are computed side by side, both take the gates of the prompt.
+"""Classifier-free guidance: the samples of a negative prompt get the gates of the prompt.
 
-Guidance goes from the negative prompt's prediction to the prompt's and beyond. With a LoRA at work in only one of the
-two, it would multiply all that the LoRA does; with the same gates in both, a mix is as loud as a merged LoRA.
+Guidance extrapolates from the negative prompt's prediction to the prompt's and beyond. A LoRA that acts on only one of
+the two would be amplified; with the same gates in both, a mixture acts as strongly as a merged LoRA.
 """
 
 from __future__ import annotations
@@ -13,91 +13,96 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Which samples of a batch are the prompt's, told from the arguments of the model's forward and the batch's size.
-Rows = Callable[[Mapping[str, Any], int], Sequence[int]]
+# The rows of a batch that belong to the prompt, from keyword arguments of the model's forward and the batch size.
+PromptRows = Callable[[Mapping[str, Any], int], Sequence[int]]
 
 
-class PromptFirst(Exception):
-    """A negative prompt came before the prompt whose gates it takes: compute the prompt, and then ask again."""
+class PromptPassRequired(Exception):
+    """A negative prompt was passed before the prompt whose gates it needs: run the prompt first, then try again."""
 
 
-class PromptFollowing:
+class PromptGateSharing:
     """Gives the samples of a negative prompt the gates of the prompt.
 
     Args:
-        rows: Which samples of a batch are the prompt's; the others follow them, in order. Where there are more of the
-            prompt's (a prompt of several parts), the mean.
-        apart: Whether the two may come in passes of their own. Then what the prompt's gates were is kept, from one
-            `forget` to the next.
+        rows: Finds the prompt's rows of a batch; the others are the negative prompt's, in the same order. If a prompt
+            has several parts, the negative prompt gets the mean of their gates.
+        separate_passes: Whether the two may come in separate passes. The prompt's gates are then remembered until
+            `begin_step`.
 
     Attributes:
-        on: Whether to; off, every sample has the gates of its own prompt.
-        wait: Whether a negative prompt that comes first raises `PromptFirst`; else it has its own gates.
+        enabled: If false, every sample keeps its own gates.
+        require_prompt_first: Raise `PromptPassRequired` if a negative prompt comes first; if false it keeps its own
+            gates.
     """
 
-    def __init__(self, rows: Rows, *, apart: bool = False) -> None:
-        self.rows, self.apart, self.on, self.wait = rows, apart, True, False
+    def __init__(self, rows: PromptRows, *, separate_passes: bool = False) -> None:
+        self.rows, self.separate_passes = rows, separate_passes
+        self.enabled, self.require_prompt_first = True, False
         self._batch = 0
-        self._own: tuple[int, ...] = ()
-        self._seen: dict[str, list[Tensor]] = {}  # scope -> gates of the prompt's samples, pass by pass
-        self._begun = False
+        self._prompt_rows: tuple[int, ...] = ()
+        self._prompt_gates: dict[str, list[Tensor]] = {}  # scope -> gates of the prompt's samples, pass by pass
+        self._prompt_passed = False
         self._indices: dict[Any, Tensor] = {}
 
-    def forget(self) -> None:
-        """Another step of sampling begins."""
-        self._seen.clear()
-        self._begun = False
+    def begin_step(self) -> None:
+        """Forget the prompt's gates: the next sampling step begins."""
+        self._prompt_gates.clear()
+        self._prompt_passed = False
 
-    def start(self, arguments: Mapping[str, Any], batch: int) -> None:
-        """A pass of the model begins, of so many samples.
+    def begin_pass(self, arguments: Mapping[str, Any], batch: int) -> None:
+        """Prepare a forward pass of `batch` samples with these keyword arguments.
 
         Raises:
-            PromptFirst: See `wait`.
+            PromptPassRequired: See `require_prompt_first`.
         """
-        self._batch, self._own = batch, tuple(self.rows(arguments, batch))
-        if self._remembers and self._own:
-            self._begun = True
-        elif self._remembers and self.wait and not self._begun:
-            raise PromptFirst
+        self._batch, self._prompt_rows = batch, tuple(self.rows(arguments, batch))
+        if self._remembers and self._prompt_rows:
+            self._prompt_passed = True
+        elif self._remembers and self.require_prompt_first and not self._prompt_passed:
+            raise PromptPassRequired
 
     def __call__(self, scope: str, value: Tensor) -> Tensor:
-        """The gates ``(B, N)`` of a scope with the negative prompt's samples following; ``(1, N)`` for all stay."""
-        if not self.on or value.shape[0] != self._batch:
+        """Gates ``(B, N)`` of a scope, with the prompt's for negative prompts; ``(1, N)`` is returned as it is."""
+        if not self.enabled or value.shape[0] != self._batch:
             return value
         source = value
         if self._remembers:
-            if self._own:
-                self._seen.setdefault(scope, []).append(value[self._index((self._own,), value.device)][0])
-            elif scope in self._seen:
-                source = torch.cat(self._seen[scope])
-        if len(self._own) == self._batch or (not self._own and source is value):
+            if self._prompt_rows:
+                rows = self._index((self._prompt_rows,), value.device)[0]
+                self._prompt_gates.setdefault(scope, []).append(value[rows])
+            elif scope in self._prompt_gates:
+                source = torch.cat(self._prompt_gates[scope])
+        if len(self._prompt_rows) == self._batch or (not self._prompt_rows and source is value):
             return value
-        return source[self._index(_sources(self._own, self._batch, len(source)), value.device)].mean(0)
+        index = self._index(_source_rows(self._prompt_rows, self._batch, len(source)), value.device)
+        return source[index].mean(0)
 
     @property
     def _remembers(self) -> bool:
-        return self.on and self.apart and not torch.compiler.is_compiling()  # which keeps nothing from pass to pass
+        # a compiled model keeps nothing from one pass to the next
+        return self.enabled and self.separate_passes and not torch.compiler.is_compiling()
 
     def _index(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():
             return torch.tensor(rows, device=device)
         key = (rows, device)
-        if key not in self._indices:  # copied once: a copy in every pass would make a GPU wait
+        if key not in self._indices:  # cached: a copy to a GPU in every pass would block
             self._indices[key] = torch.tensor(rows, device=device)
         return self._indices[key]
 
 
-def _sources(own: tuple[int, ...], batch: int, known: int) -> tuple[tuple[int, ...], ...]:
-    """Per part of the prompt, whose gates each sample takes: ``parts x batch`` positions.
+def _source_rows(prompt_rows: tuple[int, ...], batch: int, remembered: int) -> tuple[tuple[int, ...], ...]:
+    """For each part of the prompt, the row whose gates each sample gets: ``parts x batch`` positions.
 
     Args:
-        own: The prompt's samples in this pass; if there are none, all the `known` ones of passes before are.
+        prompt_rows: Rows of the prompt in this pass; if there are none, all `remembered` rows of earlier passes are.
     """
-    followed = own or tuple(range(known))
-    others = [row for row in range(batch) if row not in own]
-    size = math.gcd(len(followed), len(others))  # samples of one part
-    place = {row: i for i, row in enumerate(others)}
+    sources = prompt_rows or tuple(range(remembered))
+    negative = [row for row in range(batch) if row not in prompt_rows]
+    size = math.gcd(len(sources), len(negative))  # samples of one part
+    rank = {row: i for i, row in enumerate(negative)}
     return tuple(
-        tuple(followed[part + place[row] % size] if row in place else row for row in range(batch))
-        for part in range(0, len(followed), size)
+        tuple(sources[part + rank[row] % size] if row in rank else row for row in range(batch))
+        for part in range(0, len(sources), size)
     )

@@ -1,10 +1,10 @@
-"""Mixture: several LoRAs kept apart, with the gates that decide how much of each goes in."""
+"""Mixture: several LoRAs as experts, with the gates that decide how much of each is added at run time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -17,43 +17,57 @@ MixMode = Literal["delta", "output"]
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture:
-    """LoRAs as experts. Immutable; `attach` puts it on a model, `freeze` makes one LoRA of it.
+class _MixtureFields:
+    experts: tuple[Adapter, ...]
+    gates: GateSet
+    strengths: tuple[float, ...]
+    scale: float
+    mixing: MixMode
+    targets: Mapping[str, ParameterSlice]
 
-    ``delta`` mixing: every adapted layer gives ``W x + sum_i g_i strength_i scale_i B_i A_i x``. ``output`` mixing:
-    every block gives ``F(x) + sum_i g_i (F_i(x) - F(x))`` with ``F_i`` the block under LoRA `i` alone, one more pass of
-    the block per expert; layers outside of blocks, or around other blocks, are mixed by their deltas.
+
+class Mixture(_MixtureFields):
+    """LoRAs as experts. Immutable; `attach` puts it on a model, `freeze` merges it to one LoRA.
+
+    ``delta`` mixing: every adapted layer computes ``W x + sum_i g_i strength_i scale_i B_i A_i x``. ``output`` mixing:
+    every block computes ``F(x) + sum_i g_i (F_i(x) - F(x))`` with ``F_i`` the block with LoRA `i` alone, one more pass
+    of the block per expert; layers outside of blocks, or around other blocks, are mixed by their deltas.
 
     Args:
         experts: The LoRAs, with common module names (see `core.layers.align`).
-        gates: Default untrained ones, which mix evenly.
-        strengths: Per expert, default 1; negative subtracts, 0 silences.
-        scale: Multiplies all of them.
+        gates: Default untrained gates, which mix evenly.
+        strengths: Per expert, default 1; a negative strength subtracts, 0 adds nothing.
+        scale: Multiplies all strengths.
         mixing: ``delta`` or ``output``.
-        places: Module name -> where it sits in the model, for names that are not paths of the model.
+        targets: Module name -> rows of a parameter in the model, for names that are not paths of the model.
 
     Raises:
-        MergeError: No experts, gates for another number of them, strengths or a scale that are not finite numbers, or
-            output mixing with gates that are not per block.
+        MergeError: No experts, gates for another number of experts, strengths or a scale that are not finite, or output
+            mixing with gates that are not per block.
 
-    Source: arXiv:2404.13628 eq. 5 to 8, read as in the glossary: an expert is what a LoRA adds.
+    Source: arXiv:2404.13628 eq. 5 to 8, with ``E_i(x) = F_i(x) - F(x)``: an expert's output is what its LoRA adds.
     """
 
-    experts: tuple[Adapter, ...]
-    gates: GateSet = None  # type: ignore[assignment]
-    strengths: tuple[float, ...] = ()
-    scale: float = 1.0
-    mixing: MixMode = "delta"
-    places: Mapping[str, ParameterSlice] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "experts", tuple(self.experts))
-        n = len(self.experts)
+    def __init__(
+        self,
+        experts: Sequence[Adapter],
+        gates: GateSet | None = None,
+        strengths: Sequence[float] = (),
+        scale: float = 1.0,
+        mixing: MixMode = "delta",
+        targets: Mapping[str, ParameterSlice] | None = None,
+    ) -> None:
+        n = len(experts)
         if n == 0:
             raise MergeError("There is nothing to mix.", expected="at least one LoRA", found="none")
-        object.__setattr__(self, "gates", self.gates or GateSet(n))
-        object.__setattr__(self, "strengths", tuple(float(s) for s in self.strengths) or (1.0,) * n)
-        object.__setattr__(self, "places", MappingProxyType(dict(self.places)))
+        super().__init__(
+            tuple(experts),
+            GateSet(n) if gates is None else gates,
+            tuple(float(strength) for strength in strengths) or (1.0,) * n,
+            scale,
+            mixing,
+            MappingProxyType(dict(targets or {})),
+        )
         if len(self.strengths) != n:
             raise MergeError("Every LoRA needs one strength.", expected=n, found=len(self.strengths))
         if not all(map(math.isfinite, (*self.strengths, self.scale))):
@@ -77,20 +91,20 @@ class Mixture:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What to call the experts."""
+        """Names of the experts for users."""
         return tuple(adapter.label for adapter in self.experts)
 
     def only(self, keep: Sequence[int]) -> Mixture:
-        """The mixture with the other experts switched off: as if it had been built without them, nothing is retrained.
+        """The mixture with only these experts switched on, as if built without the others; nothing is retrained.
 
-        Softmax shares of the rest are renormalised in proportion; one left alone under softmax acts as that LoRA does.
-        Sigmoid gates do not depend on each other and stay.
+        Softmax shares of the remaining experts are renormalised in proportion; a single remaining expert acts as its
+        LoRA does. Sigmoid gates do not depend on each other and stay the same.
 
         Args:
-            keep: Positions, at least one, each once.
+            keep: Indices of experts, at least one, each once.
 
         Raises:
-            MergeError: None left, or a position that is not there.
+            MergeError: No expert remains, or an index is out of range.
 
         Source: arXiv:2404.13628, section 3.3.
         """

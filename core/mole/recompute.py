@@ -1,10 +1,10 @@
-"""Recompute blocks in the backward pass, and keep gradients exact where blocks work in place."""
+"""Recompute blocks in the backward pass, and keep gradients exact where blocks write in place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,92 +12,98 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import MergeError
-from .gating import CollectedGates, State
+from .gate_values import GateValues
+from .observers import CollectedGates
 
 
-class Recomputable(Protocol):
-    """A block's forward method, see `core.mole.block_mixing.Block`."""
+class RecomputableBlock(Protocol):
+    """A block's replaced forward method, see `core.mole.block_mixing.BlockForward`."""
 
     path: str
     module: nn.Module
-    state: State
+    gate_values: GateValues
     active: bool
 
     def run(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def recomputed(block: Recomputable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Keep only the inputs; run the block again in the backward pass. Right for blocks that work in place."""
+def recomputed(block: RecomputableBlock, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block that keeps only its inputs, and runs again in the backward pass. It may write in place."""
     flat, tree = pytree.tree_flatten((args, kwargs))
-    at = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
-    sites = [site for site in block.state.sites.values() if site.value is not None]
-    watch, measure = block.state.watch, block.state.measure
-    # the graph keeps `run`: if that kept a watcher, who keeps gates of the graph, neither would ever be freed
-    watched = watch is not None
-    before = block.state.snapshot()._replace(values={})  # their tensors go through the library, below
-    opened: dict[str, Tensor] = {}  # the gates that open inside: with a graph only as outputs, too
-    shape: Any = None
+    tensor_indices = [i for i, value in enumerate(flat) if isinstance(value, Tensor)]
+    open_scopes = [scope for scope in block.gate_values.scopes.values() if scope.value is not None]
+    observer, input_observer = block.gate_values.observer, block.gate_values.input_observer
+    # The graph keeps `run`. If `run` kept an observer that keeps gates of the graph, neither would ever be freed.
+    observed = observer is not None
+    snapshot = block.gate_values.snapshot()._replace(values={})  # the values are passed to `checkpoint`, below
+    opened: dict[str, Tensor] = {}  # gates that open inside the block; as outputs they get gradients
+    output_tree: Any = None
 
     def run(anchor: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-        nonlocal opened, shape
+        nonlocal opened, output_tree
         if not block.active:
-            raise _taken_off(block.path)
-        state, seen = block.state, CollectedGates()
-        values = list(flat)
-        for i, value in zip(at, tensors[len(sites) :], strict=True):
-            values[i] = value.clone()
-        inner_args, inner_kwargs = pytree.tree_unflatten(values, tree)
-        with state.again(before, seen if watched else None, measure):  # no other block may see this graph
-            for site, value in zip(sites, tensors, strict=False):
-                site.value = value
+            raise _detached_too_early(block.path)
+        gate_values, collected = block.gate_values, CollectedGates()
+        leaves = list(flat)
+        for i, value in zip(tensor_indices, tensors[len(open_scopes) :], strict=True):
+            leaves[i] = value.clone()
+        inner_args, inner_kwargs = pytree.tree_unflatten(leaves, tree)
+        # gates of this graph must not be visible to other blocks
+        with gate_values.replay(snapshot, collected if observed else None, input_observer):
+            for scope, value in zip(open_scopes, tensors, strict=False):
+                scope.value = value
             with exact_gradients():
-                leaves, shape = pytree.tree_flatten(block.run(*inner_args, **inner_kwargs))
-            opened = seen.values
-            # only tensors get gradients, not what holds them; copies, because views must not be written into later
-            return tuple(copied([anchor, *leaves, *opened.values()]))
+                outputs, output_tree = pytree.tree_flatten(block.run(*inner_args, **inner_kwargs))
+            opened = collected.values
+            # `checkpoint` differentiates tensors only, not containers; copies, because views must not be written into
+            return tuple(copied([anchor, *outputs, *opened.values()]))
 
-    inside = [site.value for site in sites] + [flat[i] for i in at]
-    for i in at:
-        flat[i] = None  # the library keeps them
-    anchor = torch.zeros((), requires_grad=True)  # an input and output with a gradient: the library asks for one
-    random = block.module.training  # dropout must fall alike both times
-    found = checkpoint(run, anchor, *inside, use_reentrant=True, preserve_rng_state=random)
-    found = list(found)[1:]  # type: ignore[call-overload]
-    leaves = len(found) - len(opened)
-    if watch is not None:
-        for name, value in zip(opened, found[leaves:], strict=True):
-            watch.seen(name, value)
-    return pytree.tree_unflatten(found[:leaves], shape)
+    inputs = [scope.value for scope in open_scopes] + [flat[i] for i in tensor_indices]
+    for i in tensor_indices:
+        flat[i] = None  # `checkpoint` keeps them
+    anchor = torch.zeros((), requires_grad=True)  # `checkpoint` requires an input and an output with a gradient
+    uses_random_numbers = block.module.training  # dropout must draw the same numbers both times
+    results = checkpoint(run, anchor, *inputs, use_reentrant=True, preserve_rng_state=uses_random_numbers)
+    outputs = list(cast("tuple[Any, ...]", results))[1:]
+    n_outputs = len(outputs) - len(opened)
+    if observer is not None:
+        for name, value in zip(opened, outputs[n_outputs:], strict=True):
+            observer.gate_opened(name, value)
+    return pytree.tree_unflatten(outputs[:n_outputs], output_tree)
 
 
-def repeatable(state: State, part: Callable[..., Any], at_work: Callable[[], bool]) -> Callable[..., Any]:
-    """A part of a pass that runs now and, by a model's own checkpointing, once more in the backward pass.
+def recomputable(
+    gate_values: GateValues, function: Callable[..., Any], is_attached: Callable[[], bool]
+) -> Callable[..., Any]:
+    """Wrap a part of a pass that runs now and, by the model's own checkpointing, again in the backward pass.
 
-    By then the pass is over, its gates are closed and others may have followed: the second time everything is put back
-    to where it stood now, and nobody is told of the gates again.
+    By then the pass is over, its gate values are forgotten and other passes may have followed. The second call restores
+    the gate values of the time of wrapping, and does not notify observers again.
 
     Args:
-        state: Of the mixture. part: What runs. at_work: Whether the mixture still is on the model.
+        gate_values: Gate values of the attachment. function: The part of the pass.
+        is_attached: Whether the mixture is still attached.
     """
-    # not the watcher itself: a graph that keeps who keeps its gates would never be freed
-    snapshot, watched, again = state.snapshot(), state.watch is not None, False
+    # the observer itself is not kept: a graph that keeps an observer of its gates would never be freed
+    snapshot, observed, has_run = gate_values.snapshot(), gate_values.observer is not None, False
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal again
-        if not again:
-            again = True
-            return part(*args, **kwargs)
-        if not at_work():
-            raise _taken_off(None)
-        with state.again(snapshot, CollectedGates() if watched else None):  # the same operations again
-            return part(*args, **kwargs)
+        nonlocal has_run
+        if not has_run:
+            has_run = True
+            return function(*args, **kwargs)
+        if not is_attached():
+            raise _detached_too_early(None)
+        # with an observer if there was one: the same operations must run again
+        with gate_values.replay(snapshot, CollectedGates() if observed else None):
+            return function(*args, **kwargs)
 
     return run
 
 
-def _taken_off(path: str | None) -> MergeError:
+def _detached_too_early(path: str | None) -> MergeError:
     return MergeError(
-        "The mixture was taken off before the backward pass, which runs blocks again.",
+        "The mixture was detached before the backward pass, which runs blocks again.",
         module=path,
         remedy="call backward() inside the `with attach(..)` block",
     )
@@ -105,16 +111,16 @@ def _taken_off(path: str | None) -> MergeError:
 
 @contextmanager
 def exact_gradients() -> Generator[None]:
-    """Gradients that stay right where blocks write into tensors kept for the backward pass (``img += ..``)."""
-    with torch.autograd.graph.saved_tensors_hooks(_kept, lambda t: t):
+    """Keep gradients exact where blocks write into tensors that autograd has saved (``img += ..``)."""
+    with torch.autograd.graph.saved_tensors_hooks(_clone_unless_parameter, lambda t: t):
         yield
 
 
-def _kept(t: Tensor) -> Tensor:
-    """What to keep for the backward pass: a copy, but of weights, which nobody writes into, the tensor itself."""
+def _clone_unless_parameter(t: Tensor) -> Tensor:
+    """Clone saved tensors, except parameters, which are never modified in place."""
     return t if isinstance(t if t._base is None else t._base, nn.Parameter) else t.clone()
 
 
 def copied(tree: Any) -> Any:
-    """The same tuples, lists and dicts, with copies of the tensors."""
+    """The same tuples, lists and dicts with cloned tensors."""
     return pytree.tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, tree)

@@ -1,4 +1,4 @@
-"""Record: what the gates did while a model ran, as data."""
+"""Record: gate values of a model run, as data."""
 
 from __future__ import annotations
 
@@ -11,62 +11,63 @@ from torch import Tensor
 
 from ..errors import MergeError
 from .gates import entropy
-from .guidance import Rows
+from .guidance import PromptRows
 
 
 @dataclass(eq=False)
 class Record:
-    """Gate values by pass of the model and scope. A `core.mole.gating.GateObserver`.
+    """Gate values by forward pass and scope. A `core.mole.observers.GateObserver`.
 
     Args:
-        rows: Which samples of a batch to keep; default all. A host tells the prompt's from the negative prompt's.
+        rows: Finds the rows of a batch to keep; default all. Hosts keep the prompt's and drop the negative prompt's.
 
     Attributes:
-        passes: One table per pass of the model: scope -> ``(B, N)``.
+        passes: One table per forward pass of the model: scope -> ``(B, N)``.
     """
 
-    rows: Rows | None = None
+    rows: PromptRows | None = None
     passes: list[dict[str, Tensor]] = field(default_factory=list)
     _arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def start(self, arguments: Mapping[str, Any]) -> None:
+    def begin_pass(self, arguments: Mapping[str, Any]) -> None:
         self._arguments = arguments if self.rows is not None else {}
         self.passes.append({})
 
-    def seen(self, scope: str, value: Tensor) -> None:
+    def gate_opened(self, scope: str, value: Tensor) -> None:
         value = value.detach()
         if self.rows is not None and value.shape[0] > 1:
             value = value[list(self.rows(self._arguments, value.shape[0]))]
         if value.shape[0] and self.passes:
-            self.passes[-1].setdefault(scope, value)  # stays on the device: copying now would make it wait
+            self.passes[-1].setdefault(scope, value)  # stays on its device: copying it now would block a GPU
 
     @property
     def scopes(self) -> list[str]:
-        """Scopes seen, in the order the model reaches them."""
-        return list(dict.fromkeys(scope for one in self.passes for scope in one))
+        """Recorded scopes, in the order in which the model reaches them."""
+        return list(dict.fromkeys(scope for table in self.passes for scope in table))
 
     def latest(self) -> tuple[list[str], Tensor]:
-        """Scopes and ``(scopes, N)`` float32 gates of the last pass, mean over samples; empty before the first."""
-        values = next((one for one in reversed(self.passes) if one), {})
+        """Scopes and gates ``(scopes, N)`` float32 of the last pass, mean over samples; empty before the first pass."""
+        values = next((table for table in reversed(self.passes) if table), {})
         if not values:
             return [], torch.zeros(0, 0)
         return list(values), torch.stack([value.float().mean(0) for value in values.values()]).cpu()
 
     def table(self) -> Tensor:
-        """``(passes, scopes, N)`` float32 on the CPU, mean over samples; passes that kept no sample are left out.
+        """``(passes, scopes, N)`` float32 on the CPU, mean over samples; without passes of which no sample was kept.
 
         Raises:
             MergeError: Nothing was recorded.
         """
         scopes = self.scopes
-        full = [one for one in self.passes if all(scope in one for scope in scopes)]
-        if not scopes or not full:
+        complete = [table for table in self.passes if all(scope in table for scope in scopes)]
+        if not scopes or not complete:
             raise MergeError(
                 "No gate values were recorded.",
                 expected="a run of the model with the mixture on it",
                 remedy="sample first; a compiled model records nothing",
             )
-        return torch.stack([torch.stack([one[scope].float().mean(0) for scope in scopes]) for one in full]).cpu()
+        rows = [torch.stack([table[scope].float().mean(0) for scope in scopes]) for table in complete]
+        return torch.stack(rows).cpu()
 
     def mean(self) -> dict[str, Tensor]:
         """Scope -> mean gate values ``(N,)`` over all passes and samples."""

@@ -1,7 +1,7 @@
-"""Scopes: which part of a model one gate rules. Found from the module tree, for any architecture.
+"""Scopes: the parts of a model that one gate rules each, found from the module tree of any architecture.
 
-A block is the innermost numbered module around a layer that has a forward of its own and more than one child with
-weights (a Flux double block, a U-Net's transformer block or resnet, a language model's layer).
+A block is the innermost numbered module around a layer that has a forward method of its own and more than one child
+with weights (a Flux double block, a U-Net's transformer block or resnet, a language model's layer).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ NETWORK = ""  # the scope of layers outside of all blocks, and of all layers at 
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a layer belongs.
+    """The scope of a layer.
 
     Args:
-        name: Path of the module one gate rules; `NETWORK` for the rest of the model.
-        block: Path of the block around it, ``""`` outside of all blocks.
+        name: Path of the module that one gate rules; `NETWORK` for the rest of the model.
+        block: Path of the block around the layer, ``""`` outside of all blocks.
     """
 
     name: str
@@ -34,9 +34,9 @@ def scopes(model: nn.Module, layers: Iterable[str], granularity: Granularity) ->
 
     Args:
         model: Any module tree. layers: Paths in it.
-        granularity: See `GateSettings`. Outside of blocks ``block`` falls back to the one network scope.
+        granularity: See `GateSettings`. Outside of blocks all granularities but ``matrix`` use the network scope.
     """
-    found: dict[str, Scope] = {}
+    scope_of: dict[str, Scope] = {}
     for path in layers:
         block = _block(model, path)
         if granularity == "matrix":
@@ -44,13 +44,13 @@ def scopes(model: nn.Module, layers: Iterable[str], granularity: Granularity) ->
         elif granularity == "network" or not block:
             name = NETWORK
         else:
-            name = block if granularity == "block" else _group(model, path, block)
-        found[path] = Scope(name, block)
-    return found
+            name = block if granularity == "block" else _attention_or_feed_forward(model, path, block)
+        scope_of[path] = Scope(name, block)
+    return scope_of
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module itself, should it come wrapped by ``torch.compile``: its layers have their own names there."""
+    """The module itself, if ``torch.compile`` has wrapped it: the wrapper has other layer names."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -65,8 +65,8 @@ def _block(model: nn.Module, path: str) -> str:
     return ""
 
 
-def _group(model: nn.Module, path: str, block: str) -> str:
-    """The attention or feed-forward inside a block: the path between them, up to the first list below its first part.
+def _attention_or_feed_forward(model: nn.Module, path: str, block: str) -> str:
+    """The module inside a block that a layer belongs to: the path between them, up to the first container below.
 
     ``attn1.to_out.0`` belongs to ``attn1``, ``ff.net.0.proj`` to ``ff``, ``x_block.attn.qkv`` to ``x_block.attn``.
     """

@@ -1,26 +1,27 @@
-"""Stack: the experts of one layer, side by side, so that mixing N of them costs two matrix products.
+"""Stack: the experts of one layer side by side, so that mixing N of them costs two matrix products.
 
-``z = [D_1; ..; D_N] x`` is taken once, every expert's slice of `z` is multiplied by its gate, and one product with
-``[U_1 .. U_N]`` adds the result: ``y + sum_i g_i U_i D_i x``. Nothing of the size ``d_out x d_in`` is formed.
+``z = [D_1; ..; D_N] x`` is computed once, every expert's slice of `z` is multiplied by its gate, and one product with
+``[U_1 .. U_N]`` adds the result: ``y + sum_i g_i U_i D_i x``. No matrix of size ``d_out x d_in`` is formed.
+
+Source: arXiv:2404.13628 eq. 5 to 8 at the level of each layer (delta mixing): ``U_i D_i = strength_i scale_i B_i A_i``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import MergeError
 from ..layers.keymap import Spans
 from ..lowrank import LowRank
-from .gates import wide
-from .mixture import Mixture
+from .gates import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class ExpertSlice:
     """One expert's update of some output rows of a layer.
 
     Args:
-        expert: Position of the expert.
+        expert: Index of the expert.
         update: Its factors; ``B`` has one row per output row ``start .. stop``.
         weight: Strength of the expert, multiplied into the stacked factors together with its ``alpha / rank``.
         order: Row permutation, see `core.layers.keymap.ParameterSlice`.
@@ -43,17 +44,19 @@ class ExpertSlice:
 
 
 class Stack(nn.Module):
-    """The stacked factors of one layer. Buffers: they move and are cast with a module, and never get gradients.
+    """The stacked factors of one layer, as buffers: they are moved and cast with a module, and get no gradients.
 
     Args:
         parts: In any order; parts of the same rows are stacked together.
         d_out: Output rows of the layer.
-        kernel: Of a convolution, ``()`` for a linear layer.
-        dtype: Of the factors, default the widest of the parts'.
+        kernel: Kernel size of a convolution, ``()`` for a linear layer.
+        dtype: Dtype of the factors; default the widest dtype of the parts.
 
     Attributes:
-        D: ``(R, d_in)``, or ``(R, channels, *kernel)``. owner: ``(R,)`` long, the expert of each row of `D`.
-        layout: Equal for stacks that `spread` the same gates alike.
+        D: ``(R, d_in)``, or ``(R, channels, *kernel)``.
+        owner: ``(R,)`` long, the expert of each row of `D`.
+        layout: Equal for stacks with equal results of `unit_gates`.
+        whole: Whether all parts cover all output rows.
     """
 
     D: Tensor
@@ -87,8 +90,9 @@ class Stack(nn.Module):
                 ups.append(math.copysign(math.sqrt(abs(c)), c) * B)
                 units += part.update.rank
             self.groups.append((start, stop, first, units))
-            self.register_buffer(f"U{n}", torch.cat(ups, 1).to(dtype or _widest(parts)))
-        D = torch.cat(downs).to(dtype or _widest(parts))
+            self.register_buffer(f"U{n}", torch.cat(ups, 1).to(dtype or _widest_dtype(parts)))
+        self.whole = len(self.groups) == 1 and self.groups[0][:2] == (0, d_out)
+        D = torch.cat(downs).to(dtype or _widest_dtype(parts))
         self.register_buffer("D", D.unflatten(1, (-1, *kernel)) if kernel else D)
         owner = torch.tensor([part.expert for part in parts for _ in range(part.update.rank)])
         self.register_buffer("owner", owner)
@@ -98,33 +102,31 @@ class Stack(nn.Module):
         """One ``(rows, units)`` per group of output rows."""
         return [getattr(self, f"U{n}") for n in range(len(self.groups))]
 
-    @property
-    def whole(self) -> bool:
-        """Whether all parts cover all output rows."""
-        return len(self.groups) == 1 and self.groups[0][:2] == (0, self.d_out)
-
     def down(self, layer: nn.Module, x: Tensor) -> Tensor:
         """``z = D x``: ``(B, .., R)`` for a linear layer, ``(B, R, ..)`` for a convolution."""
-        D = self.D.to(x.device, x.dtype)
+        D = _like(self.D, x)
         if self.kernel:
-            return layer._conv_forward(x, D, None)  # type: ignore[operator] # the layer's own stride and padding
+            return cast(_ConvNd, layer)._conv_forward(x, D, None)  # the layer's own stride and padding
         return nn.functional.linear(x, D)
 
-    def spread(self, g: Tensor, z: Tensor) -> Tensor:
-        """Gates ``(B, N)``, or ``(1, N)`` for all samples, as one factor per unit; broadcasts with `z`.
+    def unit_gates(self, g: Tensor, z: Tensor) -> Tensor:
+        """Gates as one factor per unit, which broadcasts with `z`.
 
-        Gates of each position, ``(B, T, N)``, weigh the same positions of `z`, also where the layer sees them in a row.
+        Args:
+            g: ``(B, N)``, ``(1, N)`` for all samples, or ``(B, T, N)`` for each position, which may also be all
+                positions of a layer that sees them in one row.
+            z: Result of `down`.
 
         Raises:
-            MergeError: Gates of each position, and other positions here.
+            MergeError: Gates for each position, and other positions in `z`.
         """
         if g.ndim > 2:
-            return self._positions(g, z).to(z).index_select(-1, self.owner.to(z.device))
+            return self._match_positions(g, z).to(z).index_select(-1, self.owner.to(z.device))
         g = fit_batch(g, z.shape[0]).to(z).index_select(1, self.owner.to(z.device))
         rest = (1,) * (z.ndim - 2)
         return g.view(*g.shape, *rest) if self.kernel else g.view(g.shape[0], *rest, g.shape[1])
 
-    def _positions(self, g: Tensor, z: Tensor) -> Tensor:
+    def _match_positions(self, g: Tensor, z: Tensor) -> Tensor:
         if self.kernel or g.shape[:-1].numel() != z.shape[:-1].numel():
             raise MergeError(
                 "A gate per token was opened for other positions than a layer in its scope sees.",
@@ -136,53 +138,56 @@ class Stack(nn.Module):
         return g.reshape(*z.shape[:-1], g.shape[-1])
 
     def gated(self, z: Tensor, g: Tensor) -> Tensor:
-        """`z` with every expert's slice times its gate, see `spread`."""
-        return z * self.spread(g, z)
+        """`z` with every expert's slice multiplied by its gate, see `unit_gates`."""
+        return z * self.unit_gates(g, z)
 
-    def add(self, y: Tensor, z: Tensor) -> Tensor:
-        """``y + U z`` in the dtype of `y`; `z` already gated, `y` the layer's own output, which may be overwritten.
+    def add(self, y: Tensor, z: Tensor, *, in_place: bool = False) -> Tensor:
+        """``y + U z`` in the dtype of `y`.
 
-        Without gradients it is, to save copying it. With them it is not, because the layer may have kept `y` for its
-        backward pass, or handed out a view.
+        Args:
+            y: Output of the layer. z: Result of `gated`.
+            in_place: Write the sum into `y`, which saves a copy. Allowed without gradients (the layer may have saved
+                `y` for its backward pass) and if nothing else uses `y`.
         """
         Y = y.flatten(2) if self.kernel else y.flatten(0, -2)  # (B, d_out, positions), or (positions, d_out)
-        Y = Y.clone() if torch.is_grad_enabled() else Y
-        Z = (z.flatten(2) if self.kernel else z.flatten(0, -2)).to(y.dtype)
+        Y = Y if in_place else Y.clone()
+        Z = z if z.dtype == y.dtype else z.to(y.dtype)
+        Z = Z.flatten(2) if self.kernel else Z.flatten(0, -2)
         if self.whole:
-            self._add(Y, Z, self.U0)
+            self._add_in_place(Y, Z, self.U0)
         else:
             for (start, stop, a, b), U in zip(self.groups, self.U, strict=True):
-                self._add(Y[:, start:stop], Z[:, a:b], U)
+                self._add_in_place(Y[:, start:stop], Z[:, a:b], U)
         return Y.view_as(y)
 
-    def _add(self, Y: Tensor, Z: Tensor, U: Tensor) -> None:
-        """``Y += U Z`` in place, `Y` and `Z` flattened as in `add`."""
-        U = U.to(Y.device, Y.dtype)
+    def _add_in_place(self, Y: Tensor, Z: Tensor, U: Tensor) -> None:
+        """``Y += U Z``, `Y` and `Z` flattened as in `add`."""
+        U = _like(U, Y)
         if self.kernel:
             Y.baddbmm_(U.expand(Y.shape[0], -1, -1), Z)
         else:
             Y.addmm_(Z, U.mT)
 
-    def normalised(self, z: Tensor, experts: int) -> Tensor:
-        """The experts' outputs in rank space, normalised: ``z / rho``, ``(B, T, R)``, at least float32.
+    def normalised_outputs(self, z: Tensor, experts: int) -> Tensor:
+        """The experts' outputs, concatenated and normalised, in rank space: ``z / rho``, ``(B, T, R)``.
 
-        ``rho`` is the root mean square of the concatenated outputs ``E_1(x) .. E_N(x)`` of a position, found from
-        ``|U_i z_i|^2 = z_i^T (U_i^T U_i) z_i`` without forming them. Any linear map of the normalised outputs is then a
-        linear map of this: ``e (E / rho) = (e U) (z / rho)``.
+        ``rho`` is the root mean square of the concatenated outputs ``E_1(x) .. E_N(x)`` of a position, computed as
+        ``|U_i z_i|^2 = z_i^T (U_i^T U_i) z_i`` without forming them. Any linear map of the normalised outputs is a
+        linear map of the result: ``e (E / rho) = (e U) (z / rho)``. At least float32.
 
         Args:
-            z: From `down`. experts: Number of experts `N`.
+            z: Result of `down`. experts: Number of experts `N`.
 
-        Source: arXiv:2404.13628 eq. 5 (normalisation of the concatenated outputs; which one is left open there).
+        Source: arXiv:2404.13628 eq. 5, which leaves open which normalisation.
         """
-        z = wide(z.flatten(2).mT if self.kernel else z.flatten(1, -2) if z.ndim > 2 else z[:, None])
+        z = at_least_float32(z.flatten(2).mT if self.kernel else z.flatten(1, -2) if z.ndim > 2 else z[:, None])
         square = z.new_zeros(z.shape[:2])
         for (_, _, a, b), U in zip(self.groups, self.U, strict=True):
-            same = self.owner[a:b, None] == self.owner[None, a:b]
-            U = wide(U)
-            K = (U.mT @ U).to(z) * same.to(z.device)  # the experts' own Gram matrices
+            same_expert = self.owner[a:b, None] == self.owner[None, a:b]
+            U = at_least_float32(U)
+            K = (U.mT @ U).to(z) * same_expert.to(z.device)  # each expert's own Gram matrix
             square = square + ((z[..., a:b] @ K) * z[..., a:b]).sum(-1)
-        # bounded before the root, which has no gradient at 0: where experts add nothing, or less than rounding tells
+        # bounded before the root, which has no gradient at 0: experts may add nothing, or less than rounding errors
         rho = (square / (experts * self.d_out)).clamp_min(1e-12).sqrt()
         return z / rho[..., None]
 
@@ -195,10 +200,10 @@ class Stack(nn.Module):
 
 
 def fit_batch(g: Tensor, batch: int) -> Tensor:
-    """Gates ``(B, N)`` for a layer that sees `batch` rows: frames or windows of a sample follow each other.
+    """Gates ``(B, N)`` for a layer whose input has `batch` rows: the frames or windows of a sample follow each other.
 
-    A layer that sees one row for all samples gets their mean: it cannot serve each its own. Gates of each position,
-    ``(B, T, N)``, stay as they are.
+    A layer that sees one row for all samples gets the mean of their gates. Gates for each position, ``(B, T, N)``, are
+    returned as they are.
     """
     if g.ndim > 2:
         return g
@@ -209,72 +214,13 @@ def fit_batch(g: Tensor, batch: int) -> Tensor:
     return g.mean(0, keepdim=True)
 
 
-def stacks(
-    mixture: Mixture, layers: Mapping[str, nn.Module], place_of: Mapping[str, tuple[str, int, int, Spans | None]]
-) -> dict[str, Stack]:
-    """The stack of every adapted layer.
-
-    Args:
-        mixture: What to stack; its scale and strengths are folded in.
-        layers: Path -> layer; the stacks come in this order.
-        place_of: Module name -> path, first row, last row, row order.
-
-    Raises:
-        MergeError: An update that does not fit its layer, or a layer of a kind that cannot be mixed.
-    """
-    parts: dict[str, list[ExpertSlice]] = {}
-    for i, (adapter, strength) in enumerate(zip(mixture.experts, mixture.strengths, strict=True)):
-        for name, update in adapter.modules.items():
-            if name in place_of:
-                path, start, stop, order = place_of[name]
-                _check(layers[path], update, start, stop, f"{path} ({adapter.label})")
-                parts.setdefault(path, []).append(ExpertSlice(i, update, start, stop, strength * mixture.scale, order))
-    built: dict[str, Stack] = {}
-    for path, layer in layers.items():
-        if path not in parts:
-            continue
-        kernel = tuple(layer.kernel_size) if isinstance(layer, _ConvNd) else ()
-        built[path] = Stack(parts[path], rows_of(layer) or max(part.stop for part in parts[path]), kernel)
-    return built
+def _like(factor: Tensor, x: Tensor) -> Tensor:
+    """`factor` on the device and in the dtype of `x`."""
+    # compared first: even a ``to`` that changes nothing takes longer
+    return factor if factor.dtype == x.dtype and factor.device == x.device else factor.to(x.device, x.dtype)
 
 
-def rows_of(layer: nn.Module) -> int | None:
-    """Output rows of a linear layer or convolution; ``None`` where the layer does not say."""
-    for name in ("out_features", "out_channels", "nf"):  # nf: the transposed linear layer of GPT-2
-        if isinstance(rows := getattr(layer, name, None), int):
-            return rows
-    return None
-
-
-def _check(layer: nn.Module, update: LowRank, start: int, stop: int, module: str) -> None:
-    if isinstance(layer, (nn.Embedding, NonDynamicallyQuantizableLinear)):
-        raise MergeError(
-            "A layer that is used through its weight alone cannot be mixed at run time.",
-            module=module,
-            found=type(layer).__name__,
-            remedy="merge these LoRAs instead, or leave this layer out of them",
-        )
-    rows, width = rows_of(layer), getattr(layer, "in_features", getattr(layer, "nx", None))
-    if isinstance(layer, _ConvNd):
-        width = layer.in_channels * math.prod(layer.kernel_size)
-        if layer.groups != 1 or layer.transposed:
-            raise MergeError(
-                "A grouped or transposed convolution cannot be mixed.",
-                module=module,
-                remedy="merge these LoRAs instead, or give this layer a weight of 0",
-            )
-    fits = update.d_out == stop - start and (rows is None or stop <= rows) and width in (None, update.d_in)
-    if not fits:
-        raise MergeError(
-            "The LoRA was made for another base model: one of its layers has a different shape.",
-            module=module,
-            expected=f"(d_out, d_in) = {(stop - start, width)}",
-            found=(update.d_out, update.d_in),
-            remedy="use the base model the LoRA was trained for",
-        )
-
-
-def _widest(parts: Sequence[ExpertSlice]) -> torch.dtype:
+def _widest_dtype(parts: Sequence[ExpertSlice]) -> torch.dtype:
     dtype = parts[0].update.dtype
     for part in parts[1:]:
         dtype = torch.promote_types(dtype, part.update.dtype)

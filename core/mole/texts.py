@@ -1,7 +1,7 @@
-"""TextPositions: which positions of a batch of texts the gates read, and what they decided at the prompt.
+"""Texts: which positions of a batch of texts gates read, and the gates that were decided at the prompt.
 
-The gate of a text reads the mean over its own positions, without the padding. Tokens that a language model generates
-take the gates of their prompt: what was decided before they came, so that no gate looks ahead.
+The gate of a text reads the mean over the text's own positions, without padding. Tokens that a language model generates
+use the gates of their prompt, so that no gate depends on later tokens.
 """
 
 from __future__ import annotations
@@ -17,70 +17,71 @@ from ..errors import MergeError
 
 @dataclass(frozen=True, eq=False)
 class TextPositions:
-    """What the gates go by in one pass of the model.
+    """The positions that gates read in one forward pass.
 
     Args:
-        own: ``(B, T)`` bool, the positions of each text that count; after the first `T` none does. ``None``: all do.
-        kept: Scope -> gates ``(B, N)`` opened in an earlier pass, which stay.
+        mask: ``(B, T)`` bool, the positions of each text that count; positions after the first `T` do not. ``None``:
+            all positions count.
+        prompt_gates: Scope -> gate values ``(B, N)`` of an earlier pass over the prompt, which are used again.
     """
 
-    own: Tensor | None = None
-    kept: Mapping[str, Tensor] | None = None
+    mask: Tensor | None = None
+    prompt_gates: Mapping[str, Tensor] | None = None
 
     def only(self, prompt: Tensor) -> TextPositions:
-        """Of the positions that count, those among `prompt`, ``(B, T)`` bool."""
-        if self.own is None:
-            return replace(self, own=prompt)
-        T = min(self.own.shape[1], prompt.shape[1])
-        return replace(self, own=self.own[:, :T] & prompt[:, :T].to(self.own.device))
+        """The positions that also are in `prompt`, ``(B, T)`` bool."""
+        if self.mask is None:
+            return replace(self, mask=prompt)
+        T = min(self.mask.shape[1], prompt.shape[1])
+        return replace(self, mask=self.mask[:, :T] & prompt[:, :T].to(self.mask.device))
 
     def mean(self, x: Tensor) -> Tensor:
-        """``(B, F)``: the mean of ``(B, T, F)`` over a text's own positions. What has no positions stays as it is.
+        """``(B, F)``: the mean of ``(B, T, F)`` over each text's own positions. ``(B, F)`` is returned as it is.
 
         Raises:
-            MergeError: `x` does not show the texts position by position.
+            MergeError: `x` is not a batch of texts.
         """
-        if self.own is None:
+        if self.mask is None:
             return x.flatten(1, -2).mean(1) if x.ndim > 2 else x
-        if x.ndim == 2 and len(x) == len(self.own):
+        if x.ndim == 2 and len(x) == len(self.mask):
             return x
-        own = self._fit(x).to(x)
-        share = own / own.sum(1, keepdim=True).clamp_min(1)
-        return (share[:, None] @ x[:, : own.shape[1]])[:, 0]
+        mask = self._mask_for(x).to(x)
+        share = mask / mask.sum(1, keepdim=True).clamp_min(1)
+        return (share[:, None] @ x[:, : mask.shape[1]])[:, 0]
 
-    def positions(self, x: Tensor) -> Tensor:
-        """``(B, T, F)`` of a layer that sees the tokens in a row, ``(B T, F)``."""
+    def by_position(self, x: Tensor) -> Tensor:
+        """``(B, T, F)`` of the input of a layer that sees all tokens in one row, ``(B T, F)``."""
         if x.ndim > 2:
             return x
-        return x[None] if self.own is None or len(x) != self.own.numel() else x.unflatten(0, self.own.shape)
+        return x[None] if self.mask is None or len(x) != self.mask.numel() else x.unflatten(0, self.mask.shape)
 
     def rows(self, x: Tensor) -> Tensor:
-        """``(n, F)``: the own positions of ``(B, T, F)``, one after the other."""
-        if self.own is None:
+        """``(n, F)``: the texts' own positions of ``(B, T, F)``, one after the other."""
+        if self.mask is None:
             return x.flatten(0, -2)
-        own = self._fit(x)
-        return x[:, : own.shape[1]][own]
+        mask = self._mask_for(x)
+        return x[:, : mask.shape[1]][mask]
 
-    def _fit(self, x: Tensor) -> Tensor:
-        assert self.own is not None
-        if x.ndim != 3 or len(x) != len(self.own) or x.shape[1] < self.own.shape[1]:
+    def _mask_for(self, x: Tensor) -> Tensor:
+        assert self.mask is not None
+        if x.ndim != 3 or len(x) != len(self.mask) or x.shape[1] < self.mask.shape[1]:
             raise MergeError(
-                "A gate reads a layer that does not see the texts position by position.",
-                expected=f"a batch of texts {tuple(self.own.shape)} and features",
+                "A gate reads a layer whose input is not a batch of texts, position by position.",
+                expected=f"a batch of texts {tuple(self.mask.shape)} and features",
                 found=tuple(x.shape),
                 remedy="leave this layer out of the LoRAs, or choose granularity network, whose gate reads the first "
                 "layer",
             )
-        return self.own.to(x.device)
+        return self.mask.to(x.device)
 
 
 class TextReader(Protocol):
-    """Knows what a language model's arguments mean. A host's."""
+    """Interprets the arguments and outputs of a language model. Implemented by hosts."""
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> TextPositions:
-        """A pass of the model begins, called with these: what do gates go by?"""
+    def begin_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TextPositions:
+        """Return the positions that gates read in the pass that begins with these arguments."""
         ...
 
-    def end(self, output: Any, values: Mapping[str, Tensor]) -> None:
-        """It ended, with these gates: scope -> value."""
+    def end_pass(self, output: Any, values: Mapping[str, Tensor]) -> None:
+        """Called when the pass has ended, with its gate values by scope."""
         ...

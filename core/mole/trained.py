@@ -1,10 +1,10 @@
-"""Trained gates as a value and as a file: the gates, and which LoRAs and what model they are for."""
+"""Trained gates as a value and as a file: the gates, the LoRAs and the kind of model they were trained for."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +25,10 @@ _NETWORK = "(network)"  # a tensor's name needs something before the slash
 
 
 class Expert(BaseModel):
-    """A LoRA that gates were made for.
+    """A LoRA that gates were trained for.
 
     Args:
-        label: What it was called. sha256: Of its file, or of its factors where it never was a file.
+        label: Its name for users. sha256: Hash of its file, or of its factors if it was never a file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,33 +42,41 @@ class Expert(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedGates:
-    """Gates and what they belong to. Immutable: ComfyUI caches and fans it out.
+class _TrainedGatesFields:
+    gates: GateSet
+    experts: tuple[Expert, ...]
+    base: str
+    training: Mapping[str, Any]
+
+
+class TrainedGates(_TrainedGatesFields):
+    """Gates and what they were trained for. Immutable: ComfyUI caches it and passes it to several nodes.
 
     Args:
         gates: The gates.
         experts: The LoRAs, in the gates' order.
-        base: The kind of model they were made on, in its program's words; ``""`` where nobody said.
-        training: How they came about: objective, steps, seed, prompts, losses ...; plain data for JSON.
+        base: The kind of model they were trained on, as its host names it; ``""`` if unknown.
+        training: Record of the training: objective, steps, seed, prompts, losses ...; plain data for JSON.
     """
 
-    gates: GateSet
-    experts: tuple[Expert, ...]
-    base: str = ""
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "training", MappingProxyType(dict(self.training)))
+    def __init__(
+        self,
+        gates: GateSet,
+        experts: Sequence[Expert],
+        base: str = "",
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(gates, tuple(experts), base, MappingProxyType(dict(training or {})))
 
     def of(self, adapters: Sequence[Adapter], base: str = "") -> GateSet:
-        """The gates in the order of `adapters`, told by their hashes. Of fewer LoRAs: the others are switched off.
+        """The gates for these LoRAs, identified by their hashes; LoRAs that are missing are switched off.
 
         Args:
-            adapters: The LoRAs to mix, each once.
-            base: The kind of model they go on; ``""`` accepts any.
+            adapters: The LoRAs to mix, each once, in any order.
+            base: The kind of model to mix them on; ``""`` accepts any.
 
         Raises:
-            MergeError: A LoRA the gates do not know, or another kind of model.
+            MergeError: A LoRA that the gates were not trained with, or another kind of model.
         """
         if base and self.base and base != self.base:
             raise MergeError(
@@ -80,16 +88,16 @@ class TrainedGates:
         order: list[int] = []
         for adapter in adapters:
             sha256 = Expert.of(adapter).sha256
-            known = [i for i, expert in enumerate(self.experts) if expert.sha256 == sha256 and i not in order]
-            if not known:
+            matches = [i for i, expert in enumerate(self.experts) if expert.sha256 == sha256 and i not in order]
+            if not matches:
                 raise MergeError(
                     "The gates were trained with other LoRAs.",
                     file=adapter.source.path or adapter.label,
                     expected=", ".join(f"{e.label} ({e.sha256[:12]})" for e in self.experts),
                     found=f"{adapter.label} ({sha256[:12]})",
-                    remedy="connect the very files the gates were trained with (in any order), or train again",
+                    remedy="connect exactly the files the gates were trained with (in any order), or train again",
                 )
-            order.append(known[0])
+            order.append(matches[0])
         return self.gates.select(order)
 
     def save(self, path: str | Path) -> None:
@@ -102,7 +110,7 @@ class TrainedGates:
         write_tensors(Path(path), tensors, header)
 
     def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What `save` writes: tensors by name, and the metadata."""
+        """Tensors by name, and the metadata, as `save` writes them."""
         tensors: dict[str, Tensor] = {}
         for scope in self.gates.names:
             for name, tensor in self.gates[scope].state_dict().items():
@@ -119,16 +127,16 @@ class TrainedGates:
 
     @classmethod
     def load(cls, path: str | Path) -> TrainedGates:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            FormatError: Not such a file, or one that is damaged.
+            FormatError: Another kind of file, or a damaged one.
         """
         return cls.from_tensors(*read_tensors(Path(path)), path)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, str], path: object) -> TrainedGates:
-        """The gates in a file's tensors and metadata.
+        """The gates from the tensors and metadata of a file at `path`.
 
         Raises:
             FormatError: See `load`.
@@ -165,19 +173,19 @@ def _gate(
     tensors: Mapping[str, Tensor], scope: str, layer: str, experts: int, settings: GateSettings, path: object
 ) -> Gate:
     prefix = f"{scope or _NETWORK}/"
-    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    for name, tensor in own.items():
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for name, tensor in state.items():
         if tensor.is_floating_point():
             check_finite(tensor, f"{prefix}{name}", str(path))
-    owner = own["owner"].clone() if "owner" in own else None  # of its own: the others are copied into the gate's
-    rows, shape = experts + (settings.activation == "softmax-null"), tuple(own["weight"].shape)
-    if len(shape) != 2 or shape[0] != rows or shape[1] == 0:  # told before memory is taken for it
+    owner = state["owner"].clone() if "owner" in state else None  # the other tensors are copied by load_state_dict
+    rows, shape = experts + (settings.activation == "softmax-null"), tuple(state["weight"].shape)
+    if len(shape) != 2 or shape[0] != rows or shape[1] == 0:  # checked before memory is allocated for it
         raise ValueError(f"{prefix}weight has the shape {shape}, not ({rows}, features)")
     if owner is not None and not (owner.dtype == torch.long and bool(((owner >= 0) & (owner < experts)).all())):
-        raise ValueError(f"{prefix}owner does not name LoRAs by number")
-    if not bool((own["spread"].float() > 0).all()):
+        raise ValueError(f"{prefix}owner does not hold indices of LoRAs")
+    if not bool((state["spread"].float() > 0).all()):
         raise ValueError(f"{prefix}spread is not positive")
-    gate = Gate(own["weight"].shape[1], experts, settings, owner=owner, layer=layer)
+    gate = Gate(state["weight"].shape[1], experts, settings, owner=owner, layer=layer)
     with torch.no_grad():
-        gate.load_state_dict(own)
+        gate.load_state_dict(state)
     return gate

@@ -1,4 +1,4 @@
-"""What gate training asks of a program that runs a diffusion model."""
+"""Interface to a host that runs a diffusion model, for training gates and measuring layers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class Denoiser(Protocol):
-    """A diffusion model with the mixture on it, its prompts already encoded. Prompts are told by their numbers."""
+    """A diffusion model with the mixture on it, and a list of encoded prompts, which are passed by index."""
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
-        """Clean latents ``(B, ..)``, one per prompt, painted by the model as it stands. The same seed, the same."""
+        """Sample clean latents ``(B, ..)``, one per prompt, with the model as it is. Equal seeds give equal latents."""
         ...
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -20,13 +20,13 @@ class Denoiser(Protocol):
         ...
 
     def goal(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What a perfect model would predict there."""
+        """The prediction of a perfect model for `noised` with the same arguments."""
         ...
 
     def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[int]) -> Tensor:
-        """What the model predicts: noise or velocity, on a scale on which errors at all times count alike."""
+        """The model's prediction: noise or velocity, scaled so that errors at all times count equally."""
         ...
 
     def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The clean latents a prediction implies."""
+        """The clean latents that a prediction implies."""
         ...

@@ -1,4 +1,4 @@
-"""Examples: noised latents with what should be predicted there, made once and kept."""
+"""Examples: noised latents with the predictions that gates are to learn, computed once and kept."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..formats.files import read_tensors, write_tensors
 from ..mole.attach import Attachment
 from ..progress import Progress
 from .denoiser import Denoiser
-from .prompts import Prompt, shares
+from .prompts import Prompt, sampling_weights
 from .settings import TrainSettings
 
 _KIND = "legomole.examples.1"
-_EARLIEST = 0.04  # times are drawn from here to 1: nearer to 0 nothing is left to predict
+_MIN_TIME = 0.04  # times are drawn from here to 1: closer to 0 there is almost no noise to predict
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,9 @@ class Examples:
     """Training examples, on the CPU.
 
     Args:
-        noisy: ``(n, ..)`` latents. t: ``(n,)`` times in 0 .. 1. prompt: ``(n,)`` long, numbers of prompts.
-        target: ``(n, ..)``, what the gated model should predict.
+        noisy: ``(n, ..)`` latents. t: ``(n,)`` times in 0 .. 1.
+        prompt: ``(n,)`` long, indices of prompts.
+        target: ``(n, ..)``, predictions that the gated model is to make.
     """
 
     noisy: Tensor
@@ -39,18 +40,18 @@ class Examples:
         return len(self.t)
 
     def save(self, path: Path, key: str) -> None:
-        """Write them, atomically."""
+        """Write the examples, atomically."""
         tensors = {"noisy": self.noisy, "t": self.t, "prompt": self.prompt, "target": self.target}
         write_tensors(path, tensors, {"kind": _KIND, "key": key})
 
     @classmethod
     def load(cls, path: Path, key: str) -> Examples | None:
-        """Those that were saved under the same key; ``None`` if there are none."""
+        """Examples that were saved with the same key; ``None`` if there are none."""
         if not path.exists():
             return None
         try:
             tensors, header = read_tensors(path)
-        except FormatError:  # cut off: made again
+        except FormatError:  # a truncated file: the examples are made again
             return None
         if header != {"kind": _KIND, "key": key}:
             return None
@@ -59,20 +60,21 @@ class Examples:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A user's own pictures as latents, for the denoising objective.
+    """A user's images as latents, for the denoising objective.
 
     Args:
-        latents: ``(n, ..)``. prompt: For each, the number of the prompt that describes it.
+        latents: ``(n, ..)``.
+        prompt: For each, the index of the prompt that describes it.
     """
 
     latents: Tensor
     prompt: Sequence[int]
 
 
-def teacher(prompts: Sequence[Prompt], experts: int, compose: float) -> Tensor:
-    """The gates whose model is imitated: ``(P, N)``.
+def target_gates(prompts: Sequence[Prompt], experts: int, compose: float) -> Tensor:
+    """The gate values ``(P, N)`` with which the model makes the predictions that gates learn.
 
-    The LoRAs a prompt names at 1, several at `compose`, none for a prompt that names none.
+    1 for the LoRA that a prompt names, `compose` for each of several, 0 for all others.
     """
     g = torch.zeros(len(prompts), experts)
     for row, prompt in zip(g, prompts, strict=True):
@@ -89,65 +91,65 @@ def make_examples(
     images: Images | None = None,
     progress: Progress | None = None,
 ) -> Examples:
-    """Let the models paint, noise what they painted, and note what the model to be imitated predicts there.
+    """Sample images with the model at the target gates, noise them, and compute its predictions as targets.
 
     Args:
         attachment: The mixture on the model that `denoiser` runs.
         denoiser: Its prompts are `prompts`, in this order.
-        images: With these, only prompts without a concept are painted; the rest of the examples are the user's pictures
-            and the noise that was put on them.
-        progress: Called with (done, in all, what is going on). May raise to cancel.
+        images: With these, only prompts without a concept are sampled; the other examples are the user's images, with
+            the perfect predictions for them.
+        progress: Called with (done, total, description). May raise an exception to cancel.
 
     Raises:
-        MergeError: Latents or predictions that are not finite.
+        MergeError: Latents or predictions that are not finite, or images that do not fit.
     """
     generator = torch.Generator().manual_seed(settings.seed)
-    values = teacher(prompts, attachment.bank.experts, settings.compose)
-    weights = torch.tensor(shares(prompts), dtype=torch.float64)
+    gates = target_gates(prompts, attachment.bank.experts, settings.compose)
+    weights = torch.tensor(sampling_weights(prompts), dtype=torch.float64)
     if images is not None:
-        weights = torch.where(values.any(1), 0.0, weights)
+        weights = torch.where(gates.any(1), 0.0, weights)
     drawn = torch.multinomial(weights, settings.samples, replacement=True, generator=generator)
-    # no kind of prompt may be missed by chance: the first draws go through all of them
+    # the first draws go through all prompts, so that no kind is missing by chance
     order = [i for i in torch.argsort(weights, descending=True, stable=True).tolist() if weights[i] > 0]
     first = min(len(order), settings.samples // 2)
     drawn[:first] = torch.tensor(order[:first])
     total = settings.samples + settings.examples
-    painted: list[Tensor] = []
+    sampled: list[Tensor] = []
     for i in range(0, settings.samples, settings.batch):
-        chosen = drawn[i : i + settings.batch].tolist()
-        with torch.no_grad(), attachment.hold(values[chosen]):
-            painted.append(denoiser.sample(chosen, settings.seed + i).cpu())
-        _tell(progress, min(i + settings.batch, settings.samples), total, "painting")
-    latents = torch.cat(painted)
+        rows = drawn[i : i + settings.batch].tolist()
+        with torch.no_grad(), attachment.hold(gates[rows]):
+            sampled.append(denoiser.sample(rows, settings.seed + i).cpu())
+        _report(progress, min(i + settings.batch, settings.samples), total, "sampling")
+    latents = torch.cat(sampled)
 
     n = settings.examples
     source = torch.arange(n) % settings.samples
-    t = _EARLIEST + (1 - _EARLIEST) * torch.rand(n, generator=generator)
+    t = _MIN_TIME + (1 - _MIN_TIME) * torch.rand(n, generator=generator)
     noise = torch.randn(n, *latents.shape[1:], generator=generator)
     prompt, clean = drawn[source], latents[source]
-    own = torch.zeros(n, dtype=torch.bool)
-    if images is not None:  # two of three examples are the user's pictures, the rest the prior
+    is_users = torch.zeros(n, dtype=torch.bool)
+    if images is not None:  # two of three examples are the user's images, the others preserve the base model
         _check_images(images, latents, len(prompts))
-        own = torch.arange(n) % 3 != 0
-        which = torch.arange(int(own.sum())) % len(images.latents)
-        painted_ones = torch.arange(int((~own).sum())) % settings.samples
-        clean[own], clean[~own] = images.latents[which].to(clean), latents[painted_ones]
-        prompt[own], prompt[~own] = torch.tensor(list(images.prompt))[which], drawn[painted_ones]
+        is_users = torch.arange(n) % 3 != 0
+        which = torch.arange(int(is_users.sum())) % len(images.latents)
+        sampled_ones = torch.arange(int((~is_users).sum())) % settings.samples
+        clean[is_users], clean[~is_users] = images.latents[which].to(clean), latents[sampled_ones]
+        prompt[is_users], prompt[~is_users] = torch.tensor(list(images.prompt))[which], drawn[sampled_ones]
     noisy, target = torch.empty_like(clean), torch.empty_like(clean)
     for i in range(0, n, settings.batch):
         s = slice(i, min(i + settings.batch, n))
-        chosen = prompt[s].tolist()
+        rows = prompt[s].tolist()
         noisy[s] = denoiser.noised(clean[s], t[s], noise[s]).cpu()
-        with torch.no_grad(), attachment.hold(values[chosen]):
-            target[s] = denoiser.predict(noisy[s], t[s], chosen).cpu().to(target)
-        if own[s].any():
+        with torch.no_grad(), attachment.hold(gates[rows]):
+            target[s] = denoiser.predict(noisy[s], t[s], rows).cpu().to(target)
+        if is_users[s].any():
             goal = denoiser.goal(clean[s], t[s], noise[s]).cpu().to(target)
-            target[s] = torch.where(own[s].view(-1, *(1 for _ in clean.shape[1:])), goal, target[s])
-        _tell(progress, settings.samples + s.stop, total, "predicting")
+            target[s] = torch.where(is_users[s].view(-1, *(1 for _ in clean.shape[1:])), goal, target[s])
+        _report(progress, settings.samples + s.stop, total, "predicting")
     if not (torch.isfinite(noisy).all() and torch.isfinite(target).all()):
         raise MergeError(
-            "The model's own pictures hold numbers that are not finite.",
-            remedy="check that the model and each LoRA paint pictures; lower the strengths, or use float32 or bfloat16",
+            "Images that the model sampled hold values that are not finite.",
+            remedy="check that the model and each LoRA give images; lower the strengths, or use float32 or bfloat16",
         )
     return Examples(noisy, t, prompt, target)
 
@@ -157,12 +159,12 @@ def _check_images(images: Images, latents: Tensor, prompts: int) -> None:
     if not fits or not all(0 <= p < prompts for p in images.prompt):
         raise MergeError(
             "The images do not fit the training.",
-            expected=f"latents of shape {tuple(latents.shape[1:])}, one prompt number each",
+            expected=f"latents of shape {tuple(latents.shape[1:])}, one index of a prompt each",
             found=f"{tuple(images.latents.shape)} and prompts {list(images.prompt)}",
-            remedy="encode all images at the size that is trained",
+            remedy="encode all images at the size of the training",
         )
 
 
-def _tell(progress: Progress | None, done: int, total: int, what: str) -> None:
+def _report(progress: Progress | None, done: int, total: int, description: str) -> None:
     if progress is not None:
-        progress(done, total, what)
+        progress(done, total, description)

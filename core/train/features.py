@@ -1,4 +1,4 @@
-"""Calibrate: see what every gate reads, and build untrained gates of the right size and scale."""
+"""Features: measure what every gate reads, and build untrained gates of the right size and scale."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..errors import MergeError
 from ..mole.attach import Attachment
-from ..mole.gates import Gate, GateSet
-from ..mole.router import standardisation
+from ..mole.gates import Gate, GateSet, feature_spread
 
-_FEATURES = 64  # as many as there were where the default learning rate was found
+MEASURED_EXAMPLES = 64  # number of examples that features are measured on
+_REFERENCE_FEATURES = 64  # number of features with which the default learning rate was found
 
 
-class _Moments:
+class _RunningMoments:
+    """Number, sum and sum of squares of features, in float64 on the CPU."""
+
     def __init__(self, owner: Tensor | None) -> None:
         self.owner = owner
         self.n, self.sum, self.square = 0, torch.zeros(()), torch.zeros(())
@@ -25,68 +27,76 @@ class _Moments:
         self.n += f.shape[0]
         self.sum, self.square = self.sum + f.sum(0), self.square + f.square().sum(0)
 
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.n
+
+    @property
+    def variance(self) -> Tensor:
+        return (self.square / self.n - self.mean.square()).clamp_min(0)
+
 
 def standardise_features(attachment: Attachment, run: Callable[[], None]) -> GateSet:
-    """Gates of the mean and spread that `run` shows them, all still even; the attachment goes on with them.
+    """Build gates that standardise the features they read during `run`; all gates are even.
 
     Args:
-        attachment: A mixture on its model. Its settings say what the gates read.
-        run: Runs the model over prompts of every kind.
+        attachment: A mixture on its model, which uses the new gates afterwards. Its settings say what gates read.
+        run: Runs the model on prompts of every kind.
 
     Raises:
-        MergeError: The model never reached a gate, or reads positions apart (``flat``) at differing sizes.
+        MergeError: The model reached no gate, or gates read all positions in a row (``flat``) at different sizes.
     """
-    found: dict[str, _Moments] = {}
+    moments: dict[str, _RunningMoments] = {}
 
-    def seen(scope: str, f: Tensor, owner: Tensor | None) -> None:
-        moments = found.setdefault(scope, _Moments(None if owner is None else owner.cpu()))
-        if moments.n and moments.sum.shape != f.shape[1:]:
+    def add(scope: str, f: Tensor, owner: Tensor | None) -> None:
+        of_scope = moments.setdefault(scope, _RunningMoments(None if owner is None else owner.cpu()))
+        if of_scope.n and of_scope.sum.shape != f.shape[1:]:
             raise MergeError(
-                "A gate reads something whose size changes.",
+                "A gate reads an input whose size changes.",
                 module=scope or "(network)",
-                expected=f"{tuple(moments.sum.shape)}",
+                expected=f"{tuple(of_scope.sum.shape)}",
                 found=tuple(f.shape[1:]),
-                remedy="use pictures (and prompts) of one size, or gates that read text, hidden or experts",
+                remedy="use images (and prompts) of one size, or gates that read text, hidden or experts",
             )
-        moments.add(f)
+        of_scope.add(f)
 
     bank = attachment.bank
     attachment.use(GateSet(bank.experts, bank.gates.settings))
-    with torch.no_grad(), attachment.measure(seen):
+    with torch.no_grad(), attachment.watch_inputs(add):
         run()
-    if not found:
+    if not moments:
         raise MergeError(
             "The model did not reach a single gate.",
             remedy="check that the LoRAs change layers that the model uses for these prompts",
         )
     gates: dict[str, Gate] = {}
     device = next(iter(bank.stacks.values())).D.device
-    for scope, m in found.items():
-        mean, spread = standardisation(m.sum / m.n, (m.square / m.n - (m.sum / m.n).square()).clamp_min(0))
+    for scope, of_scope in moments.items():
+        mean, spread = of_scope.mean, feature_spread(of_scope.variance)
         gates[scope] = Gate(
             len(mean),
             bank.experts,
             bank.gates.settings,
             mean=mean.float(),
             spread=spread.float(),
-            owner=m.owner,
+            owner=of_scope.owner,
             layer=attachment.layers_read.get(scope, ""),
         )
-    made = scale_features(GateSet(bank.experts, bank.gates.settings, gates)).to(device)
-    attachment.use(made)
-    return made
+    scaled = scale_features(GateSet(bank.experts, bank.gates.settings, gates)).to(device)
+    attachment.use(scaled)
+    return scaled
 
 
 def scale_features(gates: GateSet) -> GateSet:
-    """The same gates in place, their features scaled so that one learning rate suits any number of them.
+    """Scale the gates' features, in place, so that one learning rate suits any number of them.
 
-    AdamW moves every weight by the learning rate, so a logit by that times the number of features: they are made to
-    count as 64, whatever their number.
+    AdamW changes every weight by the learning rate, so a logit by that times the number of features. They are scaled to
+    act like 64 features, however many there are.
     """
     with torch.no_grad():
         for name in gates.names:
             gate = gates[name]
-            scale = max(1.0, gate.features / _FEATURES)
+            scale = max(1.0, gate.features / _REFERENCE_FEATURES)
             gate.spread.mul_(scale)
             gate.weight.mul_(scale)
     return gates

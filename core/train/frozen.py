@@ -1,4 +1,4 @@
-"""Models that are only looked at while gates are trained."""
+"""Freeze models that are used, but not changed, while gates are trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def frozen(parts: Iterable[Any]) -> Generator[None]:
-    """No gradients for the modules among these; afterwards they are as before, in number format too."""
+    """Inside the block the modules among `parts` get no gradients. Their modes and dtypes are restored afterwards."""
     modules = [part for part in parts if isinstance(part, nn.Module)]
     gradients = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(part, part.training) for module in modules for part in module.modules()]

@@ -1,4 +1,4 @@
-"""What the gates of a diffusion model can learn from: cached predictions (distillation, denoising), or a CLIP model."""
+"""Objectives of a diffusion model's gates: predictions made earlier (distillation, denoising), or a CLIP model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .prompts import Prompt
 
 
 class Regression:
-    """Mean squared error to the examples' targets: distillation, and denoising of given images."""
+    """Mean squared error to the examples' targets: for distillation, and for denoising of given images."""
 
     def __init__(self, denoiser: Denoiser, examples: Examples) -> None:
         self.denoiser, self.examples, self.size = denoiser, examples, len(examples)
@@ -26,7 +26,7 @@ class Regression:
 
 
 class Clip(Protocol):
-    """A CLIP model and the way to it from latents."""
+    """A CLIP model that embeds latents and texts."""
 
     def images(self, latents: Tensor) -> Tensor:
         """Unit image embeddings ``(B, F)`` of clean latents, differentiable."""
@@ -38,16 +38,18 @@ class Clip(Protocol):
 
 
 class ClipGuidance:
-    """CLIP guidance: ``1 - cos(image, prompt)`` (global) plus the mean of ``1 - cos(image, concept)`` (local).
+    """CLIP guidance, ``L_D = L_global + L_local``.
 
-    The image is the clean one that the gated model's prediction implies.
+    ``L_global`` is ``1 - cos(image, prompt)``, ``L_local`` the mean of ``1 - cos(image, concept)`` over the concepts
+    that the prompt names. The image is the clean one that the gated model's prediction implies.
 
     Args:
         denoiser: Runs the model. examples: Their targets are not used.
-        prompts: As the denoiser has them. concepts: Per expert, the words that name it.
+        prompts: The denoiser's prompts.
+        concepts: Per expert, the words that name it.
         clip: The CLIP model.
 
-    Source: arXiv:2404.13628, section 3.2 (training objective); the paper's L_D = L_global + L_local.
+    Source: arXiv:2404.13628, section 3.2 (training objective).
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class ClipGuidance:
         concepts: Sequence[Sequence[str]],
         clip: Clip,
     ) -> None:
-        # a prompt that names nothing says nothing about the experts
+        # prompts that name no concept carry no information about the experts
         self.rows = [i for i, p in enumerate(examples.prompt.tolist()) if prompts[p].named]
         self.denoiser, self.examples, self.clip, self.size = denoiser, examples, clip, len(self.rows)
         self.prompts = prompts
@@ -66,14 +68,13 @@ class ClipGuidance:
 
     def loss(self, indices: Sequence[int]) -> Tensor:
         e, rows = self.examples, [self.rows[i] for i in indices]
-        numbers = e.prompt[rows].tolist()
-        prediction = self.denoiser.predict(e.noisy[rows], e.t[rows], numbers)
+        prompt = e.prompt[rows].tolist()
+        prediction = self.denoiser.predict(e.noisy[rows], e.t[rows], prompt)
         clean = self.denoiser.clean(e.noisy[rows].to(prediction.device), e.t[rows].to(prediction.device), prediction)
         image = self.clip.images(clean)
-        whole = 1 - (image * self.clip.texts([self.prompts[p].text for p in numbers]).to(image)).sum(-1)
-        local: list[Tensor] = []
-        for row, p in enumerate(numbers):
-            concepts = [str(self.concepts[i][0]) for i in self.prompts[p].named]
-            words = self.clip.texts(concepts).to(image)
-            local.append((1 - words @ image[row]).mean())
-        return whole.mean() + torch.stack(local).mean()
+        L_global = 1 - (image * self.clip.texts([self.prompts[p].text for p in prompt]).to(image)).sum(-1)
+        L_local: list[Tensor] = []
+        for row, p in enumerate(prompt):
+            words = self.clip.texts([str(self.concepts[i][0]) for i in self.prompts[p].named]).to(image)
+            L_local.append((1 - words @ image[row]).mean())
+        return L_global.mean() + torch.stack(L_local).mean()

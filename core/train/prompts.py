@@ -1,4 +1,4 @@
-"""Prompts for training gates: what they ask for, and good ones for those who bring only the concepts' words."""
+"""Prompts for training gates: the concepts they name, and templates for users who only give the concepts' words."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from itertools import combinations, cycle, islice
 
 from ..errors import MergeError, name_some
-from ..mole.router import named
+from ..mole.router import concepts_in
 
-# How the kinds of prompts share the training examples: several concepts at once, one alone, none, the empty prompt.
+# Shares of the kinds of prompts in the examples: several concepts together, one alone, none, the empty prompt.
 JOINT, SINGLE, BASE, EMPTY = 0.35, 0.40, 0.10, 0.15
 
-_ALONE = ("{}", "a picture of {}", "{}, detailed", "a {} in a park", "close-up of {}", "{} at night")
-_TOGETHER = ("{}, {}", "a picture of {} with {}", "{} and {}", "{} in {}", "a {} {}", "{}, detailed, {}")
-_OTHERS = (
+_SINGLE_TEMPLATES = ("{}", "a picture of {}", "{}, detailed", "a {} in a park", "close-up of {}", "{} at night")
+_JOINT_TEMPLATES = ("{}, {}", "a picture of {} with {}", "{} and {}", "{} in {}", "a {} {}", "{}, detailed, {}")
+_NEUTRAL_PROMPTS = (
     "a photo of a dog", "a street in the rain", "a portrait of a woman", "a bowl of fruit", "a mountain lake",
     "a red car", "a wooden chair", "an old man reading", "a city at night", "a cat on a sofa", "a forest path",
     "a cup of coffee", "a sailing boat", "a white horse", "a stone bridge", "a child with a balloon",
@@ -23,7 +23,7 @@ _OTHERS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the experts whose concepts it names, ascending."""
+    """A prompt, and the indices of the experts whose concepts it names, ascending."""
 
     text: str
     named: tuple[int, ...]
@@ -34,12 +34,11 @@ def prompts_for(concepts: Sequence[Sequence[str]], texts: Sequence[str] = ()) ->
 
     Args:
         concepts: Per expert, the words or phrases that name its concept in a prompt.
-        texts: The user's prompts. Kinds that are missing among them are added: every single concept, every two (and
-            all) together, none of them, and the empty prompt. Without any, all are made up from the words.
+        texts: The user's prompts. Missing kinds are added: every single concept, every two (and all) together, none of
+            them, and the empty prompt. Without texts, all prompts are made from the words.
 
     Raises:
-        MergeError: An expert without words, two experts named by the same word, or prompts of which none names an
-            expert.
+        MergeError: An expert without words, two experts with the same word, or an expert that none of the texts names.
     """
     concepts = [[word.strip() for word in words if word.strip()] for words in concepts]
     for i, words in enumerate(concepts):
@@ -50,36 +49,38 @@ def prompts_for(concepts: Sequence[Sequence[str]], texts: Sequence[str] = ()) ->
                 found="none",
                 remedy="write one line of words per LoRA",
             )
-    _check_apart(concepts)
+    _check_distinct(concepts)
     texts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-    found = [Prompt(text, _indices(row)) for text, row in zip(texts, named(texts, concepts).tolist(), strict=True)]
+    rows = concepts_in(texts, concepts).tolist()
+    given = [Prompt(text, _indices(row)) for text, row in zip(texts, rows, strict=True)]
     if texts:
         for i, words in enumerate(concepts):
-            if not any(i in prompt.named for prompt in found):
+            if not any(i in prompt.named for prompt in given):
                 raise MergeError(
                     f"None of the prompts names LoRA number {i + 1}.",
                     expected=f"a prompt with {' or '.join(map(repr, words))}",
                     found=name_some([repr(text) for text in texts], 4),
                     remedy="use its words in a prompt, or leave the prompts empty to have some made from the words",
                 )
-    made = [*found, *_missing(concepts, {prompt.named for prompt in found}), Prompt("", ())]
-    return list(dict.fromkeys(made))
+    prompts = [*given, *_missing_kinds(concepts, {prompt.named for prompt in given}), Prompt("", ())]
+    return list(dict.fromkeys(prompts))
 
 
-def _missing(concepts: Sequence[Sequence[str]], present: set[tuple[int, ...]]) -> list[Prompt]:
+def _missing_kinds(concepts: Sequence[Sequence[str]], present: set[tuple[int, ...]]) -> list[Prompt]:
     n = len(concepts)
     groups = [*((i,) for i in range(n)), *combinations(range(n), 2), *([tuple(range(n))] if n > 2 else [])]
     made: list[Prompt] = []
     for group in groups:
         if group in present:
             continue
-        words = [islice(cycle(concepts[i]), len(_ALONE)) for i in group]
-        for template, chosen in zip(_ALONE if len(group) == 1 else _TOGETHER, zip(*words, strict=True), strict=True):
+        words = [islice(cycle(concepts[i]), len(_SINGLE_TEMPLATES)) for i in group]
+        templates = _SINGLE_TEMPLATES if len(group) == 1 else _JOINT_TEMPLATES
+        for template, chosen in zip(templates, zip(*words, strict=True), strict=True):
             text = template.format(*chosen) if len(group) < 3 else ", ".join(chosen)
-            made.append(Prompt(text, _indices(named([text], concepts)[0].tolist())))
+            made.append(Prompt(text, _indices(concepts_in([text], concepts)[0].tolist())))
     if () not in present:
-        rows = named(_OTHERS, concepts).tolist()
-        made += [Prompt(text, ()) for text, row in zip(_OTHERS, rows, strict=True) if not any(row)]
+        rows = concepts_in(_NEUTRAL_PROMPTS, concepts).tolist()
+        made += [Prompt(text, ()) for text, row in zip(_NEUTRAL_PROMPTS, rows, strict=True) if not any(row)]
     return made
 
 
@@ -87,11 +88,11 @@ def _indices(row: Sequence[bool]) -> tuple[int, ...]:
     return tuple(i for i, hit in enumerate(row) if hit)
 
 
-def _check_apart(concepts: Sequence[Sequence[str]]) -> None:
-    seen: dict[str, int] = {}
+def _check_distinct(concepts: Sequence[Sequence[str]]) -> None:
+    expert_of: dict[str, int] = {}
     for i, words in enumerate(concepts):
         for word in words:
-            other = seen.setdefault(word.lower(), i)
+            other = expert_of.setdefault(word.lower(), i)
             if other != i:
                 raise MergeError(
                     f"LoRAs number {other + 1} and {i + 1} are named by the same word.",
@@ -100,17 +101,17 @@ def _check_apart(concepts: Sequence[Sequence[str]]) -> None:
                 )
 
 
-def shares(prompts: Sequence[Prompt]) -> list[float]:
-    """How often each prompt is drawn, summing to 1: the kinds by their shares, those within a kind alike."""
+def sampling_weights(prompts: Sequence[Prompt]) -> list[float]:
+    """Probability of drawing each prompt: the kinds by their shares, all prompts of a kind alike."""
     kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for i, prompt in enumerate(prompts):
         kind = "joint" if len(prompt.named) > 1 else "single" if prompt.named else "base" if prompt.text else "empty"
         kinds.setdefault((kind, prompt.named), []).append(i)
-    whole = {"joint": JOINT, "single": SINGLE, "base": BASE, "empty": EMPTY}
-    groups = {kind: sum(k == kind for k, _ in kinds) for kind in whole}
+    share_of = {"joint": JOINT, "single": SINGLE, "base": BASE, "empty": EMPTY}
+    groups = {kind: sum(k == kind for k, _ in kinds) for kind in share_of}
     weights = [0.0] * len(prompts)
     for (kind, _), members in kinds.items():
         for i in members:
-            weights[i] = whole[kind] / groups[kind] / len(members)
+            weights[i] = share_of[kind] / groups[kind] / len(members)
     total = sum(weights)
     return [weight / total for weight in weights]

@@ -10,15 +10,16 @@ Objective = Literal["distil", "denoise", "clip", "router"]
 
 
 class FitSettings(BaseModel):
-    """How gates are fitted to what they learn from. The same settings, model and LoRAs give the same gates.
+    """Settings of a fit of gates. The same settings, model and LoRAs give the same gates.
 
     Args:
-        steps: Of the optimizer. batch: Examples per step. accumulation: Parts a batch is cut into to save memory.
-        learning_rate: Of AdamW, at its peak: risen to over `warmup` steps, then lowered along a cosine to 0.
-        weight_decay: Of AdamW.
-        balance: Weight of the balance loss; the paper has 0.5, for softmax gates.
-        patience: Stop early when the loss has not improved for so many steps; 0 never does.
-        seed: Of everything drawn.
+        steps: Number of optimizer steps.
+        batch: Number of examples per step. accumulation: Number of parts that a batch is computed in, to save memory.
+        learning_rate: Peak learning rate of AdamW, reached after `warmup` steps, then lowered to 0 along a cosine.
+        weight_decay: Weight decay of AdamW.
+        balance: Weight of the balance loss; the paper uses 0.5, for softmax gates.
+        patience: Stop early if the loss has not improved for this many steps; 0 never does.
+        seed: Random seed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,15 +36,15 @@ class FitSettings(BaseModel):
 
 
 class TrainSettings(FitSettings):
-    """How gates of a diffusion model are trained: `FitSettings`, and what they learn from.
+    """Settings of gate training for a diffusion model: those of the fit, and of its examples.
 
     Args:
-        objective: ``distil``: imitate the sum of the LoRAs a prompt names, the one LoRA, or the base model; needs no
-            images. ``denoise``: the diffusion loss on a few images per LoRA, and the base model's own predictions on
-            prompts that name none. ``clip``: the paper's CLIP guidance. ``router``: least squares from the text
-            conditioning to the prompt router, no training at all.
-        compose: Where a prompt names several LoRAs, their sum is imitated this many times as strong.
-        examples: How many noised latents the gates learn from. samples: How many pictures those come from.
+        objective: ``distil``: imitate the model with the sum of the LoRAs a prompt names, with the one LoRA, or without
+            LoRAs; needs no images. ``denoise``: the diffusion loss on a few images per LoRA, and the base model's own
+            predictions for prompts that name none. ``clip``: the paper's CLIP guidance. ``router``: least squares from
+            the text conditioning to the prompt router, without training.
+        compose: Factor on the sum of LoRAs that is imitated where a prompt names several.
+        examples: Number of noised latents to learn from. samples: Number of images that they are made from.
     """
 
     objective: Objective = "distil"

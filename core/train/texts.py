@@ -1,11 +1,10 @@
-"""Train the gates of a language model: its own loss on a few texts per LoRA."""
+"""Train the gates of a language model, by its own loss on a few texts per LoRA."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,24 +15,22 @@ from ..digest import digest
 from ..errors import MergeError
 from ..mole.attach import Attachment
 from ..mole.mixture import Mixture
-from ..mole.trained import Expert
 from ..progress import Progress
-from .features import standardise_features
-from .fit import Devices, read_state
-from .learn import TrainingResult, check_trainable, learn
+from .features import MEASURED_EXAMPLES, standardise_features
+from .fit import Devices
 from .settings import FitSettings
-
-_CALIBRATED_ON = 64  # texts
+from .training import TrainingResult, TrainingRun, check_trainable
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text to learn from: a prompt, and how it goes on.
+    """A training text: a prompt and its continuation.
 
     Args:
         ids: ``(T,)`` long, token ids.
-        start: The first token to be predicted, 1 .. T - 1. Those before are the prompt, which the gates of a text read.
-        expert: Position of the LoRA it is for; ``None`` for a text on which all should stay as it is without LoRAs.
+        start: The first token to predict, 1 .. T - 1. The tokens before it are the prompt, which the gates of a text
+            read.
+        expert: Index of the LoRA it is for; ``None`` for a text for which the base model is to be preserved.
     """
 
     ids: Tensor
@@ -41,20 +38,20 @@ class Text:
     expert: int | None = None
 
 
-# The gated model: texts to logits ``(B, T, vocabulary)``, in the order of their tokens; anything after a text's end.
+# The gated model: texts to logits (B, T, vocabulary), in the order of their tokens; padding may follow each text.
 Logits = Callable[[Sequence[Text]], Tensor]
 
 
 class NextToken:
-    """The language model loss on the texts of LoRAs, and staying near the base model on the others.
+    """The language model loss on the LoRAs' texts, and the divergence from the base model on the other texts.
 
-    Every text counts alike, whatever its length.
+    Every text counts equally, whatever its length.
 
     Args:
         logits: The gated model.
-        texts: What to learn from.
-        base: For the texts of no LoRA, the base model's logits ``(T - start + 1, vocabulary)`` from the last token of
-            the prompt on; ``None`` for the rest. The loss there is the Kullback-Leibler divergence from them.
+        texts: The training texts.
+        base: For texts without a LoRA, the base model's logits ``(T - start + 1, vocabulary)`` from the last token of
+            the prompt; ``None`` for the others. The loss there is the Kullback-Leibler divergence from the base model.
     """
 
     def __init__(self, logits: Logits, texts: Sequence[Text], base: Sequence[Tensor | None]) -> None:
@@ -63,19 +60,18 @@ class NextToken:
     def loss(self, indices: Sequence[int]) -> Tensor:
         texts = [self.texts[i] for i in indices]
         losses: list[Tensor] = []
-        for i, text, found in zip(indices, texts, answers(self.logits, texts), strict=True):
-            if (wanted := self.base[i]) is None:
-                losses.append(F.cross_entropy(found[:-1], text.ids[text.start :].to(found.device)))
+        for i, text, logits in zip(indices, texts, answer_logits(self.logits, texts), strict=True):
+            if (base := self.base[i]) is None:
+                losses.append(F.cross_entropy(logits[:-1], text.ids[text.start :].to(logits.device)))
             else:
-                log_p = wanted.to(found).log_softmax(-1)
-                losses.append(F.kl_div(found.log_softmax(-1), log_p, log_target=True, reduction="batchmean"))
+                log_p = base.to(logits).log_softmax(-1)
+                losses.append(F.kl_div(logits.log_softmax(-1), log_p, log_target=True, reduction="batchmean"))
         return torch.stack(losses).mean()
 
 
-def answers(logits: Logits, texts: Sequence[Text]) -> list[Tensor]:
-    """Per text the logits ``(T - start + 1, vocabulary)`` from the last token of the prompt on, float32."""
-    found = logits(texts)
-    return [row[text.start - 1 : len(text.ids)].float() for row, text in zip(found, texts, strict=True)]
+def answer_logits(logits: Logits, texts: Sequence[Text]) -> list[Tensor]:
+    """Per text the logits ``(T - start + 1, vocabulary)`` from the last token of the prompt, float32."""
+    return [row[text.start - 1 : len(text.ids)].float() for row, text in zip(logits(texts), texts, strict=True)]
 
 
 def train_on_texts(
@@ -96,57 +92,53 @@ def train_on_texts(
 
     Args:
         attachment: The mixture on the model. mixture: The same mixture.
-        texts: Some for every LoRA, and any for none.
+        texts: Some for every LoRA; any number without a LoRA.
         logits: Runs the model.
-        settings: How to train.
-        base: The kind of model, for the gates' file. identity: What else tells this training from others.
-        folder: Where the state is kept, so that an interrupted training goes on where it was. It is emptied at the end.
+        settings: Settings of the fit.
+        base: The kind of model, for the gates' file.
+        identity: Anything else that distinguishes this training from others.
+        folder: Folder for the state, so that an interrupted training can be resumed; it is removed at the end.
         devices: See `fit`.
-        progress: Called with (done, in all, what is going on). May raise to cancel.
-        keep: Called with what was learnt so far when the training is interrupted.
+        progress: Called with (done, total, description). May raise an exception to cancel.
+        keep: Called with the result so far if the training is interrupted.
 
     Raises:
-        MergeError: A LoRA without texts, texts that cannot be learnt from, or numbers that are not finite.
+        MergeError: A LoRA without texts, texts with nothing to predict, or values that are not finite.
         FormatError: `folder` holds another training.
     """
     _check(mixture, texts)
-    experts = tuple(Expert.of(adapter) for adapter in mixture.experts)
     record = {
         "settings": {"objective": "next-token", **settings.model_dump()},
-        "texts": [sum(text.expert == i for text in texts) for i in (*range(len(experts)), None)],
-        "strengths": [strength * mixture.scale for strength in mixture.strengths],
+        "texts": [sum(text.expert == i for text in texts) for i in (*range(len(mixture.experts)), None)],
     }
-    described = [
-        record,
-        [e.sha256 for e in experts],
-        mixture.gates.settings.model_dump(),
-        mixture.mixing,
-        base,
-        identity,
-    ]
-    places = [(text.start, text.expert, len(text.ids)) for text in texts]
-    key = digest((text.ids for text in texts), json.dumps([described, places]))
-    if folder is not None:
-        read_state(folder, key)  # another training's folder is refused at once
-    parts = [texts[i : i + settings.batch] for i in range(0, len(texts), settings.batch)]
-    some = texts[:: -(-len(texts) // _CALIBRATED_ON)]  # of every LoRA
+    run = TrainingRun(
+        attachment, mixture, settings, record,
+        base=base, identity=identity, folder=folder, devices=devices, progress=progress, keep=keep,
+    )  # fmt: skip
+    spans = [(text.start, text.expert, len(text.ids)) for text in texts]
+    key = digest((text.ids for text in texts), json.dumps([run.description, spans]))
+    run.check_folder(key)
+    some = texts[:: -(-len(texts) // MEASURED_EXAMPLES)]  # evenly spaced, so that every LoRA has some
 
-    def show() -> None:
+    def read_some() -> None:
         for i in range(0, len(some), settings.batch):
             logits(some[i : i + settings.batch])
 
-    standardise_features(attachment, show)
-    wanted: list[Tensor | None] = []
-    with torch.no_grad(), attachment.hold([0.0] * len(experts)):
-        for part in parts:
-            others = [text for text in part if text.expert is None]
-            found = iter(answers(logits, others) if others else [])
-            wanted += [next(found).cpu() if text.expert is None else None for text in part]
-    return learn(
-        attachment, NextToken(logits, texts, wanted), settings,
-        partial(TrainingResult.of, experts=experts, base=base, record=record),
-        key=key, folder=folder, devices=devices, progress=progress, keep=keep,
-    )  # fmt: skip
+    standardise_features(attachment, read_some)
+    objective = NextToken(logits, texts, _base_logits(attachment, texts, logits, settings.batch))
+    return run.fit(objective, key)
+
+
+def _base_logits(attachment: Attachment, texts: Sequence[Text], logits: Logits, batch: int) -> list[Tensor | None]:
+    """The base model's logits of the texts without a LoRA, on the CPU; ``None`` for the others."""
+    base: list[Tensor | None] = []
+    with torch.no_grad(), attachment.hold([0.0] * attachment.bank.experts):
+        for i in range(0, len(texts), batch):
+            part = texts[i : i + batch]
+            without_lora = [text for text in part if text.expert is None]
+            rows = iter(answer_logits(logits, without_lora) if without_lora else [])
+            base += [next(rows).cpu() if text.expert is None else None for text in part]
+    return base
 
 
 def _check(mixture: Mixture, texts: Sequence[Text]) -> None:
@@ -154,7 +146,7 @@ def _check(mixture: Mixture, texts: Sequence[Text]) -> None:
     for i, label in enumerate(mixture.labels):
         if not any(text.expert == i for text in texts):
             raise MergeError(
-                "A LoRA has no texts to learn from, so its gates would only learn to shut.",
+                "A LoRA has no texts to learn from, so its gates would only learn to close.",
                 file=label,
                 expected="a few examples of what the LoRA is for",
                 found="none",
@@ -162,7 +154,7 @@ def _check(mixture: Mixture, texts: Sequence[Text]) -> None:
     for text in texts:
         if not 1 <= text.start < len(text.ids):
             raise MergeError(
-                "An example has nothing to predict, or nothing to predict it from.",
+                "An example has nothing to predict, or no prompt to predict it from.",
                 expected="a prompt of at least one token, and at least one token after it",
                 found=f"{text.start} and {len(text.ids) - text.start} tokens",
                 remedy="give examples as (prompt, answer)",

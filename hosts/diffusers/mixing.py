@@ -18,9 +18,9 @@ from ...core.errors import MergeError
 from ...core.layers.keymap import apply_key_map
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.gates import GateSet
-from ...core.mole.guidance import Rows
+from ...core.mole.guidance import PromptRows
 from ...core.mole.mixture import Mixture
-from ...core.mole.router import check_concepts, named, routed_values
+from ...core.mole.router import check_concepts, concepts_in, routed_values
 from ...core.mole.trained import TrainedGates
 from ..base_model import base_model_name, other_base_model
 from .layer_names import key_map
@@ -79,7 +79,7 @@ def load_gates(pipe: Any, path: str | Path, adapters: Sequence[Adapter]) -> Gate
     return TrainedGates.load(path).of(adapters, base_model_name(denoising_model(pipe)))
 
 
-def prompt_rows(pipe: Any) -> Rows:
+def prompt_rows(pipe: Any) -> PromptRows:
     """Select the rows of a batch that belong to the prompt, not to the negative prompt; for `attach` and `Record`."""
 
     def rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
@@ -169,7 +169,7 @@ class _PromptRouter:
             if prefix and bound.arguments.get("negative_prompt_embeds") is None:
                 parts[0] = parts[0] or ""
             if parts[0] is not None:
-                wanted = named(_row_texts(parts, len(embeddings)), self.concepts)
+                wanted = concepts_in(_row_texts(parts, len(embeddings)), self.concepts)
                 self.encoded.append((embeddings.detach(), routed_values(wanted, self.settings)))
         return result
 

@@ -19,7 +19,7 @@ from ...core.errors import MergeError
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.mixture import Mixture
 from ...core.mole.record import Record
-from ...core.mole.router import check_concepts, named
+from ...core.mole.router import check_concepts, concepts_in
 from ...core.progress import Progress
 from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, prompts_for, train
 from ...core.train.frozen import frozen
@@ -155,7 +155,7 @@ def train_gates(
 def _captions(images: Sequence[tuple[Any, str]], concepts: Sequence[Sequence[str]]) -> list[Prompt]:
     """The images' descriptions as prompts."""
     texts = [text.strip() for _, text in images]
-    rows = named(texts, concepts).tolist()
+    rows = concepts_in(texts, concepts).tolist()
     return [Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)]
 
 

@@ -60,13 +60,13 @@ class TransformersTextReader:
         finally:
             self.generating, self.generation_prompt = outer
 
-    def begin(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> TextPositions:
+    def begin_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TextPositions:
         """See `core.mole.texts.TextReader`.
 
         Raises:
             MergeError: The call has a cache that was started without the mixture, or with another batch size.
         """
-        given = dict(zip(self.parameter_names, arguments, strict=False)) | dict(named)
+        given = dict(zip(self.parameter_names, args, strict=False)) | dict(kwargs)
         self._patch_checkpointing()
         self.cache = next((v for name in _CACHES if (v := given.get(name)) is not None), None)
         ids = next((v for k in ("input_ids", "inputs_embeds") if isinstance(v := given.get(k), Tensor)), None)
@@ -78,7 +78,7 @@ class TransformersTextReader:
         if self.tokens:
             return TextPositions(positions)
         if past or any(given.get(name) is not None for name in _OTHER_CACHES):
-            return TextPositions(kept=self._gates_of_cache(B))
+            return TextPositions(prompt_gates=self._gates_of_cache(B))
         if self.generating:
             if self.generation_prompt is None:
                 self.generation_prompt = positions
@@ -88,7 +88,7 @@ class TransformersTextReader:
             positions = positions & _before_labels(labels.to(positions.device), positions)
         return TextPositions(positions)
 
-    def end(self, output: Any, values: Mapping[str, Tensor]) -> None:
+    def end_pass(self, output: Any, values: Mapping[str, Tensor]) -> None:
         new_cache = next((v for name in _CACHES if (v := getattr(output, name, None)) is not None), None)
         cache = self.cache if self.cache is not None else new_cache
         self.cache = None
@@ -158,7 +158,7 @@ class _PatchedCheckpointing:
         self.function, self.attachment = function, attachment
 
     def __call__(self, block: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.attachment.repeatable(block), *args, **kwargs)
+        return self.function(self.attachment.recomputable(block), *args, **kwargs)
 
     def remove(self, module: Any) -> None:
         if module.__dict__.get("_gradient_checkpointing_func") is self:

@@ -97,7 +97,7 @@ class ComfyDenoiser:
             groups.setdefault(_batch_key(self._prompts[number]), []).append(row)
         out: list[tuple[int, Tensor]] = []
         for rows in groups.values():
-            with self.attachment.part(rows):
+            with self.attachment.only_samples(rows):
                 clean = self._clean(x[rows], sigma[rows], [self._prompts[prompts[row]] for row in rows])
             out += zip(rows, ((x[rows] - clean) / _like(sigma[rows], x)).split(1), strict=True)
         return torch.cat([part for _, part in sorted(out, key=lambda entry: entry[0])])

@@ -22,7 +22,7 @@ from ...core.merge.methods import METHODS, MergeMethod
 from ...core.mole.attach import Attachment
 from ...core.mole.bank import Bank
 from ...core.mole.gates import GateSet, GateSettings
-from ...core.mole.guidance import PromptFirst, PromptFollowing
+from ...core.mole.guidance import PromptGateSharing, PromptPassRequired
 from ...core.mole.mixture import MixMode, Mixture
 from ...core.mole.record import Record
 from ...core.mole.trained import TrainedGates
@@ -43,7 +43,7 @@ class ComfyMixture:
         mixture: The experts that are switched on, with their gates.
         bank: The factors and gates that run.
         record: The gate values of the last sampling run.
-        following: Lets the samples of the negative prompt use the gates of the prompt.
+        prompt_gates: Lets the samples of the negative prompt use the gates of the prompt.
         text_encoder_weights: Strengths of the experts in the text encoders.
         loaded: The LoRAs of the mixture.
         base: The kind of model, e.g. ``Flux``.
@@ -52,7 +52,7 @@ class ComfyMixture:
     mixture: Mixture
     bank: Bank
     record: Record
-    following: PromptFollowing
+    prompt_gates: PromptGateSharing
     text_encoder_weights: tuple[float, ...]
     loaded: LoadedLoras
     base: str
@@ -146,7 +146,7 @@ def build_mixture(
         mixture,
         bank,
         _PromptRecord(_prompt_rows),
-        PromptFollowing(_prompt_rows, apart=True),
+        PromptGateSharing(_prompt_rows, separate_passes=True),
         tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
         loaded,
         base,
@@ -167,41 +167,41 @@ def apply_to_model(mix: ComfyMixture, model: Any) -> Any:
     patched.set_injections(key, [_injection(mix)])
     patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: mix.record.passes.clear())
     send_gates = gate_sender(mix.record, tuple(mix.mixture.labels))
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_calculate, mix.following, send_gates))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_calculate, mix.prompt_gates, send_gates))
     patched.set_attachments(_ATTACHMENT_KEY, (*(model.get_attachment(_ATTACHMENT_KEY) or ()), mix))
     return patched
 
 
 def _calculate(
-    following: PromptFollowing,
+    prompt_gates: PromptGateSharing,
     send_gates: Callable[[], None],
     calculate: Any,
     model: Any,
     conds: Sequence[Any],
     *rest: Any,
 ) -> Any:
-    predictions = _predict_prompt_first(following, calculate, model, conds, *rest)
+    predictions = _predict_prompt_first(prompt_gates, calculate, model, conds, *rest)
     send_gates()
     return predictions
 
 
 def _predict_prompt_first(
-    following: PromptFollowing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+    prompt_gates: PromptGateSharing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
 ) -> Any:
     """Predict for prompt and negative prompt so that the latter can use the gates of the former.
 
     ComfyUI's own guidance passes two conds, the prompt's first. For other guidance each sample has its own gates.
     """
-    following.on = len(conds) == 2
-    if not following.on:
+    prompt_gates.enabled = len(conds) == 2
+    if not prompt_gates.enabled:
         return calculate(model, conds, *rest)
     if conds[0] is not None:
-        following.forget()
-    following.wait = None not in conds
+        prompt_gates.begin_step()
+    prompt_gates.require_prompt_first = None not in conds
     try:
         return calculate(model, conds, *rest)
-    except PromptFirst:  # with too little memory for one batch ComfyUI runs the negative prompt first
-        following.wait = False
+    except PromptPassRequired:  # with too little memory for one batch ComfyUI runs the negative prompt first
+        prompt_gates.require_prompt_first = False
         prompt = calculate(model, [conds[0], None], *rest)
         negative = calculate(model, [None, conds[1]], *rest)
         return [prompt[0], negative[1]]
@@ -216,7 +216,7 @@ def _injection(mix: ComfyMixture) -> PatcherInjection:
             return
         stack = ExitStack()
         network = patcher.model.diffusion_model
-        attachment = stack.enter_context(Attachment(network, mix.bank, following=mix.following))
+        attachment = stack.enter_context(Attachment(network, mix.bank, prompt_gates=mix.prompt_gates))
         stack.enter_context(attachment.watch(mix.record))
         attached[patcher] = stack
 
@@ -260,8 +260,8 @@ def _select(adapter: Adapter, wanted: Callable[[str], bool], *, modules: bool = 
 class _PromptRecord(Record):
     """A record that keeps of a pass's arguments only which samples are the prompt's: others would keep the model."""
 
-    def start(self, arguments: Mapping[str, Any]) -> None:
-        super().start({"transformer_options": {"cond_or_uncond": _cond_or_uncond(arguments)}})
+    def begin_pass(self, arguments: Mapping[str, Any]) -> None:
+        super().begin_pass({"transformer_options": {"cond_or_uncond": _cond_or_uncond(arguments)}})
 
 
 def _cond_or_uncond(arguments: Mapping[str, Any]) -> list[int]:

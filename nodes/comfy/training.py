@@ -21,7 +21,7 @@ from ...core.mole.attach import attach
 from ...core.mole.bank import Bank
 from ...core.progress import Progress
 from ...core.train import Images, Prompt, TrainingResult, TrainSettings, train
-from ...core.train.measure import AT_ONCE, CalibrationSettings, measure_statistics
+from ...core.train.measure import MAX_MOMENT_BYTES, CalibrationSettings, measure_statistics
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixture import ComfyMixture
 from .sampling import encode
@@ -135,7 +135,7 @@ def calibrate(setup: SamplingSetup, settings: CalibrationSettings, progress: Pro
         MergeError: See `measure_statistics`.
     """
     mixture = setup.mix.mixture
-    modules = {name: rows.key for name, rows in mixture.places.items()}
+    modules = {name: rows.key for name, rows in mixture.targets.items()}
     encoded = setup.encode_prompts()
     with _loaded(setup, settings.batch) as patcher, _denoiser(setup, patcher, encoded) as denoiser:
         return measure_statistics(
@@ -167,7 +167,7 @@ def _loaded(setup: SamplingSetup, batch: int) -> Generator[Any]:
     patcher = setup.model.clone()
     shape = (batch, *comfy.sample.fix_empty_latent_channels(patcher, setup.latent).shape[1:])
     models = [patcher, *patcher.get_nested_additional_models()]
-    comfy.model_management.load_models_gpu(models, memory_required=patcher.memory_required(shape) + AT_ONCE)
+    comfy.model_management.load_models_gpu(models, memory_required=patcher.memory_required(shape) + MAX_MOMENT_BYTES)
     try:
         yield patcher
     finally:

@@ -82,7 +82,7 @@ class Calibrate(io.ComfyNode):
             f"{len(setup.prompts)} prompts of {kinds} kinds, {pictures} images of each; "
             f"{statistics.size / 1e6:.1f} MB in memory"
         )
-        left_out = len(mixture.places) - len(statistics.modules)
+        left_out = len(mixture.targets) - len(statistics.modules)
         if left_out:
             text += f"\n{left_out} layers are too wide or were not used: a merge takes the plain SVD of the sum there"
         return io.NodeOutput(statistics, text, ui=display.show_text(text))

@@ -21,7 +21,7 @@ from legomole.cli import train_pipeline
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
-from legomole.core.mole.router import named, route_gates
+from legomole.core.mole.router import concepts_in, route_gates
 from legomole.core.mole.trained import TrainedGates
 from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
@@ -144,7 +144,7 @@ def test_the_router_needs_no_steps() -> None:
     pipe = tiny.build("SD 1.5")
     prompts = trained.training["prompts"]
     encoded = torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0].mean(1) for prompt in prompts])
-    asked = named(prompts, [["ember style", "burning"], ["heart"]])
+    asked = concepts_in(prompts, [["ember style", "burning"], ["heart"]])
     expected = route_gates(encoded.detach(), asked, trained.gates.settings, ["x"])["x"]
     for scope in trained.gates.names:
         torch.testing.assert_close(trained.gates[scope].state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)
@@ -186,7 +186,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
         @contextlib.contextmanager
         def bar(*_: Any, **__: Any) -> Generator[Any]:
             def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "painting"):
+                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
                     raise what_comes
 
             yield progress
@@ -260,7 +260,7 @@ BAD = {
     "the same word twice": (("pipe", *LORAS, "--words", "x", "--words", "X"), "named by the same word"),
     "no words": (("pipe", *LORAS, "--words", "x", "--words", ","), "has no words"),
     "zero strength": (("pipe", "style.safetensors:0", "--words", "x"), "strength 0"),
-    "no pictures": (("pipe", *LORAS, *WORDS, "--objective", "denoise"), "needs pictures"),
+    "no pictures": (("pipe", *LORAS, *WORDS, "--objective", "denoise"), "needs images"),
     "an empty folder": (("pipe", *LORAS, *WORDS, "--images", "1:pipe"), "There are no pictures"),
     "no prompts": (("pipe", *LORAS, *WORDS, "--prompts", "gone.txt"), "The text cannot be read"),
     "a prompt for one only": (("pipe", *LORAS, *WORDS, "--prompts", "prompts.txt"), "None of the prompts names LoRA"),

@@ -33,7 +33,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
 from legomole.core.mole.attach import attach  # noqa: E402
 from legomole.core.mole.bank import Bank  # noqa: E402
 from legomole.core.mole.gates import Gate, GateSet, GateSettings  # noqa: E402
-from legomole.core.mole.guidance import PromptFollowing  # noqa: E402
+from legomole.core.mole.guidance import PromptGateSharing  # noqa: E402
 from legomole.core.mole.recompute import exact_gradients  # noqa: E402
 from legomole.core.mole.trained import Expert, TrainedGates  # noqa: E402
 from legomole.nodes.comfy import mixture  # noqa: E402
@@ -247,12 +247,12 @@ def guided(base: str) -> Callable[[], Any]:
         fixed = mixed(model, *pair, gates=replace(gates, gates=constant(gates.gates, mean_gates)))
         with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):  # forces two batches
             two_batches = sample(mix, base)
-        with patch.object(PromptFollowing, "__call__", lambda _, scope, value: value):
+        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value: value):
             own_gates = sample(mix, base)
         three = mixed(model, *pair, gates=gates)
         three.set_model_sampler_calc_cond_batch_function(perpendicular)
         three_conds = sample(three, base)
-        with patch.object(PromptFollowing, "__call__", lambda _, scope, value: value):
+        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value: value):
             three_conds_own_gates = sample(three, base)
         return {
             "one batch": distance(latent, sample(fixed, base), plain),

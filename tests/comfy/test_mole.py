@@ -334,7 +334,7 @@ def test_switching_off(comfy: Server, pair: Callable, off: str, words: str) -> N
         ({"words": "a\nb\nc"}, "There are more lines of words than LoRAs."),
         ({"words": "heart\nheart"}, "LoRAs number 1 and 2 are named by the same word."),
         ({"prompts": "ember style\na dog"}, "None of the prompts names LoRA number 2."),
-        ({"objective": "denoise"}, "The denoising objective needs pictures."),
+        ({"objective": "denoise"}, "The denoising objective needs images."),
         ({"objective": "router", "reads": "hidden"}, "The router is for gates that read the text."),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

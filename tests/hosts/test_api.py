@@ -22,7 +22,7 @@ from legomole.core.train import FitSettings, TrainingResult, TrainSettings
 from legomole.hosts import api, loading
 from torch import Tensor, nn
 
-from ..core.mole.models import untouched
+from ..core.mole.mixtures import untouched
 from ..core.test_imports import FORBID, HEAVY, HOSTS, LAZY, run
 from .diffusers import tiny_pipelines as tiny
 from .transformers import tiny_language as language

@@ -1,18 +1,8 @@
-"""Small models to mix LoRAs on, random LoRAs and gates for them, and what a mixture means as merged weights."""
+"""Small models to mix LoRAs on."""
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
-
 import torch
-from legomole.core.adapter import Adapter, Source
-from legomole.core.lowrank import LowRank
-from legomole.core.mole.attach import Attachment, attach
-from legomole.core.mole.gates import Gate, GateSet, GateSettings
-from legomole.core.mole.mixture import Mixture
-from legomole.core.train import Prompt
 from torch import Tensor, nn
 
 D, FEATURES = 8, 6  # width of the models, and of their text conditioning
@@ -136,7 +126,7 @@ class DoubleBlock(nn.Module):
 
 
 class InPlace(nn.Module):
-    """A model in the manner of Flux: in-place double blocks called with keywords, then the picture's stream alone."""
+    """A model like Flux: double blocks called with keywords that work in place, then the image stream alone."""
 
     def __init__(self, blocks: int = 2, seed: int = 0) -> None:
         super().__init__()
@@ -149,12 +139,12 @@ class InPlace(nn.Module):
         img, txt, vec = self.img_in(x), self.txt_in(context), self.vec_in(context.mean(1))
         for block in self.double_blocks:
             img, txt = block(img=img, txt=txt, vec=vec)
-            img += 0.1  # as a control net does
+            img += 0.1  # as a ControlNet does
         return self.final(torch.cat([txt, img], 1)[:, txt.shape[1] :])
 
 
 class seeded:
-    """Draws inside the block depend on the seed alone, and leave no trace outside."""
+    """Random numbers inside the block depend on the seed only, and do not change those outside."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -170,7 +160,7 @@ class seeded:
 def inputs(
     model: nn.Module, batch: int = 2, seed: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """A picture (or tokens) and a text that a model of this file takes."""
+    """An image (or tokens) and a text as input for a model of this file."""
     g = torch.Generator().manual_seed(seed)
     shape = (2, 6, 6) if isinstance(model, UNet) else (5, 4)
     x, text = torch.randn(batch, *shape, generator=g), torch.randn(batch, 3, FEATURES, generator=g)
@@ -178,143 +168,5 @@ def inputs(
 
 
 def call(model: nn.Module, x: Tensor, text: Tensor) -> Tensor:
-    """The model's output, its text given by the name it has there."""
+    """The model's output; the text is passed by the model's own argument name."""
     return model(x, **{"encoder_hidden_states" if isinstance(model, UNet) else "context": text})
-
-
-def lora(
-    model: nn.Module,
-    seed: int,
-    rank: int = 2,
-    *,
-    names: Iterable[str] | None = None,
-    size: float = 0.3,
-    alpha: float | None = 1.0,
-    dtype: torch.dtype = torch.float32,
-    source: Source | None = None,
-) -> Adapter:
-    """Random factors for every layer, or those named."""
-    g = torch.Generator().manual_seed(seed)
-    chosen = set(names) if names is not None else None
-    modules: dict[str, LowRank] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and (chosen is None or name in chosen):
-            d_out, *rest = layer.weight.shape
-            A = torch.randn(rank, int(torch.tensor(rest).prod()), generator=g).to(dtype)
-            B = (size * torch.randn(d_out, rank, generator=g)).to(dtype)
-            modules[name] = LowRank(A, B, alpha, tuple(rest[1:]))
-    return Adapter(modules, source=source or Source())
-
-
-def merged(model: nn.Module, adapters: Sequence[Adapter], gates: Sequence[float]) -> nn.Module:
-    """A copy with the LoRAs in its weights, and without what is attached."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        module.__dict__.pop("forward", None)
-    with torch.no_grad():
-        for adapter, g in zip(adapters, gates, strict=True):
-            for name, part in adapter.modules.items():
-                weight = model.get_submodule(name).weight
-                weight += (g * part.delta()).reshape(weight.shape).to(weight.dtype)
-    return model
-
-
-def random_gates(
-    model: nn.Module, mixture: Mixture, settings: GateSettings, seed: int = 3, size: float = 0.5
-) -> GateSet:
-    """Gates that read what the mixture's would on this model, with random weights: as if trained."""
-    n, sizes = len(mixture.experts), {}
-
-    def seen(scope: str, f: Tensor, owner: Tensor | None) -> None:
-        sizes[scope] = f.shape[1], owner
-
-    untrained = Mixture(
-        mixture.experts, GateSet(n, settings), mixture.strengths, mixture.scale, mixture.mixing, mixture.places
-    )
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad(), attach(model, untrained) as attachment, attachment.measure(seen):
-        call(model, *inputs(model, dtype=dtype))
-        layers = attachment.layers_read
-    g = torch.Generator().manual_seed(seed)
-    gates: dict[str, Gate] = {}
-    for scope, (features, owner) in sizes.items():
-        spread, mean = 0.5 + torch.rand(features, generator=g), 0.1 * torch.randn(features, generator=g)
-        gates[scope] = gate = Gate(features, n, settings, mean=mean, spread=spread, owner=owner, layer=layers[scope])
-        with torch.no_grad():
-            gate.weight.copy_(size * torch.randn(gate.weight.shape, generator=g))
-            gate.bias.add_(size * torch.randn(gate.bias.shape, generator=g))
-            gate.log_temperature.fill_(0.2)
-    return GateSet(n, settings, gates)
-
-
-def trained(
-    model: nn.Module, adapters: Sequence[Adapter], settings: GateSettings, mixing: str = "delta", **kw
-) -> Mixture:
-    """A mixture with random gates."""
-    even = Mixture(tuple(adapters), GateSet(len(adapters), settings), mixing=mixing, **kw)
-    gates = random_gates(model, even, settings)
-    return Mixture(even.experts, gates, even.strengths, even.scale, even.mixing, even.places)
-
-
-def untouched(model: nn.Module) -> bool:
-    """Whether no module of the model has a forward method of its own."""
-    return not any({"forward", "_old_forward"} & set(module.__dict__) for module in model.modules())
-
-
-class Values:
-    """Notes what the gates open to. A `GateObserver`."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def start(self, arguments: object) -> None:
-        self.values = {}
-
-    def seen(self, scope: str, value: Tensor) -> None:
-        self.values[scope] = value
-
-
-def rms_normalised(x: Tensor, dim: int = -1) -> Tensor:
-    """What gates see of a layer's input; nothing where it is zero."""
-    return x / x.square().mean(dim, keepdim=True).sqrt().clamp_min(1e-6)
-
-
-def encode(text: str, length: int = 4) -> Tensor:
-    """``(length, FEATURES)``: a fixed random vector per word."""
-    words = (text.lower().replace(",", " ").split() or ["<empty>"])[:length]
-    rows = torch.zeros(length, FEATURES)
-    for row, word in zip(rows, words, strict=False):
-        seed = int(hashlib.sha256(word.encode()).hexdigest()[:8], 16)
-        row += torch.randn(FEATURES, generator=torch.Generator().manual_seed(seed))
-    return rows
-
-
-class ToyDenoiser:
-    """Flow matching on a `Transformer` or an `InPlace`."""
-
-    def __init__(self, model: nn.Module, prompts: Sequence[Prompt]) -> None:
-        self.model = model
-        self.text = torch.stack([encode(prompt.text) for prompt in prompts])
-
-    def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
-        x = torch.randn(len(prompts), 5, 4, generator=torch.Generator().manual_seed(seed))
-        return x - 0.5 * self.predict(x, torch.ones(len(prompts)), prompts)
-
-    def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return (1 - t.view(-1, 1, 1)) * latents + t.view(-1, 1, 1) * noise
-
-    def goal(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        return noise - latents
-
-    def predict(self, noisy: Tensor, t: Tensor, prompts: Sequence[int]) -> Tensor:
-        return call(self.model, noisy, self.text[list(prompts)])
-
-    def clean(self, noisy: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        return noisy - t.view(-1, 1, 1) * prediction
-
-
-def gradients(attachment: Attachment, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
-    """Gradients of a loss with respect to every parameter of the gates."""
-    attachment.bank.gates.zero_grad()
-    loss().backward()
-    return {name: p.grad.clone() for name, p in attachment.bank.gates.named_parameters() if p.grad is not None}

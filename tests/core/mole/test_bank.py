@@ -1,4 +1,4 @@
-"""Bank: where the experts' modules sit in a model, and clear words where they do not."""
+"""Bank: the layers that the experts' modules change, and errors for modules without a layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from torch import nn
 
-from .models import InPlace, Transformer, UNet, lora
+from .mixtures import lora
+from .models import InPlace, Transformer, UNet
 
 
 def renamed(adapter: Adapter, prefix: str, path: str = "") -> Adapter:
@@ -33,10 +34,10 @@ def test_modules_are_found_by_path_and_behind_the_usual_prefixes():
         assert set(Bank(model, Mixture((renamed(plain, prefix),))).stacks) == set(bank.stacks)
 
 
-def test_places_lead_anywhere():
+def test_targets_may_be_any_layer():
     model, low = InPlace(), LowRank(torch.randn(1, 8), torch.randn(8, 1))
-    places = {f"to_{x}": ParameterSlice("double_blocks.0.img.qkv", 8 * i, 8 * i + 8) for i, x in enumerate("qkv")}
-    bank = Bank(model, Mixture((Adapter({"to_k": low, "to_v": low}),), places=places))
+    targets = {f"to_{x}": ParameterSlice("double_blocks.0.img.qkv", 8 * i, 8 * i + 8) for i, x in enumerate("qkv")}
+    bank = Bank(model, Mixture((Adapter({"to_k": low, "to_v": low}),), targets=targets))
     (stack,) = bank.stacks.values()
     assert [group[:2] for group in stack.groups] == [(8, 16), (16, 24)]
     assert bank.paths == {"to_k": "double_blocks.0.img.qkv", "to_v": "double_blocks.0.img.qkv"}
@@ -53,7 +54,7 @@ def test_another_architecture():
     with pytest.raises(MergeError, match=r"model lacks layers[\s\S]*deep[\s\S]*6 layers such as blocks\.2\.attn"):
         Bank(model, Mixture((lora(model, 0), deeper)))
     with pytest.raises(MergeError, match=r"model lacks layers[\s\S]*double_blocks\.9"):
-        Bank(model, Mixture((lora(model, 0),), places={"inp": ParameterSlice("double_blocks.9", 0, 8)}))
+        Bank(model, Mixture((lora(model, 0),), targets={"inp": ParameterSlice("double_blocks.9", 0, 8)}))
 
 
 def test_another_shape_under_the_same_name():
@@ -63,7 +64,7 @@ def test_another_shape_under_the_same_name():
             Bank(Transformer(), Mixture((Adapter({"inp": low}),)))
 
 
-def test_what_cannot_be_mixed_is_said():
+def test_parts_that_cannot_be_mixed_are_listed():
     model, low = Transformer(), LowRank(torch.randn(1, 8), torch.randn(8, 1))
     adapter = Adapter(
         {**lora(model, 0).modules, "lora_te_text_model_0": low},
@@ -94,7 +95,7 @@ class TestGates:
         ):
             Bank(model, Mixture((lora(model, 0),), self.gates("a.0", "a.1")))
 
-    def test_of_parts_that_only_an_expert_that_is_off_changed_fall_away(self):
+    def test_of_scopes_that_only_a_switched_off_expert_changes_are_dropped(self):
         model = Transformer()
         a, b = lora(model, 0, names=["blocks.0.ff.0"]), lora(model, 1, names=["blocks.1.ff.0"])
         gate = Gate(2, 2, self.settings)
@@ -110,7 +111,7 @@ class TestGates:
             bank.gates["blocks.0"].bias.fill_(7.0)
         assert mixture.gates["blocks.0"].bias.tolist() != [7.0]
 
-    def test_only_they_learn(self):
+    def test_are_the_only_parameters_with_gradients(self):
         model = Transformer()
         bank = Bank(model, Mixture((lora(model, 0),), self.gates("blocks.0")))
         assert {id(p) for p in bank.parameters()} == {id(p) for p in bank.gates.parameters()}
@@ -139,7 +140,7 @@ def test_factors_take_the_dtype_of_their_layer(dtype):
     }
 
 
-def test_an_eight_bit_layer_does_not_take_the_factors_with_it():
+def test_factors_of_an_eight_bit_layer_keep_their_dtype():
     model = nn.ModuleDict({"a": nn.Linear(4, 4)}).requires_grad_(False)
     model["a"].weight.data = model["a"].weight.data.to(torch.float8_e4m3fn)
     low = LowRank(torch.randn(2, 4).bfloat16(), torch.randn(4, 2).bfloat16())

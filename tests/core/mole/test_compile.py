@@ -1,4 +1,4 @@
-"""Mixtures and ``torch.compile``, whichever came first. The graphs it traces are run as they are: no C++ needed."""
+"""Mixtures and ``torch.compile`` in either order. Traced graphs are run without a compiler, so no C++ is needed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from legomole.core.mole.mixture import Mixture
 from torch import Tensor, nn
 
 from ..merge.pools import close
-from .models import InPlace, Transformer, call, gradients, inputs, lora, trained, untouched
+from .mixtures import gradients, lora, trained, untouched
+from .models import InPlace, Transformer, call, inputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # PyTorch's, on Python 3.13.0
 
 
 class Backend:
-    """Runs graphs as they are, and counts them."""
+    """Runs graphs without compiling them, and counts them."""
 
     def __init__(self) -> None:
         self.compiled = 0
@@ -57,7 +58,7 @@ def test_compiled_first(reads, mixing, granularity):
         assert close(compiled(x, text), expected, 1e-6)
         traced = backend.compiled
         assert close(compiled(x, text), expected, 1e-6)
-        assert backend.compiled == traced == 2  # once without and once with the mixture, not once a step
+        assert backend.compiled == traced == 2  # once without and once with the mixture, not once per step
     assert untouched(model)
     assert torch.equal(compiled(x, text), base)
 
@@ -91,7 +92,7 @@ def test_other_values_of_the_gates_reach_a_compiled_model():
 
 
 def test_blocks_compiled_one_by_one():
-    """As diffusers' `compile_repeated_blocks` does."""
+    """Like diffusers' `compile_repeated_blocks`."""
     model, backend = InPlace(1), Backend()
     x, text = inputs(model)
     base, mixture = call(model, x, text), mixed(model, "hidden", "delta", "block")
@@ -119,3 +120,20 @@ def test_gradients_of_a_compiled_model():
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_stored_output_is_not_overwritten():
+    class Stored(nn.Linear):
+        """A linear layer that returns a stored tensor."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stored
+
+    model = nn.Sequential(Stored(4, 4)).requires_grad_(False)
+    model[0].stored = torch.ones(3, 4)
+    compiled = torch.compile(model, backend=Backend(), fullgraph=True)
+    with attach(model, Mixture((lora(model, 1),))):
+        first, second = compiled(torch.ones(3, 4)).clone(), compiled(torch.ones(3, 4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.ones(3, 4))
+    assert torch.equal(model[0].stored, torch.ones(3, 4))

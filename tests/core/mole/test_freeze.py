@@ -1,4 +1,4 @@
-"""freeze(): the LoRA a mixture becomes acts as the mixture does with its gates held at their mean."""
+"""freeze(): the LoRA acts as the mixture does with its gates held at their mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from legomole.core.mole.record import Record
 from torch import nn
 
 from ..merge.pools import close
-from .models import D, InPlace, Transformer, UNet, call, inputs, lora, merged, trained
+from .mixtures import lora, merged, trained
+from .models import D, InPlace, Transformer, UNet, call, inputs
 
 CONCAT = METHODS["concat"]()
 
@@ -78,28 +79,28 @@ def test_of_a_network_gate_equals_gates_held():
 
 
 def test_modules_whose_names_have_brackets():
-    """As a host names the rows of a fused layer; in a pattern they would mean something else."""
+    """A host's names for rows of a fused layer contain characters that are special in glob patterns."""
     model = InPlace(1)
     g = torch.Generator().manual_seed(0)
     where = "double_blocks.0.img.qkv"
-    places = {f"{where}[{i}:{i + D}]": ParameterSlice(where, i, i + D) for i in (0, D)}
+    targets = {f"{where}[{i}:{i + D}]": ParameterSlice(where, i, i + D) for i in (0, D)}
     low = LowRank(torch.randn(2, D, generator=g), torch.randn(D, 2, generator=g))
-    adapter = Adapter(dict.fromkeys(places, low))
-    mixture = Mixture((adapter, adapter), GateSet(2, GateSettings(activation="softmax")), places=places)
+    adapter = Adapter(dict.fromkeys(targets, low))
+    mixture = Mixture((adapter, adapter), GateSet(2, GateSettings(activation="softmax")), targets=targets)
     bank, record = run(model, mixture)
     frozen = freeze(mixture, bank, record, CONCAT).adapter
-    assert frozen.modules.keys() == places.keys()
+    assert frozen.modules.keys() == targets.keys()
     for part in frozen.modules.values():
-        assert close(part.delta(), low.delta())  # shares of a half of each
+        assert close(part.delta(), low.delta())  # shares of one half for each
 
 
-def test_what_else_is_lost_is_said():
+def test_other_losses_are_reported():
     model = Transformer(1)
     expert = Adapter(lora(model, 1).modules, diffs={"inp.bias": torch.ones(D)}, source=Source("a.safetensors"))
     mixture = trained(model, (expert, lora(model, 2)), GateSettings(granularity="block"), "output")
     notes = " / ".join(freeze(mixture, *run(model, mixture), CONCAT).report.notes)
-    assert "mixed by their outputs" in notes
-    assert "though no gate ruled them: inp.bias of a: a difference" in notes
+    assert "mixed outputs of blocks" in notes
+    assert "merged without a gate: inp.bias of a: a difference" in notes
 
 
 def test_text_encoder_parts_have_weights_of_their_own():
@@ -127,16 +128,16 @@ def test_bad_input():
         freeze(mixture, bank, record, CONCAT)
 
 
-def test_what_peft_must_know_of_the_base_model_is_kept():
-    """What the LoRAs' configurations say alike: that layers are transposed, say; PEFT would warn, and put it right."""
+def test_peft_settings_that_depend_on_the_base_model_are_kept():
+    """Settings that the LoRAs' configurations share, e.g. transposed layers; PEFT would correct them with a warning."""
     model = Transformer()
-    said = (
+    configs = (
         {"peft_type": "LORA", "fan_in_fan_out": True, "r": 2},
         {"peft_type": "LORA", "fan_in_fan_out": True, "r": 3},
     )
     experts = [
         Adapter(lora(model, i).modules, metadata={"adapter_config": json.dumps(config)})
-        for i, config in enumerate(said)
+        for i, config in enumerate(configs)
     ]
     mixture = Mixture(tuple(experts))
     bank, record = run(model, mixture, 1)

@@ -1,4 +1,4 @@
-"""Gates: the paper's equations by hand, masks in closed form, and the losses of the gates' values."""
+"""Gates: the paper's equations by hand, masks in closed form, and losses of gate values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as rules
 from hypothesis import strategies as st
 from legomole.core.errors import MergeError
-from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss, entropy, normalised
+from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss, entropy, feature_spread, rms_normalised
 from pydantic import ValidationError
 
 ACTIVATIONS = ("sigmoid", "softmax", "softmax-null")
@@ -51,7 +51,7 @@ class TestGate:
         gate = self.gate("sigmoid", [[1, 2], [0, 1]], [-1, -1])
         assert gate(self.f)[0].tolist() == pytest.approx([1.5 * 0.880797078, 0.75])
 
-    def test_the_temperature_does_nothing_to_sigmoids(self):
+    def test_the_temperature_does_not_affect_sigmoids(self):
         gates = [self.gate("sigmoid", [[1, 2], [0, 1]], [-1, -1], tau) for tau in (1.0, 5.0)]
         assert torch.equal(gates[0](self.f), gates[1](self.f))
         assert not gates[0].log_temperature.requires_grad
@@ -63,7 +63,7 @@ class TestGate:
         assert gate.log_temperature.requires_grad
 
     def test_softmax_with_a_null_expert_by_hand(self):
-        # logits (log 1, log 2, log 5) without weights: shares (1, 2) / 8, the rest is nobody's
+        # logits (log 1, log 2, log 5) without weights: shares (1, 2) / 8, the rest is the null expert's
         gate = self.gate("softmax-null", [[0, 0]] * 3, [math.log(1), math.log(2), math.log(5)])
         assert gate(self.f)[0].tolist() == pytest.approx([1 / 8, 2 / 8])
 
@@ -121,7 +121,7 @@ class TestSelect:
     def test_softmax_of_one_left_is_exactly_one(self):
         assert torch.equal(random_gate("softmax").select([1])(torch.randn(6, 5)), torch.ones(6, 1))
 
-    def test_what_was_read_of_an_expert_goes_with_it(self):
+    def test_features_of_an_expert_are_dropped_with_it(self):
         owner = torch.tensor([0, 1, 1, 2, 2])
         gate = random_gate("sigmoid", owner=owner)
         left = gate.select([0, 2])
@@ -134,14 +134,14 @@ class TestSelect:
         )
         assert torch.allclose(left(f[:, [0, 3, 4]]), expected, atol=1e-6)
 
-    def test_another_order_sorts_what_is_read_by_expert_again(self):
+    def test_features_are_sorted_by_expert_in_another_order_too(self):
         gate = random_gate("sigmoid", owner=torch.tensor([0, 1, 1, 2, 2]))
         turned, f = gate.select([2, 0, 1]), torch.randn(6, 5)
         assert turned.owner.tolist() == [0, 0, 1, 2, 2]
         assert torch.allclose(turned(f[:, [3, 4, 0, 1, 2]]), gate(f)[:, [2, 0, 1]], atol=1e-6)
 
-    def test_positions_apart_stay_apart(self):
-        # two positions of the units (0, 1, 1): swapped within each, not across
+    def test_flat_features_are_reordered_within_each_position(self):
+        # two positions with units of experts (0, 1, 1): reordered within each position
         gate = random_gate("sigmoid", features=6, experts=2, owner=torch.tensor([0, 1, 1, 0, 1, 1]))
         turned, f = gate.select([1, 0]), torch.randn(4, 6)
         assert turned.owner.tolist() == [0, 0, 1, 0, 0, 1]
@@ -166,7 +166,7 @@ class TestGateSet:
         for value, gate in zip(together.values(f), gates.values(), strict=True):
             assert torch.allclose(value, gate(f), atol=1e-6)
 
-    def test_names_lead_to_gates(self):
+    def test_gates_by_name(self):
         gate = random_gate("sigmoid")
         gates = GateSet(3, GateSettings(), {"blocks.0": gate})
         assert gates["blocks.0"] is gate
@@ -211,22 +211,32 @@ class TestLosses:
 
 class TestNormalised:
     def test_by_hand(self):
-        # root mean square of (3, 4): sqrt((9 + 16) / 2); a position ten times as large comes to the same
+        # root mean square of (3, 4): sqrt((9 + 16) / 2); a position ten times as large gives the same
         x = torch.tensor([[[3.0, 4.0], [30.0, 40.0]]])
         expected = [3 / math.sqrt(12.5), 4 / math.sqrt(12.5)]
-        for row in normalised(x)[0]:
+        for row in rms_normalised(x)[0]:
             assert row.tolist() == pytest.approx(expected)
-        assert torch.equal(normalised(x.mT, 1), normalised(x).mT)
+        assert torch.equal(rms_normalised(x.mT, 1), rms_normalised(x).mT)
 
-    def test_nothing_stays_nothing_and_has_a_gradient(self):
+    def test_zero_stays_zero_and_has_a_gradient(self):
         x = torch.zeros(1, 2, 3, requires_grad=True)
-        y = normalised(x)
+        y = rms_normalised(x)
         y.sum().backward()
         assert not y.any()
         assert x.grad is not None
         assert x.grad.isfinite().all()
 
     def test_half_precision_is_widened_before_it_is_squared(self):
-        y = normalised(torch.full((1, 4), 60_000.0, dtype=torch.float16))
+        y = rms_normalised(torch.full((1, 4), 60_000.0, dtype=torch.float16))
         assert y.dtype == torch.float32
         assert y[0].tolist() == pytest.approx([1.0] * 4)
+
+
+class TestFeatureSpread:
+    def test_by_hand(self):
+        # variances (0, 200, 400): the mean 200 gives a floor of 2
+        spread = feature_spread(torch.tensor([0.0, 200.0, 400.0]))
+        assert spread.tolist() == pytest.approx([math.sqrt(2), math.sqrt(202), math.sqrt(402)])
+
+    def test_constant_features_are_not_scaled(self):
+        assert feature_spread(torch.zeros(2)).tolist() == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Negative prompts take the gates of the prompt they guide: in one batch, in two passes, with parts of a prompt."""
+"""Negative prompts get the gates of their prompt: in one batch, in two passes, with prompts of several parts."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import pytest
 import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.guidance import PromptFirst, PromptFollowing
+from legomole.core.mole.guidance import PromptGateSharing, PromptPassRequired
 from torch import Tensor
 
 from ..merge.pools import close
-from .models import Transformer, Values, call, inputs, lora, trained
+from .mixtures import Values, lora, trained
+from .models import Transformer, call, inputs
 
 
-def following(*own: int) -> PromptFollowing:
-    """Of batches in which these samples are the prompt's."""
-    return PromptFollowing(lambda _, batch: [row for row in own if row < batch])
+def following(*own: int) -> PromptGateSharing:
+    """For batches in which these rows are the prompt's."""
+    return PromptGateSharing(lambda _, batch: [row for row in own if row < batch])
 
 
 def rows(*values: float) -> Tensor:
@@ -30,9 +31,9 @@ class TestByHand:
         [
             ((0,), (1, 9), (1, 1)),
             ((1,), (9, 1), (1, 1)),
-            ((2, 3), (8, 9, 1, 2), (1, 2, 1, 2)),  # two pictures, negative first
+            ((2, 3), (8, 9, 1, 2), (1, 2, 1, 2)),  # two images, negative prompts first
             ((0, 1), (1, 2, 8, 9), (1, 2, 1, 2)),
-            ((0, 1, 2, 3), (1, 2, 3, 5, 8, 9), (1, 2, 3, 5, 2, 3.5)),  # a prompt of two parts: the mean of them
+            ((0, 1, 2, 3), (1, 2, 3, 5, 8, 9), (1, 2, 3, 5, 2, 3.5)),  # a prompt of two parts: their mean
             ((0,), (1, 8, 9), (1, 1, 1)),  # a negative prompt of two parts
             ((0, 1), (1, 2), (1, 2)),
         ],
@@ -40,60 +41,60 @@ class TestByHand:
     def test_in_one_batch(self, own, values, expected):
         follow = following(*own)
         for _ in range(2):  # the next step is no other
-            follow.start({}, len(values))
+            follow.begin_pass({}, len(values))
             assert torch.equal(follow("scope", rows(*values)), rows(*expected))
 
     def test_in_two_passes(self):
         prompt = [True]
-        follow = PromptFollowing(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
+        follow = PromptGateSharing(lambda _, batch: range(batch) if prompt[0] else [], separate_passes=True)
 
         def one(of_prompt: bool, *values: float) -> list[float]:
             prompt[0] = of_prompt
-            follow.start({}, len(values))
+            follow.begin_pass({}, len(values))
             return follow("scope", rows(*values))[:, 0].tolist()
 
-        assert one(False, 9) == [9]  # nothing to follow yet
+        assert one(False, 9) == [9]  # no prompt's gates yet
         assert one(True, 1, 2) == [1, 2]
         assert one(False, 8, 9) == [1, 2]
         assert one(False, 8, 9) == [1, 2]
-        follow.forget()
+        follow.begin_step()
         assert one(True, 3, 4) == [3, 4]  # a prompt of two parts
         assert one(True, 5, 8) == [5, 8]
         assert one(False, 8, 9) == [4, 6]
-        follow.forget()
+        follow.begin_step()
         assert one(False, 8, 9) == [8, 9]
 
-    def test_a_negative_prompt_that_comes_first_is_put_off(self):
+    def test_a_negative_prompt_that_comes_first_raises(self):
         prompt = [False]
-        follow = PromptFollowing(lambda _, batch: range(batch) if prompt[0] else [], apart=True)
-        follow.wait = True
-        with pytest.raises(PromptFirst):
-            follow.start({}, 1)
+        follow = PromptGateSharing(lambda _, batch: range(batch) if prompt[0] else [], separate_passes=True)
+        follow.require_prompt_first = True
+        with pytest.raises(PromptPassRequired):
+            follow.begin_pass({}, 1)
         prompt[0] = True
-        follow.start({}, 1)
+        follow.begin_pass({}, 1)
         prompt[0] = False
-        follow.start({}, 1)  # even if no gate of the prompt told anything
-        follow.forget()
-        with pytest.raises(PromptFirst):
-            follow.start({}, 1)
+        follow.begin_pass({}, 1)  # even if the prompt's pass opened no gate
+        follow.begin_step()
+        with pytest.raises(PromptPassRequired):
+            follow.begin_pass({}, 1)
 
-    def test_scopes_are_apart_and_values_for_all_samples_stay(self):
+    def test_scopes_are_independent_and_values_for_all_samples_stay(self):
         follow = following(0)
-        follow.start({}, 2)
+        follow.begin_pass({}, 2)
         assert torch.equal(follow("a", rows(1, 9)), rows(1, 1))
         assert torch.equal(follow("b", rows(2, 9)), rows(2, 2))
         assert torch.equal(follow("c", rows(5)), rows(5))
 
     def test_switched_off_each_sample_has_its_own(self):
         follow = following(0)
-        follow.on = False
-        follow.start({}, 2)
+        follow.enabled = False
+        follow.begin_pass({}, 2)
         assert torch.equal(follow("a", rows(1, 9)), rows(1, 9))
 
 
 @pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
 @pytest.mark.parametrize("mixing", ["delta", "output"])
-def test_both_halves_of_a_guided_batch_are_painted_with_the_gates_of_the_prompt(reads, mixing):
+def test_both_halves_of_a_guided_batch_use_the_gates_of_the_prompt(reads, mixing):
     model = Transformer(1)
     settings = GateSettings(reads=reads, granularity="block")
     pair = (lora(model, 1), lora(model, 2))
@@ -117,5 +118,5 @@ def test_both_halves_of_a_guided_batch_are_painted_with_the_gates_of_the_prompt(
     for scope, value in both.values.items():
         assert torch.equal(value[0], value[1])
         first = next(iter(own.values))
-        if scope == first:  # later ones read what the first half, painted otherwise, does not change
+        if scope == first:  # the first gate reads an input that the negative prompt does not change
             assert torch.equal(value[1], own.values[scope][1])

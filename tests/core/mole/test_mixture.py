@@ -1,4 +1,4 @@
-"""Mixture: what it checks, and what is left when experts are switched off."""
+"""Mixture: checks of its arguments, and experts that are switched off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 
-from .models import Transformer, lora
+from .mixtures import lora
+from .models import Transformer
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,6 @@ def test_one_left_under_softmax_has_all(experts):
     gate = Gate(2, 3, GateSettings(activation="softmax"))
     left = Mixture(experts, GateSet(3, gate.settings, {"": gate})).without(0, 2)
     assert torch.equal(left.gates[""](torch.randn(4, 2)), torch.ones(4, 1))
-    # without training as well: even shares of one
+    # also without training: the share of one expert is 1
     untrained = Mixture(experts, GateSet(3, gate.settings)).without(0, 2)
     assert untrained.gates.even(torch.zeros(1)).tolist() == [[1.0]]

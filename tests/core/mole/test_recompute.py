@@ -1,4 +1,4 @@
-"""What is computed twice is forgotten with its graph; that it is right, see test_attach.py."""
+"""Tensors of recomputed blocks are freed with their graph; test_gradients.py tests the values."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import pytest
 import torch
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.gating import CollectedGates
+from legomole.core.mole.observers import CollectedGates
 from torch.utils.checkpoint import checkpoint
 
-from .models import Transformer, call, inputs, lora, seeded, trained
+from .mixtures import lora, trained
+from .models import Transformer, call, inputs, seeded
 
 
 @pytest.mark.parametrize("by", ["us", "the model"])
 @pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
 def test_gates_that_were_collected_are_freed(reads: Any, by: str) -> None:
-    """The graph keeps what to run again, the watcher gates of the graph: no cycle between the two."""
+    """The graph keeps the function to run again, the observer keeps gates of the graph: this must not be a cycle."""
     with seeded(0):
         model = Transformer()
     mixture = trained(model, [lora(model, 1), lora(model, 2)], GateSettings(reads=reads))
     with attach(model, mixture, checkpointing=by == "us") as attachment:
-        seen = CollectedGates()
-        with attachment.watch(seen):
+        observed = CollectedGates()
+        with attachment.watch(observed):
             if by == "us":
                 out = call(model, *inputs(model))
             else:
@@ -34,10 +35,10 @@ def test_gates_that_were_collected_are_freed(reads: Any, by: str) -> None:
                     return call(model, x, text)
 
                 x, text = inputs(model)
-                out = checkpoint(attachment.repeatable(run), x.requires_grad_(), text, use_reentrant=True)
+                out = checkpoint(attachment.recomputable(run), x.requires_grad_(), text, use_reentrant=True)
         out.sum().backward()  # type: ignore[union-attr]
-        kept = [weakref.ref(value) for value in seen.values.values()]
+        kept = [weakref.ref(value) for value in observed.values.values()]
         assert kept
-        del out, seen
+        del out, observed
         gc.collect()
         assert [ref() for ref in kept] == [None] * len(kept)

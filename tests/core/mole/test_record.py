@@ -1,4 +1,4 @@
-"""Record: gate values by pass, scope and expert, and what is made of them."""
+"""Record: gate values by pass, scope and expert, and their mean, deviation and entropy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
 from legomole.core.mole.record import Record
 
-from .models import Transformer, inputs, lora, trained
+from .mixtures import lora, trained
+from .models import Transformer, inputs
 
 
 def record(*passes: dict[str, list[list[float]]], rows=None, sizes=None) -> Record:
     made = Record(rows)
     for i, one in enumerate(passes):
-        made.start({} if sizes is None else sizes[i])
+        made.begin_pass({} if sizes is None else sizes[i])
         for scope, value in one.items():
-            made.seen(scope, torch.tensor(value))
+            made.gate_opened(scope, torch.tensor(value))
     return made
 
 
@@ -49,14 +50,14 @@ def test_latest_is_the_last_pass_with_values():
 
 
 def test_the_first_value_of_a_pass_counts():
-    """A part of the model that runs again (a tile, a refiner) does not overwrite it."""
+    """A part of the model that runs again (a tile, a refiner) does not overwrite the recorded value."""
     made = record({"a": [[1.0]]})
-    made.seen("a", torch.tensor([[0.0]]))
+    made.gate_opened("a", torch.tensor([[0.0]]))
     assert made.passes == [{"a": torch.tensor([[1.0]])}]
 
 
 def test_rows_of_the_prompt_alone():
-    """The caller tells the prompt's rows from the negative prompt's by the arguments of the model's forward."""
+    """The caller finds the prompt's rows from the arguments of the model's forward method."""
     made = record(
         {"a": [[0.0], [1.0]]}, {"a": [[0.5]]}, {"a": [[0.2], [0.4]]},
         rows=lambda arguments, batch: [i for i, kind in enumerate(arguments["kinds"]) if kind == "prompt"],
@@ -71,7 +72,7 @@ def test_nothing_recorded():
             made.table()
 
 
-def test_of_a_model_at_work():
+def test_of_a_running_model():
     model = Transformer()
     x, text = inputs(model)
     mixture = trained(model, (lora(model, 1), lora(model, 2)), GateSettings(reads="text"))

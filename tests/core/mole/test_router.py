@@ -1,4 +1,4 @@
-"""The prompt router: words found in prompts, and gates that act as it does."""
+"""The prompt router: words found in prompts, and gates that act like the router."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import math
 import pytest
 import torch
 from legomole.core.errors import MergeError
-from legomole.core.mole.gates import GateSettings
-from legomole.core.mole.router import named, route_gates, routed_values, standardisation
+from legomole.core.mole.gates import GateSettings, feature_spread
+from legomole.core.mole.router import concepts_in, route_gates, routed_values
 
 ASKED = torch.tensor([[True, False], [False, True], [True, True], [False, False]])
 
 
 class TestNamed:
-    def test_whole_words_whatever_their_case(self):
+    def test_whole_words_ignoring_case(self):
         prompts = ["An Ember style cat", "embers", "ember, heart-shaped", "in remember style", "(ember:1.2) HEART", ""]
-        found = named(prompts, [["ember"], ["heart", "love heart"]])
+        found = concepts_in(prompts, [["ember"], ["heart", "love heart"]])
         assert found.tolist() == [
             [True, False], [False, False], [True, True], [False, False], [True, True], [False, False],
         ]  # fmt: skip
 
-    def test_phrases_signs_and_other_scripts(self):
+    def test_phrases_punctuation_and_other_scripts(self):
         prompts = ["a love heart", "love of the heart", "<sks> c++ dog", "ein Café", "一只 猫"]
-        found = named(prompts, [["love heart"], ["<sks>"], ["C++ "], ["café"], ["猫"]])
+        found = concepts_in(prompts, [["love heart"], ["<sks>"], ["C++ "], ["café"], ["猫"]])
         assert found.int().tolist() == [
             [1, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1],
         ]  # fmt: skip
 
-    def test_of_nothing(self):
-        assert named([], [["a"]]).shape == (0, 1)
-        assert named(["a"], []).shape == (1, 0)
+    def test_without_prompts_or_concepts(self):
+        assert concepts_in([], [["a"]]).shape == (0, 1)
+        assert concepts_in(["a"], []).shape == (1, 0)
 
 
 class TestRoutedValues:
@@ -62,12 +62,12 @@ class TestRouteGates:
         assert float((found - wanted).abs().max()) < 0.15
 
     def test_equal_the_ridge_regression(self):
-        """Found in the dual form (prompts x prompts); here in the primal one (features x features)."""
+        """route_gates solves the dual form (prompts x prompts), the test the primal form (features x features)."""
         text, ridge = self.text().double(), 3.0
         gate = route_gates(self.text(), ASKED, GateSettings(ceiling=3.0), [""], ridge=ridge)[""]
-        mean, spread = standardisation(text.mean(0), text.var(0, unbiased=False))
+        mean, spread = text.mean(0), feature_spread(text.var(0, unbiased=False))
         X = (text - mean) / spread
-        # at 1 = 3 sigmoid(y): y = -log 2; off: -4; the bias is what all have in the mean: half of the prompts ask
+        # at 1 = 3 sigmoid(y): y = -log 2; off: -4; the bias is the mean over all: half of the prompts ask
         Y = torch.where(ASKED, -math.log(2.0), -4.0).double()
         bias = Y.mean(0)
         W = torch.linalg.solve(X.mT @ X + ridge * torch.eye(40, dtype=X.dtype), X.mT @ (Y - bias)).mT
@@ -83,14 +83,3 @@ class TestRouteGates:
             route_gates(self.text(), ASKED & torch.tensor([True, False]), GateSettings(), [""])
         with pytest.raises(MergeError, match="LoRA number 1 is asked for by every prompt"):
             route_gates(self.text(), ASKED | torch.tensor([True, False]), GateSettings(), [""])
-
-
-class TestStandardisation:
-    def test_by_hand(self):
-        # variances (0, 200, 400): the mean 200 gives a floor of 2
-        mean, spread = standardisation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 200.0, 400.0]))
-        assert mean.tolist() == [1.0, 2.0, 3.0]
-        assert spread.tolist() == pytest.approx([math.sqrt(2), math.sqrt(202), math.sqrt(402)])
-
-    def test_what_never_varies_is_left_as_it_is(self):
-        assert standardisation(torch.zeros(2), torch.zeros(2))[1].tolist() == [1.0, 1.0]

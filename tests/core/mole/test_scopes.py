@@ -1,4 +1,4 @@
-"""Scopes: blocks and layers found in the module trees of the families."""
+"""Scopes: blocks and layers found in module trees of several model families."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_u_net_has_blocks_within_blocks():
     assert block["down_blocks.0.resnets.0.conv1"] == "down_blocks.0.resnets.0"
     assert block["down_blocks.0.attentions.0.proj_in"] == "down_blocks.0.attentions.0"
     assert block[f"{inner}.attn.to_out.0"] == inner
-    assert block["down_blocks.0.downsamplers.0.0"] == "down_blocks.0"  # what holds one layer is no block
+    assert block["down_blocks.0.downsamplers.0.0"] == "down_blocks.0"  # a module with one layer is not a block
     layer = names(model, "layer")
     assert layer["down_blocks.0.resnets.0.conv1"] == "down_blocks.0.resnets.0"
     assert layer[f"{inner}.ff.0"] == f"{inner}.ff"
@@ -62,7 +62,7 @@ def test_streams_of_a_double_block():
 
 
 def test_a_wrapped_feed_forward():
-    """As diffusers has it: ``ff.net.0.proj``, and ``x_block.attn.qkv`` in ComfyUI's SD3."""
+    """``ff.net.0.proj`` as in diffusers, and ``x_block.attn.qkv`` as in ComfyUI's SD3."""
 
     def holding(**children: nn.Module) -> nn.Module:
         module = nn.Module()
@@ -79,7 +79,7 @@ def test_a_wrapped_feed_forward():
     assert layer["joint_blocks.0.x_block.attn.qkv"] == "joint_blocks.0.x_block.attn"
 
 
-def test_a_compiled_model_is_seen_through():
+def test_a_compiled_model_is_unwrapped():
     model = Transformer()
     assert uncompiled(torch.compile(model, backend="eager")) is model
     assert uncompiled(model) is model

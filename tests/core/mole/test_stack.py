@@ -1,4 +1,4 @@
-"""Stack: many experts at once against one after the other, for every kind of layer; the paper's gate input."""
+"""Stack: all experts at once against one after the other, for every kind of layer; the paper's gate input."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
+from legomole.core.mole.adapted_layers import rows_of, stacks
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch, rows_of, stacks
+from legomole.core.mole.stack import ExpertSlice, Stack, fit_batch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -76,13 +77,13 @@ class TestLinear:
             expected = expected + gate * (x.double() @ delta.mT)
         stack = Stack(parts, 6)
         assert stack.whole
-        for taking in (False, True):  # while gradients are taken nothing is overwritten
+        for taking in (False, True):  # outputs are not overwritten if gradients are enabled
             with torch.set_grad_enabled(taking):
                 assert close(apply(stack, layer, x, g), expected)
 
     def test_by_hand(self):
         # A = (1, 1), B = (2, 4)^T, alpha 2 at rank 1, strength .5: delta = [[2, 2], [4, 4]]; x = (1, 2): (6, 12)
-        # gates .5 and -1 for the two samples, the layer gives 0
+        # gates .5 and -1 for the two samples, the layer's output is 0
         layer = nn.Linear(2, 2, bias=False)
         nn.init.zeros_(layer.weight)
         low = LowRank(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [4.0]]), alpha=2.0)
@@ -109,7 +110,7 @@ class TestLinear:
         assert close(y, expected, 0.02 if dtype == torch.bfloat16 else 0.003)
 
     def test_factors_follow_the_dtype_of_the_input_and_the_output(self):
-        """A host may cast the weights of a layer to its input's dtype on the way (float32 here), or the output."""
+        """A host may cast a layer's weights to the dtype of its input (here float32), or cast its output."""
         layer, x, g = nn.Linear(4, 6).requires_grad_(False), torch.randn(2, 4), torch.ones(1, 1)
         stack = Stack([ExpertSlice(0, update(2, 6, 4), 0, 6)], 6, dtype=torch.bfloat16)
         assert apply(stack, layer, x, g).dtype == torch.float32
@@ -154,7 +155,7 @@ class TestConvolution:
 
 
 class TestRowGroups:
-    """A fused layer whose rows belong to different modules of the files."""
+    """A fused layer whose rows belong to different modules of a file."""
 
     def test_split_q_k_v_in_a_fused_layer(self):
         torch.manual_seed(0)
@@ -197,11 +198,11 @@ class TestRowGroups:
         assert close(apply(stack, layer, x, torch.ones(1, 1)), expected)
 
     def test_gradients_reach_the_gates_past_the_layer_below(self):
-        """The output of a layer is not written into while its own backward pass may need it."""
+        """The output of a layer is not overwritten while its backward pass may need it."""
         x = torch.randn(2, 4, requires_grad=True)
         g = torch.ones(1, 1, requires_grad=True)
         stack = Stack([ExpertSlice(0, update(2, 3, 4), 0, 3)], 6)
-        y = torch.tanh(nn.Linear(4, 6)(x))  # its gradient is found from its output
+        y = torch.tanh(nn.Linear(4, 6)(x))  # its gradient is computed from its output
         stack.add(y, stack.gated(stack.down(nn.Identity(), x), g)).square().sum().backward()
         assert x.grad is not None
         assert float(g.grad.abs()) > 0
@@ -222,8 +223,8 @@ class TestNormalised:
         parts += [ExpertSlice(0, update(1, 3, d_in, 7), 3, 6)] if grouped else []
         stack = Stack(parts, d_out, kernel)
         z = stack.down(layer, x)
-        f = stack.normalised(z, N)  # (B, T, R)
-        # the literal one
+        f = stack.normalised_outputs(z, N)  # (B, T, R)
+        # computed literally
         flat = (z.flatten(2).mT if kernel else z).double()  # (B, T, R)
         E = torch.zeros(*flat.shape[:2], N, d_out, dtype=torch.float64)
         U = torch.zeros(N, d_out, flat.shape[-1], dtype=torch.float64)  # each expert's, of all units
@@ -237,7 +238,7 @@ class TestNormalised:
 
     def test_positions_where_no_expert_does_anything_give_zero(self):
         stack = Stack([ExpertSlice(0, update(2, 6, 4), 0, 6)], 6)
-        f = stack.normalised(torch.zeros(1, 3, 2), 1)
+        f = stack.normalised_outputs(torch.zeros(1, 3, 2), 1)
         assert torch.equal(f, torch.zeros(1, 3, 2))
 
     def test_sorted_by_expert(self):
@@ -252,20 +253,20 @@ class TestNormalised:
         assert owner.tolist() == [0, 1, 1, 1]
         assert z.tolist() == [[20.0, 10.0, 11.0, 12.0]]
 
-    def test_nothing_added_has_a_gradient_all_the_same(self):
-        """Of zero: a position where the experts add nothing must not spoil the others' gradients."""
+    def test_outputs_of_zero_have_a_gradient(self):
+        """At 0: a position where the experts add nothing must not make other gradients NaN."""
         stack = Stack([ExpertSlice(0, update(2, 5, 4), 0, 5)], 5)
         z = torch.zeros(1, 2, 2)
         z[0, 1] = torch.tensor([1.0, 2.0])
         z.requires_grad_()
-        stack.normalised(z, 1).square().sum().backward()
+        stack.normalised_outputs(z, 1).square().sum().backward()
         assert torch.isfinite(z.grad).all()
 
 
 class TestFitBatch:
     def test_by_hand(self):
         g = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        assert fit_batch(g[:1], 7) is not g  # one for all: broadcast
+        assert fit_batch(g[:1], 7) is not g  # one gate value for all samples
         assert fit_batch(g[:1], 7).tolist() == [[1.0, 2.0]]
         assert fit_batch(g, 2).tolist() == g.tolist()
         assert fit_batch(g, 6)[:, 0].tolist() == [1.0, 1.0, 1.0, 3.0, 3.0, 3.0]  # three frames each
@@ -288,8 +289,8 @@ class TestStacks:
             stacks(Mixture((lora_of(update(2, 6, 36)),)), {"c": layer}, {"c": ("c", 0, 6, None)})
 
     @pytest.mark.parametrize("layer", [nn.MultiheadAttention(4, 2).out_proj, nn.Embedding(6, 4)])
-    def test_layers_that_only_lend_their_weight_are_refused(self, layer):
-        with pytest.raises(MergeError, match=r"through its weight alone[\s\S]*c \(adapter\)"):
+    def test_layers_that_are_not_called_are_refused(self, layer):
+        with pytest.raises(MergeError, match=r"weight is used without calling the layer[\s\S]*c \(adapter\)"):
             stacks(Mixture((lora_of(update(2, 4, 4)),)), {"c": layer}, {"c": ("c", 0, 4, None)})
 
     @pytest.mark.parametrize(

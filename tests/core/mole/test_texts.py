@@ -1,4 +1,4 @@
-"""Which positions of texts are read, by hand; prompts and padding on a small causal model."""
+"""Positions of texts that gates read, by hand; prompts and padding on a small causal model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from legomole.core.mole.texts import TextPositions
 from torch import Tensor
 
 from ..merge.pools import close
-from .models import Transformer, Values, inputs, lora, trained
+from .mixtures import Values, lora, trained
+from .models import Transformer, inputs
 
 X = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]], [[7.0, 8.0], [9.0, 10.0], [11.0, 12.0]]])
 OWN = torch.tensor([[True, True, False], [False, True, True]])
@@ -29,7 +30,7 @@ class TestReading:
     def test_a_text_without_positions_reads_nothing(self):
         assert TextPositions(torch.zeros(2, 3, dtype=torch.bool)).mean(X).tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
-    def test_what_has_no_positions_stays(self):
+    def test_input_without_positions_is_unchanged(self):
         assert torch.equal(TextPositions(OWN).mean(X[:, 0]), X[:, 0])
         assert torch.equal(TextPositions().mean(X[:, 0]), X[:, 0])
 
@@ -38,17 +39,17 @@ class TestReading:
         assert TextPositions().rows(X).shape == (6, 2)
 
     def test_tokens_in_a_row_get_their_positions_back(self):
-        assert torch.equal(TextPositions(OWN).positions(X.flatten(0, 1)), X)
-        assert TextPositions().positions(X.flatten(0, 1)).shape == (1, 6, 2)
-        assert TextPositions(OWN).positions(X) is X
+        assert torch.equal(TextPositions(OWN).by_position(X.flatten(0, 1)), X)
+        assert TextPositions().by_position(X.flatten(0, 1)).shape == (1, 6, 2)
+        assert TextPositions(OWN).by_position(X) is X
 
     def test_a_prompt_is_part_of_the_own_positions(self):
         prompt = torch.tensor([[True, False], [True, True]])
-        assert TextPositions(OWN).only(prompt).own.tolist() == [[True, False], [False, True]]
-        assert TextPositions().only(prompt).own is prompt
+        assert TextPositions(OWN).only(prompt).mask.tolist() == [[True, False], [False, True]]
+        assert TextPositions().only(prompt).mask is prompt
 
     @pytest.mark.parametrize("x", [X[:1], X[:, :2], X.flatten(0, 1), X[None]])
-    def test_layers_that_see_something_else(self, x: Tensor):
+    def test_inputs_that_are_not_texts(self, x: Tensor):
         with pytest.raises(MergeError, match=r"position by position[\s\S]*\(2, 3\)[\s\S]*granularity network"):
             TextPositions(OWN).mean(x)
 
@@ -57,7 +58,7 @@ class TestReading:
 @pytest.mark.parametrize(("granularity", "mixing"), [("layer", "delta"), ("network", "delta"), ("block", "output")])
 @torch.no_grad()
 def test_gates_read_the_prompt_alone(reads, granularity, mixing):
-    """A prompt in the middle of other tokens opens the gates it opens alone, on a model without attention."""
+    """On a model without attention, a prompt among other tokens opens the same gates as alone."""
     model = Transformer(1)
     model.blocks[0].attn = torch.nn.Sequential(torch.nn.Linear(8, 8)).requires_grad_(False)
     settings = GateSettings(reads=reads, granularity=granularity)
@@ -84,5 +85,5 @@ def trained_without_text(model, settings, mixing="delta") -> Mixture:
 
 
 def names(model) -> list[str]:
-    """All layers but the one that reads the text."""
+    """All layers except the one that reads the text."""
     return [n for n, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and n != "ctx"]

@@ -20,7 +20,8 @@ from legomole.core.train.features import standardise_features
 from torch import Tensor, nn
 
 from ..merge.pools import close
-from .models import D, InPlace, Transformer, UNet, Values, call, gradients, inputs, lora, merged, rms_normalised
+from .mixtures import Values, gradients, lora, merged, rms_normalised
+from .models import D, InPlace, Transformer, UNet, call, inputs
 from .test_texts import names, trained_without_text
 
 GRANULARITIES = ("network", "block", "layer", "matrix")
@@ -60,18 +61,18 @@ class TestStack:
 
     def test_other_positions_are_refused(self):
         with pytest.raises(MergeError, match=r"other positions[\s\S]*\(2, 3\) positions[\s\S]*found: +\(2, 4\)"):
-            self.stack().spread(self.g, torch.randn(2, 4, 4))
+            self.stack().unit_gates(self.g, torch.randn(2, 4, 4))
+        low = LowRank(torch.ones(1, 4), torch.ones(5, 1), 1.0, (1, 1))
         with pytest.raises(MergeError, match="an image"):
-            Stack([ExpertSlice(0, LowRank(torch.ones(1, 4), torch.ones(5, 1), 1.0, (1, 1)), 0, 5)], 5, (1, 1)).spread(
-                self.g[..., :1], torch.randn(2, 1, 3, 1)
-            )
+            Stack([ExpertSlice(0, low, 0, 5)], 5, (1, 1)).unit_gates(self.g[..., :1], torch.randn(2, 1, 3, 1))
 
 
 class Loop:
-    """A model's layers done position by position: what a mixture with gates per token must give.
+    """The layers of a model computed position by position: the expected output of a mixture with gates per token.
 
     Args:
-        scope_of: Layer -> scope. readers: Scope -> the module whose input its gate reads.
+        scope_of: Layer -> scope.
+        readers: Scope -> the module whose input its gate reads.
     """
 
     def __init__(self, model: nn.Module, mixture: Mixture, scope_of: dict[str, str], readers: dict[str, str]) -> None:
@@ -120,7 +121,7 @@ class TestMixing:
         assert not close(found, model(x), 1e-2)
 
     def test_positions_do_not_see_each_other(self):
-        """Without attention a token's output depends on that token alone."""
+        """Without attention a token's output depends on that token only."""
         model = Transformer(1)
         model.blocks[0].attn = nn.Sequential(nn.Linear(D, D)).requires_grad_(False)
         mixture = trained_without_text(model, settings())
@@ -175,7 +176,7 @@ class TestMixing:
             assert close(model(x), expected)
 
     def test_where_the_gate_read_is_no_longer_mixed(self):
-        """The layer at which it read was the switched-off LoRA's alone: it still reads there."""
+        """Only the switched-off LoRA changed the layer that the gate reads; the gate still reads it."""
         model = Transformer(1)
         a, b = lora(model, 1, names=["blocks.0.ff.0", "blocks.0.ff.2"]), lora(model, 2, names=["blocks.0.ff.2"])
         untrained = Mixture((a, b), GateSet(2, settings()))
@@ -217,32 +218,32 @@ class TestRefused:
 
 
 class TestWatchingAndTraining:
-    def test_watchers_are_told_the_mean_over_own_positions(self):
+    def test_observers_get_the_mean_over_own_positions(self):
         model = Transformer(1)
         mixture = trained_without_text(model, settings("matrix"))
         x, _ = inputs(model)
         own = torch.tensor([[True, True, False, False, False], [False, True, True, True, True]])
 
         class Padding:
-            def begin(self, arguments, named):
+            def begin_pass(self, args, kwargs):
                 from legomole.core.mole.texts import TextPositions
 
                 return TextPositions(own)
 
-            def end(self, output, values):
+            def end_pass(self, output, values):
                 self.shapes = {tuple(value.shape) for value in values.values()}
 
-        padding, seen = Padding(), Values()
-        with attach(model, mixture, texts=padding) as at, at.watch(seen):
+        padding, observed = Padding(), Values()
+        with attach(model, mixture, texts=padding) as at, at.watch(observed):
             model(x)
         g = mixture.gates["inp"](rms_normalised(x))
-        assert close(seen.values["inp"], torch.stack([g[0, :2].mean(0), g[1, 1:].mean(0)]))
+        assert close(observed.values["inp"], torch.stack([g[0, :2].mean(0), g[1, 1:].mean(0)]))
         assert padding.shapes == {(2, 5, 2)}
-        with attach(model, mixture) as at, at.watch(seen):
+        with attach(model, mixture) as at, at.watch(observed):
             model(x)
-        assert close(seen.values["inp"], g.mean(1))
+        assert close(observed.values["inp"], g.mean(1))
 
-    def test_calibration_is_over_tokens(self):
+    def test_features_are_measured_over_tokens(self):
         model = Transformer(1)
         mixture = Mixture((lora(model, 1, names=["inp"]),), GateSet(1, settings("matrix")))
         x, _ = inputs(model)
@@ -267,10 +268,10 @@ class TestWatchingAndTraining:
             at.bank.gates.double()
 
             def loss() -> Tensor:
-                seen = Values()
-                with at.watch(seen), exact_gradients():
+                observed = Values()
+                with at.watch(observed), exact_gradients():
                     error = model(x).square().mean()
-                return error + 0.3 * balance_loss(list(seen.values.values()))
+                return error + 0.3 * balance_loss(list(observed.values.values()))
 
             with torch.enable_grad():
                 found = gradients(at, loss)

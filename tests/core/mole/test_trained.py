@@ -1,4 +1,4 @@
-"""Trained gates as a file: bit-equal, told by the LoRAs' hashes, and refused with clear words."""
+"""Trained gates as a file: bit-equal, matched by the LoRAs' hashes, and errors for other files."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.trained import Expert, TrainedGates
 
 from ..merge.pools import close
-from .models import InPlace, Transformer, call, inputs, lora, trained
+from .mixtures import lora, trained
+from .models import InPlace, Transformer, call, inputs
 
 
 def file_of(model: torch.nn.Module, seed: int, **kw) -> Adapter:
-    """A LoRA that came from a file."""
+    """A LoRA from a file."""
     return lora(model, seed, source=Source(f"loras/{'abc'[seed]}.safetensors", f"{seed}" * 64, "kohya"), **kw)
 
 
@@ -110,7 +111,7 @@ class TestOf:
             with attach(model, Mixture(tuple(left), gates.of(left))):
                 assert close(model(x, text), expected)
 
-    def test_foreign_loras(self, model, experts):
+    def test_unknown_loras(self, model, experts):
         foreign = lora(model, 5, source=Source("loras/other.safetensors", "f" * 64))
         with pytest.raises(
             MergeError, match=r"other LoRAs[\s\S]*loras/other[\s\S]*a \(0{12}\), b \(1{12}\)[\s\S]*\(f{12}\)"
@@ -135,7 +136,7 @@ class TestHashes:
     def test_of_a_file(self, experts):
         assert Expert.of(experts[1]) == Expert(label="b", sha256="1" * 64)
 
-    def test_without_a_file_the_factors_tell(self, model):
+    def test_without_a_file_the_factors_are_hashed(self, model):
         plain = lora(model, 0)
         sha = Expert.of(plain).sha256
         assert Expert.of(lora(model, 0)).sha256 == sha
@@ -149,7 +150,7 @@ class TestHashes:
         ):
             assert Expert.of(changed).sha256 != sha
 
-    def test_must_look_like_one(self):
+    def test_must_be_hexadecimal(self):
         with pytest.raises(ValueError, match="sha256"):
             Expert(label="a", sha256="none")
 
@@ -189,7 +190,7 @@ class TestBadFiles:
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     @pytest.mark.parametrize("name", ["blocks.0.ff/weight", "blocks.0.ff/mean", "blocks.0.ff/log_temperature"])
-    def test_numbers_that_are_not_finite(self, path, name, value):
+    def test_values_that_are_not_finite(self, path, name, value):
         shape = read_tensors(path)[0][name].shape
         damage(path, {name: torch.full(shape, value)})
         with pytest.raises(FormatError, match=rf"NaN or infinite[\s\S]*g\.safetensors[\s\S]*{name}"):
@@ -216,7 +217,7 @@ class TestBadFiles:
         with pytest.raises(FormatError, match=r"could not be read[\s\S]*g\.safetensors[\s\S]*train and save"):
             TrainedGates.load(change(path))
 
-    def test_what_was_there_stays_whole_when_saving_fails(self, path, model, experts, monkeypatch):
+    def test_a_failed_save_leaves_the_old_file(self, path, model, experts, monkeypatch):
         before = path.read_bytes()
 
         def full(_: int) -> None:

@@ -31,9 +31,9 @@ def test_means_and_entropies_by_hand():
 def test_means_agree_with_the_record():
     record = Record()
     for value in (0.2, 0.9):
-        record.start({})
-        record.seen("a", torch.tensor([[value, 0.5]]))
-        record.seen("b", torch.tensor([[0.1, value]]))
+        record.begin_pass({})
+        record.gate_opened("a", torch.tensor([[value, 0.5]]))
+        record.gate_opened("b", torch.tensor([[0.1, value]]))
     means, entropies = means_and_entropies(record.table())
     torch.testing.assert_close(means.mean(0), record.table().mean((0, 1)))
     assert float(entropies.mean()) == pytest.approx(record.entropy(), abs=1e-6)

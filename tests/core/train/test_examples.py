@@ -1,4 +1,4 @@
-"""Examples: what the models paint, and what the one to be imitated predicts there."""
+"""Examples: the sampled images, and the predictions that gates are to learn."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.gates import GateSettings
 from legomole.core.train import Images, TrainSettings, prompts_for
-from legomole.core.train.examples import Examples, make_examples, teacher
+from legomole.core.train.examples import Examples, make_examples, target_gates
 from legomole.core.train.prompts import Prompt
 
 from ..merge.pools import close
-from ..mole.models import ToyDenoiser, Transformer, call, lora, merged, trained
+from ..mole.mixtures import lora, merged, trained
+from ..mole.models import Transformer, call
+from .toy import ToyDenoiser
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])
@@ -39,14 +41,14 @@ class Toy:
 def toy() -> Iterator[Toy]:
     model = Transformer(1)
     experts = lora(model, 1), lora(model, 2)
-    # gates of any kind: what is imitated does not depend on them
+    # the targets do not depend on the kind of gates
     with attach(model, trained(model, experts, GateSettings())) as attachment:
         yield Toy(model, experts, attachment, ToyDenoiser(model, PROMPTS))
 
 
-def test_teacher_by_hand():
+def test_target_gates_by_hand():
     prompts = [Prompt("a", (0,)), Prompt("c", (2,)), Prompt("abc", (0, 1, 2)), Prompt("", ())]
-    assert teacher(prompts, 3, 1.5).tolist() == [[1, 0, 0], [0, 0, 1], [1.5, 1.5, 1.5], [0, 0, 0]]
+    assert target_gates(prompts, 3, 1.5).tolist() == [[1, 0, 0], [0, 0, 1], [1.5, 1.5, 1.5], [0, 0, 0]]
 
 
 def test_targets_are_the_merged_models_predictions(toy):
@@ -61,15 +63,15 @@ def test_targets_are_the_merged_models_predictions(toy):
         assert close(made.target[i : i + 1], expected)
 
 
-def test_noisy_latents_are_what_the_models_painted_with_noise(toy):
-    """At most times the mean over many is ``(1 - t)`` of the painted one; here by the noise of the same seed."""
-    painted: list[torch.Tensor] = []
+def test_noisy_latents_are_sampled_latents_with_noise(toy):
+    """``(1 - t)`` times the sampled latents plus ``t`` times the noise."""
+    sampled: list[torch.Tensor] = []
     sample = toy.denoiser.sample
 
     class Noting(ToyDenoiser):
         def sample(self, prompts, seed):
-            painted.append(sample(prompts, seed))
-            return painted[-1]
+            sampled.append(sample(prompts, seed))
+            return sampled[-1]
 
     noises: list[torch.Tensor] = []
 
@@ -79,10 +81,10 @@ def test_noisy_latents_are_what_the_models_painted_with_noise(toy):
             return super().noised(latents, t, noise)
 
     made = make_examples(toy.attachment, Both(toy.model, PROMPTS), PROMPTS, SETTINGS)
-    latents = torch.cat(painted)[torch.arange(20) % 9]
+    latents = torch.cat(sampled)[torch.arange(20) % 9]
     t = made.t.view(-1, 1, 1)
     assert torch.allclose(made.noisy, (1 - t) * latents + t * torch.cat(noises), atol=1e-6)
-    assert [len(part) for part in painted] == [4, 4, 1]
+    assert [len(part) for part in sampled] == [4, 4, 1]
 
 
 def test_every_prompt_is_used_and_the_same_seed_gives_the_same(toy):
@@ -94,7 +96,7 @@ def test_every_prompt_is_used_and_the_same_seed_gives_the_same(toy):
     assert not torch.equal(toy.made(settings.model_copy(update={"seed": 1})).noisy, made.noisy)
 
 
-def test_a_users_pictures_and_the_prior(toy):
+def test_images_of_a_user_and_sampled_images(toy):
     latents, prompt = torch.randn(3, 5, 4), [0, 1, 1]
     noises: list[torch.Tensor] = []
 
@@ -106,7 +108,7 @@ def test_a_users_pictures_and_the_prior(toy):
     made = make_examples(toy.attachment, Noting(toy.model, PROMPTS), PROMPTS, SETTINGS, images=Images(latents, prompt))
     noise = torch.cat(noises)
     for i in range(20):
-        if i % 3 == 0:  # the prior: prompts that name nothing, and what the base model says
+        if i % 3 == 0:  # prompts without a concept, with the base model's predictions
             assert not PROMPTS[int(made.prompt[i])].named
             p = int(made.prompt[i])
             base = call(merged(toy.model, (), ()), made.noisy[i : i + 1], toy.denoiser.text[p : p + 1])
@@ -129,7 +131,7 @@ def test_images_that_do_not_fit(toy):
             toy.made(images=images)
 
 
-def test_pictures_that_are_not_finite(toy):
+def test_images_that_are_not_finite(toy):
     class Broken(ToyDenoiser):
         def sample(self, prompts, seed):
             return super().sample(prompts, seed) / 0.0
@@ -139,17 +141,17 @@ def test_pictures_that_are_not_finite(toy):
 
 
 def test_progress_and_cancelling(toy):
-    told: list[tuple[int, int, str]] = []
-    toy.made(progress=lambda *what: told.append(what))
-    assert told[:3] == [(4, 29, "painting"), (8, 29, "painting"), (9, 29, "painting")]
-    assert told[-1] == (29, 29, "predicting")
+    reports: list[tuple[int, int, str]] = []
+    toy.made(progress=lambda *report: reports.append(report))
+    assert reports[:3] == [(4, 29, "sampling"), (8, 29, "sampling"), (9, 29, "sampling")]
+    assert reports[-1] == (29, 29, "predicting")
 
     def cancel(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         toy.made(progress=cancel)
-    assert toy.attachment._state.held is None
+    assert toy.attachment._gate_values.held_values is None
 
 
 class TestFile:

@@ -1,4 +1,4 @@
-"""Features: gates of the right size that start even, whatever they read."""
+"""Features: gates of the right size that start even, for everything that gates read."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
-from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.gates import GateSet, GateSettings, feature_spread
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.router import standardisation
 from legomole.core.train.features import standardise_features
 
 from ..merge.pools import close
-from ..mole.models import FEATURES, Transformer, UNet, Values, call, inputs, lora
+from ..mole.mixtures import Values, lora
+from ..mole.models import FEATURES, Transformer, UNet, call, inputs
 
 
 def mixture(model, reads: str, granularity: str = "layer", activation: str = "softmax") -> Mixture:
@@ -21,12 +21,12 @@ def mixture(model, reads: str, granularity: str = "layer", activation: str = "so
 
 
 @pytest.mark.parametrize("reads", ["text", "hidden", "experts", "flat"])
-def test_what_is_read_has_mean_0_and_spread_1(reads):
+def test_features_have_mean_0_and_deviation_1(reads):
     model = UNet()
     batches = [inputs(model, 4, seed) for seed in range(3)]
     read: dict[str, list[torch.Tensor]] = {}
     with torch.no_grad(), attach(model, mixture(model, reads)) as at:
-        with at.measure(lambda scope, f, _: read.setdefault(scope, []).append(f)):
+        with at.watch_inputs(lambda scope, f, _: read.setdefault(scope, []).append(f)):
             for x, text in batches:
                 call(model, x, text)
         gates = standardise_features(at, lambda: [call(model, *batch) for batch in batches])
@@ -35,10 +35,10 @@ def test_what_is_read_has_mean_0_and_spread_1(reads):
     assert set(gates.names) == set(read)
     inner = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert layers[f"{inner}.attn"] == (f"{inner}.attn.to_q" if reads == "hidden" else "")
-    assert layers["down_blocks.0.resnets.0"] == ""  # it reads the block's input
+    assert layers["down_blocks.0.resnets.0"] == ""  # reads the block's input
     for name, parts in read.items():
         f = torch.cat(parts).double()
-        mean, spread = standardisation(f.mean(0), f.var(0, unbiased=False))
+        mean, spread = f.mean(0), feature_spread(f.var(0, unbiased=False))
         gate = gates[name]
         assert torch.allclose(gate.mean.double(), mean, atol=1e-5)
         assert torch.allclose(gate.spread.double(), spread * max(1, f.shape[1] / 64), rtol=1e-3, atol=1e-5)
@@ -47,7 +47,7 @@ def test_what_is_read_has_mean_0_and_spread_1(reads):
 
 
 def test_by_hand():
-    """One text conditioning of mean (1, .., 1) and one of mean (3, .., 3): mean 2, variance 1, floor .01."""
+    """Text conditionings with means (1, .., 1) and (3, .., 3): mean 2, variance 1, floor 0.01."""
     model = Transformer(1)
     x, text = inputs(model)
     text = torch.stack([torch.full_like(text[0], 1.0), torch.full_like(text[0], 3.0)])
@@ -62,18 +62,18 @@ def test_gates_start_even(activation):
     model = Transformer(1)
     x, text = inputs(model)
     mixed = mixture(model, "hidden", activation=activation)
-    seen = Values()
+    observed = Values()
     with torch.no_grad(), attach(model, mixed) as at:
         before = model(x, text)
         standardise_features(at, lambda: [model(x, text)])
-        with at.watch(seen):
+        with at.watch(observed):
             assert close(model(x, text), before)
     even = mixed.gates.settings.even(2)
-    assert all(torch.allclose(value, torch.full_like(value, even)) for value in seen.values.values())
+    assert all(torch.allclose(value, torch.full_like(value, even)) for value in observed.values.values())
 
 
-def test_earlier_gates_are_forgotten_first():
-    """What a gate reads depends on the gates before it: the second calibration must see what the first saw."""
+def test_measuring_starts_from_even_gates():
+    """A gate's input depends on earlier gates: measuring a second time must give the same features."""
     model = Transformer(1)
     x, text = inputs(model)
     with torch.no_grad(), attach(model, mixture(model, "hidden")) as at:

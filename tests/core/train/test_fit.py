@@ -1,94 +1,25 @@
-"""fit(): the loss falls, only gates learn, and nothing is lost when it is interrupted, by force or by bad numbers."""
+"""fit(): the loss falls and only gates learn; schedules, early stopping, and losses that are not finite."""
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import legomole
 import pytest
 import torch
-from legomole.core.adapter import Adapter
-from legomole.core.errors import FormatError, MergeError
-from legomole.core.formats.files import read_tensors, write_tensors
-from legomole.core.mole.attach import Attachment, attach
-from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.errors import MergeError
+from legomole.core.mole.attach import attach
 from legomole.core.mole.mixture import Mixture
-from legomole.core.train import TrainSettings, prompts_for
-from legomole.core.train.examples import Examples, make_examples
-from legomole.core.train.features import standardise_features
-from legomole.core.train.fit import FitRecord, _stale, _step, batch_of, fit, schedule
+from legomole.core.train import TrainSettings
+from legomole.core.train.examples import Examples
+from legomole.core.train.fit import batch_of, fit, has_stalled, schedule
 from legomole.core.train.objectives import Regression
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..mole.models import InPlace, ToyDenoiser, Transformer, lora
-
-PROMPTS = prompts_for([["ember"], ["heart"]], ["ember", "heart", "ember heart", "a dog"])
-SETTINGS = TrainSettings(steps=12, batch=8, examples=32, samples=16, warmup=2, learning_rate=0.03)
-
-
-@dataclass
-class Toy:
-    model: nn.Module
-    experts: tuple[Adapter, Adapter]
-    denoiser: ToyDenoiser
-    examples: Examples
-
-    @contextmanager
-    def attached(self, checkpointing: bool = False, **settings) -> Iterator[tuple[Attachment, Regression]]:
-        """With calibrated gates, always the same."""
-        mixture = Mixture(self.experts, GateSet(2, GateSettings(**settings)))
-        with attach(self.model, mixture, checkpointing=checkpointing) as at:
-            e = self.examples
-            standardise_features(at, lambda: self.denoiser.predict(e.noisy, e.t, e.prompt.tolist()))
-            yield at, Regression(self.denoiser, e)
-
-    def trained(self, settings: TrainSettings = SETTINGS, reads: str = "text", **kw) -> tuple[list[Tensor], FitRecord]:
-        with self.attached(reads=reads) as (at, objective):
-            run = fit(at, objective, settings, **kw)
-            return values(at), run
-
-
-def toy(make: type[nn.Module] = Transformer) -> Toy:
-    model = make(1)
-    experts = lora(model, 1), lora(model, 2)
-    denoiser = ToyDenoiser(model, PROMPTS)
-    with attach(model, Mixture(experts)) as at:
-        return Toy(model, experts, denoiser, make_examples(at, denoiser, PROMPTS, SETTINGS))
-
-
-@pytest.fixture(scope="module")
-def plain() -> Toy:
-    return toy()
-
-
-def values(at: Attachment) -> list[Tensor]:
-    return [p.detach().clone() for p in at.bank.gates.parameters()]
-
-
-def equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-class Stop(Exception):
-    pass
-
-
-def stopping(at: int):
-    def progress(done: int, total: int, what: str) -> None:
-        if done == at:
-            raise Stop
-
-    return progress
+from ..mole.models import InPlace
+from .toy import PROMPTS, SETTINGS, Stop, equal, stopping, toy, values
 
 
 class TestLearning:
@@ -110,7 +41,7 @@ class TestLearning:
         assert all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(factors, after, strict=True))
 
     def test_the_first_loss_by_hand(self, plain):
-        """All of the examples in one batch: the mean squared error of the plain sum of the LoRAs."""
+        """All examples in one batch: the mean squared error of the plain sum of the LoRAs."""
         with plain.attached(reads="hidden") as (at, objective):
             run = fit(at, objective, SETTINGS.model_copy(update={"steps": 1, "batch": 32}))
         e = plain.examples
@@ -119,13 +50,13 @@ class TestLearning:
         assert run.losses == [pytest.approx(float(error.square().mean()), rel=1e-5)]
         assert run.entropies == [pytest.approx(math.log(2))]
 
-    def test_a_step_is_adamws(self, plain):
+    def test_steps_equal_adamw(self, plain):
         settings = SETTINGS.model_copy(update={"steps": 2, "batch": 32, "warmup": 1, "weight_decay": 0.1})
         found, _ = plain.trained(settings)
         with plain.attached(reads="text") as (at, objective):
             parameters = at.bank.parameters_of_gates
             optimizer = torch.optim.AdamW(parameters, lr=0.03, weight_decay=0.1)
-            for rate in (0.03 / 2, 0.03):  # half of the way up, then the top
+            for rate in (0.03 / 2, 0.03):  # half of the warmup, then the peak
                 optimizer.param_groups[0]["lr"] = rate
                 optimizer.zero_grad()
                 objective.loss(range(32)).backward()
@@ -138,7 +69,7 @@ class TestLearning:
         assert not equal(plain.trained()[0], plain.trained(SETTINGS.model_copy(update={"seed": 1}))[0])
 
     def test_the_balance_loss_keeps_the_entropy_up(self, plain):
-        """Examples of the first LoRA alone: without it, one expert takes all."""
+        """With examples of the first LoRA only, one expert takes all without it."""
         one = [i for i, p in enumerate(plain.examples.prompt.tolist()) if PROMPTS[p].named == (0,)]
         e = plain.examples
         only = Examples(e.noisy[one], e.t[one], e.prompt[one], e.target[one])
@@ -166,190 +97,8 @@ class TestLearning:
         assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(plain, checkpointed, strict=True))
 
 
-class TestStep:
-    def gradients(self, made: Toy, settings: TrainSettings, devices=None) -> tuple[list[Tensor], tuple[float, float]]:
-        with made.attached(reads="hidden") as (at, objective):
-            outcome = _step(at, objective, settings, 0, devices, at.bank.parameters_of_gates)
-            return [p.grad.clone() for p in at.bank.parameters_of_gates], outcome
-
-    @pytest.mark.parametrize("accumulation", [2, 3, 8, 20])
-    def test_accumulation_gives_the_same_gradients(self, plain, accumulation):
-        whole, outcome = self.gradients(plain, SETTINGS)
-        parts, of_parts = self.gradients(plain, SETTINGS.model_copy(update={"accumulation": accumulation}))
-        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(whole, parts, strict=True))
-        assert of_parts == pytest.approx(outcome, rel=1e-5)
-
-    @pytest.mark.parametrize(("world", "batch"), [(2, 8), (3, 8), (4, 2)])
-    def test_several_devices_give_the_gradients_of_one(self, world, batch):
-        """Threads, each with a model of its own; also where a batch does not go up, or leaves some with nothing."""
-        settings = SETTINGS.model_copy(update={"batch": batch})
-        made = toy()
-        whole, outcome = self.gradients(made, settings)
-        together = Together(world)
-        found: dict[int, tuple[list[Tensor], tuple[float, float]]] = {}
-
-        def work(rank: int) -> None:
-            model = copy.deepcopy(made.model)
-            mine = Toy(model, made.experts, ToyDenoiser(model, PROMPTS), made.examples)
-            found[rank] = self.gradients(mine, settings, Device(rank, together))
-
-        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        assert len(found) == world
-        for gradients, of_rank in found.values():
-            assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(whole, gradients, strict=True))
-            assert of_rank == pytest.approx(outcome, rel=1e-5)
-
-    def test_a_model_whose_gates_are_not_seen(self, plain):
-        class Blind:
-            size = 8
-
-            def loss(self, indices: Sequence[int]) -> Tensor:
-                return torch.zeros((), requires_grad=True)
-
-        with plain.attached() as (at, _), pytest.raises(MergeError, match=r"not seen at work[\s\S]*torch\.compile"):
-            fit(at, Blind(), SETTINGS)
-
-
-class Together:
-    """The mean of what all threads bring."""
-
-    def __init__(self, world: int) -> None:
-        self.world, self.barrier = world, threading.Barrier(world, timeout=60)
-        self.brought: dict[int, Tensor] = {}
-
-
-@dataclass
-class Device:
-    rank: int
-    together: Together
-
-    @property
-    def world(self) -> int:
-        return self.together.world
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        self.together.brought[self.rank] = tensor.detach().clone()
-        self.together.barrier.wait()
-        mean = torch.stack([self.together.brought[rank] for rank in range(self.world)]).mean(0)
-        self.together.barrier.wait()
-        return mean
-
-
-class TestResume:
-    @pytest.mark.parametrize("at", [1, 7, 12])
-    def test_after_an_exception_at_any_step(self, plain, at, tmp_path: Path):
-        whole, run = plain.trained()
-        with pytest.raises(Stop):
-            plain.trained(folder=tmp_path, key="k", progress=stopping(at))
-        resumed, again = plain.trained(folder=tmp_path, key="k")
-        assert equal(resumed, whole)
-        assert (again.losses, again.entropies) == (run.losses, run.entropies)
-
-    def test_after_two_of_them_with_another_kind_of_gate(self, plain, tmp_path: Path):
-        kw = {"folder": tmp_path / "new" / "folder", "key": "k", "reads": "experts"}
-        whole, _ = plain.trained(reads="experts")
-        for at in (3, 4):
-            with pytest.raises(Stop):
-                plain.trained(progress=stopping(at), **kw)
-        assert equal(plain.trained(**kw)[0], whole)
-
-    def test_an_error_of_the_model_costs_no_step(self, plain, tmp_path: Path):
-        class Failing(Regression):
-            calls = 0
-
-            def loss(self, indices: Sequence[int]) -> Tensor:
-                self.calls += 1
-                if self.calls == 6:
-                    raise MemoryError
-                return super().loss(indices)
-
-        whole, _ = plain.trained()
-        with plain.attached() as (at, objective), pytest.raises(MemoryError):
-            fit(at, Failing(objective.denoiser, objective.examples), SETTINGS, folder=tmp_path, key="k")
-        done: list[int] = []
-        found, _ = plain.trained(folder=tmp_path, key="k", progress=lambda done_, *_: done.append(done_))
-        assert done[0] == 6
-        assert equal(found, whole)
-
-    def test_killed(self, plain, tmp_path: Path):
-        """A process that cannot say goodbye: it goes on from the last state that was kept."""
-        settings = SETTINGS.model_copy(update={"steps": 30})
-        root = Path(legomole.__file__).parent
-        code = (
-            f"import os, signal, sys; sys.path.append({str(root)!r})\n"
-            "import torch; torch.set_num_threads(1)\n"
-            "from pathlib import Path\n"
-            "from tests.core.train.test_fit import SETTINGS, toy\n"
-            "def kill(done, total, what):\n"
-            "    if done == 27: os.kill(os.getpid(), signal.SIGKILL)\n"
-            "longer = SETTINGS.model_copy(update={'steps': 30})\n"
-            "toy().trained(longer, folder=Path(sys.argv[1]), key='k', progress=kill)\n"
-        )
-        env = os.environ | {"PYTHONSAFEPATH": "1"}
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        steps: list[int] = []
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            found, run = plain.trained(settings, folder=tmp_path, key="k", progress=lambda d, *_: steps.append(d))
-            whole, uninterrupted = plain.trained(settings)
-        finally:
-            torch.set_num_threads(threads)
-        assert steps == [26, 27, 28, 29, 30]
-        assert equal(found, whole)
-        assert run.losses == uninterrupted.losses
-
-    def test_a_caller_may_see_how_far_it_went(self, plain):
-        run = FitRecord()
-        with pytest.raises(Stop):
-            plain.trained(progress=stopping(5), run=run)
-        assert len(run.losses) == 5
-
-    def test_another_training_in_the_folder(self, plain, tmp_path: Path):
-        with pytest.raises(Stop):
-            plain.trained(folder=tmp_path, key="k", progress=stopping(3))
-        before = (tmp_path / "state.safetensors").read_bytes()
-        with pytest.raises(FormatError, match=r"another training[\s\S]*state\.safetensors[\s\S]*other[\s\S]*found: +k"):
-            plain.trained(folder=tmp_path, key="other")
-        assert (tmp_path / "state.safetensors").read_bytes() == before
-
-    def test_a_damaged_state(self, plain, tmp_path: Path):
-        path = tmp_path / "state.safetensors"
-        with pytest.raises(Stop):
-            plain.trained(folder=tmp_path, key="k", progress=stopping(3))
-        sound = path.read_bytes()
-        path.write_bytes(sound[:-20])
-        with pytest.raises(FormatError, match=r"cut off[\s\S]*state\.safetensors[\s\S]*start anew"):
-            plain.trained(folder=tmp_path, key="k")
-        path.write_bytes(b"not a file of ours")
-        with pytest.raises(FormatError, match=r"state\.safetensors[\s\S]*start anew"):
-            plain.trained(folder=tmp_path, key="k")
-        path.write_bytes(sound)
-        tensors, header = read_tensors(path)
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        for changed, said in (
-            ((tensors, header | {"run": "{"}), "Expecting"),
-            ((tensors, header | {"run": "[1]"}), "indices"),
-            ((tensors | {"0/value": torch.zeros(7)}, header), "size"),
-            (({n: t for n, t in tensors.items() if n != "0/value"}, header), "0/value"),
-            ((tensors | {"0/value": tensors["0/value"][None]}, header), "size"),
-            ((tensors | {"0/exp_avg": torch.zeros(7)}, header), "size"),
-            (({n: t for n, t in tensors.items() if n != "0/exp_avg"}, header), "size or kind"),
-            ((tensors, header | {"run": '{"losses": ["x"], "entropies": []}'}), "could not convert"),
-            ((tensors, header | {"run": "[" * 10_000}), "levels deep"),
-        ):
-            write_tensors(path, *changed)
-            with pytest.raises(FormatError, match=rf"cannot be taken up[\s\S]*{said}[\s\S]*start anew"):
-                plain.trained(folder=tmp_path, key="k")
-
-
 class Poisoned(Regression):
-    """A loss that is not a number from one step on."""
+    """A loss that is NaN from one step on."""
 
     def __init__(self, objective: Regression, step: int, gradient: bool = False) -> None:
         super().__init__(objective.denoiser, objective.examples)
@@ -360,7 +109,7 @@ class Poisoned(Regression):
         self.calls += 1
         if self.calls <= self.step:
             return loss
-        if self.gradient:  # the loss is a number, its gradient is none: sqrt at 0
+        if self.gradient:  # the loss is finite, its gradient is not: sqrt at 0
             return loss + (loss - loss.detach()).sqrt()
         return loss * float("nan")
 
@@ -369,20 +118,20 @@ class TestNotFinite:
     def test_from_the_start(self, plain, tmp_path: Path):
         with plain.attached() as (at, objective):
             before = values(at)
-            with pytest.raises(MergeError, match=r"not a finite number, from the first step[\s\S]*float32"):
+            with pytest.raises(MergeError, match=r"not finite at the first step[\s\S]*float32"):
                 fit(at, Poisoned(objective, 0), SETTINGS, folder=tmp_path)
             assert equal(values(at), before)
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("gradient", [False, True])
-    def test_later_it_keeps_the_last_good_gates_and_says_so(self, plain, gradient):
-        """Those of the last step whose loss was known: the step after it may be what spoilt them."""
+    def test_later_the_last_good_gates_are_kept(self, plain, gradient):
+        """The gates of the last step with a finite loss: the step after it may have made them NaN."""
         with plain.attached() as (at, objective):
             run = fit(at, Poisoned(objective, 5, gradient), SETTINGS)
             found = values(at)
         assert len(run.losses) == 5
-        said = "its gradient was not finite" if gradient else "the loss became nan"
-        assert run.stopped == f"{said} at step 6; the gates are those of the step before"
+        reason = "its gradient was not finite" if gradient else "the loss became nan"
+        assert run.stopped == f"{reason} at step 6; the gates are those of the step before"
         with plain.attached() as (at, objective), pytest.raises(Stop):
             fit(at, objective, SETTINGS, progress=stopping(4))
         assert equal(found, values(at))
@@ -393,7 +142,7 @@ class TestNotFinite:
         with plain.attached() as (at, objective):
             with torch.no_grad():
                 for p in at.bank.parameters_of_gates:
-                    p.add_(10.0)  # the decay makes it -1e39
+                    p.add_(10.0)  # weight decay makes it -1e39
             before = values(at)
             run = fit(at, objective, settings)
             assert equal(values(at), before)
@@ -403,42 +152,42 @@ class TestNotFinite:
 class TestEarlyStop:
     def test_by_hand(self):
         # means of two: 4.5, 3.5, 3, 3: the last is no lower than the one before
-        assert not _stale([5.0, 4.0], 2)
-        assert not _stale([5.0, 4.0, 3.0], 2)
-        assert not _stale([5.0, 4.0, 3.0, 3.0], 2)
-        assert _stale([5.0, 4.0, 3.0, 3.0, 3.0, 3.0], 2)
+        assert not has_stalled([5.0, 4.0], 2)
+        assert not has_stalled([5.0, 4.0, 3.0], 2)
+        assert not has_stalled([5.0, 4.0, 3.0, 3.0], 2)
+        assert has_stalled([5.0, 4.0, 3.0, 3.0, 3.0, 3.0], 2)
 
-    def test_stops_and_says_so(self, plain):
-        """Gates that do not learn at all: no improvement between the first and the second half."""
+    def test_stops_and_reports_why(self, plain):
+        """Gates that do not learn: no improvement from the first to the second half."""
         settings = SETTINGS.model_copy(update={"steps": 40, "batch": 32, "learning_rate": 1e-30, "patience": 4})
         _, run = plain.trained(settings)
         assert len(run.losses) == 8
         assert run.stopped == "the loss had not improved for 4 steps, at step 8"
 
-    def test_goes_on_while_it_improves(self, plain):
+    def test_continues_while_it_improves(self, plain):
         _, run = plain.trained(SETTINGS.model_copy(update={"batch": 32, "patience": 2}))
         assert len(run.losses) == 12
 
 
 class TestSchedules:
     def test_rate_by_hand(self):
-        # up in thirds to the top at step 2, then half a cosine over the 4 steps from there
+        # in thirds to the peak at step 2, then half a cosine over the remaining 4 steps
         expected = [1 / 3, 2 / 3, 1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5, 0.5 * (1 + math.cos(3 * math.pi / 4))]
         assert [schedule(step, 6, 2) for step in range(6)] == pytest.approx(expected)
         assert schedule(0, 1, 0) == 1.0
         assert schedule(0, 1, 10) == pytest.approx(1 / 11)
 
     def test_batches_go_through_all_examples_in_turn(self):
-        drawn = [i for step in range(7) for i in batch_of(step, 10, 4, 0)]  # 28: two whole passes and more
+        drawn = [i for step in range(7) for i in batch_of(step, 10, 4, 0)]  # 28: two complete epochs and more
         for start in (0, 10):
             assert sorted(drawn[start : start + 10]) == list(range(10))
         assert drawn[:10] != drawn[10:20]
         assert batch_of(3, 10, 4, 0) == drawn[12:16]
         assert batch_of(0, 10, 4, 1) != drawn[:4]
-        assert len(batch_of(0, 3, 8, 0)) == 8  # more than there are
+        assert len(batch_of(0, 3, 8, 0)) == 8  # more than there are examples
 
 
-def test_the_temperature_of_a_softmax_is_learnt_too(plain):
+def test_the_temperature_of_a_softmax_is_trained_too(plain):
     with plain.attached(activation="softmax") as (at, objective):
         fit(at, objective, SETTINGS.model_copy(update={"steps": 3}))
         assert at.bank.gates["blocks.0.ff"].log_temperature.tolist() != 0.0

@@ -1,4 +1,4 @@
-"""Calibration: the moments of what the layers saw, kind by kind, against forward passes of models merged by hand."""
+"""Statistics: second moments of layer inputs, by kind of prompt, against models merged by hand."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from legomole.core.train import Prompt, measure
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from torch import Tensor
 
-from ..mole.models import FEATURES, Transformer, lora, merged, untouched
+from ..mole.mixtures import lora, merged, untouched
+from ..mole.models import FEATURES, Transformer
 
 PROMPTS = [Prompt("a", (0,)), Prompt("b", (1,)), Prompt("a b", (0, 1)), Prompt("c", ()), Prompt("", ())]
 
 
 class Flow:
-    """A flow model of tokens: pictures are what one step from noise gives."""
+    """A flow model of tokens: images are sampled in one step from noise."""
 
     def __init__(self, model: Transformer) -> None:
         self.model, self.calls = model, []
@@ -53,25 +54,27 @@ def run(settings: CalibrationSettings, prompts: Sequence[Prompt] = PROMPTS, **op
     with attach(model, Mixture(loras)) as attachment:
         statistics = measure_statistics(attachment, flow, prompts, modules, settings, **options)
     assert untouched(model)
-    del flow.calls[0]  # the look at who reads what
+    del flow.calls[0]  # the pass that finds shared inputs
     return statistics, flow, loras
 
 
-def test_moments_are_those_of_models_merged_by_hand():
+def test_second_moments_equal_those_of_models_merged_by_hand():
     settings = CalibrationSettings(samples=6, noised=2, batch=4, compose=1.5)
     statistics, flow, loras = run(settings)
     gates = {(): (0, 0), (0,): (1, 0), (1,): (0, 1), (0, 1): (1.5, 1.5)}
     for named, g in gates.items():
         shown = [(x, rows) for x, rows in flow.calls if {PROMPTS[i].named for i in rows} == {named}]
-        assert sum(len(rows) for _, rows in shown) == 12  # 6 pictures, each noised twice
+        assert sum(len(rows) for _, rows in shown) == 12  # 6 images, each noised twice
         by_hand = merged(Transformer(), loras, g)
         for path in ("blocks.1.ff.2", "final", "inp"):
-            seen = []
-            handle = by_hand.get_submodule(path).register_forward_pre_hook(lambda _, args, s=seen: s.append(args[0]))
+            observed = []
+            handle = by_hand.get_submodule(path).register_forward_pre_hook(
+                lambda _, args, s=observed: s.append(args[0])
+            )
             for x, rows in shown:
                 by_hand(x, flow.texts[list(rows)])
             handle.remove()
-            X = torch.cat([x.flatten(0, -2) for x in seen])
+            X = torch.cat([x.flatten(0, -2) for x in observed])
             moments = statistics.modules[f"transformer.{path}"]
             found = moments.own[named[0]] if len(named) == 1 else moments.joint[named] if named else moments.base
             torch.testing.assert_close(found, X.mT @ X / len(X), rtol=1e-4, atol=1e-5)
@@ -85,23 +88,23 @@ def test_the_seed_decides_everything():
         tensors = (list(found.modules[name].tensors()) for found in (first, again, other))
         for C, same, different in zip(*tensors, strict=True):
             assert torch.equal(C, same)
-            assert not torch.equal(C, different) or name == "transformer.ctx"  # which reads the prompt alone
+            assert not torch.equal(C, different) or name == "transformer.ctx"  # which reads only the prompt
 
 
-def test_every_prompt_of_a_kind_is_shown_before_one_comes_twice():
+def test_every_prompt_of_a_kind_is_used_before_one_is_repeated():
     _, flow, _ = run(CalibrationSettings(samples=4, noised=1))
     shown = [i for _, rows in flow.calls for i in rows]
-    assert shown.count(3) == shown.count(4) == 2  # both name nothing
+    assert shown.count(3) == shown.count(4) == 2  # both name no concept
 
 
-def test_it_tells_of_every_batch_and_can_be_cancelled():
-    told: list[tuple[int, int, str]] = []
-    run(CalibrationSettings(samples=5, noised=2, batch=4), progress=lambda *args: told.append(args))
-    # per kind: 4 and 1 painted, then each of them shown twice
-    one = [(4, "painting"), (1, "painting"), (4, "measuring"), (4, "measuring"), (1, "measuring"), (1, "measuring")]
-    assert [what for *_, what in told] == 4 * [what for _, what in one]
-    assert [done for done, *_ in told] == torch.tensor(4 * [n for n, _ in one]).cumsum(0).tolist()
-    assert {total for _, total, _ in told} == {told[-1][0]} == {60}
+def test_every_batch_is_reported_and_measuring_can_be_cancelled():
+    reports: list[tuple[int, int, str]] = []
+    run(CalibrationSettings(samples=5, noised=2, batch=4), progress=lambda *report: reports.append(report))
+    # per kind: 4 and 1 sampled, then each of them passed twice
+    one = [(4, "sampling"), (1, "sampling"), (4, "measuring"), (4, "measuring"), (1, "measuring"), (1, "measuring")]
+    assert [what for *_, what in reports] == 4 * [what for _, what in one]
+    assert [done for done, *_ in reports] == torch.tensor(4 * [n for n, _ in one]).cumsum(0).tolist()
+    assert {total for _, total, _ in reports} == {reports[-1][0]} == {60}
 
     def cancel(done: int, total: int, what: str) -> None:
         if done == 2:
@@ -115,7 +118,7 @@ def test_it_tells_of_every_batch_and_can_be_cancelled():
     assert untouched(model)
 
 
-def test_layers_that_read_one_tensor_share_their_moments():
+def test_layers_that_read_one_tensor_share_their_second_moments():
     statistics, *_ = run(CalibrationSettings(samples=2, noised=1))
     q, k, v = (statistics.modules[f"transformer.blocks.0.attn.to_{x}"] for x in "qkv")
     assert q is k is v
@@ -126,7 +129,7 @@ def test_layers_that_read_one_tensor_share_their_moments():
 def test_measuring_some_layers_at_a_time_gives_the_same(monkeypatch):
     settings = CalibrationSettings(samples=3, noised=2, batch=2)
     whole, flow, _ = run(settings)
-    monkeypatch.setattr(measure, "AT_ONCE", 4 * 2 * 8 * 8)  # two layers of width 8
+    monkeypatch.setattr(measure, "MAX_MOMENT_BYTES", 4 * 2 * 8 * 8)  # two layers of width 8
     parts, again, _ = run(settings)
     assert len(again.calls) > 4 * len(flow.calls)
     assert list(parts.modules) == list(whole.modules)
@@ -136,7 +139,7 @@ def test_measuring_some_layers_at_a_time_gives_the_same(monkeypatch):
 
 
 def test_layers_that_are_too_wide_or_not_used_are_left_out():
-    narrow = CalibrationSettings(samples=1, noised=1, widest=8)  # the second layers of the feed-forwards have 16
+    narrow = CalibrationSettings(samples=1, noised=1, widest=8)  # the second layers of the feed-forwards have width 16
     statistics, _, loras = run(narrow)
     assert set(loras[0].modules) - {name.removeprefix("transformer.") for name in statistics.modules} == {
         "blocks.0.ff.2",
@@ -152,12 +155,12 @@ def test_layers_that_are_too_wide_or_not_used_are_left_out():
             measure_statistics(attachment, Flow(model), PROMPTS, {"s": "spare"}, narrow)
 
 
-def test_what_was_measured_is_told():
+def test_metadata_holds_settings_and_prompts():
     settings = CalibrationSettings(samples=1, noised=1)
-    said = run(settings, adapters=["aa", "bb"], strengths=[0.8, 1.0])[0]
-    assert (said.adapters, said.strengths) == (("aa", "bb"), (0.8, 1.0))
-    told = {name: json.loads(text) for name, text in said.metadata.items()}
-    assert told == {
+    statistics = run(settings, adapters=["aa", "bb"], strengths=[0.8, 1.0])[0]
+    assert (statistics.adapters, statistics.strengths) == (("aa", "bb"), (0.8, 1.0))
+    metadata = {name: json.loads(text) for name, text in statistics.metadata.items()}
+    assert metadata == {
         "settings": settings.model_dump(),
         "prompts": ["a", "b", "a b", "c", ""],
     }
@@ -168,7 +171,7 @@ def test_a_lora_no_prompt_names_alone_is_refused():
         run(CalibrationSettings(samples=1), [Prompt("a", (0,)), Prompt("a b", (0, 1))])
 
 
-def test_numbers_that_are_not_finite_are_refused():
+def test_values_that_are_not_finite_are_refused():
     model = Transformer()
     broken = Flow(model)
     broken.texts[0] = float("nan")

@@ -1,4 +1,4 @@
-"""What gates learn from, by hand."""
+"""Objectives of gate training, by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def examples(*prompts: int) -> Examples:
 
 
 class Doubling:
-    """Predicts twice what it gets; the clean latents are what it gets minus ``t`` times that."""
+    """Predicts twice its input; the clean latents are the input minus ``t`` times the prediction."""
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
@@ -52,7 +52,7 @@ class TestRegression:
 
 
 class ToyClip:
-    """Images are their latents' direction; texts have directions of their own."""
+    """Embeds latents as their direction, and texts as fixed directions."""
 
     def images(self, latents):
         return torch.nn.functional.normalize(latents, dim=-1)
@@ -64,7 +64,7 @@ class ToyClip:
 
 class TestGuidance:
     def test_global_and_local_by_hand(self):
-        # example 0 names nothing and is left out
+        # example 0 names no concept and is left out
         e = Examples(
             torch.tensor([[9.0, 9.0], [3.0, 4.0], [0.0, 2.0]]),
             torch.tensor([0.25, 0.25, 0.25]),  # clean = noisy / 2

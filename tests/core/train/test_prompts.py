@@ -1,10 +1,10 @@
-"""Prompts for training: every kind is there, and no word means two LoRAs."""
+"""Training prompts: every kind is present, and no word names two LoRAs."""
 
 from __future__ import annotations
 
 import pytest
 from legomole.core.errors import MergeError
-from legomole.core.train.prompts import BASE, EMPTY, JOINT, SINGLE, Prompt, prompts_for, shares
+from legomole.core.train.prompts import BASE, EMPTY, JOINT, SINGLE, Prompt, prompts_for, sampling_weights
 
 WORDS = [["ember style", "embers"], ["heart"]]
 
@@ -43,12 +43,12 @@ def test_the_users_prompts_come_first_and_only_missing_kinds_are_added():
     assert prompts[-1] == Prompt("", ())
 
 
-def test_what_the_user_gives_is_enough():
+def test_prompts_of_all_kinds_are_enough():
     given = ["ember style", "heart", "heart, ember style", "a dog"]
     assert [prompt.text for prompt in prompts_for(WORDS, given)] == [*given, ""]
 
 
-def test_base_prompts_name_nothing():
+def test_base_prompts_name_no_concept():
     for prompt in prompts_for([["dog", "car"], ["a bowl of fruit"]]):
         if not prompt.named:
             assert not {"dog", "car"} & set(prompt.text.split())
@@ -64,10 +64,10 @@ def test_bad_input():
         MergeError, match=r"None of the prompts names LoRA number 1[\s\S]*'ember style' or 'embers'[\s\S]*'a heart'"
     ):
         prompts_for(WORDS, ["a heart"])
-    prompts_for([["heart", "heart"], ["b"]])  # twice for one LoRA harms nobody
+    prompts_for([["heart", "heart"], ["b"]])  # a word twice for one LoRA is allowed
 
 
-def test_shares_by_hand():
+def test_sampling_weights_by_hand():
     prompts = [
         Prompt("a", (0,)),
         Prompt("a2", (0,)),
@@ -77,7 +77,7 @@ def test_shares_by_hand():
         Prompt("", ()),
     ]
     # single: .4 over two LoRAs, LoRA 0's over two prompts
-    assert shares(prompts) == pytest.approx([SINGLE / 4, SINGLE / 4, SINGLE / 2, JOINT, BASE, EMPTY])
+    assert sampling_weights(prompts) == pytest.approx([SINGLE / 4, SINGLE / 4, SINGLE / 2, JOINT, BASE, EMPTY])
     assert sum((JOINT, SINGLE, BASE, EMPTY)) == pytest.approx(1)
-    # without a kind the others share all
-    assert shares(prompts[:3]) == pytest.approx([0.25, 0.25, 0.5])
+    # without a kind, the others share its examples
+    assert sampling_weights(prompts[:3]) == pytest.approx([0.25, 0.25, 0.5])

@@ -1,4 +1,4 @@
-"""Learning from texts: the loss by hand, and what is refused."""
+"""Training on texts: the loss by hand, and errors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings, Text, train_on_texts
-from legomole.core.train.texts import NextToken, answers
+from legomole.core.train.texts import NextToken, answer_logits
 from torch import Tensor, nn
 
-from ..mole.models import Block, D, lora, seeded
+from ..mole.mixtures import lora
+from ..mole.models import Block, D, seeded
 
 
 def text(*ids: int, start: int = 1, expert: int | None = 0) -> Text:
@@ -38,7 +39,7 @@ class TestNextToken:
         assert float(objective.loss([2, 0])) == pytest.approx((first + third) / 2)
         assert float(objective.loss([0, 1, 2])) == pytest.approx((first + second + third) / 3)
 
-    def test_staying_near_the_base_model_by_hand(self):
+    def test_divergence_from_the_base_model_by_hand(self):
         # found (1/4, 3/4), base (1/2, 1/2) at both tokens: KL(base, found) = (log 2 + log 2/3) / 2
         found = torch.tensor([1.0, 3.0]).log()
         given = [text(0, 1, expert=None), text(0, 1)]
@@ -51,13 +52,13 @@ class TestNextToken:
 
     def test_answers_are_cut_out_of_padded_rows(self):
         logits = torch.arange(2 * 4 * 3.0).view(2, 4, 3)
-        one, two = answers(lambda _: logits, [text(0, 1, 2, 0, start=3), text(1, 2, start=1)])
+        one, two = answer_logits(lambda _: logits, [text(0, 1, 2, 0, start=3), text(1, 2, start=1)])
         assert torch.equal(one, logits[0, 2:4])
         assert torch.equal(two, logits[1, :2])
 
 
 class Language(nn.Module):
-    """Tokens ``(B, T)`` to logits over 6 words; each position alone."""
+    """Tokens ``(B, T)`` to logits over 6 words, each position on its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +88,7 @@ def train(model: nn.Module, mixture: Mixture, texts: list[Text], **kw):
         return train_on_texts(attachment, mixture, texts, logits, settings, **kw)
 
 
-def test_the_record_tells_what_was_learnt_from():
+def test_the_record_counts_the_texts():
     model, mixture = prepared()
     texts = [text(0, 1, 2), text(0, 2, expert=1), text(3, 3, expert=1), text(4, 4, 5, expert=None)]
     done = train(model, mixture, texts, base="Language")
@@ -99,8 +100,8 @@ def test_the_record_tells_what_was_learnt_from():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_texts_of_no_lora_keep_to_the_base_model():
-    """With nothing else that says so, gates shut where the base model is to be kept."""
+def test_texts_without_a_lora_preserve_the_base_model():
+    """Gates close on texts for which the base model is to be preserved."""
     model, mixture = prepared()
     ids = torch.tensor([4, 5, 4, 5])
     texts = [text(0, 1), text(0, 1, expert=1), *(Text(ids, 1, None) for _ in range(6))]
@@ -121,7 +122,7 @@ def test_texts_of_no_lora_keep_to_the_base_model():
         ([text(0, 1), text(0, 1, start=0, expert=1)], r"at least one token"),
     ],
 )
-def test_what_cannot_be_learnt_from(texts, message):
+def test_texts_without_anything_to_learn(texts, message):
     with pytest.raises(MergeError, match=message):
         train(*prepared(), texts)
 

@@ -1,4 +1,4 @@
-"""train(): from words to gates, with every objective, and with clear words where there is nothing to learn from."""
+"""train(): gates from prompts, with every objective; interruptions; errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Images, TrainingResult, TrainSettings, prompts_for, train
 
 from ..merge.pools import close
-from ..mole.models import FEATURES, ToyDenoiser, Transformer, Values, lora
+from ..mole.mixtures import Values, lora
+from ..mole.models import FEATURES, Transformer
+from .toy import ToyDenoiser
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])
@@ -28,7 +30,7 @@ class Stop(Exception):
 
 
 class ToyClip:
-    """The mean of the latents; a text's direction follows from its letters."""
+    """Embeds latents as their mean, and texts as a direction computed from their letters."""
 
     def images(self, latents):
         return torch.nn.functional.normalize(latents.mean(1), dim=-1)
@@ -54,21 +56,21 @@ def equal(one: GateSet, other: GateSet) -> bool:
 
 class TestObjectives:
     def test_distilled_text_gates_open_for_the_words(self):
-        """After training the LoRAs a prompt names are open and the others are shut."""
+        """After training, gates are open for the LoRAs a prompt names and closed for the others."""
         model = Transformer(1)
         weights = copy.deepcopy(model.state_dict())
         mixed = mixture(model, granularity="network")
         done = run(model, mixed, SETTINGS.model_copy(update={"steps": 80, "learning_rate": 0.1}))
         assert done.fit.losses[-1] < 0.1 * done.fit.losses[0]
-        seen = Values()
+        observed = Values()
         denoiser = ToyDenoiser(model, PROMPTS)
-        with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(seen):
+        with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(observed):
             denoiser.predict(torch.randn(4, 5, 4), torch.ones(4), [0, 1, 2, 3])
         wanted = torch.tensor([[1.0, 0], [0, 1], [1.2, 1.2], [0, 0]])
-        assert torch.allclose(seen.values[""], wanted, atol=0.2)
+        assert torch.allclose(observed.values[""], wanted, atol=0.2)
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
-    def test_denoising_of_a_users_pictures(self):
+    def test_denoising_of_a_users_images(self):
         model = Transformer(1)
         images = Images(torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(0)), [0, 0, 1, 1])
         done = run(model, mixture(model), SETTINGS.model_copy(update={"objective": "denoise"}), images=images)
@@ -86,11 +88,11 @@ class TestObjectives:
         done = run(model, mixed, TrainSettings(objective="router"))
         assert done.fit.losses == []
         assert set(done.gates.gates.names) == {"", "blocks.0.attn", "blocks.0.ff"}
-        seen = Values()
-        with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(seen):
+        observed = Values()
+        with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(observed):
             ToyDenoiser(model, PROMPTS).predict(torch.randn(5, 5, 4), torch.ones(5), range(5))
         wanted = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0], [0, 0]])
-        for value in seen.values.values():
+        for value in observed.values.values():
             assert ((value > 0.5) == (wanted > 0.5)).all(), value
 
     def test_output_mixing(self):
@@ -101,7 +103,7 @@ class TestObjectives:
         assert done.fit.losses[-1] < 0.9 * done.fit.losses[0]
 
     def test_distilled_text_gates_start_where_the_router_puts_them(self):
-        """Also where prompts hardly differ beside what they all share, and the empty prompt is far from all."""
+        """Also if prompts differ little from each other, and the empty prompt differs from all."""
         model = Transformer(1)
         mixed = mixture(model, granularity="network")
 
@@ -120,7 +122,7 @@ class TestObjectives:
 
 
 class TestResult:
-    def test_says_what_it_is_and_where_it_came_from(self, tmp_path: Path):
+    def test_the_file_holds_gates_and_the_record_of_the_training(self, tmp_path: Path):
         model = Transformer(1)
         mixed = mixture(model, strengths=(0.5, 1.5))
         done = run(model, mixed, SETTINGS.model_copy(update={"steps": 3}), base="Toy")
@@ -137,7 +139,7 @@ class TestResult:
         assert equal(read.of(mixed.experts, "Toy"), done.gates.gates)
 
     def test_the_mixture_and_the_attachment(self):
-        """The mixture keeps its own gates; the attachment goes on with those that were learnt."""
+        """The mixture keeps its own gates; the attachment uses the trained ones."""
         model = Transformer(1)
         mixed = mixture(model)
         with attach(model, mixed) as at:
@@ -158,10 +160,10 @@ class TestResult:
 
 
 class TestFolder:
-    def test_an_interrupted_training_goes_on_and_clears_up(self, tmp_path: Path):
+    def test_an_interrupted_training_resumes_and_removes_its_files(self, tmp_path: Path):
         model, kept = Transformer(1), []
         whole = run(model, mixture(model))
-        told: list[tuple[int, int, str]] = []
+        reports: list[tuple[int, int, str]] = []
 
         def stop(done: int, total: int, what: str) -> None:
             if what.startswith("loss") and done == 9:
@@ -170,18 +172,18 @@ class TestFolder:
         with pytest.raises(Stop):
             run(model, mixture(model), folder=tmp_path, progress=stop, keep=kept.append)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.safetensors", "state.safetensors"]
-        resumed = run(model, mixture(model), folder=tmp_path, progress=lambda *what: told.append(what))
-        assert [done for done, _, what in told if what.startswith("loss")] == list(range(10, 21))
-        assert not any(what in ("painting", "predicting") for _, _, what in told)  # not again
+        resumed = run(model, mixture(model), folder=tmp_path, progress=lambda *report: reports.append(report))
+        assert [done for done, _, what in reports if what.startswith("loss")] == list(range(10, 21))
+        assert not any(what in ("sampling", "predicting") for _, _, what in reports)  # not again
         assert equal(resumed.gates.gates, whole.gates.gates)
         assert resumed.fit.losses == whole.fit.losses
         assert list(tmp_path.iterdir()) == []
-        # what the interrupted one had learnt
+        # the result of the interrupted training
         assert kept[0].fit.stopped == "interrupted after 9 of 20 steps"
         assert kept[0].fit.losses == whole.fit.losses[:9]
         assert not equal(kept[0].gates.gates, whole.gates.gates)
 
-    def test_cancelled_while_painting(self, tmp_path: Path):
+    def test_cancelled_while_sampling(self, tmp_path: Path):
         model = Transformer(1)
 
         def stop(done: int, total: int, what: str) -> None:
@@ -221,7 +223,7 @@ class TestFolder:
             run(model, mixed, folder=tmp_path, **rest)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_examples_of_another_training_are_made_anew(self, tmp_path: Path):
+    def test_examples_of_another_training_are_made_again(self, tmp_path: Path):
         model, settings = Transformer(1), SETTINGS.model_copy(update={"steps": 1})
 
         def stop(done: int, total: int, what: str) -> None:
@@ -255,10 +257,10 @@ class TestBadInput:
         with pytest.raises(MergeError, match=r"strength 0 adds nothing[\s\S]*file: +adapter"):
             run(model, mixed)
 
-    @pytest.mark.parametrize(("objective", "said"), [("denoise", "needs pictures"), ("clip", "needs a CLIP model")])
-    def test_what_an_objective_needs(self, objective, said):
+    @pytest.mark.parametrize(("objective", "message"), [("denoise", "needs images"), ("clip", "needs a CLIP model")])
+    def test_missing_arguments_of_an_objective(self, objective, message):
         model = Transformer(1)
-        with pytest.raises(MergeError, match=rf"{said}[\s\S]*distil"):
+        with pytest.raises(MergeError, match=rf"{message}[\s\S]*distil"):
             run(model, mixture(model), SETTINGS.model_copy(update={"objective": objective}))
 
     def test_the_router_for_gates_that_do_not_read_text(self):
@@ -266,7 +268,7 @@ class TestBadInput:
         with pytest.raises(MergeError, match="router is for gates that read the text"):
             run(model, mixture(model, reads="hidden"), TrainSettings(objective="router"))
 
-    def test_a_model_whose_pictures_are_not_numbers(self):
+    def test_a_model_whose_images_are_not_finite(self):
         model = Transformer(1)
         model.final.bias.fill_(float("nan"))
         with pytest.raises(MergeError, match="not finite"):

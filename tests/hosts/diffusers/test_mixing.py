@@ -27,7 +27,7 @@ from legomole.hosts.diffusers.layer_names import to_kohya
 from legomole.hosts.diffusers.mixing import denoising_model, experts, load_gates, mixed, prompt_rows, routed
 from torch import Tensor
 
-from ...core.mole.models import gradients
+from ...core.mole.mixtures import gradients
 from . import tiny_pipelines as tiny
 
 # deprecations inside the libraries, and PEFT's notice that `proj_out` also matches the end of another layer's name

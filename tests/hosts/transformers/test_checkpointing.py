@@ -14,7 +14,7 @@ from legomole.core.mole.gates import balance_loss
 from legomole.hosts.transformers.mixing import mixed
 from torch import Tensor
 
-from ...core.mole.models import gradients
+from ...core.mole.mixtures import gradients
 from .tiny_language import CAUSAL, MODELS, READS, GateRecorder, gate_settings, llama, mixture, padded, prompts
 
 pytestmark = [
@@ -70,7 +70,7 @@ class TestGradientCheckpointing:
             gradients(attachment, lambda: model(prompts(4)[0], use_cache=False).logits.square().mean())
             assert len(runs) == 2
             late = model(prompts(4)[0], use_cache=False).logits.square().mean()
-        with torch.enable_grad(), pytest.raises(MergeError, match="taken off before the backward pass"):
+        with torch.enable_grad(), pytest.raises(MergeError, match="detached before the backward pass"):
             late.backward()
 
     def test_the_models_checkpointing_function_is_restored(self):

@@ -123,7 +123,7 @@ class TestGenerate:
                     scores = model(texts[i], **{CACHE: caches[i]}, use_cache=True).logits
                     texts[i] = scores[:, -1:].argmax(-1)
                     found[i].append(texts[i])
-            reader = attachment._state.texts
+            reader = attachment._gate_values.text_reader
             assert len(reader.cached_gates) == 2
             del caches
             assert len(reader.cached_gates) == 0

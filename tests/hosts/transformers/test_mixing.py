@@ -24,7 +24,7 @@ from legomole.core.mole.record import Record
 from legomole.hosts.transformers.mixing import experts, mixed
 from torch import Tensor, nn
 
-from ...core.mole.models import untouched
+from ...core.mole.mixtures import untouched
 from ...core.mole.test_tokens import Loop
 from .tiny_language import (
     CAUSAL,

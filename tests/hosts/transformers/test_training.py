@@ -21,7 +21,7 @@ from legomole.hosts.transformers.mixing import experts, load_gates, mixed
 from legomole.hosts.transformers.training import train_gates
 from torch import Tensor
 
-from ...core.mole.models import untouched
+from ...core.mole.mixtures import untouched
 from ...test_docs import blocks
 from .tiny_language import MODELS, bert, gate_values, generate, lora, merged
 

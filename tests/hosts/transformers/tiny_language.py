@@ -133,7 +133,7 @@ def mixture(model: Any, settings: GateSettings, mixing: str = "delta", size: flo
     features_of: dict[str, tuple[int, Tensor | None]] = {}  # scope -> number of features, their owners
     with (
         attach(model, even) as attachment,
-        attachment.measure(lambda scope, f, owner: features_of.update({scope: (f.shape[1], owner)})),
+        attachment.watch_inputs(lambda scope, f, owner: features_of.update({scope: (f.shape[1], owner)})),
         torch.no_grad(),
     ):
         model(prompts(5)[0], **({} if type(model).__name__.startswith("Bert") else {"use_cache": False}))
@@ -154,10 +154,10 @@ class GateRecorder:
     def __init__(self) -> None:
         self.passes: list[dict[str, Tensor]] = []
 
-    def start(self, arguments: object) -> None:
+    def begin_pass(self, arguments: object) -> None:
         self.passes.append({})
 
-    def seen(self, scope: str, value: Tensor) -> None:
+    def gate_opened(self, scope: str, value: Tensor) -> None:
         self.passes[-1][scope] = value
 
     def first_pass(self, attachment: Attachment) -> dict[str, Tensor]:
