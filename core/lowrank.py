@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError, MergeError
+from .precision import exact_operand, matmul
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class LowRank:
 
     def delta(self) -> Tensor:
         """The dense update ``scale * B @ A``, ``(d_out, d_in)`` float32. For tests and small models."""
-        return self.scale * (self.B.float() @ self.A.float())
+        return self.scale * matmul(self.B.float(), self.A.float())
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> LowRank:
         """The update of some output rows, in the order given: `A` is shared, `B` is cut. Exact.
@@ -112,7 +113,8 @@ def fold_tucker(down: Tensor, mid: Tensor) -> Tensor:
     Returns:
         ``(r, in, *kernel)`` float32.
     """
-    return torch.einsum("pq...,qc->pc...", mid.float(), down.flatten(1).float())
+    mid, down = exact_operand(mid.float()), exact_operand(down.flatten(1).float())
+    return torch.einsum("pq...,qc->pc...", mid, down).float()
 
 
 def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
@@ -149,6 +151,7 @@ def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``(A, B)`` in balanced form: ``A = sqrt(S) V^T (k, d_in)``, ``B = U sqrt(S) (d_out, k)``.
     """
+    dtype, A, B = A.dtype, exact_operand(A), exact_operand(B)
     Q_A, R_A = torch.linalg.qr(A.mT)  # (d_in, p), (p, P)
     Q_B, R_B = torch.linalg.qr(B)  # (d_out, q), (q, P)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)  # (q, n), (n,), (n, p)
@@ -158,7 +161,7 @@ def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if n < k:
         A_k = torch.nn.functional.pad(A_k, (0, 0, 0, k - n))
         B_k = torch.nn.functional.pad(B_k, (0, k - n))
-    return A_k, B_k
+    return A_k.to(dtype), B_k.to(dtype)
 
 
 def nearest(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
@@ -176,6 +179,7 @@ def nearest(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
 
     Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
     """
+    dtype, D = D.dtype, exact_operand(D)
     width = 2 * k + 16
     if min(D.shape) <= max(2 * width, 256):
         Q = torch.eye(D.shape[0], dtype=D.dtype, device=D.device)
@@ -186,4 +190,4 @@ def nearest(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
             Q = torch.linalg.qr(D @ torch.linalg.qr(D.mT @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.mT @ D, full_matrices=False)
     root = S[:k].sqrt()
-    return root[:, None] * Vh[:k], (Q @ U[:, :k]) * root
+    return (root[:, None] * Vh[:k]).to(dtype), ((Q @ U[:, :k]) * root).to(dtype)

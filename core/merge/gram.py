@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import float32_is_exact
 from .factors import Factors
 
 # Relative size below which a direction is rounding noise of the float32 factors.
@@ -86,21 +87,13 @@ def products(factors: Factors) -> tuple[Tensor, Tensor]:
     error of about 1e-6 are the exact ones of factors that differ from these by ``1e-6 / 2 _CLEAR``, a fraction of what
     the file rounds (2^-12 in float16).
     """
-    if factors.short and factors.device.type == "cpu" and _float32_is_exact():
+    if factors.short and factors.device.type == "cpu" and float32_is_exact(factors.device):
         G_A, G_B = _products(factors, torch.float32)
         unclear = (~(_clear(G_A) & _clear(G_B))).nonzero()[:, 0].tolist()
         if unclear:
             G_A[unclear], G_B[unclear] = _products(factors.only(unclear), torch.float64)
         return G_A, G_B
     return _products(factors, torch.float64)
-
-
-def _float32_is_exact() -> bool:
-    """Whether products of float32 matrices are that: a program may let processors round the factors to bfloat16."""
-    try:
-        return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # it was said for one backend alone
-        return False
 
 
 def _products(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

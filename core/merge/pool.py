@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..precision import matmul
 from . import gram
 from .factors import Factors, InMemoryFactors
 
@@ -147,14 +148,77 @@ class LinearCombination:
     ranks: Tensor
     labels: Tensor | None = None
 
+    def units(self, pool: Pool) -> tuple[Tensor, Tensor]:
+        """The merged units: ``A (M, k, d_in)`` and ``B (M, d_out, k)``, float32."""
+        return _multiply(pool, self.R_A.float(), self.R_B.float(), None)
+
     def apply(self, pool: Pool) -> Merged:
+        """The merged units as a result, with all that `relative_error` needs to know of them."""
         R_A, R_B = self.R_A.float(), self.R_B.float()
-        (M, _, d_in, d_out), k = pool.factors.shape, R_A.shape[1]
-        A, B = R_A.new_empty(M, k, d_in), R_B.new_empty(M, d_out, k)
-        for at, A_at, B_at in pool.factors.pieces():
-            torch.bmm(R_A[at], A_at, out=A[at])
-            torch.bmm(B_at, R_B[at], out=B[at])
-        return Merged(A, B, self.ranks, self.labels, combination=replace(self, R_A=R_A, R_B=R_B))
+        inputs = Sample.empty(pool, pool.size, torch.float64)
+        outputs = Sample.empty(pool, R_A.shape[1], torch.float32)
+        A, B = _multiply(pool, R_A, R_B, (inputs, outputs))
+        rounded = replace(self, R_A=R_A.double(), R_B=R_B.double())
+        exact = Sample(torch.bmm(rounded.R_A, inputs.A), torch.bmm(inputs.B, rounded.R_B))
+        return Merged(A, B, self.ranks, self.labels, derivation=Derivation(rounded, pool.factors, outputs, exact))
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Evenly spaced entries of units: 8 to 15 columns of `A` and rows of `B` (all of narrow ones).
+
+    Args:
+        A: ``(M, n, s)``. B: ``(M, t, n)``, for `n` units.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    @classmethod
+    def empty(cls, pool: Pool, n: int, dtype: torch.dtype) -> Sample:
+        """Space for a sample of `n` units of a pool's width."""
+        M, _, d_in, d_out = pool.factors.shape
+        s, t = (len(range(0, width, _step(width))) for width in (d_in, d_out))
+        return cls(*(torch.empty(M, *shape, dtype=dtype, device=pool.device) for shape in ((n, s), (t, n))))
+
+    def copy(self, at: slice, A: Tensor, B: Tensor) -> None:
+        """Take the entries of ``A (m, n, d_in)`` and ``B (m, d_out, n)``, the modules `at`."""
+        self.A[at] = A[:, :, :: _step(A.shape[2])]
+        self.B[at] = B[:, :: _step(B.shape[1])]
+
+
+def _step(width: int) -> int:
+    return max(1, width // 8)
+
+
+def _multiply(pool: Pool, R_A: Tensor, R_B: Tensor, samples: tuple[Sample, Sample] | None) -> tuple[Tensor, Tensor]:
+    """``R_A @ A`` and ``B @ R_B``, float32; samples of the pool's units and of the product are taken on the way."""
+    (M, _, d_in, d_out), k = pool.factors.shape, R_A.shape[1]
+    A, B = R_A.new_empty(M, k, d_in), R_B.new_empty(M, d_out, k)
+    for at, A_at, B_at in pool.factors.pieces():
+        matmul(R_A[at], A_at, out=A[at])
+        matmul(B_at, R_B[at], out=B[at])
+        if samples is not None:  # while they are in the processor's cache
+            samples[0].copy(at, A_at, B_at)
+            samples[1].copy(at, A[at], B[at])
+    return A, B
+
+
+@dataclass(frozen=True, eq=False)
+class Derivation:
+    """How merged units were computed from pooled ones.
+
+    Args:
+        combination: The linear combination: the float32 values that were multiplied, as float64.
+        factors: The pooled units it combines.
+        found: A sample of the merged units.
+        exact: The same entries without rounding, float64.
+    """
+
+    combination: LinearCombination
+    factors: Factors
+    found: Sample
+    exact: Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +230,7 @@ class Merged:
         ranks: ``(M,)`` long.
         labels: ``(M, P)`` long or ``None``, see `LinearCombination`.
         remarks: Module name -> what the user should know about its merge; equal remarks are reported together.
-        mixing: How they follow from the pool's own units, where they do; saves reading the factors once more.
+        derivation: How `A` and `B` were computed, where they are a linear combination of units.
     """
 
     A: Tensor
@@ -174,29 +238,50 @@ class Merged:
     ranks: Tensor
     labels: Tensor | None = None
     remarks: Mapping[str, str] = field(default_factory=dict)
-    combination: LinearCombination | None = None
+    derivation: Derivation | None = None
 
 
-def relative_error(pool: Pool, merged: Merged) -> Tensor:
-    """``|merged - sum|_F / |sum|_F`` per module, ``(M,)`` float64, from Gram matrices only.
+def relative_error(pool: Pool, merged: Merged, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``|merged - sum|_F / |sum|_F`` per module, ``(M,)`` float64, of the merged factors as they are stored.
 
-    Where the sum is zero it is ``|merged|_F``.
+    Where the sum is zero it is ``|merged|_F``. From Gram matrices only:
+    ``|B' A' - B C A|^2 = <B'^T B', A' A'^T> - 2 <B^T B', C A A'^T> + |sum|^2``.
 
-    ``|B' A' - B C A|^2 = <B'^T B', A' A'^T> - 2 <B^T B' , C A A'^T> + |sum|^2``.
+    Of a linear combination of the pool these are the Gram matrices of the exact ``R_A A`` and ``B R_B``. By how much
+    the stored factors differ from those, ``dA`` and ``dB``, is measured on a sample, which costs next to nothing
+    beside another product of all factors and shows any loss of precision, in the products as in the conversion to
+    `dtype`. Its ``|B' dA|^2 + |dB A'|^2``, extrapolated to all columns and rows, is added.
+
+    Args:
+        pool: What was merged. merged: The result in float32. dtype: What it is stored in.
     """
-    if merged.combination is None:
-        A, B = merged.A.double(), merged.B.double()
-        G_A, G_B = A @ A.mT, B.mT @ B
+    total = pool.inner.sum((1, 2)).clamp_min(0)
+    derivation = merged.derivation
+    if derivation is None or derivation.factors is not pool.factors:
+        A, B = merged.A.to(dtype).double(), merged.B.to(dtype).double()
         to_A, to_B = pool.A.double() @ A.mT, pool.B.double().mT @ B
+        error = _squared_error(pool, A @ A.mT, B.mT @ B, to_A, to_B, total)
     else:
-        R_A, R_B = merged.combination.R_A.double(), merged.combination.R_B.double()
+        R_A, R_B = derivation.combination.R_A, derivation.combination.R_B
         to_A, to_B = pool.G_A @ R_A.mT, pool.G_B @ R_B
         G_A, G_B = R_A @ to_A, R_B.mT @ to_B
+        error = _squared_error(pool, G_A, G_B, to_A, to_B, total)
+        found, exact = derivation.found, derivation.exact
+        dA, dB = found.A.to(dtype) - exact.A, found.B.to(dtype) - exact.B
+        in_A, in_B = (torch.bmm(G_B, dA) * dA).sum((1, 2)), (torch.bmm(dB, G_A) * dB).sum((1, 2))
+        error.add_(in_A, alpha=merged.A.shape[2] / dA.shape[2]).add_(in_B, alpha=merged.B.shape[1] / dB.shape[1])
+    return (error / torch.where(total > 0, total, 1)).sqrt()
+
+
+def _squared_error(pool: Pool, G_A: Tensor, G_B: Tensor, to_A: Tensor, to_B: Tensor, total: Tensor) -> Tensor:
+    """``|B' A' - B C A|_F^2`` per module.
+
+    Args:
+        G_A: ``A' A'^T``. G_B: ``B'^T B'``. to_A: ``A A'^T``. to_B: ``B^T B'``. total: ``|B C A|_F^2``.
+    """
     own = (G_B * G_A).sum((1, 2))
     cross = (to_B * (pool.c[:, :, None] * to_A)).sum((1, 2))
-    total = pool.inner.sum((1, 2)).clamp_min(0)
-    error = (own - 2 * cross + total).clamp_min(0)
-    return (error / torch.where(total > 0, total, 1)).sqrt()
+    return (own - 2 * cross + total).clamp_min(0)
 
 
 def overlap(pool: Pool) -> tuple[Tensor, Tensor]:

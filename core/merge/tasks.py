@@ -76,7 +76,7 @@ class BatchMerger:
             if self.cache is not None:
                 self.cache.store(batch, pool)
             modules = dict(_unpack(adapters, pool, merged, self.dtype))
-            return BatchResult(modules, tuple(_module_reports(pool, merged)), dict(merged.remarks))
+            return BatchResult(modules, tuple(_module_reports(pool, merged, self.dtype)), dict(merged.remarks))
 
     def _merged(self, pool: Pool) -> Merged:
         try:
@@ -185,8 +185,8 @@ def overflow(module: str, dtype: torch.dtype, found: float) -> MergeError:
     )
 
 
-def _module_reports(pool: Pool, merged: Merged) -> Iterator[ModuleReport]:
-    errors = relative_error(pool, merged).tolist()
+def _module_reports(pool: Pool, merged: Merged, dtype: torch.dtype) -> Iterator[ModuleReport]:
+    errors = relative_error(pool, merged, dtype).tolist()
     norms, cosine = (table.tolist() for table in overlap(pool))
     clusters: list[list[list[int]]] | None = None
     if merged.labels is not None:

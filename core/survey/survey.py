@@ -196,7 +196,14 @@ def survey(
     rank = rank or Rank(1, "x")
     blocks = blocks_of(name for adapter in adapters for name in adapter.modules)
     watch = _Watch(Lego(rank), {name: part.region for part in blocks for name in part.layers})
-    result = merge(adapters, watch, weights, text_encoder_weights=text_encoder_weights, progress=progress)
+    result = merge(
+        adapters,
+        watch,
+        weights,
+        text_encoder_weights=text_encoder_weights,
+        dtype=torch.float32,  # the report is of the merge, not of a file
+        progress=progress,
+    )
     there = set(watch.layers)
     blocks = [replace(part, layers=tuple(name for name in part.layers if name in there)) for part in blocks]
     maps: list[UnitMap] = []

@@ -63,7 +63,7 @@ class Calibrated:
         responsive, unmeasured = calibrate_units(pool, self.statistics, self.lam, self.mu, self.joint_scale)
         merged = SVD(self.rank)(responsive)
         remarks = dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum")
-        return replace(merged, remarks=remarks, combination=None)  # it was one of other units
+        return replace(merged, remarks=remarks)
 
 
 def calibrate_units(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...lowrank import nearest
+from ...precision import matmul
 from ..pool import Merged, Pool
 from ..rank import Rank
 
@@ -14,7 +15,7 @@ from ..rank import Rank
 def delta(pool: Pool, m: int, i: int) -> Tensor:
     """Dense delta ``scale * B @ A`` of the pool's adapter `i` in module `m`, without the user's weight."""
     A, B, scale = (pool.split(x, dim)[i] for x, dim in ((pool.A[m], 0), (pool.B[m], 1), (pool.scale[m], 0)))
-    return (B * scale.to(B)) @ A
+    return matmul(B * scale.to(B), A)
 
 
 def merge_dense(pool: Pool, rank: Rank, build: Callable[[int], Tensor]) -> Merged:

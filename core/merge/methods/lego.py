@@ -61,7 +61,7 @@ class Lego:
             return self._merge(pool)
         responsive, unmeasured = calibrate_units(pool, self.statistics)
         remarks = dict.fromkeys(unmeasured, "have no statistics: their units were merged as they are")
-        return replace(self._merge(responsive), remarks=remarks, combination=None)  # it was one of other units
+        return replace(self._merge(responsive), remarks=remarks)
 
     def _merge(self, pool: Pool) -> Merged:
         published = self.geometry == "paper"
@@ -91,8 +91,8 @@ class Lego:
 
     def _norm_ratio(self, pool: Pool, gauge: LinearCombination, merged: LinearCombination, mean: Tensor) -> Tensor:
         """Mean norm of a cluster's members over the norm of its centroid, per unit matrix: ``(M, k)``."""
-        members = (unit_norms(gauge.apply(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
-        centroids = unit_norms(merged.apply(pool), self.geometry, self.norm)
+        members = (unit_norms(*gauge.units(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
+        centroids = unit_norms(*merged.units(pool), self.geometry, self.norm)
         ratio = torch.where(centroids > 0, members / _or_one(centroids), 1)
         return ratio.square() if self.geometry == "paper" else ratio  # x scales by sqrt(size), b a^T by size
 
@@ -194,12 +194,16 @@ def _or_one(size: Tensor) -> Tensor:
     return torch.where(size > 0, size, 1)
 
 
-def unit_norms(units: Merged, geometry: Geometry, norm: Norm) -> Tensor:
-    """Norm of every unit, ``(M, P)`` float64: of ``concat(a, b)`` ("paper") or of the matrix ``b a^T`` ("rank-one")."""
+def unit_norms(A: Tensor, B: Tensor, geometry: Geometry, norm: Norm) -> Tensor:
+    """Norm of every unit, ``(M, P)`` float64: of ``concat(a, b)`` ("paper") or of the matrix ``b a^T`` ("rank-one").
+
+    Args:
+        A: ``(M, P, d_in)``. B: ``(M, d_out, P)``.
+    """
     if norm == "inf":
         # max and min each read the factor once; abs() would write a copy of it
-        a = torch.maximum(units.A.amax(2), -units.A.amin(2)).double()
-        b = torch.maximum(units.B.amax(1), -units.B.amin(1)).double()
+        a = torch.maximum(A.amax(2), -A.amin(2)).double()
+        b = torch.maximum(B.amax(1), -B.amin(1)).double()
         return torch.maximum(a, b) if geometry == "paper" else a * b
-    a, b = units.A.double().square().sum(2), units.B.double().square().sum(1)
+    a, b = A.double().square().sum(2), B.double().square().sum(1)
     return (a + b if geometry == "paper" else a * b).sqrt()

@@ -154,8 +154,8 @@ class TestProperties:
         pool = random_pool((4, 4), weights=[0.7, -1.5])
         method = Lego(Rank(3), geometry, "mean", parameter_reweight=True, output_reweight=False, norm=norm)
         merged = method(pool)
-        members = unit_norms((fold_scales if geometry == "paper" else balance_units)(pool).apply(pool), geometry, norm)
-        units = unit_norms(merged, geometry, norm)
+        members = unit_norms(*(fold_scales if geometry == "paper" else balance_units)(pool).units(pool), geometry, norm)
+        units = unit_norms(merged.A, merged.B, geometry, norm)
         for m in range(pool.batch):
             for c in range(3):
                 expected = float(members[m][merged.labels[m] == c].mean())
