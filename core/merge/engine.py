@@ -58,7 +58,7 @@ def merge(
         module_weights: Per adapter, shell patterns of module names and a factor on its weight there, e.g.
             ``{"*attn2*": 0.5, "*single_blocks*": 0}``. Every pattern that matches counts.
         normalize: Divide the weights by the sum of their magnitudes: an average instead of a sum.
-        dtype: Of the merged factors; default the widest of the inputs'.
+        dtype: Dtype of the merged factors and diffs; default the widest factor dtype of the adapters that take part.
         device: Where to compute. The result is on the CPU.
         progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
         each: Does the work elsewhere; default here, see `threads.run_in_threads`.
@@ -92,7 +92,8 @@ def merge(
         raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
     todo = batches(adapters, per_module, getattr(method, "batch", None))
     _check_rank(method, todo)
-    work = BatchMerger(method, per_module, dtype or _widest(adapters), torch.device(device), cache)
+    dtype = dtype or _widest([adapter for adapter, takes_part in zip(adapters, used, strict=True) if takes_part])
+    work = BatchMerger(method, per_module, dtype, torch.device(device), cache)
     own = run_in_threads(work, adapters, todo)
 
     total = sum(len(batch.names) for batch in todo)
@@ -107,7 +108,7 @@ def merge(
             if progress is not None:
                 progress(len(modules), total, batch.names[-1])
     with torch.no_grad(), report_out_of_memory():
-        diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
+        diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used, dtype)
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
         weights=tuple(weights),
@@ -188,7 +189,7 @@ def _widest(adapters: Sequence[Adapter]) -> torch.dtype:
 
 
 def _leftovers(
-    adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]], used: Sequence[bool]
+    adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]], used: Sequence[bool], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
     """What is not low rank: diffs are summed with the weights, extras are carried, conflicts are named."""
     diffs: dict[str, Tensor] = {}
@@ -218,7 +219,7 @@ def _leftovers(
                 passed_on.append(f"{name} (unchanged, from {adapter.label})")
             elif extras[name].shape != tensor.shape or not torch.equal(extras[name], tensor):
                 dropped.append(f"{name} of {adapter.label}: it cannot be added, and {first[name]} has another one")
-    return {name: _narrowed(name, part, _widest(adapters)) for name, part in diffs.items()}, extras, passed_on, dropped
+    return {name: _narrowed(name, part, dtype) for name, part in diffs.items()}, extras, passed_on, dropped
 
 
 def _narrowed(name: str, diff: Tensor, dtype: torch.dtype) -> Tensor:

@@ -236,6 +236,24 @@ def test_dtype_can_be_asked_for(pair):
     assert {p.A.dtype for p in modules.values()} == {torch.bfloat16}
 
 
+def test_diffs_take_the_requested_dtype_too():
+    adapter = named("a", {"m": part(1)}, diffs={"m.bias": torch.full((6,), 2.0)}, extras={"emb.x": torch.ones(3)})
+    merged = merge([adapter], Concat(), dtype=torch.float16).adapter
+    assert merged.diffs["m.bias"].dtype == merged.modules["m"].dtype == torch.float16
+    assert merged.extras["emb.x"].dtype == torch.float32  # carried untouched
+
+
+def test_an_adapter_of_weight_0_does_not_widen_the_dtype():
+    narrow = named("a", {"m": part(2).to(torch.float16)}, diffs={"m.bias": torch.ones(6)})
+    wide = named("b", {"m": part(2, seed=1)}, diffs={"m.bias": torch.ones(6)})
+    for weights, text_encoder_weights in (([1, 0], None), ([1, 0], [0, 0])):
+        merged = merge([narrow, wide], Concat(), weights, text_encoder_weights=text_encoder_weights).adapter
+        assert merged.modules["m"].dtype == merged.diffs["m.bias"].dtype == torch.float16
+    switched_off = merge([narrow, wide], Concat(), module_weights=[{}, {"*": 0}]).adapter
+    assert switched_off.modules["m"].dtype == torch.float16
+    assert merge([narrow, wide], Concat()).adapter.modules["m"].dtype == torch.float32
+
+
 def test_float16_overflow_is_an_error_not_infinity():
     """sqrt(1e10) = 1e5 on either factor is past float16's 65504."""
     adapter = named("loud", {"m": LowRank(torch.ones(1, 4).half(), torch.ones(4, 1).half())})
