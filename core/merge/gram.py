@@ -79,6 +79,122 @@ def _root(G: Tensor) -> tuple[Tensor, Tensor]:
     return L, L_inverse
 
 
+def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Best rank-one approximation of the mean ``1/n sum_j b_j a_j^T`` of every cluster.
+
+    Where the two largest singular values are close it may be between their directions, which costs nearly the same.
+
+    Args:
+        G_A: ``(M, P, P)``. G_B: ``(M, P, P)``. labels: ``(M, P)`` long, the cluster of each unit, below `k`.
+
+    Returns:
+        ``alpha, beta (M, P, k)``: the unit's row is ``alpha^T A``, its column ``B beta``, both of the same norm.
+    """
+    n = torch.nn.functional.one_hot(labels, k).sum(1)  # (M, k)
+    order, start = labels.sort(dim=1, stable=True).indices, n.cumsum(1) - n
+    alpha, beta = G_A.new_zeros(*labels.shape, k), G_A.new_zeros(*labels.shape, k)
+    size = torch.where(n > 1, (n + 7) // 8 * 8, n)  # clusters of about the same size together, in matrices of that size
+    for s in size[n > 0].unique().tolist():
+        m, c = (size == s).nonzero(as_tuple=True)
+        place = torch.arange(s, device=n.device)
+        inside = place < n[m, c, None]  # (C, s)
+        units = order[m[:, None], (start[m, c, None] + place).clamp_max(labels.shape[1] - 1)]
+        both = (inside[:, :, None] & inside[:, None, :]).to(G_A)
+        a, b = top_pair(*(_block(G, m, units).mul_(both) for G in (G_A, G_B)))
+        which = inside.nonzero()[:, 0]
+        at = (m[which], units[inside], c[which])
+        root = n[m, c, None].to(G_A).rsqrt()  # of the mean, shared evenly by the two factors
+        alpha[at], beta[at] = (a * root)[inside], (b * root)[inside]
+    return alpha, beta
+
+
+def _block(G: Tensor, m: Tensor, units: Tensor) -> Tensor:
+    """Rows and columns `units (C, s)` of the matrices `m (C,)` of `G`: ``(C, s, s)``."""
+    return G[m[:, None], units].gather(2, units[:, None, :].expand(-1, units.shape[1], -1))
+
+
+def top_pair(G_A: Tensor, G_B: Tensor, steps: int = 64) -> tuple[Tensor, Tensor]:
+    """Coefficients ``alpha, beta (C, s)`` of the best rank-one approximation ``(B beta)(alpha^T A)`` of ``B A``.
+
+    Power iteration on the coefficients of `s` units: for ``v = A^T alpha`` the image is ``B A v``, that is
+    ``beta = G_A alpha``, and back alike with ``G_B``. A small matrix ``T = G_A G_B`` is squared, which halves the
+    `steps`, as long as that takes less time than they do.
+
+    It starts from the largest unit, so a single unit is returned as it is. However large, a unit may be orthogonal to
+    the leading direction, or nearly so. The eigenvalues of `T` are the squared singular values of ``B A``, and the
+    traces of its powers bound the largest: where that leaves room for 5 % more energy, generic starts are tried too,
+    and the best is taken if it has 1 % more.
+
+    Args:
+        G_A: ``(C, s, s)`` Gram matrices ``A A^T``, float64. G_B: ``(C, s, s)``, ``B^T B``.
+    """
+    sizes = (G_A * G_B).diagonal(dim1=1, dim2=2)
+    (T, trace), s, power = _scaled(G_A @ G_B), G_A.shape[1], 1
+    bound = trace.log()
+    while steps > 1 and s < 12 * steps:
+        T, trace = _scaled(T @ T)
+        steps, power = steps // 2, 2 * power
+        bound += trace.log() / power
+    start = sizes.argmax(1)[:, None, None]
+    alpha, beta, energy = _iterate(T.gather(1, start.expand(-1, 1, s)), T, steps, G_A, G_B)
+    unsure = (energy[:, 0] < 0.95 * bound.exp()).nonzero()[:, 0]
+    if len(unsure):
+        rows = unsure if 4 * len(unsure) < len(T) else slice(None)  # copies only where they are few
+        generic = _generic_starts(sizes[rows]) @ T[rows]
+        others_alpha, others_beta, energies = _iterate(generic, T[rows], steps, G_A[rows], G_B[rows])
+        most, best = energies.max(1, keepdim=True)
+        better, best = (most > 1.01 * energy[rows])[:, :, None], best[:, :, None].expand(-1, 1, s)
+        alpha[rows] = torch.where(better, others_alpha.gather(1, best), alpha[rows])
+        beta[rows] = torch.where(better, others_beta.gather(1, best), beta[rows])
+    return alpha[:, 0], beta[:, 0]
+
+
+def _generic_starts(sizes: Tensor) -> Tensor:
+    """Four random coefficients ``(C, 4, s)`` for each of `s` units, the same for every set of units.
+
+    They are drawn for units in order of their ``sizes (C, s)``, so that the order in which units come does not matter.
+    """
+    s = sizes.shape[1]
+    drawn = torch.randn(4, s, generator=torch.Generator("cpu").manual_seed(0), dtype=sizes.dtype, device="cpu")
+    order = sizes.argsort(dim=1, descending=True, stable=True)[:, None, :].expand(-1, 4, -1)
+    drawn = drawn.to(sizes.device).expand_as(order)
+    return torch.empty_like(order, dtype=sizes.dtype).scatter_(2, order, drawn)
+
+
+def _iterate(alpha: Tensor, T: Tensor, steps: int, G_A: Tensor, G_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Power iteration from rows ``alpha (C, q, s)``, the first step of which is done.
+
+    Returns:
+        ``alpha, beta (C, q, s)`` of equal norms, and ``(C, q)`` the energy ``sigma^2`` of each pair.
+    """
+    for _ in range(steps - 1):
+        alpha = alpha / nonzero_or_one(alpha.abs().amax(2, keepdim=True)) @ T
+    alpha, image_A = _unit(alpha, G_A)
+    beta, image_B = _unit(image_A, G_B)
+    sigma = (image_B * image_A).sum(2).clamp_min(0)  # u^T B A v
+    root = sigma.sqrt()[:, :, None]
+    return alpha * root, beta * root, sigma.square()
+
+
+def _scaled(T: Tensor) -> tuple[Tensor, Tensor]:
+    """`T`, in place, divided by its trace, and the trace ``(C,)``: the sum of the eigenvalues, all at least 0."""
+    trace = T.diagonal(dim1=1, dim2=2).sum(1)
+    T /= nonzero_or_one(trace)[:, None, None]
+    return T, trace
+
+
+def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients ``x (C, q, s)`` scaled to unit length under `G`, and ``x @ G``; zero stays zero."""
+    xG = x @ G
+    length = nonzero_or_one((x * xG).sum(2, keepdim=True).clamp_min(0).sqrt())
+    return x / length, xG / length
+
+
+def nonzero_or_one(x: Tensor) -> Tensor:
+    """`x` with 1 in place of 0, to divide by; `x` is at least 0."""
+    return torch.where(x > 0, x, 1)
+
+
 def products(factors: Factors) -> tuple[Tensor, Tensor]:
     """``A A^T`` and ``B^T B``, ``(M, P, P)`` float64, in one pass over the factors.
 

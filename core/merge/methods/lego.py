@@ -74,7 +74,7 @@ class Lego:
         Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
         n = Z.sum(1).clamp_min(1)  # (M, k)
         mean = Z / n[:, None, :]
-        a, b = (mean, mean) if published else best_rank_one(G_A, G_B, labels, Z.shape[2])
+        a, b = (mean, mean) if published else gram.best_rank_one(G_A, G_B, labels, Z.shape[2])
         merged = LinearCombination(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
 
         size = torch.ones_like(n)
@@ -93,7 +93,7 @@ class Lego:
         """Mean norm of a cluster's members over the norm of its centroid, per unit matrix: ``(M, k)``."""
         members = (unit_norms(*gauge.units(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
         centroids = unit_norms(*merged.units(pool), self.geometry, self.norm)
-        ratio = torch.where(centroids > 0, members / _or_one(centroids), 1)
+        ratio = torch.where(centroids > 0, members / gram.nonzero_or_one(centroids), 1)
         return ratio.square() if self.geometry == "paper" else ratio  # x scales by sqrt(size), b a^T by size
 
 
@@ -118,80 +118,6 @@ def transform_gram(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
     blocks = [R[:, at, at] for at in pool.spans]
     G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)
     return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
-
-
-def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best rank-one approximation of the mean ``1/n sum_j b_j a_j^T`` of every cluster.
-
-    Where the two largest singular values are close it may be between their directions, which costs nearly the same.
-
-    Args:
-        G_A: ``(M, P, P)``. G_B: ``(M, P, P)``. labels: ``(M, P)`` long, the cluster of each unit, below `k`.
-
-    Returns:
-        ``alpha, beta (M, P, k)``: the unit's row is ``alpha^T A``, its column ``B beta``, both of the same norm.
-    """
-    n = torch.nn.functional.one_hot(labels, k).sum(1)  # (M, k)
-    order, start = labels.sort(dim=1, stable=True).indices, n.cumsum(1) - n
-    alpha, beta = G_A.new_zeros(*labels.shape, k), G_A.new_zeros(*labels.shape, k)
-    size = torch.where(n > 1, (n + 7) // 8 * 8, n)  # clusters of about the same size together, in matrices of that size
-    for s in size[n > 0].unique().tolist():
-        m, c = (size == s).nonzero(as_tuple=True)
-        place = torch.arange(s, device=n.device)
-        inside = place < n[m, c, None]  # (C, s)
-        units = order[m[:, None], (start[m, c, None] + place).clamp_max(labels.shape[1] - 1)]
-        both = (inside[:, :, None] & inside[:, None, :]).to(G_A)
-        a, b = _top_pair(*(_block(G, m, units).mul_(both) for G in (G_A, G_B)))
-        which = inside.nonzero()[:, 0]
-        at = (m[which], units[inside], c[which])
-        root = n[m, c, None].to(G_A).rsqrt()  # of the mean, shared evenly by the two factors
-        alpha[at], beta[at] = (a * root)[inside], (b * root)[inside]
-    return alpha, beta
-
-
-def _block(G: Tensor, m: Tensor, units: Tensor) -> Tensor:
-    """Rows and columns `units (C, s)` of the matrices `m (C,)` of `G`: ``(C, s, s)``."""
-    return G[m[:, None], units].gather(2, units[:, None, :].expand(-1, units.shape[1], -1))
-
-
-def _top_pair(G_A: Tensor, G_B: Tensor, steps: int = 64) -> tuple[Tensor, Tensor]:
-    """Coefficients ``alpha, beta (C, s)`` of the best rank-one approximation of ``sum_j b_j a_j^T``.
-
-    Power iteration on the coefficients: for ``v = sum_j alpha_j a_j`` the image is ``sum_j <a_j, v> b_j``, that is
-    ``beta = G_A alpha``, and back alike with ``G_B``. It starts from the largest unit, so a single unit is returned as
-    it is. A small matrix is squared, which halves the `steps`, as long as that takes less time than they do.
-    """
-    start = (G_A * G_B).diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]
-    s = G_A.shape[1]
-    T = _scaled(G_A @ G_B)
-    while steps > 1 and s < 12 * steps:
-        T = _scaled(T @ T)
-        steps //= 2
-    alpha = T.gather(1, start.expand(-1, 1, s))  # (C, 1, s)
-    for _ in range(steps - 1):
-        alpha = alpha / _or_one(alpha.abs().amax(2, keepdim=True)) @ T
-    alpha, image_A = _unit(alpha, G_A)
-    beta, image_B = _unit(image_A, G_B)
-    root = (image_B * image_A).sum(2).clamp_min(0).sqrt()  # of sigma = u^T (sum_j b_j a_j^T) v
-    return alpha[:, 0] * root, beta[:, 0] * root
-
-
-def _scaled(T: Tensor) -> Tensor:
-    """`T`, in place, by the sum of its eigenvalues, of which none is below 0."""
-    T /= _or_one(T.diagonal(dim1=1, dim2=2).sum(1))[:, None, None]
-    return T
-
-
-def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients ``x (C, 1, s)`` scaled to unit length under `G`, and ``x @ G``; zero stays zero."""
-    xG = x @ G
-    length = _or_one((x * xG).sum(2, keepdim=True).clamp_min(0).sqrt())
-    return x / length, xG / length
-
-
-def _or_one(size: Tensor) -> Tensor:
-    """What to divide by: sizes that are not zero."""
-    return torch.where(size > 0, size, 1)
 
 
 def unit_norms(A: Tensor, B: Tensor, geometry: Geometry, norm: Norm) -> Tensor:

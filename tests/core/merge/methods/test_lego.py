@@ -7,19 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from legomole.core.merge.factors import InMemoryFactors
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
-from legomole.core.merge.methods.lego import Lego, balance_units, best_rank_one, fold_scales, unit_norms
+from legomole.core.merge.methods.lego import Lego, balance_units, fold_scales, unit_norms
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.pool import Pool, relative_error
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from torch import Tensor
 
-from ..pools import best, close, make_pool, product, random_pool, total
+from ..pools import close, make_pool, product, random_pool, total
 
 seeds = st.integers(0, 10_000)
 ranks = st.lists(st.integers(1, 4), min_size=1, max_size=3)
@@ -284,65 +284,6 @@ class TestRankOne:
         ours, theirs = (relative_error(pool, method(pool)) for method in (Lego(Rank(6)), SVD(Rank(6))))
         assert (ours >= theirs - 1e-6).all()
         assert (ours < 1).all()
-
-
-class TestBestRankOne:
-    @staticmethod
-    def setup(seed: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        g = torch.Generator().manual_seed(seed)
-        A = torch.randn(2, 6, 8, generator=g, dtype=torch.float64)
-        B = torch.randn(2, 7, 6, generator=g, dtype=torch.float64)
-        labels = torch.cat([torch.arange(k), torch.randint(k, (6 - k,), generator=g)]).repeat(2, 1)
-        return A, B, labels
-
-    @given(seeds, st.integers(1, 6))
-    @example(210, 1)  # the largest member lies nearly across the leading direction: slow to turn
-    @settings(max_examples=30, deadline=None)
-    def test_against_the_svd_of_the_dense_mean(self, seed, k):
-        A, B, labels = self.setup(seed, k)
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, labels, k)
-        a, b = alpha.mT @ A, B @ beta
-        for m in range(2):
-            for c in range(k):
-                member = labels[m] == c
-                mean = B[m][:, member] @ A[m][member] / int(member.sum())
-                ours = torch.linalg.norm(mean - b[m][:, c : c + 1] @ a[m][c : c + 1])
-                exact = torch.linalg.norm(mean - best(mean, 1))
-                assert float(ours - exact) <= 0.02 * float(mean.norm())
-                assert float(a[m, c].norm()) == pytest.approx(float(b[m, :, c].norm()), rel=1e-6)
-
-    def test_exact_where_one_direction_leads(self):
-        g = torch.Generator().manual_seed(0)
-        lead_a, lead_b = torch.randn(1, 1, 8, generator=g).double(), torch.randn(1, 7, 1, generator=g).double()
-        A = lead_a + 0.2 * torch.randn(1, 4, 8, generator=g).double()
-        B = lead_b + 0.2 * torch.randn(1, 7, 4, generator=g).double()
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, torch.zeros(1, 4).long(), 1)
-        assert close((B @ beta) @ (alpha.mT @ A), best(B @ A / 4, 1), 1e-10)
-
-    @pytest.mark.parametrize("sizes", [(1, 2, 9), (7, 130), (128, 3), (1, 200, 40)])
-    def test_clusters_of_every_size_at_once(self, sizes):
-        g = torch.Generator().manual_seed(0)
-        P, k = sum(sizes), len(sizes)
-        labels = torch.repeat_interleave(torch.tensor(sizes))[torch.randperm(P, generator=g)].repeat(2, 1)
-        lead_a, lead_b = torch.randn(2, k, 250, generator=g).double(), torch.randn(2, k, 240, generator=g).double()
-        rows = torch.arange(2)[:, None]
-        A = lead_a[rows, labels] + 0.3 * torch.randn(2, P, 250, generator=g).double()
-        B = (lead_b[rows, labels] + 0.3 * torch.randn(2, P, 240, generator=g).double()).mT
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, labels, k)
-        for m in range(2):
-            for c in range(k):
-                member = labels[m] == c
-                mean = B[m][:, member] @ A[m][member] / int(member.sum())
-                assert close((B @ beta)[m, :, c : c + 1] @ (alpha.mT @ A)[m, c : c + 1], best(mean, 1), 1e-8)
-                assert not alpha[m, ~member, c].any()
-                assert not beta[m, ~member, c].any()
-
-    def test_one_unit_comes_back_as_it_is(self):
-        A, B, _ = self.setup(0, 6)
-        alpha, beta = best_rank_one(A @ A.mT, B.mT @ B, torch.arange(6).repeat(2, 1), 6)
-        for j in range(6):
-            ours = (B @ beta)[:, :, j : j + 1] @ (alpha.mT @ A)[:, j : j + 1]
-            assert close(ours, B[:, :, j : j + 1] @ A[:, j : j + 1], 1e-12)
 
 
 def test_folded_and_balanced_keep_every_adapters_delta():
