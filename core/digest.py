@@ -1,23 +1,28 @@
-"""Digests of tensors: to tell LoRAs, pictures and models apart."""
+"""Hashes of tensors, to tell LoRAs, images and models apart."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .adapter import Adapter
 
+_hashes = WeakTensorKeyDictionary()  # tensor -> (its version, its hash)
+_hashes_lock = Lock()
+
 
 def raw(tensor: Tensor) -> bytes:
-    """The numbers of a tensor as float32, the same for equal values on any device."""
+    """The values of a tensor as float32, the same for equal values on any device."""
     return tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
 
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """SHA-256 of the numbers of tensors, in their order, and a text."""
+    """SHA-256 of the values of tensors, in their order, and a text."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(raw(tensor))
@@ -25,8 +30,25 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
     return found.hexdigest()
 
 
+def content_hash(tensor: Tensor) -> bytes:
+    """SHA-256 of dtype, shape and values of a tensor.
+
+    A tensor is read once: its hash is remembered while it lives and no torch operation writes to it.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    with _hashes_lock:
+        known = _hashes.get(tensor)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    with _hashes_lock:
+        _hashes[tensor] = (version, found.digest())
+    return found.digest()
+
+
 def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:
-    """A few numbers of a few weights, enough to tell models apart. Sharded ones (FSDP) are put together for it."""
+    """A few values of a few weights, enough to tell models apart. Sharded weights (FSDP) are gathered for it."""
     for weight in weights[:: max(1, len(weights) // 16)]:
         weight = getattr(weight, "full_tensor", lambda whole=weight: whole)()
         if weight.device.type != "meta":

@@ -62,7 +62,7 @@ def merge(
         device: Where to compute. The result is on the CPU.
         progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
         each: Does the work elsewhere; default here, see `threads.run_in_threads`.
-        cache: Kept by the caller from merge to merge of the same adapters, on the same device: the next is faster.
+        cache: Kept by the caller from merge to merge: one of the same factors is faster.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.

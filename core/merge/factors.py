@@ -36,6 +36,10 @@ class Factors(ABC):
     def _all(self) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that hold the factors, as they are stored."""
+
+    @abstractmethod
     def only(self, modules: Sequence[int]) -> Factors:
         """Those of some modules."""
 
@@ -65,6 +69,9 @@ class InMemoryFactors(Factors):
     def _all(self) -> tuple[Tensor, Tensor]:
         return self._held
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._held
+
     def only(self, modules: Sequence[int]) -> InMemoryFactors:
         A, B = self._held
         return InMemoryFactors(A[modules], B[modules])
@@ -90,6 +97,11 @@ class FileFactors(Factors):
         A, B = self._space(len(self.parts))
         _read(self.parts, A, B)
         return A.to(self.device), B.to(self.device)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for row in self.parts:
+            for part in row:
+                yield from (part.A, part.B)
 
     def only(self, modules: Sequence[int]) -> FileFactors:
         return FileFactors([self.parts[m] for m in modules], self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..digest import content_hash
 from ..precision import matmul
 from . import gram
 from .factors import Factors, InMemoryFactors
@@ -113,19 +115,28 @@ class Pool:
         member = torch.nn.functional.one_hot(self.owner, len(self.ranks)) * self.c[:, :, None]  # (M, P, N)
         return member.mT @ (self.G_A * self.G_B) @ member
 
+    @cached_property
+    def content(self) -> bytes:
+        """Hash of all that `cacheable` depends on: factors, scales, and the device they are on."""
+        found = hashlib.sha256(f"{self.device} {self.ranks}".encode())
+        found.update(self.scale.cpu().numpy())
+        for tensor in self.factors.tensors():
+            found.update(content_hash(tensor))
+        return found.digest()
+
     @property
     def cacheable(self) -> dict[str, Any]:
         """What was computed of the units so far and depends on no weight."""
         return {name: self.__dict__[name] for name in ("G_A", "G_B", "own") if name in self.__dict__}
 
+    def load_cache(self, values: Mapping[str, Any]) -> None:
+        """Take what was computed of the same units before, see `cacheable`."""
+        self.__dict__.update(values)  # where a cached_property keeps its value
+
     def with_units(self, A: Tensor, B: Tensor) -> Pool:
         """Other units of the same adapters, which contain the weights and scales."""
         ones = torch.ones_like(self.scale), torch.ones_like(self.weights)
         return replace(self, factors=InMemoryFactors(A, B), scale=ones[0], weights=ones[1])
-
-    def load_cache(self, known: Mapping[str, Any]) -> None:
-        """Take what was computed before of the same units, see `known`, instead of computing it."""
-        self.__dict__.update(known)  # where a cached_property keeps its value
 
     @cached_property
     def svd(self) -> gram.GramSVD:

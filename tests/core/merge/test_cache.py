@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +13,13 @@ from legomole.core.adapter import Adapter
 from legomole.core.lowrank import LowRank
 from legomole.core.merge import gram
 from legomole.core.merge.cache import GramCache
-from legomole.core.merge.engine import merge
+from legomole.core.merge.engine import MergeResult, merge
 from legomole.core.merge.methods import METHODS
 from legomole.core.merge.rank import Rank
 
 
-def adapters() -> list[Adapter]:
-    generator = torch.Generator().manual_seed(0)
+def adapters(seed: int = 0) -> list[Adapter]:
+    generator = torch.Generator().manual_seed(seed)
 
     def factor(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -83,3 +85,73 @@ def test_no_more_is_kept_than_the_limit(counted: Callable[[], tuple[int, int]]) 
         counted()
         merge(inputs, METHODS["lego"](Rank(4)), cache=products)
         assert counted() == anew
+
+
+def same(found: MergeResult, expected: MergeResult) -> bool:
+    """Whether factors and reports are equal."""
+    parts = zip(found.adapter.modules.values(), expected.adapter.modules.values(), strict=True)
+    factors = all(torch.equal(a.A, b.A) and torch.equal(a.B, b.B) for a, b in parts)
+    return factors and found.report == expected.report
+
+
+def test_other_adapters_of_the_same_shapes_are_other_adapters(counted: Callable[[], tuple[int, int]]) -> None:
+    """Also where they live at the address of those that are gone."""
+    cache = GramCache()
+    for seed in (0, 1, 0):
+        inputs = adapters(seed)
+        counted()
+        found = merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+        assert counted() == (1, 2)
+        assert same(found, merge(inputs, METHODS["lego"](Rank(4))))
+
+
+def test_an_equal_adapter_that_was_loaded_again_is_known(counted: Callable[[], tuple[int, int]]) -> None:
+    cache = GramCache()
+    merge(adapters(), METHODS["lego"](Rank(4)), cache=cache)
+    counted()
+    found = merge(adapters(), METHODS["lego"](Rank(4)), cache=cache)
+    assert counted() == (0, 0)
+    assert same(found, merge(adapters(), METHODS["lego"](Rank(4))))
+
+
+@pytest.mark.parametrize("change", ["factor", "alpha", "dtype", "order"])
+def test_what_the_matrices_depend_on_is_noticed(counted: Callable[[], tuple[int, int]], change: str) -> None:
+    cache, inputs = GramCache(), adapters()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+    if change == "factor":
+        inputs[1].modules["layer2"].B[3, 1] += 1
+    elif change == "order":
+        inputs.reverse()
+    else:
+        changed = {"alpha": {"alpha": 2.0}, "dtype": {}}[change]
+        dtype = torch.float64 if change == "dtype" else torch.float32
+        inputs[0] = Adapter({n: replace(p.to(dtype), **changed) for n, p in inputs[0].modules.items()})
+    counted()
+    found = merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+    assert counted() == (1, 2)
+    assert same(found, merge(inputs, METHODS["lego"](Rank(4))))
+
+
+def test_factors_are_not_kept_alive() -> None:
+    cache, inputs = GramCache(), adapters()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+    factors = [weakref.ref(part.A) for adapter in inputs for part in adapter.modules.values()]
+    del inputs
+    assert not [factor for factor in factors if factor() is not None]
+
+
+def test_a_factor_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, inputs = GramCache(), adapters()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+    monkeypatch.setattr(torch.Tensor, "view", lambda *_: pytest.fail("the factors are hashed again"))
+    merge(inputs, METHODS["svd"](Rank(4)), cache=cache)
+
+
+def test_factors_of_inference_mode_have_no_version_but_a_content(counted: Callable[[], tuple[int, int]]) -> None:
+    cache = GramCache()
+    with torch.inference_mode():
+        inputs = adapters()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+    counted()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+    assert counted() == (0, 0)
