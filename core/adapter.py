@@ -24,11 +24,13 @@ class Source:
         path: The file or folder as the user named it.
         sha256: Hash of the weight file's bytes, ``""`` when it never was a file.
         format: The format's name in ``FORMATS``.
+        convert_rank: Rank at which updates of the file that are not low rank were approximated; 0 if it has none.
     """
 
     path: str = ""
     sha256: str = ""
     format: str = ""
+    convert_rank: int = 0
 
 
 @dataclass(frozen=True, eq=False)

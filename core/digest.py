@@ -22,9 +22,10 @@ def raw(tensor: Tensor) -> bytes:
 
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """SHA-256 of the values of tensors, in their order, and a text."""
+    """SHA-256 of the shapes and values of tensors, in their order, and a text."""
     found = hashlib.sha256()
     for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}".encode())
         found.update(raw(tensor))
     found.update(text.encode())
     return found.hexdigest()
@@ -56,12 +57,16 @@ def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def identity(adapter: Adapter) -> str:
-    """sha256 of the adapter's file, or of its factors where it never was a file."""
-    if adapter.source.sha256:
-        return adapter.source.sha256
-    digest = hashlib.sha256()
-    for name, part in sorted(adapter.modules.items()):
-        digest.update(f"{name} {part.scale!r}".encode())
-        for factor in (part.A, part.B):
-            digest.update(raw(factor))
-    return digest.hexdigest()
+    """Hash that tells an adapter from every other, as 64 hexadecimal digits.
+
+    It is the sha256 of the adapter's file. If updates of the file were approximated, the rank of that counts too; if
+    the adapter never was a file, it is a hash of its low-rank updates.
+    """
+    source = adapter.source
+    if source.sha256 and source.convert_rank:
+        return digest([], f"{source.sha256} convert_rank={source.convert_rank}")
+    if source.sha256:
+        return source.sha256
+    parts = sorted(adapter.modules.items())
+    described = repr([(name, part.scale, part.kernel) for name, part in parts])
+    return digest((factor for _, part in parts for factor in (part.A, part.B)), described)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -76,6 +77,8 @@ def assemble(
             found=f"{len(tensors)} other keys: {name_some(tensors, 3)}" if tensors else "no tensors",
             remedy="choose a LoRA file; a whole checkpoint or an embedding cannot be merged as one",
         )
+    if convert_rank is not None and _not_low_rank(roles, tensors):
+        source = replace(source, convert_rank=convert_rank)
     return Adapter(modules, diffs, {key: tensors[key] for key in rest}, metadata, source)
 
 
@@ -100,12 +103,7 @@ def _check_kinds(
             remedy="convert it in ComfyUI with the model connected, where the base weights are known",
         )
     if convert_rank is None:
-        keys = [
-            key
-            for parts in roles.values()
-            for role, key in parts.items()
-            if role.startswith(("hada_", "lokr_")) or (role == "diff" and tensors[key].ndim > 1)
-        ]
+        keys = _not_low_rank(roles, tensors)
         if keys:
             raise FormatError(
                 "The file holds LoHa, LoKr or full deltas, which become a LoRA only by approximation.",
@@ -113,6 +111,16 @@ def _check_kinds(
                 found=f"{len(keys)} keys: {name_some(keys, 3)}",
                 remedy="allow it with a rank: --convert-rank 32 (convert_rank=32 in Python)",
             )
+
+
+def _not_low_rank(roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of LoHa, LoKr and full deltas."""
+    return [
+        key
+        for parts in roles.values()
+        for role, key in parts.items()
+        if role.startswith(("hada_", "lokr_")) or (role == "diff" and tensors[key].ndim > 1)
+    ]
 
 
 def _updates(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,7 @@ class _Host:
             kept += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
             whole += float(delta.double().square().sum())
             sites.add(LowRank(A, B, kernel=kernel), at)
+        sites.source = replace(sites.source, convert_rank=sites.convert_rank)
         sites.notes.append(
             f"{sites.label}: {len(full)} layers ({', '.join(kinds)}) were approximated at rank {sites.convert_rank}, "
             f"which keeps {kept / (whole or 1):.1%} of their energy"
