@@ -69,7 +69,7 @@ def merge(
 
     Raises:
         MergeError: No adapters, weights that do not fit, modules of different shape under one name, a rank no module
-            can reach, or a result that overflows `dtype`.
+            can reach, a device without float64 (MPS), or a result that overflows `dtype`.
         FormatError: NaN or infinity in an input.
     """
     if not adapters:
@@ -93,7 +93,7 @@ def merge(
     todo = batches(adapters, per_module, getattr(method, "batch", None))
     _check_rank(method, todo)
     dtype = dtype or _widest([adapter for adapter, takes_part in zip(adapters, used, strict=True) if takes_part])
-    work = BatchMerger(method, per_module, dtype, torch.device(device), cache)
+    work = BatchMerger(method, per_module, dtype, _checked_device(device), cache)
     own = run_in_threads(work, adapters, todo)
 
     total = sum(len(batch.names) for batch in todo)
@@ -167,6 +167,18 @@ def _module_weights(
         for name in matched:
             values[name] *= factor
     return values
+
+
+def _checked_device(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    if device.type == "mps":
+        raise MergeError(
+            "Merges need float64, which Apple's MPS does not have.",
+            expected="the device cpu, or cuda",
+            found=str(device),
+            remedy="merge on the CPU: --device cpu (device='cpu' in Python)",
+        )
+    return device
 
 
 def _check_rank(method: MergeMethod, todo: Sequence[Batch]) -> None:

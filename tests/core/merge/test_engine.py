@@ -313,6 +313,12 @@ def test_kernel_is_kept():
     assert merge([conv, conv], SVD(Rank(2))).adapter.modules["m"].kernel == (3, 3)
 
 
+@pytest.mark.parametrize("device", ["mps", "mps:0", torch.device("mps")])
+def test_a_device_without_float64_is_refused(pair, device):
+    with pytest.raises(MergeError, match=r"float64[\s\S]*cpu, or cuda[\s\S]*mps[\s\S]*--device cpu"):
+        merge(pair, Concat(), device=device)
+
+
 # ---- progress, cancelling, batches
 
 
