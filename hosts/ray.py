@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from ..core.adapter import Adapter
 from ..core.errors import LegoMoleError, MergeError
-from ..core.merge.tasks import Batch, BatchMerger, BatchResult
+from ..core.merge.tasks import BatchMerger, BatchResult, ModuleBatch
 from ..core.recipes.remote import RemoteInputs, RemoteRunner
 
 ray: Any = importlib.import_module("ray")  # type checkers would take this file for it
@@ -66,7 +66,7 @@ def _connected(address: str) -> Generator[None]:
 
 
 def _spread(
-    waiting: list[Any], library: RemoteInputs, work: BatchMerger, batches: Sequence[Batch]
+    waiting: list[Any], library: RemoteInputs, work: BatchMerger, batches: Sequence[ModuleBatch]
 ) -> Iterator[BatchResult]:
     """The results of all batches, in order; `waiting` keeps the tasks that are not done.
 
@@ -106,7 +106,7 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _merge(shared: tuple[RemoteInputs, BatchMerger], batch: Batch, threads: int) -> BatchResult | LegoMoleError:
+def _merge(shared: tuple[RemoteInputs, BatchMerger], batch: ModuleBatch, threads: int) -> BatchResult | LegoMoleError:
     """A task. Errors of ours are values: as exceptions they would arrive inside another."""
     torch.set_num_threads(threads)
     library, work = shared

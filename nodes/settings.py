@@ -11,10 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
-from ..core.merge.engine import matching
 from ..core.merge.methods import MergeMethod
 from ..core.merge.rank import Rank
 from ..core.merge.statistics import Statistics
+from ..core.merge.weights import adapters_matching
 from ..core.recipes import recipe
 
 AUTO, ON, OFF = "auto", "on", "off"
@@ -178,7 +178,7 @@ def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]
                 )
             rules[int(number) - 1][pattern] = factor
             continue
-        for i in matching(pattern, adapters) or range(
+        for i in adapters_matching(pattern, adapters) or range(
             len(adapters)
         ):  # matching nothing anywhere is the engine's error to raise
             rules[i][pattern] = factor

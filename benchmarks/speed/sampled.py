@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from legomole.core.lowrank import LowRank
-from legomole.core.merge import gram
+from legomole.core.merge.clustering import kmeans
 from torch import Tensor
 
 from .cases import Case
@@ -130,7 +130,7 @@ def sklearn_lego(case: Case, folder: Path) -> Sampled:
         torch.from_numpy(found.cluster_centers_).contiguous()
         seconds += count * (time.perf_counter() - start)
         theirs += count * float(found.inertia_)
-        own += count * float(gram.kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
+        own += count * float(kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
     return Sampled(seconds, own / theirs)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..lowrank import LowRank, truncate
+from ..lowrank import LowRank, truncated_svd
 
 # Numbers that one module may come to; some times as many are held at once, in float64. A file of some kB could ask for
 # any size: a Kronecker product, or a Tucker core, is larger than what is stored of it.
@@ -51,7 +51,7 @@ def loha(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
     B = (B1[:, :, None] * B2[:, None]).flatten(1)
     rank = parts["hada_w1_b"].shape[0]
     scale = 1.0 if alpha is None else alpha / rank
-    return _lowrank(*truncate(A, scale * B, k), kernel)
+    return _lowrank(*truncated_svd(A, scale * B, k), kernel)
 
 
 def _hada(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -98,11 +98,11 @@ def _kron_factor(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tenso
     a, b = (parts[f"lokr_w{index}_{x}"].double() for x in "ab")
     core = parts.get(f"lokr_t{index}")
     if core is None:
-        return *truncate(b.flatten(1), a, min(a.shape[0], *b.flatten(1).shape)), tuple(b.shape[2:]), b.shape[0]
+        return *truncated_svd(b.flatten(1), a, min(a.shape[0], *b.flatten(1).shape)), tuple(b.shape[2:]), b.shape[0]
     demand_room(core.numel() // max(1, core.shape[1]) * b.shape[1])
     right = torch.einsum("ij...,jc->ic...", core.double(), b)  # (r, i2, *kernel)
     A, B = right.flatten(1), a.mT
-    return *truncate(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
+    return *truncated_svd(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
 
 
 def full(delta: Tensor, k: int) -> LowRank:

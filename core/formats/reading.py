@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
-from ..lowrank import LowRank, concat, fold_tucker, within_width
+from ..lowrank import LowRank, concat, fold_tucker, reduce_to_width
 from ..memory import is_out_of_memory
 from . import convert
 from .suffixes import UNSUPPORTED, classify, role_of
@@ -190,7 +190,7 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
         alpha = alpha_of(module, down.shape[0])
     part = LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
     # merging takes the cube of the rank: hours, for a file of some kB
-    return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else within_width(part)
+    return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else reduce_to_width(part)
 
 
 def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank]) -> dict[str, Tensor]:

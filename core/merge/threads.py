@@ -10,57 +10,97 @@ from threading import Barrier, Lock
 import torch
 
 from ..adapter import Adapter
-from .tasks import Batch, BatchMerger, BatchResult
-
-_starting = Lock()  # held while torch's default number of threads is changed
+from .tasks import BatchMerger, BatchResult, ModuleBatch
 
 
-def run_in_threads(work: BatchMerger, adapters: Sequence[Adapter], todo: Sequence[Batch]) -> Generator[BatchResult]:
+def run_in_threads(
+    merger: BatchMerger, adapters: Sequence[Adapter], batches: Sequence[ModuleBatch]
+) -> Generator[BatchResult]:
     """Merge every batch, as many at a time as torch has threads, and yield the results in order.
 
     The operations of a merge are small. Split over threads, each would wait for the slowest thread, which takes most
     of the time where other programs use the processor too; a batch per thread waits for nothing. At most one finished
     batch is kept waiting, so memory stays bounded. Closing the generator leaves the remaining batches undone.
     """
-    threads = min(torch.get_num_threads(), len(todo))
-    if threads < 2 or work.device.type != "cpu":
-        yield from (work(adapters, batch) for batch in todo)
+    threads = min(_workers.default(), len(batches))
+    if threads < 2 or merger.device.type != "cpu":
+        yield from (merger(adapters, batch) for batch in batches)
         return
     waiting: deque[Future[BatchResult]] = deque()
-    pool = ThreadPoolExecutor(threads)
+    pool = _workers.acquire()
     try:
-        _start(pool, threads)
-        for batch in todo:
-            waiting.append(pool.submit(work, adapters, batch))
+        for batch in batches:
+            waiting.append(pool.submit(merger, adapters, batch))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        wait([future for future in waiting if not future.cancel()])
+        _workers.release()
 
 
-def _start(pool: ThreadPoolExecutor, threads: int) -> None:
-    """Start all workers of a pool, each to compute with one thread, and leave the setting of other threads as it was.
+class _Workers:
+    """Threads that compute with one thread each, shared by the merges that run at the same time.
 
-    `torch.set_num_threads` sets the number of the calling thread and the default of threads that have not used torch
-    yet. The default is therefore read, and restored, by a thread of its own; that also leaves the number of the
-    thread that merges alone. The lock keeps merges that start at the same time from reading each other's 1. (A thread
-    of somebody else's whose first use of torch falls into this instant would still start with 1.)
+    `torch.set_num_threads` sets the number of the calling thread, and with it the default of threads that have not
+    used torch yet. The default is restored as soon as the workers have their number, once for all merges that
+    overlap; only a thread whose first use of torch falls into that instant would start with one thread.
     """
-    started = Barrier(threads)  # a worker that waits takes no second task, so that every task gets a worker
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._merges = 0
+        self._pool: ThreadPoolExecutor | None = None
+
+    def default(self) -> int:
+        """Torch's number of threads in the calling thread, never one that was meant for the workers."""
+        with self._lock:
+            return torch.get_num_threads()
+
+    def acquire(self) -> ThreadPoolExecutor:
+        """The workers, as many as the calling thread has threads where no other merge is running."""
+        with self._lock:
+            if self._pool is None:
+                self._pool = _start(torch.get_num_threads())
+            self._merges += 1
+            return self._pool
+
+    def release(self) -> None:
+        """Stop the workers if no other merge needs them."""
+        with self._lock:
+            self._merges -= 1
+            if self._merges == 0 and self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+
+_workers = _Workers()
+
+
+def _start(threads: int) -> ThreadPoolExecutor:
+    """Start workers that compute with one thread each, and leave the setting of all other threads as it was.
+
+    The default is read and restored by a thread of its own, because that sets the number of this thread too.
+    """
+    started, limited = Barrier(threads), Barrier(threads)
 
     def limit() -> None:
-        torch.get_num_threads()  # a thread takes the default at its first use of torch: before the number is set
+        torch.get_num_threads()  # a thread takes the default at its first use of torch: before its number is set
+        started.wait()  # a waiting worker takes no second task, so that each task gets a worker
         torch.set_num_threads(1)
-        started.wait()
+        limited.wait()
 
-    with _starting, ThreadPoolExecutor(1) as fresh:
+    pool = ThreadPoolExecutor(threads)
+    with ThreadPoolExecutor(1) as fresh:
         default = fresh.submit(torch.get_num_threads).result()
         try:
             wait([pool.submit(limit) for _ in range(threads)])
         except BaseException:
             started.abort()
+            limited.abort()
+            pool.shutdown()
             raise
         finally:
             fresh.submit(torch.set_num_threads, default).result()
+    return pool

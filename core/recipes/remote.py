@@ -12,7 +12,7 @@ from ..errors import FormatError
 from ..formats import fingerprint, load
 from ..layers.align import align
 from ..layers.keymap import KeyMap
-from ..merge.tasks import Batch, BatchMerger, BatchResult
+from ..merge.tasks import BatchMerger, BatchResult, ModuleBatch
 
 
 @dataclass(frozen=True)
@@ -64,5 +64,5 @@ class RemoteInputs:
         return align(adapters, key_map=self.key_map)
 
 
-RemoteRunner = Callable[[RemoteInputs, BatchMerger, Sequence[Batch]], Iterable[BatchResult]]
+RemoteRunner = Callable[[RemoteInputs, BatchMerger, Sequence[ModuleBatch]], Iterable[BatchResult]]
 """Does the work of a merge elsewhere, where the inputs are opened anew."""

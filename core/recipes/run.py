@@ -17,8 +17,9 @@ from ..formats.unchanged import unchanged
 from ..json_text import from_json
 from ..layers.align import align
 from ..layers.keymap import KeyMap
-from ..merge.engine import BatchRunner, MergeResult, matching, merge
+from ..merge.engine import BatchRunner, MergeResult, merge
 from ..merge.statistics import Statistics
+from ..merge.weights import adapters_matching
 from ..progress import Progress
 from ..version import __version__
 from .metadata import KEY, disagreements, file_metadata
@@ -263,6 +264,6 @@ def _module_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[dict[st
     """Patterns per adapter: its own, and of those meant for all the ones it has modules for."""
     tables = [dict(entry.module_weights) for entry in recipe.inputs]
     for pattern, factor in recipe.module_weights.items():
-        for i in matching(pattern, adapters) or [0]:  # nobody has them: let merge() refuse the pattern
+        for i in adapters_matching(pattern, adapters) or [0]:  # nobody has them: let merge() refuse the pattern
             tables[i][pattern] = tables[i].get(pattern, 1.0) * factor
     return tables

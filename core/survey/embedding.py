@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
-from ..merge import gram
+from ..merge.clustering import squared_distances
 
 
 def pca(G: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def tsne(G: Tensor, seed: int = 0) -> Tensor:
             remedy="pip install scikit-learn (or 'legomole[plots]'), or draw the map by PCA",
         ) from error
     length = G.diagonal().clamp_min(torch.finfo(G.dtype).tiny).sqrt()
-    apart = gram.distances((G / length[:, None] / length)[None])[0].fill_diagonal_(0).sqrt()
+    apart = squared_distances((G / length[:, None] / length)[None])[0].fill_diagonal_(0).sqrt()
     found = TSNE(
         metric="precomputed", init="random", perplexity=min(30.0, (len(G) - 1) / 3), random_state=seed
     ).fit_transform(apart.numpy())

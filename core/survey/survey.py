@@ -18,8 +18,9 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..layers.blocks import FIRST, LAST, MIDDLE, ModelBlock, blocks_of
 from ..merge.engine import merge
+from ..merge.merged import Merged
 from ..merge.methods.lego import Lego, balance_units, transform_gram
-from ..merge.pool import Merged, Pool
+from ..merge.pool import Pool
 from ..merge.rank import Rank
 from ..merge.report import MergeReport
 from ..progress import Progress

@@ -22,7 +22,7 @@ from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
 from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, rename
-from ...core.lowrank import LowRank, nearest
+from ...core.lowrank import LowRank, best_rank_k
 from ..loaded_loras import LoadedLoras
 from ..lora import Lora
 from .patches import Names, Sites, Target, common_names, fuse_unnamed, kind_of, low_rank, parts, place
@@ -185,7 +185,7 @@ class _Host:
                 sites.dropped.append(f"{at.key} of {sites.label}: ComfyUI computes no change from its {kind_of(patch)}")
                 continue
             kernel = tuple(delta.shape[2:])
-            A, B = nearest(delta.flatten(1), min(sites.convert_rank, *delta.flatten(1).shape))
+            A, B = best_rank_k(delta.flatten(1), min(sites.convert_rank, *delta.flatten(1).shape))
             kept += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
             whole += float(delta.double().square().sum())
             sites.add(LowRank(A, B, kernel=kernel), at)

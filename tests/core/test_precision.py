@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from legomole.core.lowrank import LowRank, fold_tucker, nearest, truncate
+from legomole.core.lowrank import LowRank, best_rank_k, fold_tucker, truncated_svd
 from legomole.core.precision import exact_operand, float32_is_exact, matmul
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def test_a_low_rank_update(medium: RoundedProducts) -> None:
 def test_low_rank_approximations(medium: RoundedProducts, size: int) -> None:
     A, B = random(8, size), random(size, 8)
     D = B.double() @ A.double()
-    for A_k, B_k in (truncate(A, B, 3), nearest(D.float(), 3)):
+    for A_k, B_k in (truncated_svd(A, B, 3), best_rank_k(D.float(), 3)):
         assert A_k.dtype == B_k.dtype == torch.float32
         assert close(B_k.double() @ A_k.double(), best(D, 3), 1e-5)
     assert not medium.rounded

@@ -1,6 +1,18 @@
-"""LoRA-LEGO: cluster the pooled units, let each cluster become one unit of the merged LoRA.
+"""LoRA-LEGO: cluster the pooled units, and make each cluster one unit of the merged LoRA.
 
-Source: arXiv:2409.16167. Where the paper leaves a choice open, `Lego`'s arguments name it.
+The steps, in the order of the paper:
+
+1. Fold weight and scale into both factors, so that ``delta_i = B_i A_i`` and every unit has its true size.
+2. Pool all units of a module over the adapters.
+3. Cluster the pool into k clusters by k-means; k is the merged rank.
+4. Each cluster's centroid becomes one unit. *Parameter reweighting* rescales it to the mean norm of its members,
+   against norm decay.
+5. *Output reweighting* multiplies the merged ``B`` by ``sqrt(r / k)``, against variance growth.
+
+`merge_paper` is these steps as published. `merge_rank_one` is the same in a geometry that does not depend on how a
+delta is factorised. Both work on Gram matrices: a centroid is a linear combination of its members.
+
+Source: arXiv:2409.16167. Where the paper leaves a choice open, an argument of `Lego` names it.
 """
 
 from __future__ import annotations
@@ -12,10 +24,13 @@ import torch
 from torch import Tensor
 
 from .. import gram
-from ..pool import LinearCombination, Merged, Pool
+from ..clustering import kmeans
+from ..merged import LinearCombination, Merged
+from ..pool import Pool
 from ..rank import Rank
 from ..statistics import Statistics
 from .calibrated import calibrate_units
+from .concat import fold_scales
 
 Geometry = Literal["rank-one", "paper"]
 Norm = Literal["inf", "l2"]
@@ -28,22 +43,22 @@ class Lego:
 
     Args:
         rank: Number of clusters k, the merged rank.
-        geometry: ``"paper"`` clusters ``x_j = concat(a_j, b_j)`` of the factors as they are. ``"rank-one"`` first
-            brings every adapter to its balanced SVD form and compares units as matrices ``b_j a_j^T``, which no
+        geometry: ``"paper"`` clusters ``x_j = concat(a_j, b_j)`` of the factors as stored. ``"rank-one"`` first
+            brings every adapter to its balanced SVD basis and compares units as matrices ``b_j a_j^T``, which no
             longer depends on sign, scale or rotation of the factors.
         centroid: ``"mean"`` of a cluster's members (the paper) or their ``"sum"``, which keeps what many small
-            units add up to. ``None``: the geometry's own, mean for ``"paper"`` and sum for ``"rank-one"``.
-        parameter_reweight: Rescale each centroid to the mean norm of its members (counters norm decay). ``None``: on
+            units add up to. ``None``: mean for ``"paper"``, sum for ``"rank-one"``.
+        parameter_reweight: Rescale each centroid to the mean norm of its members (against norm decay). ``None``: on
             for ``"paper"``, off for ``"rank-one"``.
-        output_reweight: Multiply the merged B by ``sqrt(r / k)``, r the mean rank ``P / N`` of the inputs (counters
+        output_reweight: Multiply the merged B by ``sqrt(r / k)``, r the mean rank ``P / N`` of the inputs (against
             variance growth). ``None``: on for ``"paper"``, off for ``"rank-one"``.
-        norm: Which norm parameter reweighting compares: of the vector x_j in the paper's geometry, of the matrix
+        norm: Norm that parameter reweighting compares: of the vector x_j in the paper's geometry, of the matrix
             ``b_j a_j^T`` (largest entry, Frobenius) in the other.
-        starts: k-means++ starts beside Ward's tree. One was better in none of 1,400 layers of rank-one units, in the
-            paper's geometry in up to 7 of 100, by at most 1 %.
-        seed: Of the k-means++ draws.
-        statistics: With these, the units are first made to respond to what their LoRA is for and to leave the rest of
-            the model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
+        starts: Number of k-means++ starts beside Ward's tree. One was better in none of 1,400 layers of rank-one
+            units, in the paper's geometry in up to 7 of 100, by at most 1 %.
+        seed: Random seed of the k-means++ starts.
+        statistics: If given, units are first made to respond to their LoRA's concept and to leave the rest of the
+            model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
     """
 
     rank: Rank
@@ -57,55 +72,74 @@ class Lego:
     statistics: Statistics | None = None
 
     def __call__(self, pool: Pool) -> Merged:
+        merge = merge_paper if self.geometry == "paper" else merge_rank_one
         if self.statistics is None:
-            return self._merge(pool)
+            return merge(pool, self).apply(pool)
         responsive, unmeasured = calibrate_units(pool, self.statistics)
-        remarks = dict.fromkeys(unmeasured, "have no statistics: their units were merged as they are")
-        return replace(self._merge(responsive), remarks=remarks)
-
-    def _merge(self, pool: Pool) -> Merged:
-        published = self.geometry == "paper"
-        k = self.rank.resolve(pool)
-        gauge = fold_scales(pool) if published else balance_units(pool)
-        # units in the chosen gauge: A_j rows of gauge.R_A @ A, B_j columns of B @ gauge.R_B
-        G_A, G_B = transform_gram(pool, pool.G_A, gauge.R_A), transform_gram(pool, pool.G_B, gauge.R_B.mT)
-        labels, _ = gram.kmeans(G_A + G_B if published else G_A * G_B, k, starts=self.starts, seed=self.seed)
-
-        Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
-        n = Z.sum(1).clamp_min(1)  # (M, k)
-        mean = Z / n[:, None, :]
-        a, b = (mean, mean) if published else gram.best_rank_one(G_A, G_B, labels, Z.shape[2])
-        merged = LinearCombination(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
-
-        size = torch.ones_like(n)
-        if self.parameter_reweight if self.parameter_reweight is not None else published:
-            size = size * self._norm_ratio(pool, gauge, merged, mean)
-        if (self.centroid or ("mean" if published else "sum")) == "sum":
-            size = size * n
-        root = size.sqrt()  # on both factors alike
-        R_A, R_B = merged.R_A * root[:, :, None], merged.R_B * root[:, None, :]
-        if self.output_reweight if self.output_reweight is not None else published:
-            r = pool.size / len(pool.ranks)
-            R_B = R_B * (r / k.to(R_B)).sqrt()[:, None, None]
-        return LinearCombination(R_A, R_B, k, labels).apply(pool)
-
-    def _norm_ratio(self, pool: Pool, gauge: LinearCombination, merged: LinearCombination, mean: Tensor) -> Tensor:
-        """Mean norm of a cluster's members over the norm of its centroid, per unit matrix: ``(M, k)``."""
-        members = (unit_norms(*gauge.units(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
-        centroids = unit_norms(*merged.units(pool), self.geometry, self.norm)
-        ratio = torch.where(centroids > 0, members / gram.nonzero_or_one(centroids), 1)
-        return ratio.square() if self.geometry == "paper" else ratio  # x scales by sqrt(size), b a^T by size
+        merged = merge(responsive, self).apply(responsive)
+        return replace(merged, remarks=dict.fromkeys(unmeasured, "have no statistics: their units were not calibrated"))
 
 
-def fold_scales(pool: Pool) -> LinearCombination:
-    """Step 1 of the paper: ``A <- sqrt|c| A``, ``B <- sign(c) sqrt|c| B``. BatchRunner unit carries its true size."""
-    root = pool.c.abs().sqrt()
-    ranks = torch.full((pool.batch,), pool.size)
-    return LinearCombination(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks)
+def merge_paper(pool: Pool, lego: Lego) -> LinearCombination:
+    """LEGO as published: units are vectors ``x_j = concat(a_j, b_j)``."""
+    # Step 1. A <- sqrt|c| A, B <- sign(c) sqrt|c| B, with c = weight * scale
+    units = fold_scales(pool)
+    # Step 2. The pooled units' Gram matrix <x_i, x_j> = A A^T + B^T B
+    G_A, G_B = transform_gram(pool, pool.G_A, units.R_A), transform_gram(pool, pool.G_B, units.R_B.mT)
+    # Step 3. k-means
+    k = lego.rank.resolve(pool)
+    labels, _ = kmeans(G_A + G_B, k, starts=lego.starts, seed=lego.seed)
+    # Step 4. The centroid is the mean of the members, rescaled to their mean norm (or n times the mean: their sum)
+    mean, n = cluster_means(labels, int(k.max()))
+    merged = LinearCombination(mean.mT @ units.R_A, units.R_B @ mean, k, labels)
+    size = torch.ones_like(n)
+    if _or_default(lego.parameter_reweight, True):
+        size = size * norm_ratio(pool, units, merged, mean, "paper", lego.norm).square()  # |x| grows as sqrt(size)
+    if (lego.centroid or "mean") == "sum":
+        size = size * n
+    merged = scale_units(merged, size)
+    # Step 5. B <- sqrt(r / k) B
+    if _or_default(lego.output_reweight, True):
+        merged = reweight_output(pool, merged)
+    return merged
+
+
+def merge_rank_one(pool: Pool, lego: Lego) -> LinearCombination:
+    """LEGO on rank-one matrices: units are ``b_j a_j^T``, of adapters in their balanced SVD basis."""
+    # Step 1. A_i <- sqrt(S_i) V_i^T, B_i <- U_i sqrt(S_i), with delta_i = U_i S_i V_i^T
+    units = balance_units(pool)
+    # Step 2. The pooled units' Gram matrix <b_i a_i^T, b_j a_j^T> = (A A^T) * (B^T B), elementwise
+    G_A, G_B = transform_gram(pool, pool.G_A, units.R_A), transform_gram(pool, pool.G_B, units.R_B.mT)
+    # Step 3. k-means
+    k = lego.rank.resolve(pool)
+    labels, _ = kmeans(G_A * G_B, k, starts=lego.starts, seed=lego.seed)
+    # Step 4. The centroid is the best rank-one approximation of the members' mean, times n: of their sum
+    mean, n = cluster_means(labels, int(k.max()))
+    alpha, beta = gram.best_rank_one(G_A, G_B, labels, int(k.max()))
+    merged = LinearCombination(alpha.mT @ units.R_A, units.R_B @ beta, k, labels)
+    size = torch.ones_like(n)
+    if _or_default(lego.parameter_reweight, False):
+        size = size * norm_ratio(pool, units, merged, mean, "rank-one", lego.norm)  # |b a^T| grows as size
+    if (lego.centroid or "sum") == "sum":
+        size = size * n
+    merged = scale_units(merged, size)
+    # Step 5. B <- sqrt(r / k) B
+    if _or_default(lego.output_reweight, False):
+        merged = reweight_output(pool, merged)
+    return merged
+
+
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
 def balance_units(pool: Pool) -> LinearCombination:
-    """Every adapter in balanced SVD form, ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included."""
+    """Every adapter in its balanced SVD basis: ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included.
+
+    The units of a file are not a property of its delta: ``(R A, B R^-1)`` is the same delta for any invertible `R`,
+    and two trainings start from different random `A`. Units of two adapters only become comparable in a basis that
+    the delta itself defines. The SVD is one, unique where the singular values differ.
+    """
     R_A, R_B = torch.zeros_like(pool.G_A), torch.zeros_like(pool.G_B)
     for at, svd, weight in zip(pool.spans, pool.own, pool.weights.mT[:, :, None, None], strict=True):
         root = weight.abs().sqrt()
@@ -114,10 +148,26 @@ def balance_units(pool: Pool) -> LinearCombination:
 
 
 def transform_gram(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
-    """``R G R^T`` for an `R` that mixes only units of the same adapter."""
+    """``R G R^T`` for an ``R (M, P, P)`` that combines only units of the same adapter."""
     blocks = [R[:, at, at] for at in pool.spans]
     G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)
     return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
+
+
+def cluster_means(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Coefficients of every cluster's mean, ``(M, P, k)`` float64, and the clusters' sizes ``(M, k)``, at least 1."""
+    member = torch.nn.functional.one_hot(labels, k).double()  # (M, P, k)
+    n = member.sum(1).clamp_min(1)
+    return member / n[:, None, :], n
+
+
+def norm_ratio(
+    pool: Pool, units: LinearCombination, merged: LinearCombination, mean: Tensor, geometry: Geometry, norm: Norm
+) -> Tensor:
+    """Mean norm of each cluster's members over the norm of its centroid, ``(M, k)``; 1 where the centroid is zero."""
+    members = (unit_norms(*units.units(pool), geometry, norm)[:, None] @ mean)[:, 0]
+    centroids = unit_norms(*merged.units(pool), geometry, norm)
+    return torch.where(centroids > 0, members / gram.nonzero_or_one(centroids), 1)
 
 
 def unit_norms(A: Tensor, B: Tensor, geometry: Geometry, norm: Norm) -> Tensor:
@@ -133,3 +183,15 @@ def unit_norms(A: Tensor, B: Tensor, geometry: Geometry, norm: Norm) -> Tensor:
         return torch.maximum(a, b) if geometry == "paper" else a * b
     a, b = A.double().square().sum(2), B.double().square().sum(1)
     return (a + b if geometry == "paper" else a * b).sqrt()
+
+
+def scale_units(merged: LinearCombination, size: Tensor) -> LinearCombination:
+    """Multiply every merged ``b a^T`` by its ``size (M, k)``, half of it (the square root) on each factor."""
+    root = size.sqrt()
+    return replace(merged, R_A=merged.R_A * root[:, :, None], R_B=merged.R_B * root[:, None, :])
+
+
+def reweight_output(pool: Pool, merged: LinearCombination) -> LinearCombination:
+    """Multiply the merged ``B`` by ``sqrt(r / k)``, r the mean rank ``P / N`` of the inputs."""
+    r = pool.size / len(pool.ranks)
+    return replace(merged, R_B=merged.R_B * (r / merged.ranks.to(merged.R_B)).sqrt()[:, None, None])

@@ -1,4 +1,4 @@
-"""Gram matrices that are used again."""
+"""Gram matrices are reused for the same factors, and for no others."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def adapters(seed: int = 0) -> list[Adapter]:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
-    """How many Gram products and decompositions were computed since it was last asked."""
+    """Number of Gram products and decompositions computed since the last call."""
     calls: list[str] = []
 
     def counting(name: str) -> Callable[..., Any]:
@@ -52,12 +52,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[int, int]]:
 
 
 def test_other_ranks_methods_and_weights_need_no_new_products(counted: Callable[[], tuple[int, int]]) -> None:
-    inputs, products = adapters(), GramCache()
-    merge(inputs, METHODS["lego"](Rank(4)), cache=products)
+    inputs, cache = adapters(), GramCache()
+    merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
     assert counted() == (1, 2)  # one batch: products, and every adapter's own decomposition
     lego, svd = METHODS["lego"](Rank(2)), METHODS["svd"](Rank(3))
     for method, weights, own, sums in ((lego, (1.0, 1.0), 2, 0), (lego, (0.3, -2.0), 2, 0), (svd, (0.5, -2.0), 0, 1)):
-        again = merge(inputs, method, weights, cache=products)
+        again = merge(inputs, method, weights, cache=cache)
         assert counted() == (0, sums)
         fresh = merge(inputs, method, weights)
         assert counted() == (1, own + sums)
@@ -68,23 +68,23 @@ def test_other_ranks_methods_and_weights_need_no_new_products(counted: Callable[
 
 
 def test_a_lora_left_out_is_another_batch(counted: Callable[[], tuple[int, int]]) -> None:
-    inputs, products = adapters(), GramCache()
-    merge(inputs, METHODS["lego"](Rank(2)), cache=products)
+    inputs, cache = adapters(), GramCache()
+    merge(inputs, METHODS["lego"](Rank(2)), cache=cache)
     counted()
-    alone = merge(inputs, METHODS["lego"](Rank(2)), (1.0, 0.0), cache=products).adapter.modules["layer0"]
+    alone = merge(inputs, METHODS["lego"](Rank(2)), (1.0, 0.0), cache=cache).adapter.modules["layer0"]
     assert counted() == (1, 1)
     assert torch.equal(alone.A, merge(inputs[:1], METHODS["lego"](Rank(2))).adapter.modules["layer0"].A)
 
 
 def test_no_more_is_kept_than_the_limit(counted: Callable[[], tuple[int, int]]) -> None:
-    # numbers of 8 bytes, 3 layers: A and B 8 x 8; of two adapters S 4, R_A and R_B 4 x 4
+    # values of 8 bytes, 3 layers: A and B 8 x 8; for two adapters S 4, R_A and R_B 4 x 4
     kept = 3 * 8 * (2 * 8 * 8 + 2 * (4 + 2 * 4 * 4))
-    for limit, anew in ((kept, (0, 0)), (kept - 1, (1, 2))):
-        inputs, products = adapters(), GramCache(limit)
-        merge(inputs, METHODS["lego"](Rank(4)), cache=products)
+    for limit, computed in ((kept, (0, 0)), (kept - 1, (1, 2))):
+        inputs, cache = adapters(), GramCache(limit)
+        merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
         counted()
-        merge(inputs, METHODS["lego"](Rank(4)), cache=products)
-        assert counted() == anew
+        merge(inputs, METHODS["lego"](Rank(4)), cache=cache)
+        assert counted() == computed
 
 
 def same(found: MergeResult, expected: MergeResult) -> bool:
@@ -95,7 +95,7 @@ def same(found: MergeResult, expected: MergeResult) -> bool:
 
 
 def test_other_adapters_of_the_same_shapes_are_other_adapters(counted: Callable[[], tuple[int, int]]) -> None:
-    """Also where they live at the address of those that are gone."""
+    """Also if they are stored at the address of adapters that were freed."""
     cache = GramCache()
     for seed in (0, 1, 0):
         inputs = adapters(seed)

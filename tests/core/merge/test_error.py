@@ -42,7 +42,7 @@ def delta(result: MergeResult) -> Tensor:
 
 
 def errors(inputs: list[Adapter], result: MergeResult) -> tuple[float, float]:
-    """What is reported, and the true error by dense float64 matrices."""
+    """The reported error, and the true error by dense float64 matrices."""
     total = sum(a.modules["layer"].B.double() @ a.modules["layer"].A.double() for a in inputs)
     return result.report.modules[0].error, float((delta(result) - total).norm() / total.norm())
 

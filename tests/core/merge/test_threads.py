@@ -1,4 +1,4 @@
-"""Batches beside each other give what they give one after the other, and stop when nobody wants the rest."""
+"""Batches in threads give the same results as one after the other, and stop when the merge is cancelled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
+from legomole.core.merge.merged import Merged
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.lego import Lego
-from legomole.core.merge.pool import Merged, Pool
+from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.tasks import Batch, BatchMerger
+from legomole.core.merge.tasks import BatchMerger, ModuleBatch
 from legomole.core.merge.threads import run_in_threads
 
 
@@ -40,7 +41,7 @@ def adapters(n: int = 2, shapes: int = 6) -> list[Adapter]:
 
 
 class Recorder(Concat):
-    """Concat that remembers what it merged, in which thread, and with how many threads."""
+    """Concat that records the merged modules, the thread, and its number of threads."""
 
     def __init__(self) -> None:
         object.__setattr__(self, "seen", [])
@@ -52,9 +53,9 @@ class Recorder(Concat):
         return super().__call__(pool)
 
 
-def work(method: Recorder, inputs: list[Adapter]) -> tuple[BatchMerger, list[Batch]]:
+def work(method: Recorder, inputs: list[Adapter]) -> tuple[BatchMerger, list[ModuleBatch]]:
     weights = [dict.fromkeys(adapter.modules, 1.0) for adapter in inputs]
-    todo = [Batch((name,), (0, 1), (3, 3)) for name in inputs[0].modules]
+    todo = [ModuleBatch((name,), (0, 1), (3, 3)) for name in inputs[0].modules]
     return BatchMerger(method, weights, torch.float32, torch.device("cpu")), todo
 
 
@@ -104,7 +105,7 @@ def test_one_thread_needs_no_other():
 
 
 def test_merges_that_overlap_leave_the_number_of_threads_alone():
-    """Of the threads that merge, and of those that are started later."""
+    """The setting of the threads that merge, and the default of threads started later."""
     torch.set_num_threads(4)
     inputs = adapters(shapes=40)
     after: list[int] = []
@@ -127,7 +128,7 @@ def test_merges_that_overlap_leave_the_number_of_threads_alone():
 
 
 def test_a_merge_in_a_thread_of_its_own_number_leaves_the_default_alone():
-    """The number of the calling thread is not the default of others."""
+    """The setting of the calling thread is not the default of others."""
 
     def merge_with_two() -> int:
         torch.get_num_threads()  # the default is taken at the first use of torch

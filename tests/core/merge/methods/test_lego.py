@@ -1,4 +1,4 @@
-"""LEGO: the paper's equations by hand, the properties it rests on, and what the rank-one geometry adds."""
+"""LEGO: the paper's equations by hand, the properties it rests on, and those the rank-one geometry adds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from legomole.core.merge.factors import InMemoryFactors
+from legomole.core.merge.merged import relative_error
 from legomole.core.merge.methods.calibrated import Calibrated
-from legomole.core.merge.methods.concat import Concat
-from legomole.core.merge.methods.lego import Lego, balance_units, fold_scales, unit_norms
+from legomole.core.merge.methods.concat import Concat, fold_scales
+from legomole.core.merge.methods.lego import Lego, balance_units, unit_norms
 from legomole.core.merge.methods.svd import SVD
-from legomole.core.merge.pool import Pool, relative_error
+from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from torch import Tensor
@@ -248,7 +249,7 @@ class TestRankOne:
         assert close(product(merged), 3 * total(one), 1e-4)
         assert merged.labels.tolist() == [[0, 1, 2, 3] * 3] * 3
 
-    def test_the_published_geometry_cannot_do_that(self):
+    def test_the_paper_geometry_does_not_give_three_times_the_lora(self):
         one = random_pool((4,))
         pool = make_pool([one.A, -one.A, one.A], [one.B, -one.B, one.B])
         assert relative_error(pool, Lego(Rank(4), "paper", "sum", **PLAIN)(pool)).min() > 0.1
@@ -288,8 +289,8 @@ class TestRankOne:
 
 def test_folded_and_balanced_keep_every_adapters_delta():
     pool = random_pool((3, 2), weights=[0.7, -1.5], scales=[0.5, 2.0])
-    for gauge in (fold_scales(pool), balance_units(pool)):
-        units = gauge.apply(pool)
+    for basis in (fold_scales(pool), balance_units(pool)):
+        units = basis.apply(pool)
         for A, B, D in zip(pool.split(units.A, 1), pool.split(units.B, 2), _deltas(pool), strict=True):
             assert close(B.double() @ A.double(), D)
 
@@ -346,7 +347,7 @@ def test_calibrated_units_are_clustered_as_units_are():
     assert close(product(calibrated), 1.0023 / 2.3023 * product(plain), 1e-4)
 
 
-def test_a_module_that_was_not_measured_is_merged_as_it_is_and_named():
+def test_a_module_that_was_not_measured_is_not_calibrated_but_named():
     pool = random_pool((3, 2))
     merged = Lego(Rank(3), statistics=Statistics({}))(pool)
     assert close(product(merged), product(Lego(Rank(3))(pool)), 1e-5)

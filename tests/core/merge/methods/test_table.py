@@ -1,4 +1,4 @@
-"""What every row of METHODS must do."""
+"""Requirements on every row of METHODS."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
+from legomole.core.merge.merged import relative_error
 from legomole.core.merge.methods import METHODS, MergeMethod
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.linear import Linear
-from legomole.core.merge.pool import overlap, relative_error
+from legomole.core.merge.pool import overlap
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
 
@@ -53,7 +54,7 @@ def test_a_pool_of_zeros_gives_zeros(name):
 
 
 @methods
-def test_inputs_are_left_alone(name):
+def test_inputs_are_not_modified(name):
     pool = random_pool(SMALL)
     before = [x.clone() for x in (pool.A, pool.B, pool.c, pool.weights)]
     instance(name)(pool)
