@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
+from ..core.fields import Converted
 from ..core.merge.methods import MergeMethod
-from ..core.merge.rank import Rank
 from ..core.merge.statistics import Statistics
 from ..core.merge.weights import adapters_matching
 from ..core.recipes import recipe
@@ -87,8 +87,8 @@ def settings(method: type[MergeMethod]) -> list[Setting]:
 def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     optional, hint = type(None) in options, options[0]
-    if hint is Rank:
-        return Setting(field.name, "rank", "1x")
+    if get_origin(hint) is Converted:
+        return Setting(field.name, "rank", str(field.default))
     if hint is int or hint is float:
         kind = "integer" if hint is int else "share" if field.name == "density" else "number"
         return Setting(field.name, kind, field.default)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MergeError
+from ..fields import is_required
 from ..merge.methods import METHODS
 from ..merge.rank import Rank
 
@@ -221,7 +222,7 @@ def _takes(method: str, setting: str) -> bool:
 
 def _required(method: str, setting: str) -> bool:
     fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
-    return setting in fields and fields[setting].default is dataclasses.MISSING
+    return setting in fields and is_required(fields[setting])
 
 
 def _method(text: str, where: str) -> str:

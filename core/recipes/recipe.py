@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..errors import LegoMoleError
+from ..fields import Converted, is_required
 from ..json_text import is_shallow
 from ..merge.methods import METHODS, MergeMethod
 from ..merge.rank import Rank
@@ -118,7 +119,7 @@ def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
             expected=", ".join(fields) or "no settings at all",
             found=", ".join(unknown),
         )
-    missing = [key for key, field in fields.items() if key not in settings and _required(field)]
+    missing = [key for key, field in fields.items() if key not in settings and is_required(field)]
     if missing:
         raise RecipeError(
             f"The method {name} needs a setting.",
@@ -130,13 +131,9 @@ def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
     return row(**{key: _checked(name, key, hints[key], value) for key, value in settings.items()})
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _checked(method: str, key: str, hint: Any, value: Any) -> Any:
-    if hint is Rank:
-        return Rank.parse(value)
+    if typing.get_origin(hint) is Converted:  # the field itself reads and checks it
+        return value
     if isinstance(value, Statistics) and Statistics in (hint, *typing.get_args(hint)):
         return value
     try:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...errors import MergeError
+from ...fields import REQUIRED
 from ..merged import Merged
 from ..pool import Pool
-from ..rank import Rank
+from ..rank import RankField, rank_field
 from ..statistics import ModuleStatistics, Statistics
 from .svd import SVD
 
@@ -46,13 +47,17 @@ class Calibrated:
     Source: RegMean, arXiv:2212.09849, extended by the joint and the base term.
     """
 
-    rank: Rank
-    statistics: Statistics
+    rank: RankField = rank_field()
+    statistics: Statistics = REQUIRED
     lam: float = 0.3
     mu: float = 3.0
     joint_scale: float = 1.2
 
     def __post_init__(self) -> None:
+        if self.statistics is REQUIRED:
+            raise MergeError(
+                "A calibrated merge needs statistics.", remedy="measure them first, see docs/calibrated.md"
+            )
         if not (self.lam >= 0 and self.mu >= 0):
             raise MergeError(
                 "A weight of the calibrated merge is negative.",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..merged import Merged
 from ..pool import Pool
-from ..rank import Rank
+from ..rank import RankField, rank_field
 from .consensus import check_density
 from .dense import delta, merge_dense
 
@@ -33,7 +33,7 @@ class Dare:
 
     batch: ClassVar[int] = 1
 
-    rank: Rank
+    rank: RankField = rank_field()
     density: float = 0.5
     seed: int = 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import gram
 from ..merged import Merged
 from ..pool import Pool
-from ..rank import Rank
+from ..rank import RankField, rank_field
 from .consensus import check_density, ties
 from .svd import SVD
 
@@ -39,7 +39,7 @@ class Knots:
     Source: arXiv:2410.19735.
     """
 
-    rank: Rank
+    rank: RankField = rank_field()
     density: float = 0.5
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from .. import gram
 from ..clustering import kmeans
 from ..merged import LinearCombination, Merged
 from ..pool import Pool
-from ..rank import Rank
+from ..rank import RankField, rank_field
 from ..statistics import Statistics
 from .calibrated import calibrate_units
 from .concat import fold_scales
@@ -61,7 +61,7 @@ class Lego:
             model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
     """
 
-    rank: Rank
+    rank: RankField = rank_field()
     geometry: Geometry = "rank-one"
     centroid: Centroid | None = None
     parameter_reweight: bool | None = None

@@ -8,7 +8,7 @@ import torch
 
 from ..merged import LinearCombination, Merged
 from ..pool import Pool
-from ..rank import Rank
+from ..rank import RankField, rank_field
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SVD:
     Source: Eckart-Young; PEFT and kohya form the dense sum and call it ``svd``.
     """
 
-    rank: Rank
+    rank: RankField = rank_field()
 
     def __call__(self, pool: Pool) -> Merged:
         k = self.rank.resolve(pool).clamp_max(pool.max_rank)

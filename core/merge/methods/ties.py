@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..merged import Merged
 from ..pool import Pool
-from ..rank import Rank
+from ..rank import RankField, rank_field
 from .consensus import Election, check_density, ties
 from .dense import delta, merge_dense
 
@@ -29,7 +29,7 @@ class Ties:
 
     batch: ClassVar[int] = 1
 
-    rank: Rank
+    rank: RankField = rank_field()
     density: float = 0.5
     sign_election: Election = "total"
 
