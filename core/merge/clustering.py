@@ -166,6 +166,11 @@ def renumber(labels: Tensor) -> Tensor:
     return first.argsort(1).argsort(1).gather(1, labels)
 
 
+def cluster_sizes(labels: Tensor, k: int) -> Tensor:
+    """Number of units in each of `k` clusters, ``(M, k)`` long, for ``labels (M, P)`` long."""
+    return labels.new_zeros(len(labels), k).scatter_add_(1, labels, torch.ones_like(labels))
+
+
 def squared_distances(G: Tensor) -> Tensor:
     """``|x_i - x_j|^2 (M, P, P)`` of points with Gram matrix `G`."""
     square = G.diagonal(dim1=1, dim2=2)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..precision import float32_is_exact
+from .clustering import cluster_sizes
 from .factors import Factors
 
 # Relative size below which a direction is rounding noise of the float32 factors.
@@ -93,7 +94,7 @@ def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Ten
 
     Source: Eckart-Young, for rank 1.
     """
-    n = torch.nn.functional.one_hot(labels, k).sum(1)  # (M, k)
+    n = cluster_sizes(labels, k)  # (M, k)
     order, start = labels.sort(dim=1, stable=True).indices, n.cumsum(1) - n
     alpha, beta = G_A.new_zeros(*labels.shape, k), G_A.new_zeros(*labels.shape, k)
     size = torch.where(n > 1, (n + 7) // 8 * 8, n)  # clusters of similar size are padded to one size, and batched

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..precision import matmul
+from ..precision import float32_is_exact, matmul
 from .factors import Factors
 from .pool import Pool
 
@@ -78,9 +78,10 @@ def _multiply(pool: Pool, R_A: Tensor, R_B: Tensor, samples: tuple[Sample, Sampl
     """``R_A @ A`` and ``B @ R_B``, float32; the samples of the pooled and the merged units are filled."""
     (M, _, d_in, d_out), k = pool.factors.shape, R_A.shape[1]
     A, B = R_A.new_empty(M, k, d_in), R_B.new_empty(M, d_out, k)
+    multiply = torch.bmm if float32_is_exact(pool.device) else matmul
     for at, A_at, B_at in pool.factors.pieces():
-        matmul(R_A[at], A_at, out=A[at])
-        matmul(B_at, R_B[at], out=B[at])
+        multiply(R_A[at], A_at, out=A[at])
+        multiply(B_at, R_B[at], out=B[at])
         if samples is not None:  # copied while the piece is in the processor's cache
             samples[0].copy(at, A_at, B_at)
             samples[1].copy(at, A[at], B[at])

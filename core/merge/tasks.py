@@ -13,6 +13,7 @@ from ..errors import MergeError, name_some
 from ..lowrank import LowRank
 from ..memory import report_out_of_memory
 from .cache import GramCache
+from .clustering import cluster_sizes
 from .factors import FileFactors
 from .merged import Merged, relative_error
 from .methods import MergeMethod
@@ -192,10 +193,9 @@ def _module_reports(pool: Pool, merged: Merged, dtype: torch.dtype) -> Iterator[
     errors = relative_error(pool, merged, dtype).tolist()
     norms, cosine = (table.tolist() for table in overlap(pool))
     clusters: list[list[list[int]]] | None = None
-    if merged.labels is not None:
-        member = torch.nn.functional.one_hot(merged.labels, merged.A.shape[1]).double()  # (M, P, k)
-        owner = torch.nn.functional.one_hot(pool.owner, len(pool.ranks)).double().to(member)
-        clusters = (member.mT @ owner).long().tolist()  # (M, k, N)
+    if merged.labels is not None:  # the units of each adapter in each cluster, (M, k, N)
+        k, n = merged.A.shape[1], len(pool.ranks)
+        clusters = cluster_sizes(n * merged.labels + pool.owner, k * n).view(-1, k, n).tolist()
     for m, name in enumerate(pool.names):
         rank = int(merged.ranks[m])
         yield ModuleReport(

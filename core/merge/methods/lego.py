@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import gram
-from ..clustering import kmeans
+from ..clustering import cluster_sizes, kmeans
 from ..merged import LinearCombination, Merged
 from ..pool import Pool
 from ..rank import RankField, rank_field
@@ -90,11 +90,12 @@ def merge_paper(pool: Pool, lego: Lego) -> LinearCombination:
     k = lego.rank.resolve(pool)
     labels, _ = kmeans(G_A + G_B, k, starts=lego.starts, seed=lego.seed)
     # Step 4. The centroid is the mean of the members, rescaled to their mean norm (or n times the mean: their sum)
-    mean, n = cluster_means(labels, int(k.max()))
+    n = cluster_sizes(labels, int(k.max()))
+    mean = cluster_means(labels, n)
     merged = LinearCombination(mean.mT @ units.R_A, units.R_B @ mean, k, labels)
-    size = torch.ones_like(n)
+    size = torch.ones_like(n, dtype=torch.float64)
     if _or_default(lego.parameter_reweight, True):
-        size = size * norm_ratio(pool, units, merged, mean, "paper", lego.norm).square()  # |x| grows as sqrt(size)
+        size = size * norm_ratio(pool, units, merged, labels, "paper", lego.norm).square()  # |x| grows as sqrt(size)
     if (lego.centroid or "mean") == "sum":
         size = size * n
     merged = scale_units(merged, size)
@@ -114,12 +115,12 @@ def merge_rank_one(pool: Pool, lego: Lego) -> LinearCombination:
     k = lego.rank.resolve(pool)
     labels, _ = kmeans(G_A * G_B, k, starts=lego.starts, seed=lego.seed)
     # Step 4. The centroid is the best rank-one approximation of the members' mean, times n: of their sum
-    mean, n = cluster_means(labels, int(k.max()))
+    n = cluster_sizes(labels, int(k.max()))
     alpha, beta = gram.best_rank_one(G_A, G_B, labels, int(k.max()))
     merged = LinearCombination(alpha.mT @ units.R_A, units.R_B @ beta, k, labels)
-    size = torch.ones_like(n)
+    size = torch.ones_like(n, dtype=torch.float64)
     if _or_default(lego.parameter_reweight, False):
-        size = size * norm_ratio(pool, units, merged, mean, "rank-one", lego.norm)  # |b a^T| grows as size
+        size = size * norm_ratio(pool, units, merged, labels, "rank-one", lego.norm)  # |b a^T| grows as size
     if (lego.centroid or "sum") == "sum":
         size = size * n
     merged = scale_units(merged, size)
@@ -154,17 +155,16 @@ def transform_gram(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
     return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
 
 
-def cluster_means(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Coefficients of every cluster's mean, ``(M, P, k)`` float64, and the clusters' sizes ``(M, k)``, at least 1."""
-    member = torch.nn.functional.one_hot(labels, k).double()  # (M, P, k)
-    n = member.sum(1).clamp_min(1)
-    return member / n[:, None, :], n
+def cluster_means(labels: Tensor, n: Tensor) -> Tensor:
+    """Coefficients ``(M, P, k)`` float64 of every cluster's mean, for clusters of ``n (M, k)`` units."""
+    return torch.nn.functional.one_hot(labels, n.shape[1]) / n.clamp_min(1).double()[:, None, :]
 
 
 def norm_ratio(
-    pool: Pool, units: LinearCombination, merged: LinearCombination, mean: Tensor, geometry: Geometry, norm: Norm
+    pool: Pool, units: LinearCombination, merged: LinearCombination, labels: Tensor, geometry: Geometry, norm: Norm
 ) -> Tensor:
     """Mean norm of each cluster's members over the norm of its centroid, ``(M, k)``; 1 where the centroid is zero."""
+    mean = cluster_means(labels, cluster_sizes(labels, merged.R_A.shape[1]))
     members = (unit_norms(*units.units(pool), geometry, norm)[:, None] @ mean)[:, 0]
     centroids = unit_norms(*merged.units(pool), geometry, norm)
     return torch.where(centroids > 0, members / gram.nonzero_or_one(centroids), 1)
