@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
 
-from .pool import Pool
+from .pool import GramValues, Pool
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
     content: bytes
-    values: Mapping[str, Any]
-    size: int
+    values: GramValues
 
 
 @dataclass
 class GramCache:
-    """What a merge computes that does not depend on rank, method and weights.
+    """The values of a merge that do not depend on rank, method and weights.
 
-    An entry belongs to the contents of the factors it was computed from: it serves a file that was loaded again, not
-    another one of the same shapes. It holds Gram matrices and decompositions, never the factors.
+    An entry belongs to the contents of the factors it was computed from: it serves a file that was loaded again, but
+    not another one of the same shapes. It holds Gram matrices and decompositions, never the factors.
 
     Args:
-        limit: Bytes that may be kept. What exceeds them is computed again.
+        limit: Bytes that may be kept. Values beyond the limit are computed again.
     """
 
     limit: int = 512 << 20
@@ -33,18 +31,15 @@ class GramCache:
     _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def restore(self, batch: Hashable, pool: Pool) -> None:
-        """Give a batch's pool what was computed from the same factors before."""
+        """Give a batch's pool the values that were computed from the same factors before."""
         entry = self._entries.get(batch)
         if entry is not None and entry.content == pool.content:
-            pool.load_cache(entry.values)
+            pool.values.products, pool.values.own = entry.values.products, entry.values.own
 
     def store(self, batch: Hashable, pool: Pool) -> None:
-        """Keep what a batch's pool has computed, instead of the batch's former entry. Thread-safe."""
-        values = pool.cacheable
-        parts = [part for value in values.values() for part in (value if isinstance(value, tuple) else (value,))]
-        size = sum(part.nbytes for part in parts)
+        """Keep the values of a batch's pool, in place of the batch's former entry. Thread-safe."""
+        entry = _Entry(pool.content, replace(pool.values))  # hashed before the other threads have to wait
         with self._lock:
-            others = sum(entry.size for key, entry in self._entries.items() if key != batch)
             self._entries.pop(batch, None)
-            if others + size <= self.limit:
-                self._entries[batch] = _Entry(pool.content, values, size)
+            if sum(other.values.nbytes for other in self._entries.values()) + entry.values.nbytes <= self.limit:
+                self._entries[batch] = entry

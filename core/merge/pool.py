@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +13,23 @@ from torch import Tensor
 from ..digest import content_hash
 from . import gram
 from .factors import Factors, InMemoryFactors
+
+
+@dataclass(eq=False)
+class GramValues:
+    """Values of a pool's units that depend on no weight, as far as they were computed.
+
+    Args:
+        products: ``A A^T`` and ``B^T B``, ``(M, P, P)`` float64 each.
+        own: SVD of every adapter's delta without the user's weight, in terms of its own units.
+    """
+
+    products: tuple[Tensor, Tensor] | None = None
+    own: tuple[gram.GramSVD, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in (*(self.products or ()), *(self.own or ())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +54,7 @@ class Pool:
     weights: Tensor
     ranks: tuple[int, ...]
     adapters: tuple[int, ...]
+    values: GramValues = field(default_factory=GramValues, init=False)
 
     @property
     def size(self) -> int:
@@ -89,24 +105,28 @@ class Pool:
         """Split a dimension of length `P` into one part per adapter."""
         return values.split(self.ranks, dim)
 
-    @cached_property
-    def _products(self) -> tuple[Tensor, Tensor]:
-        return gram.products(self.factors)
-
-    @cached_property
+    @property
     def G_A(self) -> Tensor:
         """``A A^T (M, P, P)`` float64."""
-        return self._products[0]
+        return self._products()[0]
 
-    @cached_property
+    @property
     def G_B(self) -> Tensor:
         """``B^T B (M, P, P)`` float64."""
-        return self._products[1]
+        return self._products()[1]
 
-    @cached_property
+    def _products(self) -> tuple[Tensor, Tensor]:
+        if self.values.products is None:
+            self.values.products = gram.products(self.factors)
+        return self.values.products
+
+    @property
     def own(self) -> tuple[gram.GramSVD, ...]:
         """SVD of every adapter's delta without the user's weight, in terms of its own units."""
-        return tuple(gram.svd(self.G_A[:, at, at], self.G_B[:, at, at], self.scale[:, at]) for at in self.spans)
+        if self.values.own is None:
+            G_A, G_B = self._products()
+            self.values.own = tuple(gram.svd(G_A[:, at, at], G_B[:, at, at], self.scale[:, at]) for at in self.spans)
+        return self.values.own
 
     @cached_property
     def svd(self) -> gram.GramSVD:
@@ -121,21 +141,12 @@ class Pool:
 
     @cached_property
     def content(self) -> bytes:
-        """Hash of everything that `cacheable` depends on: factors, scales, and their device."""
+        """Hash of everything that `values` depend on: factors, ranks, scales, and their device."""
         digest = hashlib.sha256(f"{self.device} {self.ranks}".encode())
         digest.update(self.scale.cpu().numpy())
         for tensor in self.factors.tensors():
             digest.update(content_hash(tensor))
         return digest.digest()
-
-    @property
-    def cacheable(self) -> dict[str, Any]:
-        """The values computed so far that depend on no weight."""
-        return {name: self.__dict__[name] for name in ("G_A", "G_B", "own") if name in self.__dict__}
-
-    def load_cache(self, values: Mapping[str, Any]) -> None:
-        """Use values that were computed for the same units before, see `cacheable`."""
-        self.__dict__.update(values)  # where a cached_property keeps its value
 
     def with_units(self, A: Tensor, B: Tensor) -> Pool:
         """A pool of other units of the same adapters, which contain the weights and scales."""
