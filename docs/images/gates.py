@@ -86,7 +86,9 @@ def lora(model: nn.Module, seed: int, size: float) -> Adapter:
     )
 
 
-def trained(model: nn.Module, activation: str, balance: float) -> tuple[TrainingResult, Mixture, Denoiser, list[Prompt]]:
+def trained(
+    model: nn.Module, activation: str, balance: float
+) -> tuple[TrainingResult, Mixture, Denoiser, list[Prompt]]:
     prompts = prompts_for(CONCEPTS)
     denoiser = Denoiser(model, prompts)
     gates = GateSet(2, GateSettings.model_validate({"activation": activation, "granularity": "layer"}))
