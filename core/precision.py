@@ -18,7 +18,7 @@ def float32_is_exact(device: torch.device) -> bool:
     ``fp32_precision`` or ``allow_tf32``, oneDNN's environment variable), or may be inside an autocast block. The
     settings are only read: they are global, and other threads may depend on them.
     """
-    if device.type not in ("cpu", "cuda", "meta") or torch.is_autocast_enabled(device.type):
+    if device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(device.type):
         return False
     if any(os.environ.get(name, "").upper() not in ("", "STRICT") for name in _ONEDNN_MODES):
         return False

@@ -39,7 +39,8 @@ def test_the_backend_of_these_tests_does_round(medium: RoundedProducts) -> None:
 
 def test_settings_are_read() -> None:
     assert float32_is_exact(CPU)
-    assert not float32_is_exact(torch.device("xpu"))  # settings that are not looked at
+    for device in ("xpu", "meta"):  # whose settings are not read
+        assert not float32_is_exact(torch.device(device))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not float32_is_exact(CPU)
     for precision in ("high", "medium"):
