@@ -46,7 +46,7 @@ _PUBLIC = {
     "mixed": "hosts.api",
     "routed": "hosts.api",
     "train_gates": "hosts.api",
-    "__version__": "core.version",
+    "__version__": "core",
 }
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.version import __version__
+from ..core import __version__
 from . import demo, files, merge, train_gates
 from .console import Commands
 

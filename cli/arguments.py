@@ -1,9 +1,7 @@
-"""Parsers of command line arguments: inputs with weights, layer rules, settings. Loads no torch."""
+"""Parsers of command line arguments: inputs with weights, and settings. Loads no torch."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,38 +35,6 @@ def _to_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def parse_layer_rule(text: str) -> tuple[int | None, str, float]:
-    """Parse ``[N:]PATTERN=FACTOR`` into (number of the LoRA or ``None`` for all, pattern, factor)."""
-    match = re.fullmatch(r"(?:(\d+):)?(.+)=([^=]+)", text)
-    factor = _to_number(match[3]) if match else None
-    if match is None or factor is None:
-        raise typer.BadParameter(
-            f"{text!r} is not [N:]PATTERN=FACTOR, e.g. '*attn2*=0.5', or '1:*attn2*=0.5' for the first LoRA only"
-        )
-    return (int(match[1]) if match[1] else None), match[2], factor
-
-
-def parse_layer_rules(texts: Iterable[str], count: int) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Parse layer rules; factors of equal patterns are multiplied.
-
-    Args:
-        texts: Rules, see `parse_layer_rule`.
-        count: Number of LoRAs.
-
-    Returns:
-        Pattern -> factor for all LoRAs, and the same for each LoRA.
-    """
-    for_all: dict[str, float] = defaultdict(lambda: 1.0)
-    for_each: list[dict[str, float]] = [defaultdict(lambda: 1.0) for _ in range(count)]
-    for text in texts:
-        number, pattern, factor = parse_layer_rule(text)
-        if number is not None and not 1 <= number <= count:
-            raise typer.BadParameter(f"{text!r}: there is no LoRA number {number}, only {count}")
-        table = for_all if number is None else for_each[number - 1]
-        table[pattern] *= factor
-    return dict(for_all), [dict(table) for table in for_each]
 
 
 def parse_setting(text: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .arguments import parse_input, parse_layer_rules, parse_settings
+from .arguments import parse_input, parse_settings
 from .environment import check_device, recipe_path
 from .measure_statistics import measure_statistics
 from .options import (
@@ -203,6 +203,7 @@ def merge(
     Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
     The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
+    from ..core.merge.layer_rules import factors_by_pattern, read_layer_rules
     from ..core.recipes.compose import compose
 
     if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
@@ -221,7 +222,7 @@ def merge(
     base = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
     count = len(entries) or (0 if base is None else len(base.inputs))
-    for_all, for_each = parse_layer_rules(module_weight or (), count)
+    layer_rules = read_layer_rules(module_weight or (), count)
     typed = {
         "rank": rank,
         "geometry": geometry,
@@ -238,8 +239,8 @@ def merge(
         inputs=[{**entry, "path": recipe_path(entry["path"])} for entry in entries],
         method=method,
         settings={**typed, **parse_settings(settings or (), {name: f"--{name.replace('_', '-')}" for name in typed})},
-        module_weights=for_all,
-        input_module_weights=for_each,
+        module_weights=factors_by_pattern(layer_rules, None),
+        input_module_weights=[factors_by_pattern(layer_rules, i) for i in range(count)],
         normalize=normalize,
         dtype=dtype,
         format=format,

@@ -8,3 +8,5 @@ Glossary, used everywhere:
 - a *unit* (the paper's Minimal Semantic Unit) is one row of ``A`` with its column of ``B``;
 - a *pool* holds the ``P = sum_i r_i`` units of one module; ``k`` is the merged rank.
 """
+
+__version__ = "0.1.0"

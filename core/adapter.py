@@ -1,58 +1,57 @@
-"""Adapter: one whole LoRA, module by module, with everything else its file held."""
+"""Adapter: one whole LoRA, module by module, with all other content of its file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import FormatError
+from .fields import Converted, ReadOnly, read_only
 from .json_text import from_json
 from .lowrank import LowRank
 
-CONFIG_KEY = "adapter_config"  # where the metadata of an adapter from a PEFT folder holds its configuration
+CONFIG_KEY = "adapter_config"  # metadata key of the configuration of an adapter from a PEFT folder
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter came from.
+    """The origin of an adapter.
 
     Args:
         path: The file or folder as the user named it.
-        sha256: Hash of the weight file's bytes, ``""`` when it never was a file.
+        sha256: Hash of the weight file's bytes, ``""`` if there is no file.
         format: The format's name in ``FORMATS``.
+        convert_rank: Rank at which updates of the file that are not low rank were approximated; 0 if it has none.
     """
 
     path: str = ""
     sha256: str = ""
     format: str = ""
+    convert_rank: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA as the engine sees it. Immutable; the tensors may be views of a memory-mapped file.
+    """A LoRA in the engine. Immutable; the tensors may be views of a memory-mapped file.
 
     Args:
         modules: Module name -> its update. Names are those of the file until a key map renames them.
-        diffs: Full tensors the file ADDS to the model, by parameter name (``<module>.bias``, ``<norm>.weight``).
-            Linear like a delta, so a merge may sum them.
-        extras: Tensors that are not additive (embeddings, replaced weights), by the file's key; carried untouched.
+        diffs: Full tensors that are ADDED to the model, by parameter name (``<module>.bias``, ``<norm>.weight``).
+            They are linear like a delta, so a merge may sum them.
+        extras: Tensors that are not additive (embeddings, replaced weights), by the file's key; a merge carries them
+            unchanged.
         metadata: The file's string metadata.
-        source: Where it came from.
+        source: The origin.
     """
 
-    modules: Mapping[str, LowRank]
-    diffs: Mapping[str, Tensor] = field(default_factory=dict)
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    modules: Converted[Mapping[str, LowRank], Mapping[str, LowRank]] = Converted(read_only)
+    diffs: ReadOnly[str, Tensor] = Converted(read_only, None)
+    extras: ReadOnly[str, Tensor] = Converted(read_only, None)
+    metadata: ReadOnly[str, str] = Converted(read_only, None)
     source: Source = Source()
-
-    def __post_init__(self) -> None:
-        for name in ("modules", "diffs", "extras", "metadata"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     @property
     def label(self) -> str:
@@ -63,7 +62,7 @@ class Adapter:
 
     @property
     def layers(self) -> list[str]:
-        """Names of all layers it changes: those with a low-rank update, then those with a diff alone."""
+        """Names of all layers that are changed: those with a low-rank update, then those with a diff alone."""
         return list(dict.fromkeys([*self.modules, *(name.rpartition(".")[0] for name in self.diffs)]))
 
     @property
@@ -76,7 +75,7 @@ class Adapter:
         return widest
 
     def sourced(self, **changes: str) -> Adapter:
-        """The same adapter, with other entries of its `Source`."""
+        """The same adapter, with other values in its `Source`."""
         return replace(self, source=replace(self.source, **changes))
 
     def check_finite(self) -> None:
@@ -92,20 +91,20 @@ class Adapter:
             check_finite(tensor, name, self.source.path)
 
 
-# How the dialects begin the names of text encoder modules (kohya lora_te*_, diffusers text_encoder*., ComfyUI ..).
+# Prefixes of text encoder modules in the dialects (kohya lora_te*_, diffusers text_encoder*., ComfyUI ..).
 _TEXT_ENCODER_PREFIXES = ("lora_te", "lora_prior_te", "text_encoder", "clip_l.", "clip_g.", "t5xxl.", "t5.")
 
 
 def base_model(metadata: Mapping[str, str]) -> str | None:
-    """What a file or folder says it was trained on, in its own words; ``None`` where it does not say."""
-    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
-    if said or CONFIG_KEY not in metadata:
-        return said or None
+    """The base model that a file's or folder's metadata names, verbatim; ``None`` if it names none."""
+    name = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    if name or CONFIG_KEY not in metadata:
+        return name or None
     try:
-        said = from_json(metadata[CONFIG_KEY])["base_model_name_or_path"]
+        name = from_json(metadata[CONFIG_KEY])["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         return None
-    return str(said) if said else None
+    return str(name) if name else None
 
 
 def is_text_encoder(module: str) -> bool:
@@ -116,7 +115,7 @@ def is_text_encoder(module: str) -> bool:
 def check_finite(tensor: Tensor, module: str, file: str) -> None:
     """Raise FormatError if a tensor holds NaN or infinity."""
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    # NaN or infinity always makes the sum non-finite: one pass without a temporary, the exact test on suspicion only
+    # NaN or infinity always makes the sum non-finite: one pass without a temporary tensor; the exact test runs rarely
     if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):
         raise FormatError(
             "The file contains NaN or infinite numbers.",
@@ -124,5 +123,5 @@ def check_finite(tensor: Tensor, module: str, file: str) -> None:
             module=module,
             expected="finite numbers",
             found=f"{int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} are not",
-            remedy="the LoRA is broken (often a training run that diverged): use another checkpoint of it",
+            remedy="the LoRA is broken (often because training diverged): use another checkpoint of it",
         )

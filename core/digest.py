@@ -1,32 +1,55 @@
-"""Digests of tensors: to tell LoRAs, pictures and models apart."""
+"""Hashes of tensors, to tell LoRAs, images and models apart."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .adapter import Adapter
 
+_hashes = WeakTensorKeyDictionary()  # tensor -> (its version, its hash)
+_hashes_lock = Lock()
+
 
 def raw(tensor: Tensor) -> bytes:
-    """The numbers of a tensor as float32, the same for equal values on any device."""
+    """The values of a tensor as float32, the same for equal values on any device."""
     return tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
 
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
-    """SHA-256 of the numbers of tensors, in their order, and a text."""
+    """SHA-256 of the shapes and values of tensors, in their order, and a text."""
     found = hashlib.sha256()
     for tensor in tensors:
+        found.update(f"{tuple(tensor.shape)}".encode())
         found.update(raw(tensor))
     found.update(text.encode())
     return found.hexdigest()
 
 
+def content_hash(tensor: Tensor) -> bytes:
+    """SHA-256 of dtype, shape and values of a tensor.
+
+    A tensor is read once: its hash is remembered while it lives and no torch operation writes to it.
+    """
+    version = None if tensor.is_inference() else tensor._version
+    with _hashes_lock:
+        known = _hashes.get(tensor)
+    if known is not None and version is not None and known[0] == version:
+        return known[1]
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    with _hashes_lock:
+        _hashes[tensor] = (version, found.digest())
+    return found.digest()
+
+
 def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:
-    """A few numbers of a few weights, enough to tell models apart. Sharded ones (FSDP) are put together for it."""
+    """A few values of a few weights, enough to tell models apart. Sharded weights (FSDP) are gathered for it."""
     for weight in weights[:: max(1, len(weights) // 16)]:
         weight = getattr(weight, "full_tensor", lambda whole=weight: whole)()
         if weight.device.type != "meta":
@@ -34,12 +57,16 @@ def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 def identity(adapter: Adapter) -> str:
-    """sha256 of the adapter's file, or of its factors where it never was a file."""
-    if adapter.source.sha256:
-        return adapter.source.sha256
-    digest = hashlib.sha256()
-    for name, part in sorted(adapter.modules.items()):
-        digest.update(f"{name} {part.scale!r}".encode())
-        for factor in (part.A, part.B):
-            digest.update(raw(factor))
-    return digest.hexdigest()
+    """Hash that tells an adapter from every other, as 64 hexadecimal digits.
+
+    It is the sha256 of the adapter's file. If updates of the file were approximated, the rank of that counts too; if
+    the adapter never was a file, it is a hash of its low-rank updates.
+    """
+    source = adapter.source
+    if source.sha256 and source.convert_rank:
+        return digest([], f"{source.sha256} convert_rank={source.convert_rank}")
+    if source.sha256:
+        return source.sha256
+    parts = sorted(adapter.modules.items())
+    described = repr([(name, part.scale, part.kernel) for name, part in parts])
+    return digest((factor for _, part in parts for factor in (part.A, part.B)), described)

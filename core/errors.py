@@ -1,25 +1,25 @@
-"""What can go wrong, said so that a user can mend it: where, what was expected, what was found, what to do."""
+"""Errors that tell a user where the problem is, what was expected, what was found, and what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TypeVar
 
-_LONGEST = 2000  # characters of one line of an error; a file may hold names of any length
+_MAX_LINE = 2000  # characters of one line of an error; names in a file may have any length
 
 _Error = TypeVar("_Error", bound="LegoMoleError")
 
 
 class LegoMoleError(Exception):
-    """Base of every error this package raises on bad input.
+    """Base class of every error that this package raises on bad input.
 
     Args:
-        problem: One sentence: what is wrong.
+        problem: The problem, in one sentence.
         file: The file or folder concerned, if any.
         module: The target layer (or key) concerned, if any.
-        expected: What would have been right.
-        found: What was there instead.
-        remedy: What the user can do about it.
+        expected: Valid values.
+        found: The value found instead.
+        remedy: What the user can do.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class LegoMoleError(Exception):
         super().__init__(self._text())
 
     def at(self: _Error, file: object, module: str) -> _Error:
-        """The same error, about this file and this module."""
+        """The same error for this file and this module."""
         return type(self)(
             self.problem, file=file, module=module, expected=self.expected, found=self.found, remedy=self.remedy
         )
@@ -66,11 +66,11 @@ class MergeError(LegoMoleError, ValueError):
 
 
 class SaveError(LegoMoleError, OSError):
-    """An output that could not be written; nothing was left behind."""
+    """An output that could not be written. Nothing is left behind."""
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}.. ({len(text)} characters)"
+    return text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}.. ({len(text)} characters)"
 
 
 def name_some(names: Iterable[str], limit: int = 5) -> str:

@@ -1,4 +1,4 @@
-"""LowRank: what one LoRA adds to one weight matrix, as two thin factors."""
+"""LowRank: the update of one weight matrix by a LoRA, as two thin factors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from .errors import FormatError, MergeError
+from .precision import exact_operand, matmul
 
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
     """The update of one module: ``delta = scale * B @ A`` with ``scale = alpha / rank``.
 
-    Always two-dimensional: a convolution's factors are flattened (``d_in = in_channels * prod(kernel)``) and
-    folded back by the formats. A unit is one row of `A` with its column of `B`.
+    The factors are always two-dimensional: those of a convolution are flattened (``d_in = in_channels *
+    prod(kernel)``) and folded back by the formats. A unit is one row of `A` with its column of `B`.
 
     Args:
         A: ``(r, d_in)``, any floating dtype.
         B: ``(d_out, r)``, same rank as `A`.
-        alpha: The trainer's alpha; ``None`` means ``alpha = r``, that is scale 1.
-        kernel: The convolution's kernel size, ``()`` for a linear layer.
+        alpha: The trainer's alpha; ``None`` means ``alpha = r``, which is scale 1.
+        kernel: Kernel size of a convolution, ``()`` for a linear layer.
 
     Raises:
         FormatError: Factors that are not 2-D floating tensors of one rank, a kernel that does not divide ``d_in``,
@@ -81,30 +82,33 @@ class LowRank:
 
     def delta(self) -> Tensor:
         """The dense update ``scale * B @ A``, ``(d_out, d_in)`` float32. For tests and small models."""
-        return self.scale * (self.B.float() @ self.A.float())
+        return self.scale * matmul(self.B.float(), self.A.float())
 
     def rows(self, spans: Sequence[tuple[int, int]]) -> LowRank:
-        """The update of some output rows, in the order given: `A` is shared, `B` is cut. Exact.
+        """The update of some output rows, in the given order: exact, with the same `A` and rows of `B`.
 
         Args:
             spans: ``(start, stop)`` pairs within ``0 .. d_out``; their rows are concatenated.
+
+        Raises:
+            FormatError: No span, or one that is empty or outside ``0 .. d_out``.
         """
         if not spans or any(not 0 <= start < stop <= self.d_out for start, stop in spans):
             raise FormatError("Row slice out of range.", expected=f"within 0 .. {self.d_out}", found=list(spans))
-        cut = [self.B[start:stop] for start, stop in spans]
-        return replace(self, B=cut[0] if len(cut) == 1 else torch.cat(cut))
+        rows = [self.B[start:stop] for start, stop in spans]
+        return replace(self, B=rows[0] if len(rows) == 1 else torch.cat(rows))
 
     def to(self, dtype: torch.dtype) -> LowRank:
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 
 
 def merge_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a factor is written back in: its own, but bfloat16 for the 8-bit floats, which carry no scale."""
+    """Dtype in which a merged factor is stored: the input's, but bfloat16 for 8-bit floats, which carry no scale."""
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
 def fold_tucker(down: Tensor, mid: Tensor) -> Tensor:
-    """A Tucker core folded into the down factor, exactly: ``A[p, c, *kernel] = sum_q mid[p, q, *kernel] down[q, c]``.
+    """Fold a Tucker core into the down factor, exactly: ``A[p, c, *kernel] = sum_q mid[p, q, *kernel] down[q, c]``.
 
     Args:
         down: ``(r, in, 1, ..)``. mid: ``(r, r, *kernel)``.
@@ -112,13 +116,17 @@ def fold_tucker(down: Tensor, mid: Tensor) -> Tensor:
     Returns:
         ``(r, in, *kernel)`` float32.
     """
-    return torch.einsum("pq...,qc->pc...", mid.float(), down.flatten(1).float())
+    mid, down = exact_operand(mid.float()), exact_operand(down.flatten(1).float())
+    return torch.einsum("pq...,qc->pc...", mid, down).float()
 
 
 def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Stack the units of several updates: ``delta = sum_i weights[i] * parts[i].delta()``, exactly.
+    """Concatenate the units of several updates: ``delta = sum_i weights[i] * parts[i].delta()``, exactly, in float32.
 
-    The weight and scale of a part are split evenly over both factors, the sign goes to `B`. float32.
+    The weight and scale of a part are split evenly over both factors; the sign goes to `B`.
+
+    Raises:
+        MergeError: Updates of different shapes.
 
     Source: arXiv:2409.16167, concatenation-summation equivalence.
     """
@@ -132,23 +140,24 @@ def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return LowRank(A, B, kernel=max((part.kernel for part in parts), key=len))
 
 
-def within_width(part: LowRank) -> LowRank:
-    """The same update with one unit for each direction of the layer, ``min(d_out, d_in)``; rounded to its dtype."""
+def reduce_to_width(part: LowRank) -> LowRank:
+    """The same update with one unit per direction of the layer, ``min(d_out, d_in)``; rounded to its dtype."""
     k = min(part.d_out, part.d_in)
-    A, B = nearest(part.B.double() @ part.A.double(), k)
+    A, B = best_rank_k(part.B.double() @ part.A.double(), k)
     return LowRank(A.to(part.dtype), B.to(part.dtype), part.scale * k, part.kernel)
 
 
-def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best rank-`k` approximation of ``B @ A`` by the SVD, found from two thin QRs; never forms ``B @ A``.
+def truncated_svd(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`k` approximation of ``B @ A``, by two thin QRs and an SVD; never forms ``B @ A``.
 
     Args:
         A: ``(P, d_in)``. B: ``(d_out, P)``; same floating dtype, float64 for full accuracy.
-        k: Rank wanted, ``1 .. P``. Where ``B @ A`` has fewer than `k` directions the rest are zero.
+        k: Rank, ``1 .. P``. Where ``B @ A`` has fewer than `k` directions the rest are zero.
 
     Returns:
         ``(A, B)`` in balanced form: ``A = sqrt(S) V^T (k, d_in)``, ``B = U sqrt(S) (d_out, k)``.
     """
+    dtype, A, B = A.dtype, exact_operand(A), exact_operand(B)
     Q_A, R_A = torch.linalg.qr(A.mT)  # (d_in, p), (p, P)
     Q_B, R_B = torch.linalg.qr(B)  # (d_out, q), (q, P)
     U, S, Vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)  # (q, n), (n,), (n, p)
@@ -158,24 +167,25 @@ def truncate(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if n < k:
         A_k = torch.nn.functional.pad(A_k, (0, 0, 0, k - n))
         B_k = torch.nn.functional.pad(B_k, (0, k - n))
-    return A_k, B_k
+    return A_k.to(dtype), B_k.to(dtype)
 
 
-def nearest(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
-    """Best rank-`k` approximation of a dense matrix. Exact when it is small, else by randomized subspace iteration.
+def best_rank_k(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
+    """Best rank-`k` approximation of a dense matrix: exact if it is small, else by randomised subspace iteration.
 
-    The start is always the same, so equal inputs give equal results.
+    The random start is always the same, so equal inputs give equal results.
 
     Args:
         D: ``(d_out, d_in)``.
-        k: Rank wanted, ``1 .. min(d_out, d_in)``.
-        power: Iterations; each squares the weight of the large singular values against the small ones.
+        k: Rank, ``1 .. min(d_out, d_in)``.
+        power: Number of iterations; each squares the weight of large singular values relative to small ones.
 
     Returns:
-        ``(A, B)`` in balanced form, as from `truncate`.
+        ``(A, B)`` in balanced form, as from `truncated_svd`.
 
     Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1.
     """
+    dtype, D = D.dtype, exact_operand(D)
     width = 2 * k + 16
     if min(D.shape) <= max(2 * width, 256):
         Q = torch.eye(D.shape[0], dtype=D.dtype, device=D.device)
@@ -186,4 +196,4 @@ def nearest(D: Tensor, k: int, *, power: int = 4) -> tuple[Tensor, Tensor]:
             Q = torch.linalg.qr(D @ torch.linalg.qr(D.mT @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.mT @ D, full_matrices=False)
     root = S[:k].sqrt()
-    return root[:, None] * Vh[:k], (Q @ U[:, :k]) * root
+    return (root[:, None] * Vh[:k]).to(dtype), ((Q @ U[:, :k]) * root).to(dtype)

@@ -15,7 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from ..core.adapter import Adapter
 from ..core.errors import LegoMoleError, MergeError
-from ..core.merge.tasks import Batch, BatchMerger, BatchResult
+from ..core.merge.tasks import BatchMerger, BatchResult, ModuleBatch
 from ..core.recipes.remote import RemoteInputs, RemoteRunner
 
 ray: Any = importlib.import_module("ray")  # with `import ray`, type checkers take this file for the library
@@ -65,7 +65,7 @@ def _connected(address: str) -> Generator[None]:
         ray.shutdown()
 
 
-def _run_batches(inputs: RemoteInputs, merger: BatchMerger, batches: Sequence[Batch]) -> Iterator[BatchResult]:
+def _run_batches(inputs: RemoteInputs, merger: BatchMerger, batches: Sequence[ModuleBatch]) -> Iterator[BatchResult]:
     """Merge every batch on the cluster and yield the results in order.
 
     At any time the cluster has about twice as many tasks as it can run, so that little is left to run after an error or
@@ -134,7 +134,9 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _merge_batch(shared: tuple[RemoteInputs, BatchMerger], batch: Batch, threads: int) -> BatchResult | LegoMoleError:
+def _merge_batch(
+    shared: tuple[RemoteInputs, BatchMerger], batch: ModuleBatch, threads: int
+) -> BatchResult | LegoMoleError:
     """Merge a batch inside a worker.
 
     A `LegoMoleError` is returned rather than raised: Ray would wrap an exception in one of its own.

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..core.adapter import Adapter
 from ..core.errors import MergeError
-from ..core.merge.engine import matching
+from ..core.fields import Converted
 from ..core.merge.methods import MergeMethod
-from ..core.merge.rank import Rank
 from ..core.merge.statistics import Statistics
 from ..core.recipes.method_settings import build_method
 
@@ -85,8 +82,8 @@ def settings_of(method: type[MergeMethod]) -> list[Setting]:
 def _setting(field: dataclasses.Field[Any], hint: Any) -> Setting:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     optional, hint = type(None) in options, options[0]
-    if hint is Rank:
-        return Setting(field.name, "rank", "1x")
+    if get_origin(hint) is Converted:
+        return Setting(field.name, "rank", str(field.default))
     if hint is int or hint is float:
         kind = "integer" if hint is int else "share" if field.name == "density" else "number"
         return Setting(field.name, kind, field.default)
@@ -141,53 +138,3 @@ def method_from_widgets(
             remedy="add a Calibrate node with the same LoRAs and connect it",
         )
     return build_method(name, values if statistics is None else {**values, "statistics": statistics})
-
-
-def module_weights(text: str, adapters: list[Adapter]) -> list[dict[str, float]]:
-    """Parse rules for layer weights, one per line: ``*attn2* = 0.5`` for all LoRAs, ``2: * = 0.5`` for the second.
-
-    Empty lines and ``#`` comments are skipped. A rule for every LoRA and one for a single LoRA multiply, also where
-    they have the same pattern; of two rules with the same pattern for the same LoRA the last counts.
-
-    Args:
-        text: The rules.
-        adapters: The LoRAs. A rule without a number applies to those that have layers the pattern matches.
-
-    Returns:
-        Per adapter, pattern -> factor, sorted by pattern: a recipe is stored in that order, and the order in which
-        factors are multiplied can change the last digit.
-
-    Raises:
-        MergeError: A line that is not a rule, or the number of a LoRA that does not exist.
-    """
-    for_all: dict[str, float] = {}
-    for_one: list[dict[str, float]] = [{} for _ in adapters]
-    for line in text.splitlines():
-        line = line.partition("#")[0].strip()
-        if not line:
-            continue
-        match = re.fullmatch(r"(?:(\d+)\s*:\s*)?([^\s:]+?)\s*=\s*([-+.\w]+)", line)
-        try:
-            number, pattern, factor = match[1], match[2], float(match[3])  # type: ignore[index]
-        except (TypeError, ValueError):
-            raise MergeError(
-                "This is not a rule for layer weights.",
-                expected="lines like  *attn2* = 0.5  or  2: *attn2* = 0.5",
-                found=line,
-                remedy="write one rule per line: [number of the LoRA:] pattern of layer names = factor",
-            ) from None
-        if number is None:
-            for_all[pattern] = factor
-        elif 1 <= int(number) <= len(adapters):
-            for_one[int(number) - 1][pattern] = factor
-        else:
-            raise MergeError(
-                "A rule for layer weights names a LoRA that does not exist.",
-                expected=f"1 .. {len(adapters)}",
-                found=line,
-            )
-    for pattern, factor in for_all.items():
-        # a pattern that matches no layer goes to all of them, so that the merge refuses it
-        for i in matching(pattern, adapters) or range(len(adapters)):
-            for_one[i][pattern] = for_one[i].get(pattern, 1.0) * factor
-    return [dict(sorted(rules.items())) for rules in for_one]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from legomole.core.version import __version__
+from legomole.core import __version__
 
 from ..llm.many import measure
 from . import report

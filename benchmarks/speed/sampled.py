@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from legomole.core.lowrank import LowRank
-from legomole.core.merge import gram
+from legomole.core.merge.clustering import kmeans
 from torch import Tensor
 
 from .cases import Case
@@ -139,7 +139,7 @@ def sklearn_lego(case: Case, folder: Path) -> Sampled:
         torch.from_numpy(clusters.cluster_centers_).contiguous()
         seconds += count * (time.perf_counter() - start)
         theirs += count * float(clusters.inertia_)
-        ours += count * float(gram.kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
+        ours += count * float(kmeans((X.double() @ X.double().mT)[None], torch.tensor([case.rank]))[1])
     return Sampled(seconds, ours / theirs)
 
 

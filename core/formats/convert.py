@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..lowrank import LowRank, truncate
+from ..lowrank import LowRank, truncated_svd
 
 # Elements of the factors of one module; a few times as many are in memory at once, in float64. Without a limit a file
 # of some kB could request any size: a Kronecker product, or a Tucker core, is larger than its stored factors.
@@ -54,7 +54,7 @@ def loha(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
     B = (B1[:, :, None] * B2[:, None]).flatten(1)
     rank = parts["hada_w1_b"].shape[0]
     scale = 1.0 if alpha is None else alpha / rank
-    return _lowrank(*truncate(A, scale * B, k), kernel)
+    return _lowrank(*truncated_svd(A, scale * B, k), kernel)
 
 
 def _hada_factors(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -104,11 +104,11 @@ def _kron_factors(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tens
     a, b = (parts[f"lokr_w{index}_{x}"].double() for x in "ab")
     core = parts.get(f"lokr_t{index}")
     if core is None:
-        return *truncate(b.flatten(1), a, min(a.shape[0], *b.flatten(1).shape)), tuple(b.shape[2:]), b.shape[0]
+        return *truncated_svd(b.flatten(1), a, min(a.shape[0], *b.flatten(1).shape)), tuple(b.shape[2:]), b.shape[0]
     check_factor_size(core.numel() // max(1, core.shape[1]) * b.shape[1])
     right = torch.einsum("ij...,jc->ic...", core.double(), b)  # (r, i2, *kernel)
     A, B = right.flatten(1), a.mT
-    return *truncate(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
+    return *truncated_svd(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
 
 
 def full(delta: Tensor, k: int) -> LowRank:

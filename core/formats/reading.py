@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
-from ..lowrank import LowRank, concat, fold_tucker, within_width
+from ..lowrank import LowRank, concat, fold_tucker, reduce_to_width
 from ..memory import is_out_of_memory
 from . import convert
 from .suffixes import UNSUPPORTED, classify, role_of
@@ -76,6 +77,8 @@ def assemble(
             found=f"{len(tensors)} other keys: {name_some(tensors, 3)}" if tensors else "no tensors",
             remedy="choose a LoRA file; a whole checkpoint or an embedding cannot be merged as one",
         )
+    if convert_rank is not None and _not_low_rank(roles, tensors):
+        source = replace(source, convert_rank=convert_rank)
     return Adapter(modules, diffs, {key: tensors[key] for key in rest}, metadata, source)
 
 
@@ -100,12 +103,7 @@ def _check_kinds(
             remedy="convert it in ComfyUI with the model connected, where the base weights are known",
         )
     if convert_rank is None:
-        keys = [
-            key
-            for parts in roles.values()
-            for role, key in parts.items()
-            if role.startswith(("hada_", "lokr_")) or (role == "diff" and tensors[key].ndim > 1)
-        ]
+        keys = _not_low_rank(roles, tensors)
         if keys:
             raise FormatError(
                 "The file holds LoHa, LoKr or full deltas, which become a LoRA only by approximation.",
@@ -113,6 +111,16 @@ def _check_kinds(
                 found=f"{len(keys)} keys: {name_some(keys, 3)}",
                 remedy="allow it with a rank: --convert-rank 32 (convert_rank=32 in Python)",
             )
+
+
+def _not_low_rank(roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Keys of LoHa, LoKr and full deltas."""
+    return [
+        key
+        for parts in roles.values()
+        for role, key in parts.items()
+        if role.startswith(("hada_", "lokr_")) or (role == "diff" and tensors[key].ndim > 1)
+    ]
 
 
 def _updates(
@@ -183,7 +191,7 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
         alpha = alpha_of(module, down.shape[0])
     part = LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
     # merging takes time proportional to the cube of the rank: hours, for a file of some kB
-    return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else within_width(part)
+    return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else reduce_to_width(part)
 
 
 def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank]) -> dict[str, Tensor]:

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 from threading import Lock
-from typing import Any
 
-from .pool import Pool
+from .pool import GramValues, Pool
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    content: bytes
+    values: GramValues
 
 
 @dataclass
 class GramCache:
-    """What does not change with rank, method and weights: it belongs to one list of adapters.
+    """The values of a merge that do not depend on rank, method and weights.
+
+    An entry belongs to the contents of the factors it was computed from: it serves a file that was loaded again, but
+    not another one of the same shapes. It holds Gram matrices and decompositions, never the factors.
 
     Args:
-        limit: Bytes that may be kept; what is beyond them is computed anew.
+        limit: Bytes that may be kept. Values beyond the limit are computed again.
     """
 
     limit: int = 512 << 20
-    _kept: dict[Hashable, Mapping[str, Any]] = field(default_factory=dict, init=False, repr=False)
-    _sizes: dict[Hashable, int] = field(default_factory=dict, init=False, repr=False)
-    _one: Lock = field(default_factory=Lock, init=False, repr=False)
+    _entries: dict[Hashable, _Entry] = field(default_factory=dict, init=False, repr=False)
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False)
 
     def restore(self, batch: Hashable, pool: Pool) -> None:
-        """Tell a batch's pool what is known of it."""
-        pool.load_cache(self._kept.get(batch, {}))
+        """Give a batch's pool the values that were computed from the same factors before."""
+        entry = self._entries.get(batch)
+        if entry is not None and entry.content == pool.content:
+            pool.values.products, pool.values.own = entry.values.products, entry.values.own
 
     def store(self, batch: Hashable, pool: Pool) -> None:
-        """Keep what a batch's pool knows by now. Batches may come from several threads."""
-        known = pool.cacheable
-        parts = [part for value in known.values() for part in (value if isinstance(value, tuple) else (value,))]
-        size = sum(part.nbytes for part in parts)
-        with self._one:
-            if sum(self._sizes.values()) - self._sizes.get(batch, 0) + size <= self.limit:
-                self._kept[batch], self._sizes[batch] = known, size
+        """Keep the values of a batch's pool, in place of the batch's former entry. Thread-safe."""
+        entry = _Entry(pool.content, replace(pool.values))  # hashed before the other threads have to wait
+        with self._lock:
+            self._entries.pop(batch, None)
+            if sum(other.values.nbytes for other in self._entries.values()) + entry.values.nbytes <= self.limit:
+                self._entries[batch] = entry

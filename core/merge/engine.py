@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from ..adapter import Adapter, check_finite, is_text_encoder
+from ..adapter import Adapter
 from ..errors import MergeError, name_some
 from ..lowrank import LowRank
 from ..memory import report_out_of_memory
 from ..progress import Progress
 from .cache import GramCache
+from .leftovers import merge_leftovers
 from .methods import METHODS, MergeMethod
 from .report import MergeReport, ModuleReport
-from .tasks import Batch, BatchMerger, BatchResult, batches, overflow
+from .tasks import BatchMerger, BatchResult, ModuleBatch, plan_batches
 from .threads import run_in_threads
+from .weights import Weights
 
-BatchRunner = Callable[[BatchMerger, Sequence[Batch]], Iterable[BatchResult]]
-"""Does the work on every batch and gives the results in their order."""
+BatchRunner = Callable[[BatchMerger, Sequence[ModuleBatch]], Iterable[BatchResult]]
+"""Merges every batch and yields the results in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class MergeResult:
-    """The merged adapter and the account of how it came about."""
+    """The merged adapter and the report of the merge."""
 
     adapter: Adapter
     report: MergeReport
@@ -52,197 +52,108 @@ def merge(
 
     Args:
         adapters: One or more. A module that only some have is merged from those.
-        method: A row of `METHODS`, instantiated.
+        method: An instance of a row of `METHODS`.
         weights: One finite number per adapter, default 1; negative subtracts, 0 leaves the adapter out.
         text_encoder_weights: Per adapter, the weight of its text encoder modules; default the same as `weights`.
         module_weights: Per adapter, shell patterns of module names and a factor on its weight there, e.g.
-            ``{"*attn2*": 0.5, "*single_blocks*": 0}``. Every pattern that matches counts.
+            ``{"*attn2*": 0.5, "*single_blocks*": 0}``. The factors of all patterns that match are multiplied.
         normalize: Divide the weights by the sum of their magnitudes: an average instead of a sum.
-        dtype: Of the merged factors; default the widest of the inputs'.
-        device: Where to compute. The result is on the CPU.
-        progress: Called with (modules done, modules in all, name of the last). May raise to cancel.
-        each: Does the work elsewhere; default here, see `threads.run_in_threads`.
-        cache: Kept by the caller from merge to merge of the same adapters, on the same device: the next is faster.
+        dtype: Dtype of the merged factors and diffs; default the widest factor dtype of the adapters that take part.
+        device: Device to compute on, ``cpu`` or ``cuda``. The result is on the CPU.
+        progress: Called with (modules done, modules in all, name of the last). May raise an exception to cancel.
+        each: Runs the batches elsewhere; default in threads of this process, see `run_in_threads`.
+        cache: Kept by the caller between merges: the next merge of the same factors is faster.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
 
     Raises:
         MergeError: No adapters, weights that do not fit, modules of different shape under one name, a rank no module
-            can reach, or a result that overflows `dtype`.
+            can reach, a device without float64 (MPS), or a result that overflows `dtype`.
         FormatError: NaN or infinity in an input.
     """
     if not adapters:
         raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
-    weights = _checked_weights(adapters, weights, normalize)
-    te_weights = (
-        weights if text_encoder_weights is None else _checked_weights(adapters, text_encoder_weights, normalize)
-    )
-    per_module = [
-        _module_weights(adapter, weight, te_weight, patterns)
-        for adapter, weight, te_weight, patterns in zip(
-            adapters, weights, te_weights, module_weights or [{}] * len(adapters), strict=True
-        )
-    ]
-    used = [
-        any(values.values()) if values else bool(weight or te_weight)  # one that only carries extras has no modules
-        for values, weight, te_weight in zip(per_module, weights, te_weights, strict=True)
-    ]
-    if not any(used):
-        raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
-    todo = batches(adapters, per_module, getattr(method, "batch", None))
-    _check_rank(method, todo)
-    work = BatchMerger(method, per_module, dtype or _widest(adapters), torch.device(device), cache)
-    own = run_in_threads(work, adapters, todo)
+    checked = Weights.of(adapters, weights, text_encoder_weights, module_weights, normalize)
+    dtype = dtype or _widest_dtype([adapter for adapter, used in zip(adapters, checked.used, strict=True) if used])
+    batches = plan_batches(adapters, checked.modules, getattr(method, "batch", None))
+    _check_rank(method, batches)
+    merger = BatchMerger(method, checked.modules, dtype, _checked_device(device), cache)
 
-    total = sum(len(batch.names) for batch in todo)
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
-    with closing(own):  # or threads would go on where `progress` cancels
-        for batch, done in zip(todo, own if each is None else each(work, todo), strict=True):
-            modules.update(done.modules)
-            remarks.update(done.remarks)
-            reports.update((report.name, report) for report in done.reports)
-            if progress is not None:
-                progress(len(modules), total, batch.names[-1])
+    for result in _run(merger, adapters, batches, each, progress):
+        modules.update(result.modules)
+        reports.update((report.name, report) for report in result.reports)
+        remarks.update(result.remarks)
     with torch.no_grad(), report_out_of_memory():
-        diffs, extras, passed_on, dropped = _leftovers(adapters, per_module, used)
+        leftovers = merge_leftovers(adapters, checked, dtype)
+
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
-        weights=tuple(weights),
+        weights=checked.model,
         method=next((name for name, row in METHODS.items() if isinstance(method, row)), type(method).__name__),
         modules=tuple(reports[name] for name in sorted(reports)),
-        passed_on=tuple(passed_on),
-        dropped=tuple(dropped),
+        passed_on=leftovers.passed_on,
+        dropped=leftovers.dropped,
         notes=(
-            *_weight_notes(adapters, weights, te_weights, per_module, used),
-            *_strength_notes(method, weights),
-            *_notes(reports, remarks),
+            *checked.notes(adapters),
+            *_strength_notes(method, checked.model),
+            *_module_notes(reports, remarks),
         ),
     )
-    return MergeResult(Adapter({name: modules[name] for name in sorted(modules)}, diffs, extras), report)
+    merged = {name: modules[name] for name in sorted(modules)}
+    return MergeResult(Adapter(merged, leftovers.diffs, leftovers.extras), report)
 
 
-def matching(pattern: str, adapters: Sequence[Adapter]) -> list[int]:
-    """Positions of the adapters that have layers a module pattern matches: those a pattern meant for all is for."""
-    return [
-        i for i, adapter in enumerate(adapters) if any(fnmatch.fnmatchcase(name, pattern) for name in adapter.layers)
-    ]
+def _run(
+    merger: BatchMerger,
+    adapters: Sequence[Adapter],
+    batches: Sequence[ModuleBatch],
+    each: BatchRunner | None,
+    progress: Progress | None,
+) -> Iterator[BatchResult]:
+    """Merge all batches and report progress after each."""
+    done, total = 0, sum(len(batch.names) for batch in batches)
+    with closing(run_in_threads(merger, adapters, batches)) as in_threads:  # stops the threads if `progress` raises
+        results = in_threads if each is None else each(merger, batches)
+        for batch, result in zip(batches, results, strict=True):
+            yield result
+            done += len(batch.names)
+            if progress is not None:
+                progress(done, total, batch.names[-1])
 
 
-def _checked_weights(adapters: Sequence[Adapter], weights: Sequence[float] | None, normalize: bool) -> list[float]:
-    weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    if len(weights) != len(adapters):
-        raise MergeError("Every LoRA needs one weight.", expected=len(adapters), found=len(weights))
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if not math.isfinite(weight):
-            raise MergeError(
-                "A weight is not a finite number.", file=adapter.source.path or None, expected="e.g. 0.8", found=weight
-            )
-    if normalize:
-        size = sum(abs(weight) for weight in weights) or 1.0
-        weights = [weight / size for weight in weights]
-    return weights
-
-
-def _module_weights(
-    adapter: Adapter, weight: float, te_weight: float, patterns: Mapping[str, float]
-) -> dict[str, float]:
-    """Weight of every module that has a delta or a diff. A pattern that matches nothing is an error, not a no-op."""
-    values = {name: te_weight if is_text_encoder(name) else weight for name in adapter.layers}
-    for pattern, factor in patterns.items():
-        if not math.isfinite(factor):
-            raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)
-        matched = [name for name in values if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
-            raise MergeError(
-                "A module pattern matches nothing.",
-                file=adapter.source.path or None,
-                expected=f"a pattern of names like {name_some(adapter.modules, 3)}",
-                found=pattern,
-                remedy="list the module names with `legomole inspect --modules`",
-            )
-        for name in matched:
-            values[name] *= factor
-    return values
-
-
-def _check_rank(method: MergeMethod, todo: Sequence[Batch]) -> None:
-    rank = getattr(method, "rank", None)
-    largest = max((sum(batch.ranks) for batch in todo), default=0)
-    if todo and rank is not None and rank.unit == "" and rank.value > largest:
-        raise MergeError(
-            "The rank is larger than all the LoRAs' ranks together.",
-            expected=f"at most {largest} (at {largest} the merge is the exact sum)",
-            found=f"{rank}",
-            remedy="lower the rank; more cannot add anything",
-        )
-
-
-def _widest(adapters: Sequence[Adapter]) -> torch.dtype:
+def _widest_dtype(adapters: Sequence[Adapter]) -> torch.dtype:
     dtype = adapters[0].dtype
     for adapter in adapters[1:]:
         dtype = torch.promote_types(dtype, adapter.dtype)
     return dtype
 
 
-def _leftovers(
-    adapters: Sequence[Adapter], per_module: Sequence[Mapping[str, float]], used: Sequence[bool]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str], list[str]]:
-    """What is not low rank: diffs are summed with the weights, extras are carried, conflicts are named."""
-    diffs: dict[str, Tensor] = {}
-    extras: dict[str, Tensor] = {}
-    passed_on: list[str] = []
-    dropped: list[str] = []
-    first: dict[str, str] = {}
-    for i, adapter in enumerate(adapters):
-        for name, tensor in adapter.diffs.items():
-            weight = per_module[i][name.rpartition(".")[0]]
-            if weight == 0:
-                continue
-            check_finite(tensor, name, adapter.source.path)
-            part = weight * tensor.float()
-            if name in diffs and diffs[name].shape != part.shape:
-                raise MergeError(
-                    "The LoRAs do not fit the same base model: one parameter has different shapes.",
-                    module=name,
-                    found=f"{tuple(diffs[name].shape)} and {tuple(part.shape)} in {adapter.label}",
-                )
-            diffs[name] = diffs[name] + part if name in diffs else part
-            passed_on.append(f"{name} (added, times {weight:g}, from {adapter.label})")
-        for name, tensor in adapter.extras.items() if used[i] else ():
-            if name not in extras:
-                extras[name] = tensor
-                first[name] = adapter.label
-                passed_on.append(f"{name} (unchanged, from {adapter.label})")
-            elif extras[name].shape != tensor.shape or not torch.equal(extras[name], tensor):
-                dropped.append(f"{name} of {adapter.label}: it cannot be added, and {first[name]} has another one")
-    return {name: _narrowed(name, part, _widest(adapters)) for name, part in diffs.items()}, extras, passed_on, dropped
+def _check_rank(method: MergeMethod, batches: Sequence[ModuleBatch]) -> None:
+    rank = getattr(method, "rank", None)
+    largest = max((sum(batch.ranks) for batch in batches), default=0)
+    if batches and rank is not None and rank.unit == "" and rank.value > largest:
+        raise MergeError(
+            "The rank is larger than all the LoRAs' ranks together.",
+            expected=f"at most {largest} (at {largest} the merge is the exact sum)",
+            found=f"{rank}",
+            remedy="lower the rank; a higher one cannot add anything",
+        )
 
 
-def _narrowed(name: str, diff: Tensor, dtype: torch.dtype) -> Tensor:
-    result = diff.to(dtype)
-    if not torch.isfinite(result).all():
-        raise overflow(name, dtype, float(diff.abs().max()))
-    return result
-
-
-def _weight_notes(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float],
-    te_weights: Sequence[float],
-    per_module: Sequence[Mapping[str, float]],
-    used: Sequence[bool],
-) -> Iterator[str]:
-    for adapter, weight, te_weight, values, counts in zip(adapters, weights, te_weights, per_module, used, strict=True):
-        silenced = [name for name, value in values.items() if value == 0]
-        if not counts:
-            yield f"{adapter.label} has weight 0 and was left out"
-        elif silenced:
-            yield f"{len(silenced)} modules of {adapter.label} have weight 0 and were left out: {name_some(silenced)}"
-        if counts and te_weight != weight and any(map(is_text_encoder, adapter.modules)):
-            yield f"{adapter.label} has weight {te_weight:g} in the text encoders"
+def _checked_device(device: torch.device | str) -> torch.device:
+    checked = torch.device(device)
+    if checked.type == "mps":
+        raise MergeError(
+            "Merges need float64, which Apple's MPS does not have.",
+            expected="the device cpu, or cuda",
+            found=str(checked),
+            remedy="merge on the CPU: --device cpu (device='cpu' in Python)",
+        )
+    return checked
 
 
 def _strength_notes(method: MergeMethod, weights: Sequence[float]) -> Iterator[str]:
@@ -250,14 +161,14 @@ def _strength_notes(method: MergeMethod, weights: Sequence[float]) -> Iterator[s
     if measured and any(not math.isclose(a, b, rel_tol=0.01) for a, b in zip(measured, weights, strict=False)):
         yield (
             f"the statistics were measured at strengths {', '.join(f'{s:g}' for s in measured)}, the weights are "
-            f"{', '.join(f'{w:g}' for w in weights)}: measure again if that is far apart"
+            f"{', '.join(f'{w:g}' for w in weights)}: measure again if they differ much"
         )
 
 
-def _notes(reports: Mapping[str, ModuleReport], remarks: Mapping[str, str]) -> Iterator[str]:
-    silent = [report.name for report in reports.values() if not any(report.norms)]
-    if silent:
-        yield f"{len(silent)} modules are zero in every LoRA: {name_some(silent)}"
+def _module_notes(reports: Mapping[str, ModuleReport], remarks: Mapping[str, str]) -> Iterator[str]:
+    zeros = [report.name for report in reports.values() if not any(report.norms)]
+    if zeros:
+        yield f"{len(zeros)} modules are zero in every LoRA: {name_some(zeros)}"
     for remark in sorted(set(remarks.values())):
         names = sorted(name for name in remarks if remarks[name] == remark)
         yield f"{len(names)} modules {remark}: {name_some(names)}"

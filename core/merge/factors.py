@@ -1,4 +1,4 @@
-"""The factors of like modules, read in pieces that fit a processor's cache, or held as a whole."""
+"""The factors of like modules: loaded in pieces that fit a processor's cache, or all at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..lowrank import LowRank
 
-# Numbers of each factor in a piece, on a CPU: what its caches hold while a piece is worked on.
+# Values of each factor in a piece on a CPU: as many as its caches hold while a piece is processed.
 _PIECE = 250_000
 
 
@@ -20,8 +20,8 @@ class Factors(ABC):
 
     Args:
         shape: ``(M, P, d_in, d_out)``.
-        device: Where they are.
-        short: Whether every number was stored in 16 bits or fewer.
+        device: Device that the factors are loaded to.
+        short: Whether every value was stored in 16 bits or fewer.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, short: bool) -> None:
@@ -29,20 +29,24 @@ class Factors(ABC):
 
     @cached_property
     def whole(self) -> tuple[Tensor, Tensor]:
-        """`A` and `B` of all modules."""
-        return self._all()
+        """`A` and `B` of all modules, loaded at once."""
+        return self._load()
 
     @abstractmethod
-    def _all(self) -> tuple[Tensor, Tensor]: ...
+    def _load(self) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that hold the factors, as they are stored."""
 
     @abstractmethod
     def only(self, modules: Sequence[int]) -> Factors:
-        """Those of some modules."""
+        """The factors of the modules at these positions."""
 
     def pieces(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """A few modules after the other: where they are among all, and their `A` and `B`.
+        """A few modules at a time: their positions, and their `A` and `B`.
 
-        These may be written over when the next piece is asked for.
+        The next piece may overwrite the tensors of the one before.
         """
         A, B = self.whole
         for at in self._spans():
@@ -60,23 +64,26 @@ class InMemoryFactors(Factors):
     def __init__(self, A: Tensor, B: Tensor) -> None:
         M, P, d_in = A.shape
         super().__init__((M, P, d_in, B.shape[1]), A.device, short=False)
-        self._held = A, B
+        self._factors = A, B
 
-    def _all(self) -> tuple[Tensor, Tensor]:
-        return self._held
+    def _load(self) -> tuple[Tensor, Tensor]:
+        return self._factors
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self._factors
 
     def only(self, modules: Sequence[int]) -> InMemoryFactors:
-        A, B = self._held
+        A, B = self._factors
         return InMemoryFactors(A[modules], B[modules])
 
 
 class FileFactors(Factors):
-    """Factors of adapters' files, read and cast whenever they are asked for.
+    """Factors of adapters' files, read and converted every time they are used.
 
     Args:
-        parts: For each module the updates of the adapters that have it, whose rows of `A` come one below the other, the
-            columns of `B` beside each other.
-        device: Where they are wanted.
+        parts: For each module the updates of the adapters that have it. Their rows of `A` are stacked, their columns
+            of `B` put side by side.
+        device: Device to load the factors to.
     """
 
     def __init__(self, parts: Sequence[Sequence[LowRank]], device: torch.device) -> None:
@@ -86,10 +93,15 @@ class FileFactors(Factors):
         super().__init__(shape, device, short)
         self.parts = parts
 
-    def _all(self) -> tuple[Tensor, Tensor]:
-        A, B = self._space(len(self.parts))
+    def _load(self) -> tuple[Tensor, Tensor]:
+        A, B = self._allocate(len(self.parts))
         _read(self.parts, A, B)
         return A.to(self.device), B.to(self.device)
+
+    def tensors(self) -> Iterator[Tensor]:
+        for row in self.parts:
+            for part in row:
+                yield from (part.A, part.B)
 
     def only(self, modules: Sequence[int]) -> FileFactors:
         return FileFactors([self.parts[m] for m in modules], self.device)
@@ -99,26 +111,26 @@ class FileFactors(Factors):
             yield from super().pieces()
             return
         spans = self._spans()
-        A, B = self._space(spans[0].stop)
+        A, B = self._allocate(spans[0].stop)
         for at in spans:
             A, B = A[: at.stop - at.start], B[: at.stop - at.start]
             _read(self.parts[at], A, B)
             yield at, A, B
 
-    def _space(self, modules: int) -> tuple[Tensor, Tensor]:
+    def _allocate(self, modules: int) -> tuple[Tensor, Tensor]:
         _, P, d_in, d_out = self.shape
-        like = self.parts[0][0]
-        A = like.A.new_empty(modules, P, d_in, dtype=torch.float32)
-        return A, like.B.new_empty(modules, d_out, P, dtype=torch.float32)
+        first = self.parts[0][0]
+        A = first.A.new_empty(modules, P, d_in, dtype=torch.float32)
+        return A, first.B.new_empty(modules, d_out, P, dtype=torch.float32)
 
 
 def _read(parts: Sequence[Sequence[LowRank]], A: Tensor, B: Tensor) -> None:
-    """Cast the factors of modules into ``A (M, P, d_in)`` and ``B (M, d_out, P)``."""
-    # put together first: casting a few rows or columns at a time is several times as slow
-    A.flatten(0, 1).copy_(_cat([part.A for row in parts for part in row], 0))
+    """Convert the factors of modules into ``A (M, P, d_in)`` and ``B (M, d_out, P)``."""
+    # concatenated first: converting a few rows or columns at a time is several times slower
+    A.flatten(0, 1).copy_(_concatenate([part.A for row in parts for part in row], 0))
     for row, B_m in zip(parts, B, strict=True):
-        B_m.copy_(_cat([part.B for part in row], 1))
+        B_m.copy_(_concatenate([part.B for part in row], 1))
 
 
-def _cat(factors: list[Tensor], dim: int) -> Tensor:
+def _concatenate(factors: list[Tensor], dim: int) -> Tensor:
     return torch.cat(factors if len({x.dtype for x in factors}) == 1 else [x.float() for x in factors], dim)

@@ -1,15 +1,17 @@
-"""The merged rank k: a number, a multiple of the inputs' rank, or as many as keep a share of the energy."""
+"""The merged rank k: a number, a multiple of the inputs' rank, or the smallest that keeps a share of the energy."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..errors import MergeError
+from ..fields import Converted
 from .pool import Pool
 
 _REMEDY = "give a whole number like 16, a multiple like 1.5x, a share of the energy like 95%, or auto (95%)"
@@ -17,10 +19,10 @@ _REMEDY = "give a whole number like 16, a multiple like 1.5x, a share of the ene
 
 @dataclass(frozen=True)
 class Rank:
-    """How to choose `k` for a module.
+    """How the merged rank `k` of a module is chosen.
 
     Args:
-        value: The number meant by `unit`.
+        value: Number, in the meaning that `unit` gives it.
         unit: ``""``: k itself. ``"x"``: times the inputs' mean rank ``P / N``. ``"%"``: the smallest k whose exact
             SVD keeps that share of ``|sum of deltas|_F^2``.
 
@@ -32,12 +34,12 @@ class Rank:
     unit: str = ""
 
     def __post_init__(self) -> None:
-        fine = math.isfinite(self.value) and self.value > 0 and self.unit in ("", "x", "%")
+        valid = math.isfinite(self.value) and self.value > 0 and self.unit in ("", "x", "%")
         if self.unit == "":
-            fine = fine and self.value == int(self.value)
+            valid = valid and self.value == int(self.value)
         if self.unit == "%":
-            fine = fine and self.value <= 100
-        if not fine:
+            valid = valid and self.value <= 100
+        if not valid:
             raise MergeError(
                 "This is not a rank.",
                 expected="at least 1, more than 0x, or above 0% and up to 100%",
@@ -46,16 +48,20 @@ class Rank:
             )
 
     @classmethod
-    def parse(cls, text: str | int | Rank) -> Rank:
-        """Read ``16``, ``"1.5x"``, ``"95%"`` or ``"auto"`` (the same as ``"95%"``)."""
-        if isinstance(text, Rank):
-            return text
-        if text == "auto":
+    def parse(cls, rank: RankLike) -> Rank:
+        """Read ``16``, ``"1.5x"``, ``"95%"`` or ``"auto"`` (the same as ``"95%"``).
+
+        Raises:
+            MergeError: Not a rank.
+        """
+        if isinstance(rank, Rank):
+            return rank
+        if rank == "auto":
             return cls(95, "%")
-        match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([x%]?)\s*", str(text))
+        match = re.fullmatch(r"\s*(-?\d+(?:\.\d+)?)\s*([x%]?)\s*", str(rank))
         if match is None:
             raise MergeError(
-                "This is not a rank.", expected="a rank such as 16, 1.5x or 95%", found=repr(text), remedy=_REMEDY
+                "This is not a rank.", expected="a rank such as 16, 1.5x or 95%", found=repr(rank), remedy=_REMEDY
             )
         return cls(float(match[1]), match[2])
 
@@ -63,7 +69,7 @@ class Rank:
         return f"{self.value:.12g}{self.unit}"
 
     def resolve(self, pool: Pool) -> Tensor:
-        """`k` for each module of the pool: ``(M,)`` long within ``1 .. P``."""
+        """`k` for each module of the pool: ``(M,)`` long, ``1 .. P``."""
         if self.unit == "%":
             energy = pool.svd.S.square().cumsum(1)
             enough = energy >= (self.value / 100 - 1e-12) * energy[:, -1:]
@@ -74,5 +80,12 @@ class Rank:
         return k.clamp(1, pool.size)
 
 
-MEAN_RANK = Rank(1, "x")
-"""The inputs' mean rank: the default of every method."""
+RankLike: TypeAlias = Rank | int | str
+"""A rank, or anything `Rank.parse` reads."""
+
+RankField: TypeAlias = Converted[RankLike, Rank]
+
+
+def rank_field() -> RankField:
+    """The `rank` of a merge method: given in any form, stored as a `Rank`, by default the inputs' mean rank."""
+    return Converted(Rank.parse, Rank(1, "x"))

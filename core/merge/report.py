@@ -1,4 +1,4 @@
-"""What a merge did, as plain data, as text, and as JSON for the file's metadata."""
+"""The report of a merge: as plain data, as text, and as JSON for the file's metadata."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 MANY = 16
-"""With more adapters than this, what is told of every pair is told of the whole merge, no longer of every module."""
+"""With more adapters than this, figures for each pair are reported for the whole merge, not for every module."""
 SAME, SHARED = 0.9, 0.3
-"""Cosines above which two adapters are said to be nearly the same, and to share a direction."""
-_SHOWN = 20  # lines of a list that is too long to be read
+"""Cosines above which two adapters are called nearly the same, and are said to share a direction."""
+_SHOWN = 20  # lines of a longer list that are shown
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class ModuleReport:
     Args:
         name: Module name.
         adapters: Positions of the adapters that have it.
-        ranks_in: Their ranks. rank_out: The merged rank.
+        ranks_in: Ranks of these adapters. rank_out: The merged rank.
         norms: Frobenius norm of each adapter's delta, weight included.
         cosine: Overlap of the adapters' deltas, ``N x N``: 1 the same direction, 0 unrelated, -1 opposite.
-        error: ``|merged - sum of deltas| / |sum of deltas|`` (Frobenius): 0 is the exact sum.
+        error: ``|merged - sum of deltas| / |sum of deltas|`` (Frobenius) of the factors as they are stored: 0 is the
+            exact sum. Rounding to the output's dtype is part of it, about 3e-4 in float16 and 2e-3 in bfloat16.
         clusters: For a clustering method: per merged unit, how many units came from each adapter.
     """
 
@@ -51,12 +52,12 @@ class MergeReport:
     """One merge.
 
     Args:
-        inputs: Labels of the adapters. weights: Their merge weights.
+        inputs: Labels of the adapters. weights: Merge weights of the adapters.
         method: The method's name in ``METHODS``.
         modules: One entry per merged module.
-        passed_on: Keys carried into the result unchanged, or summed (diffs), with where they came from.
-        dropped: Keys that could not be kept, with the reason. Never silent: shown in every rendering.
-        notes: Sentences worth reading: what was unusual about these inputs.
+        passed_on: Keys carried into the result unchanged, or summed (diffs), with their origin.
+        dropped: Keys that could not be kept, with the reason; shown in every rendering.
+        notes: Sentences on anything unusual about these inputs.
     """
 
     inputs: tuple[str, ...]
@@ -69,8 +70,10 @@ class MergeReport:
 
     @property
     def energy_kept(self) -> float:
-        """`ModuleReport.energy_kept` over all modules, weighted by each module's share of the whole."""
-        return _weighted([module.energy_kept for module in self.modules], [_size(module) for module in self.modules])
+        """Mean of `ModuleReport.energy_kept` over all modules, weighted by the size of their deltas."""
+        return _weighted_mean(
+            [module.energy_kept for module in self.modules], [_size(module) for module in self.modules]
+        )
 
     @property
     def ranks_out(self) -> tuple[int, int]:
@@ -82,10 +85,10 @@ class MergeReport:
         """Overlap of any two adapters over the modules they share, weighted by size: ``N x N`` cosines."""
         n = len(self.inputs)
         inner, sizes = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
-        alike: defaultdict[tuple[int, ...], list[ModuleReport]] = defaultdict(list)
+        by_adapters: defaultdict[tuple[int, ...], list[ModuleReport]] = defaultdict(list)
         for module in self.modules:
-            alike[module.adapters].append(module)
-        for adapters, modules in alike.items():
+            by_adapters[module.adapters].append(module)
+        for adapters, modules in by_adapters.items():
             i = torch.tensor(adapters, dtype=torch.long)
             norms = torch.tensor([module.norms for module in modules], dtype=torch.float64)
             size = norms[:, :, None] * norms[:, None, :]
@@ -96,7 +99,7 @@ class MergeReport:
         return table.fill_diagonal_(1).tolist()
 
     def mixed_clusters(self) -> float | None:
-        """Share of merged units fed by more than one adapter; ``None`` for methods that do not cluster."""
+        """Share of merged units made of units of several adapters; ``None`` for methods that do not cluster."""
         clusters = [cluster for module in self.modules for cluster in module.clusters]
         if not clusters:
             return None
@@ -105,7 +108,7 @@ class MergeReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON: the fields above plus the totals.
 
-        With more adapters than `MANY` without the modules' cosines, which would be millions of numbers.
+        With more adapters than `MANY` the modules' cosines are left out: they would be millions of numbers.
         """
         modules = self.modules
         if len(self.inputs) > MANY:
@@ -116,7 +119,7 @@ class MergeReport:
         return data
 
     def text(self) -> str:
-        """A summary a person reads: one paragraph of facts, then what was passed on, dropped and noted."""
+        """A summary for people: the figures, then the keys passed on and dropped, and the notes."""
         low, high = self.ranks_out
         rank = str(low) if low == high else f"{low} to {high}"
         lines = [
@@ -133,13 +136,13 @@ class MergeReport:
         if len(self.inputs) > MANY:
             shown = sorted(pairs, key=lambda pair: (-abs(overlap[pair[0]][pair[1]]), pair))[:_SHOWN]
         for i, j in shown:
-            lines.append(f"  overlap [{i + 1}] and [{j + 1}]: {overlap[i][j]:+.3f} ({_in_words(overlap[i][j])})")
+            lines.append(f"  overlap [{i + 1}] and [{j + 1}]: {overlap[i][j]:+.3f} ({_describe_cosine(overlap[i][j])})")
         if len(shown) < len(pairs):
             lines.append(f"  {len(pairs) - len(shown)} more pairs overlap less (all of them in the JSON report)")
         mixed = self.mixed_clusters()
         if mixed is not None:
             lines.append(f"  {mixed:.0%} of the merged units blend several LoRAs, the rest come from one each")
-        lines += _listed("passed on", self.passed_on) + _listed("DROPPED", self.dropped)
+        lines += _section("passed on", self.passed_on) + _section("DROPPED", self.dropped)
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -148,12 +151,12 @@ def _size(module: ModuleReport) -> float:
     return sum(norm**2 for norm in module.norms)
 
 
-def _weighted(values: Sequence[float], sizes: Sequence[float]) -> float:
+def _weighted_mean(values: Sequence[float], sizes: Sequence[float]) -> float:
     total = sum(sizes)
     return sum(v * s for v, s in zip(values, sizes, strict=True)) / total if total > 0 else 0.0
 
 
-def _in_words(cosine: float) -> str:
+def _describe_cosine(cosine: float) -> str:
     if cosine > SAME:
         return "nearly the same LoRA"
     if cosine > SHARED:
@@ -163,7 +166,7 @@ def _in_words(cosine: float) -> str:
     return "unrelated"
 
 
-def _listed(label: str, names: Sequence[str], limit: int = _SHOWN) -> list[str]:
+def _section(label: str, names: Sequence[str], limit: int = _SHOWN) -> list[str]:
     if not names:
         return []
     shown = [f"    {name}" for name in names[:limit]]

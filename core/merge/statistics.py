@@ -1,12 +1,11 @@
-"""Statistics: what the inputs of each module look like, the data a calibrated merge needs beside the LoRAs."""
+"""Statistics: second moments of each module's inputs, the data a calibrated merge needs beside the LoRAs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..digest import identity
 from ..errors import FormatError, MergeError
+from ..fields import Converted, ReadOnly, read_only
 from ..formats.files import read_tensors, write_tensors
 from ..json_text import from_json
 
@@ -22,25 +22,23 @@ _KIND = "legomole.statistics.1"
 
 @dataclass(frozen=True, eq=False)
 class ModuleStatistics:
-    """Second moments ``C = X^T X / n`` of one module's inputs, ``(d_in, d_in)`` each, by what the prompts named.
+    """Second moments ``C = X^T X / n`` of one module's inputs, ``(d_in, d_in)`` each, by the concepts in the prompts.
 
     Args:
-        own: Adapter's position -> `C` where only its concept was asked for.
-        joint: Positions of two or more adapters, ascending -> `C` where all their concepts were asked for together.
-        base: `C` where no concept was asked for.
+        own: Adapter's position -> `C` for prompts that name its concept alone.
+        joint: Positions of two or more adapters, ascending -> `C` for prompts that name all their concepts.
+        base: `C` for prompts that name no concept.
 
     Raises:
-        MergeError: Nothing measured, matrices that are not square and of one size, or positions of `joint`
-            that are not ascending.
+        MergeError: No matrix at all, matrices that are not square and of one size, or positions of `joint` that are
+            not ascending.
     """
 
-    own: Mapping[int, Tensor] = field(default_factory=dict)
-    joint: Mapping[tuple[int, ...], Tensor] = field(default_factory=dict)
+    own: ReadOnly[int, Tensor] = Converted(read_only, None)
+    joint: ReadOnly[tuple[int, ...], Tensor] = Converted(read_only, None)
     base: Tensor | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "own", MappingProxyType(dict(self.own)))
-        object.__setattr__(self, "joint", MappingProxyType(dict(self.joint)))
         tensors = list(self.tensors())
         d_in = tensors[0].shape[-1] if tensors and tensors[0].ndim else 0
         if not tensors or any(C.shape != (d_in, d_in) or not C.is_floating_point() for C in tensors):
@@ -68,7 +66,7 @@ class ModuleStatistics:
         return next(self.tensors()).shape[0]
 
     def at(self, place: Mapping[int, int]) -> ModuleStatistics:
-        """The same with adapters renumbered by `place`; what was measured with an adapter not in it is left out."""
+        """The same with adapters renumbered by `place`; moments of adapters that are not in it are left out."""
         return ModuleStatistics(
             {place[i]: C for i, C in self.own.items() if i in place},
             {
@@ -82,26 +80,22 @@ class ModuleStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """ModuleStatistics of all modules, measured with the adapters of one merge.
+    """Statistics of all modules, measured with the adapters of one merge.
 
     Args:
-        modules: Module name, as the aligned adapters have it -> its moments.
-        adapters: sha256 of the adapters' files (of their factors where there is no file), in the order of positions.
-        strengths: Of the adapters while they were measured, in the same order.
-        metadata: What was measured, in words: model, prompts, steps.
+        modules: Module name, as in the aligned adapters -> its moments.
+        adapters: Identities of the adapters (`core.digest.identity`), in the order of positions.
+        strengths: Strengths of the adapters during the measurement, in the same order.
+        metadata: Description of the measurement: model, prompts, steps.
     """
 
-    modules: Mapping[str, ModuleStatistics]
+    modules: Converted[Mapping[str, ModuleStatistics], Mapping[str, ModuleStatistics]] = Converted(read_only)
     adapters: tuple[str, ...] = ()
     strengths: tuple[float, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "modules", MappingProxyType(dict(self.modules)))
-        object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+    metadata: ReadOnly[str, str] = Converted(read_only, None)
 
     def of(self, adapters: Sequence[Adapter]) -> Statistics:
-        """The statistics with positions that refer to `adapters`; they are told by their files' hashes.
+        """The statistics with positions that refer to `adapters`, which are recognised by their identities.
 
         Raises:
             MergeError: An adapter that was not measured.
@@ -126,7 +120,7 @@ class Statistics:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically. Tensors are named ``<module>/own/0``, ``/joint/0,1``, ``/base``.
 
-        Modules that share all their moments are written once; the header says which are the same as which.
+        Moments that several modules share are written once; the header maps the other modules to the first.
 
         Raises:
             SaveError: See `write_tensors`; nothing is left behind.
@@ -149,11 +143,11 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote; the tensors stay on disk until they are used.
+        """Read a file written by `save`; the tensors stay on disk until they are used.
 
         Raises:
-            FormatError: Not such a file.
-            MergeError: Its matrices do not fit together.
+            FormatError: Not a statistics file, or a damaged one.
+            MergeError: Matrices that do not fit together.
         """
         tensors, header = read_tensors(Path(path))
         if header.get("kind") != _KIND:
@@ -185,9 +179,9 @@ class Statistics:
 
     @property
     def size(self) -> int:
-        """In bytes; what modules share counts once."""
-        kept = {id(C): C for moments in self.modules.values() for C in moments.tensors()}
-        return sum(C.numel() * C.element_size() for C in kept.values())
+        """Size in bytes; moments that several modules share count once."""
+        tensors = {id(C): C for moments in self.modules.values() for C in moments.tensors()}
+        return sum(C.numel() * C.element_size() for C in tensors.values())
 
 
 def _damaged(path: object, error: Exception) -> FormatError:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import MergeError
+from ..fields import is_required
 from ..merge.methods import METHODS
 from ..merge.rank import Rank
 
@@ -47,7 +48,7 @@ class ModelSetup:
     @property
     def needs_statistics(self) -> bool:
         """Whether the method needs calibration statistics."""
-        return self.method == CALIBRATED_LEGO or (self.is_merge and _is_required(self.merge_method, "statistics"))
+        return self.method == CALIBRATED_LEGO or (self.is_merge and _requires_setting(self.merge_method, "statistics"))
 
     @property
     def merge_method(self) -> str:
@@ -230,9 +231,9 @@ def _has_setting(method: str, setting: str) -> bool:
     return any(field.name == setting for field in dataclasses.fields(METHODS[method]))  # type: ignore[arg-type]
 
 
-def _is_required(method: str, setting: str) -> bool:
+def _requires_setting(method: str, setting: str) -> bool:
     fields: dict[str, Any] = {field.name: field for field in dataclasses.fields(METHODS[method])}  # type: ignore[arg-type]
-    return setting in fields and fields[setting].default is dataclasses.MISSING
+    return setting in fields and is_required(fields[setting])
 
 
 def _parse_method(text: str, where: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ..fields import Converted, is_required
 from ..merge.methods import METHODS, MergeMethod
 from ..merge.rank import Rank
 from ..merge.statistics import Statistics
@@ -51,14 +52,9 @@ def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
     return method(**{key: _validated(name, key, hints[key], value) for key, value in settings.items()})
 
 
-def is_required(field: dataclasses.Field[Any]) -> bool:
-    """Return whether a dataclass field has no default."""
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
 def _validated(method: str, key: str, hint: Any, value: Any) -> Any:
-    if hint is Rank:
-        return Rank.parse(value)
+    if typing.get_origin(hint) is Converted:  # the field converts and checks the value itself
+        return value
     if isinstance(value, Statistics) and Statistics in (hint, *typing.get_args(hint)):
         return value
     try:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from .. import __version__
 from ..errors import LegoMoleError
-from ..version import __version__
 
 HUB_PREFIX = "hf://"
 """Prefix of the path of an input that is looked up in the local Hugging Face cache."""

@@ -11,7 +11,7 @@ from ..adapter import Adapter
 from ..errors import FormatError
 from ..formats import fingerprint, load
 from ..layers.align import KeyMapResolver, align
-from ..merge.tasks import Batch, BatchMerger, BatchResult
+from ..merge.tasks import BatchMerger, BatchResult, ModuleBatch
 
 
 @dataclass(frozen=True)
@@ -69,5 +69,5 @@ class RemoteInputs:
         return align(adapters, key_map=self.key_map)
 
 
-RemoteRunner = Callable[[RemoteInputs, BatchMerger, Sequence[Batch]], Iterable[BatchResult]]
+RemoteRunner = Callable[[RemoteInputs, BatchMerger, Sequence[ModuleBatch]], Iterable[BatchResult]]
 """Merges batches on other machines, where the inputs are opened again; yields the results in order."""

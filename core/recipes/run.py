@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 
+from .. import __version__
 from ..adapter import Adapter, Source
 from ..errors import name_some
 from ..formats import hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
 from ..merge.cache import GramCache
-from ..merge.engine import BatchRunner, MergeResult, matching, merge
+from ..merge.engine import BatchRunner, MergeResult, merge
 from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
+from ..merge.weights import adapters_matching
 from ..progress import Progress
-from ..version import __version__
 from .metadata import disagreements, file_metadata
 from .method_settings import build_method, method_settings
 from .output import default_format, should_have_kohya_names
@@ -242,6 +243,6 @@ def _module_weights(recipe: Recipe, adapters: Sequence[Adapter]) -> list[Mapping
     tables = [dict(entry.module_weights) for entry in recipe.inputs]
     for pattern, factor in recipe.module_weights.items():
         # where no adapter matches, merge() reports the pattern as an error
-        for i in matching(pattern, adapters) or [0]:
+        for i in adapters_matching(pattern, adapters) or [0]:
             tables[i][pattern] = tables[i].get(pattern, 1.0) * factor
-    return [*tables]
+    return [dict(sorted(table.items())) for table in tables]

@@ -17,8 +17,9 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..layers.blocks import FIRST, LAST, MIDDLE, ModelBlock, blocks_of
 from ..merge.engine import merge
+from ..merge.merged import Merged
 from ..merge.methods.lego import Lego, balance_units, transform_gram
-from ..merge.pool import Merged, Pool
+from ..merge.pool import Pool
 from ..merge.rank import Rank
 from ..merge.report import MergeReport
 from ..progress import Progress
@@ -208,7 +209,14 @@ def survey(
     rank = rank or Rank(1, "x")
     blocks = blocks_of(name for adapter in adapters for name in adapter.modules)
     method = _MeasuringLego(Lego(rank), {name: block.region for block in blocks for name in block.layers})
-    result = merge(adapters, method, weights, text_encoder_weights=text_encoder_weights, progress=progress)
+    result = merge(
+        adapters,
+        method,
+        weights,
+        text_encoder_weights=text_encoder_weights,
+        dtype=torch.float32,  # errors of the merge alone, without rounding to a file's dtype
+        progress=progress,
+    )
     blocks = [replace(block, layers=tuple(name for name in block.layers if name in method.layers)) for block in blocks]
     by_region = sorted(method.largest.items(), key=lambda item: _REGION_ORDER.get(item[0], len(_REGION_ORDER)))
     return Survey(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
 from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
-from ...core.lowrank import LowRank, nearest
+from ...core.lowrank import LowRank, best_rank_k
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
 from .display import progress_bar
@@ -209,10 +210,11 @@ class _ModelLayers:
                 builder.dropped.append(f"{rows.key} of {builder.label}: {reason}")
                 continue
             kernel = tuple(delta.shape[2:])
-            A, B = nearest(delta.flatten(1), min(builder.convert_rank, *delta.flatten(1).shape))
+            A, B = best_rank_k(delta.flatten(1), min(builder.convert_rank, *delta.flatten(1).shape))
             kept_energy += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
             total_energy += float(delta.double().square().sum())
             builder.add(LowRank(A, B, kernel=kernel), rows)
+        builder.source = replace(builder.source, convert_rank=builder.convert_rank)
         builder.notes.append(
             f"{builder.label}: {len(patches)} layers ({', '.join(kinds)}) were approximated at rank "
             f"{builder.convert_rank}, which keeps {kept_energy / (total_energy or 1):.1%} of their energy"

@@ -11,7 +11,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ...core.errors import LegoMoleError
-from ...core.file_info import FileInfo, read_file_info
+from ...core.formats.file_info import FileInfo, read_file_info
 from . import folders
 
 

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ...core.errors import FormatError, MergeError
-from ...core.file_info import read_file_info
+from ...core.formats.file_info import read_file_info
 from ..comfy import folders
 from ..sockets import CATEGORY, LORA_STACK
 

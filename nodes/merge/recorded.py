@@ -11,6 +11,7 @@ import torch
 from ...core import formats
 from ...core.adapter import Adapter, Source
 from ...core.errors import name_some
+from ...core.merge.layer_rules import parse_layer_rules
 from ...core.merge.methods import METHODS, MergeMethod
 from ...core.merge.report import MergeReport
 from ...core.progress import Progress
@@ -20,7 +21,6 @@ from ...core.recipes.recipe import Input, Recipe
 from ...core.recipes.run import describe, merge_aligned, run
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, adapter_of, file_key_map, read_files
-from ..settings import module_weights
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -38,7 +38,7 @@ def merge_loaded(
         loras: The LoRAs, for their strengths.
         loaded: The same LoRAs as the engine merges them.
         method: The merge method.
-        rules: Weights per layer, see `settings.module_weights`.
+        rules: Weights per layer, see `core.merge.layer_rules`.
         progress: See `core.merge.engine.merge`.
 
     Returns:
@@ -48,6 +48,7 @@ def merge_loaded(
     Raises:
         MergeError: See `core.merge.engine.merge`.
     """
+    tables = parse_layer_rules(rules, len(loaded.adapters), [adapter.layers for adapter in loaded.adapters])
     recipe = Recipe(
         method=next(name for name, row in METHODS.items() if isinstance(method, row)),
         settings=method_settings(method),
@@ -60,9 +61,7 @@ def merge_loaded(
                 module_weights=weights,
                 convert_rank=lora.convert_rank or None,
             )
-            for lora, adapter, weights in zip(
-                loras, loaded.originals, module_weights(rules, loaded.adapters), strict=True
-            )
+            for lora, adapter, weights in zip(loras, loaded.originals, tables, strict=True)
         ],
     )
     result = merge_aligned(recipe, method, loaded.adapters, progress=progress, cache=loaded.cache)

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 import typer
-from legomole.cli.arguments import parse_input, parse_layer_rule, parse_layer_rules, parse_setting
+from legomole.cli.arguments import parse_input, parse_setting
 from legomole.cli.options import DtypeName, FormatName, MethodName
 from legomole.core.formats import FORMATS
 from legomole.core.merge.methods import METHODS
@@ -37,19 +37,11 @@ def test_a_file_whose_name_ends_like_a_weight_is_that_file():
     assert parse_input("v:2:3") == {"path": "v:2", "weight": 3.0}
 
 
-def test_layer_rules_and_settings():
-    assert parse_layer_rule("*attn2*=0.5") == (None, "*attn2*", 0.5)
-    assert parse_layer_rule("12:a=b=2") == (12, "a=b", 2.0)
+def test_settings():
     assert parse_setting("joint-scale = 1.2") == ("joint_scale", "1.2")
-    for parse, text in ((parse_input, "ab:c"), (parse_layer_rule, "*=x"), (parse_setting, "=1")):
+    for parse, text in ((parse_input, "ab:c"), (parse_setting, "=1")):
         with pytest.raises(typer.BadParameter):
             parse(text)
-
-
-def test_factors_of_equal_patterns_are_multiplied():
-    for_all, for_each = parse_layer_rules(["*q*=0.5", "2:*q*=3", "*q*=4", "2:*q*=2", "1:*k*=7"], 2)
-    assert for_all == {"*q*": 2.0}
-    assert for_each == [{"*k*": 7.0}, {"*q*": 6.0}]
 
 
 def test_the_choices_are_those_of_the_tables():

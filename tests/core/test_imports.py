@@ -77,11 +77,11 @@ Floors = tuple[tuple[str, ...], ...]
 
 # Rooms from the ground up. A module imports only modules of its own room and of rooms on lower floors.
 FLOORS: Floors = (
-    ("core.errors", "core.version", "core.progress"),
+    ("core.errors", "core.progress", "core.precision", "core.fields"),
     ("core.lowrank", "core.json_text", "core.safe_paths", "core.memory"),
     ("core.adapter",),
     ("core.digest", "core.formats"),
-    ("core.file_info", "core.layers"),
+    ("core.layers",),
     ("core.merge",),
     ("core.recipes", "core.mole"),
     ("core.train",),

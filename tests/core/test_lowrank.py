@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.errors import FormatError, MergeError
-from legomole.core.lowrank import LowRank, concat, merge_dtype, nearest, truncate
+from legomole.core.lowrank import LowRank, best_rank_k, concat, merge_dtype, truncated_svd
 
 from .merge.pools import best, close
 
@@ -101,14 +101,14 @@ class TestConcat:
         assert concat([part(2, d_in=9, kernel=(3, 3)), part(1, d_in=9)], [1, 1]).kernel == (3, 3)
 
 
-class TestTruncate:
+class TestTruncatedSVD:
     @given(seeds, st.integers(1, 8), st.integers(1, 8))
     @settings(max_examples=30, deadline=None)
     def test_equals_the_dense_svd(self, seed, P, k):
         g = torch.Generator().manual_seed(seed)
         A = torch.randn(P, 6, generator=g, dtype=torch.float64)
         B = torch.randn(7, P, generator=g, dtype=torch.float64)
-        A_k, B_k = truncate(A, B, k)
+        A_k, B_k = truncated_svd(A, B, k)
         assert (A_k.shape, B_k.shape) == ((k, 6), (7, k))
         assert close(B_k @ A_k, best(B @ A, k), 1e-9)
         assert torch.allclose(A_k @ A_k.mT, B_k.mT @ B_k, atol=1e-9)  # balanced
@@ -116,44 +116,44 @@ class TestTruncate:
     def test_rank_deficient(self):
         A = torch.ones(4, 6, dtype=torch.float64)
         B = torch.ones(7, 4, dtype=torch.float64)
-        A_k, B_k = truncate(A, B, 3)
+        A_k, B_k = truncated_svd(A, B, 3)
         assert close(B_k @ A_k, B @ A, 1e-12)
         assert float(A_k[1:].norm()) < 1e-6
 
 
-class TestNearest:
+class TestBestRankK:
     def test_small_matrices_exactly(self):
         D = torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         for k in (1, 7, 30):
-            A, B = nearest(D, k)
+            A, B = best_rank_k(D, k)
             assert close(B @ A, best(D, k), 1e-10)
             assert torch.allclose(A @ A.mT, B.mT @ B, atol=1e-9)
 
     @pytest.mark.parametrize("shape", [(500, 400), (400, 500)])
     @pytest.mark.parametrize("decay", [1.0, 0.99])
     def test_large_matrices_as_well_as_the_exact_svd(self, shape, decay):
-        # decay 1: all singular values equal, the hardest spectrum to cut; 0.99: a long slow tail
+        # decay 1: all singular values equal, the hardest spectrum to truncate; 0.99: a long slow tail
         S = decay ** torch.arange(400, dtype=torch.float64)
         D = spectrum(S, *shape)
-        A, B = nearest(D, 8)
+        A, B = best_rank_k(D, 8)
         error = float((D - B @ A).norm())
         assert error <= 1.0005 * float(S[8:].norm())
 
     def test_large_low_rank_matrices_are_found_exactly(self):
         D = spectrum(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64), 500, 400)
-        A, B = nearest(D, 3)
+        A, B = best_rank_k(D, 3)
         assert close(B @ A, D, 1e-10)
 
-    def test_equal_inputs_equal_results_whatever_was_drawn_before(self):
+    def test_equal_inputs_equal_results_whatever_the_global_seed(self):
         D = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
-        first = nearest(D, 4)
+        first = best_rank_k(D, 4)
         torch.manual_seed(1)
-        second = nearest(D, 4)
+        second = best_rank_k(D, 4)
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
     def test_a_zero_matrix_gives_zero(self):
         for size in (20, 300):
-            A, B = nearest(torch.zeros(size, size), 3)
+            A, B = best_rank_k(torch.zeros(size, size), 3)
             assert not A.any() or not B.any()
             assert torch.isfinite(A).all()
             assert torch.isfinite(B).all()

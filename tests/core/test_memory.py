@@ -1,4 +1,4 @@
-"""Too little memory is an error that says so."""
+"""Running out of memory is a clear error."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.memory import report_out_of_memory
 from legomole.core.merge.engine import merge
-from legomole.core.merge.pool import Merged, Pool
+from legomole.core.merge.merged import Merged
+from legomole.core.merge.pool import Pool
 
 TOO_MUCH = 1 << 60  # bytes; no machine has them
 
 
-def test_what_torch_says() -> None:
+def test_an_error_of_torch() -> None:
     with (
         pytest.raises(MergeError, match=r"not enough memory[\s\S]*1152921504606846976 bytes[\s\S]*to do:"),
         report_out_of_memory(),
@@ -22,19 +23,19 @@ def test_what_torch_says() -> None:
         torch.empty(TOO_MUCH, dtype=torch.uint8)
 
 
-def test_what_python_says() -> None:
+def test_an_error_of_python() -> None:
     with pytest.raises(MergeError, match="not enough memory"), report_out_of_memory():
         bytearray(TOO_MUCH)
 
 
-def test_other_errors_and_those_of_a_graphics_card_pass() -> None:
+def test_other_errors_and_those_of_cuda_pass() -> None:
     for error in (RuntimeError("mat1 and mat2"), torch.cuda.OutOfMemoryError("CUDA out of memory")):
         with pytest.raises(type(error)) as caught, report_out_of_memory():
             raise error
         assert caught.value is error
 
 
-def test_with_a_remedy_a_graphics_card_is_told_of_too() -> None:
+def test_with_a_remedy_cuda_errors_are_converted_too() -> None:
     with (
         pytest.raises(MergeError, match=r"not enough memory[\s\S]*found: *CUDA full\n  to do: *smaller"),
         report_out_of_memory("smaller"),

@@ -25,8 +25,9 @@ from legomole.core.errors import FormatError, MergeError  # noqa: E402
 from legomole.core.formats import load, save  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.core.merge.engine import merge  # noqa: E402
+from legomole.core.merge.merged import Merged  # noqa: E402
 from legomole.core.merge.methods import METHODS  # noqa: E402
-from legomole.core.merge.pool import Merged, Pool  # noqa: E402
+from legomole.core.merge.pool import Pool  # noqa: E402
 from legomole.core.recipes.remote import RemoteInputs  # noqa: E402
 from legomole.hosts.ray import ray_runner  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
-from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods import METHODS
 from legomole.core.recipes.method_settings import build_method
 from legomole.nodes.graph_lora import GraphLora, connected_loras
-from legomole.nodes.settings import module_weights, setting_values, settings_of, works_without_statistics
+from legomole.nodes.settings import setting_values, settings_of, works_without_statistics
 
 WITHOUT_STATISTICS = [name for name, method in METHODS.items() if works_without_statistics(method)]
 
@@ -44,29 +42,6 @@ def test_legos_switches_are_on_off_or_auto() -> None:
 
 def test_auto_rank_reaches_the_method() -> None:
     assert str(build_method("svd", setting_values(METHODS["svd"], {"rank": "auto"})).rank) == "95%"  # type: ignore[attr-defined]
-
-
-def adapter(*names: str) -> Adapter:
-    return Adapter({name: LowRank(torch.ones(1, 2), torch.ones(2, 1)) for name in names})
-
-
-def test_rules_apply_to_the_loras_they_name() -> None:
-    adapters = [adapter("a.attn1", "a.attn2"), adapter("a.attn1")]
-    text = "*attn2* = 0.5\n\n# a comment\n 2: *attn1 = -1 # another\n*=2"
-    assert module_weights(text, adapters) == [{"*attn2*": 0.5, "*": 2.0}, {"*attn1": -1.0, "*": 2.0}]
-
-
-def test_rule_for_all_loras_and_rule_for_one_multiply() -> None:
-    """In either order, and also where both have the same pattern; as on the command line."""
-    adapters = [adapter("a"), adapter("a")]
-    for text in ("* = 0.5\n2: * = 0.25", "2: * = 0.25\n* = 0.5"):
-        assert module_weights(text, adapters) == [{"*": 0.5}, {"*": 0.125}]
-
-
-@pytest.mark.parametrize("line", ["attn2", "*attn2* = much", "*attn2* 0.5", "= 1", "1: = 1", "0: * = 1", "3: * = 1"])
-def test_bad_rules_are_refused(line: str) -> None:
-    with pytest.raises(MergeError, match="rule for layer weights"):
-        module_weights(line, [adapter("a"), adapter("a")])
 
 
 def test_connected_loras_are_in_socket_order_with_stacks_opened() -> None:

@@ -1,13 +1,14 @@
-"""The merge methods: one small file each, one row each in `METHODS`.
+"""The merge methods: one module each, one row each in `METHODS`.
 
-A method is a frozen dataclass of its hyperparameters, called with a `Pool` and returning a `Merged`.
+A method is a frozen dataclass of its hyperparameters. It is called with a `Pool` and returns a `Merged`.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from ..pool import Merged, Pool
+from ..merged import Merged
+from ..pool import Pool
 from .calibrated import Calibrated
 from .concat import Concat
 from .dare import Dare
@@ -19,7 +20,7 @@ from .ties import Ties
 
 
 class MergeMethod(Protocol):
-    """Turns a batch of like modules into one LoRA update each."""
+    """Merges a batch of like modules into one LoRA update each."""
 
     def __call__(self, pool: Pool) -> Merged: ...
 

@@ -1,4 +1,4 @@
-"""Calibrated merge: the one update that, on measured inputs, acts most like every LoRA it replaces."""
+"""Calibrated merge: the update that, on measured inputs, acts most like each LoRA it replaces."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ...errors import MergeError
-from ..pool import Merged, Pool
-from ..rank import Rank
+from ...fields import REQUIRED
+from ..merged import Merged
+from ..pool import Pool
+from ..rank import RankField, rank_field
 from ..statistics import ModuleStatistics, Statistics
 from .svd import SVD
 
@@ -21,8 +23,8 @@ _RIDGE = 1e-3
 class Calibrated:
     """Least squares on second moments `C` of the inputs, then the best rank-k approximation.
 
-    Over the moments ``C_i`` where concept i was asked for alone, ``C_S`` where the concepts S were asked for together
-    and ``C_0`` where none was, `W` minimises (with ``|E|_C^2 = tr(E C E^T)``)
+    Given the moments ``C_i`` for prompts that name concept i alone, ``C_S`` for prompts that name the concepts S
+    together and ``C_0`` for prompts that name none, `W` minimises (with ``|E|_C^2 = tr(E C E^T)``)
 
         sum_i |W - delta_i|^2_{C_i} + mu sum_S |W - joint_scale sum_{i in S} delta_i|^2_{C_S}
             + lam |W|^2_{C_0} + tau |W - sum_i delta_i|^2
@@ -35,23 +37,27 @@ class Calibrated:
     A module without statistics gets the plain SVD of the sum, and a remark in the report.
 
     Args:
-        rank: The merged rank; a share of energy refers to `W`.
-        statistics: Their positions refer to the merge's list of adapters (`Statistics.of`). A concept's inputs count
-            also in a module that its adapter does not have, where they ask for no change.
+        rank: Merged rank; a share of the energy refers to `W`.
+        statistics: Measured moments; their positions refer to the merge's list of adapters (`Statistics.of`). A
+            concept's inputs also count in a module that its adapter does not have, where they ask for no change.
         lam: Weight of leaving the base model alone, at least 0.
         mu: Weight of the prompts that name several concepts, at least 0.
-        joint_scale: How much louder than their sum several LoRAs should be together.
+        joint_scale: Strength of several LoRAs together, relative to their sum.
 
     Source: RegMean, arXiv:2212.09849, extended by the joint and the base term.
     """
 
-    rank: Rank
-    statistics: Statistics
+    rank: RankField = rank_field()
+    statistics: Statistics = REQUIRED
     lam: float = 0.3
     mu: float = 3.0
     joint_scale: float = 1.2
 
     def __post_init__(self) -> None:
+        if self.statistics is REQUIRED:
+            raise MergeError(
+                "A calibrated merge needs statistics.", remedy="measure them first, see docs/calibrated.md"
+            )
         if not (self.lam >= 0 and self.mu >= 0):
             raise MergeError(
                 "A weight of the calibrated merge is negative.",
@@ -62,24 +68,23 @@ class Calibrated:
     def __call__(self, pool: Pool) -> Merged:
         responsive, unmeasured = calibrate_units(pool, self.statistics, self.lam, self.mu, self.joint_scale)
         merged = SVD(self.rank)(responsive)
-        remarks = dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum")
-        return replace(merged, remarks=remarks, combination=None)  # it was one of other units
+        return replace(merged, remarks=dict.fromkeys(unmeasured, "have no statistics and got the plain SVD of the sum"))
 
 
 def calibrate_units(
     pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 3.0, joint_scale: float = 1.2
 ) -> tuple[Pool, list[str]]:
-    """Units that respond to what their LoRA is for: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
+    """Units that respond to their LoRA's concept: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
 
     Args:
-        pool: The units as they are. statistics, lam, mu, joint_scale: See `Calibrated`.
+        pool: The original units. statistics, lam, mu, joint_scale: See `Calibrated`.
 
     Returns:
         The pool with the new rows, weights and scales folded into them; and the names of modules without statistics,
-        whose units are as they were.
+        whose units are unchanged.
 
     Raises:
-        MergeError: Statistics of other layers, or numbers that are no second moments.
+        MergeError: Statistics of other layers, or matrices that are no second moments.
     """
     A = pool.c[:, :, None].to(pool.A) * pool.A
     unmeasured: list[str] = []

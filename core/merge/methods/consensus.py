@@ -1,4 +1,4 @@
-"""What TIES and KnOTS share: trim every part, elect a sign for every entry, average those that agree."""
+"""The part TIES and KnOTS share: trim every part, elect a sign for every entry, average the entries that agree."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def check_density(density: float) -> None:
         )
 
 
-def border(part: Tensor, density: float) -> Tensor:
+def threshold(part: Tensor, density: float) -> Tensor:
     """The smallest magnitude among the ``density * numel`` largest entries, a scalar; 0 where all of them stay."""
-    drop = part.numel() - max(1, int(density * part.numel()))
-    return part.abs().flatten().kthvalue(drop + 1).values if drop else part.new_zeros(())
+    dropped = part.numel() - max(1, int(density * part.numel()))
+    return part.abs().flatten().kthvalue(dropped + 1).values if dropped else part.new_zeros(())
 
 
-def trim(part: Tensor, border: Tensor) -> Tensor:
-    """Set all entries of a magnitude below the border to zero."""
-    return part * (part.abs() >= border)
+def trim(part: Tensor, threshold: Tensor) -> Tensor:
+    """Set all entries of a magnitude below the threshold to zero."""
+    return part * (part.abs() >= threshold)
 
 
 def ties(
@@ -41,29 +41,29 @@ def ties(
     """Merge tensors of one shape where they agree.
 
     ``merged = sum_i weights_i part_i [sign(part_i) = sign] / number of i with sign(part_i) = sign``, entry by entry,
-    after trimming every part. The weights count in the sum only: they neither vote nor enter the number.
+    after trimming every part. The weights count in the sum only: they neither vote nor count in the number.
 
     Args:
-        part: Makes part i, all of one shape; called twice for each, because all at once may be too much to hold.
-        weights: One number for each part.
-        density: Share of each part's entries that survive the trimming, ``(0, 1]``.
+        part: Function that returns part i; all have one shape. Called twice for each, to hold one at a time.
+        weights: One weight per part.
+        density: Share of each part's entries that survive trimming, ``(0, 1]``.
         election: ``"total"``: the sign of the parts' sum. ``"frequency"``: the sign most of them have. A draw is
             positive.
 
     Source: arXiv:2306.01708 section 3; the place of the weights is PEFT's (``combination_type="ties"``).
     """
     vote = torch.zeros_like(part(0))
-    borders: list[Tensor] = []
+    thresholds: list[Tensor] = []
     for i in range(len(weights)):
-        own = part(i)
-        borders.append(border(own, density))
-        own = trim(own, borders[i])
-        vote += own if election == "total" else own.sign()
+        tensor = part(i)
+        thresholds.append(threshold(tensor, density))
+        tensor = trim(tensor, thresholds[i])
+        vote += tensor if election == "total" else tensor.sign()
     positive = vote >= 0
     merged, count = torch.zeros_like(vote), torch.zeros_like(vote)
     for i, weight in enumerate(weights):
-        own = trim(part(i), borders[i])
-        agrees = torch.where(positive, own > 0, own < 0)
-        merged += weight * own * agrees
+        tensor = trim(part(i), thresholds[i])
+        agrees = torch.where(positive, tensor > 0, tensor < 0)
+        merged += weight * tensor * agrees
         count += agrees
     return merged / count.clamp_min(1)

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..pool import Merged, Pool
-from ..rank import MEAN_RANK, Rank
+from ..merged import Merged
+from ..pool import Pool
+from ..rank import RankField, rank_field
 from .consensus import check_density
 from .dense import delta, merge_dense
 
@@ -19,20 +20,20 @@ from .dense import delta, merge_dense
 class Dare:
     """``sum_i w_i delta_i * mask_i / density`` with random masks, then the nearest matrix of rank `k`.
 
-    Its expectation is the plain sum. Every mask depends on the seed, the module's name and the adapter's position
-    alone, so that neither batching nor what else is merged changes it.
+    Its expectation is the plain sum. Every mask depends only on the seed, the module's name and the adapter's
+    position, not on batches or on the other adapters.
 
     Args:
-        rank: The merged rank.
-        density: Chance of an entry to stay, ``(0, 1]``.
-        seed: Of the masks.
+        rank: Merged rank.
+        density: Probability that an entry is kept, ``(0, 1]``.
+        seed: Random seed of the masks.
 
     Source: arXiv:2311.03099; PEFT's ``dare_linear_svd``.
     """
 
     batch: ClassVar[int] = 1
 
-    rank: Rank = MEAN_RANK
+    rank: RankField = rank_field()
     density: float = 0.5
     seed: int = 0
 

@@ -1,6 +1,18 @@
-"""LoRA-LEGO: cluster the pooled units, let each cluster become one unit of the merged LoRA.
+"""LoRA-LEGO: cluster the pooled units, and make each cluster one unit of the merged LoRA.
 
-Source: arXiv:2409.16167. Where the paper leaves a choice open, `Lego`'s arguments name it.
+The steps, in the order of the paper:
+
+1. Fold weight and scale into both factors, so that ``delta_i = B_i A_i`` and every unit has its true size.
+2. Pool all units of a module over the adapters.
+3. Cluster the pool into k clusters by k-means; k is the merged rank.
+4. Each cluster's centroid becomes one unit. *Parameter reweighting* rescales it to the mean norm of its members,
+   against norm decay.
+5. *Output reweighting* multiplies the merged ``B`` by ``sqrt(r / k)``, against variance growth.
+
+`merge_paper` is these steps as published. `merge_rank_one` is the same in a geometry that does not depend on how a
+delta is factorised. Both work on Gram matrices: a centroid is a linear combination of its members.
+
+Source: arXiv:2409.16167. Where the paper leaves a choice open, an argument of `Lego` names it.
 """
 
 from __future__ import annotations
@@ -12,10 +24,13 @@ import torch
 from torch import Tensor
 
 from .. import gram
-from ..pool import LinearCombination, Merged, Pool
-from ..rank import MEAN_RANK, Rank
+from ..clustering import cluster_sizes, kmeans
+from ..merged import LinearCombination, Merged
+from ..pool import Pool
+from ..rank import RankField, rank_field
 from ..statistics import Statistics
 from .calibrated import calibrate_units
+from .concat import fold_scales
 
 Geometry = Literal["rank-one", "paper"]
 Norm = Literal["inf", "l2"]
@@ -28,25 +43,25 @@ class Lego:
 
     Args:
         rank: Number of clusters k, the merged rank.
-        geometry: ``"paper"`` clusters ``x_j = concat(a_j, b_j)`` of the factors as they are. ``"rank-one"`` first
-            brings every adapter to its balanced SVD form and compares units as matrices ``b_j a_j^T``, which no
+        geometry: ``"paper"`` clusters ``x_j = concat(a_j, b_j)`` of the factors as stored. ``"rank-one"`` first
+            brings every adapter to its balanced SVD basis and compares units as matrices ``b_j a_j^T``, which no
             longer depends on sign, scale or rotation of the factors.
         centroid: ``"mean"`` of a cluster's members (the paper) or their ``"sum"``, which keeps what many small
-            units add up to. ``None``: the geometry's own, mean for ``"paper"`` and sum for ``"rank-one"``.
-        parameter_reweight: Rescale each centroid to the mean norm of its members (counters norm decay). ``None``: on
+            units add up to. ``None``: mean for ``"paper"``, sum for ``"rank-one"``.
+        parameter_reweight: Rescale each centroid to the mean norm of its members (against norm decay). ``None``: on
             for ``"paper"``, off for ``"rank-one"``.
-        output_reweight: Multiply the merged B by ``sqrt(r / k)``, r the mean rank ``P / N`` of the inputs (counters
+        output_reweight: Multiply the merged B by ``sqrt(r / k)``, r the mean rank ``P / N`` of the inputs (against
             variance growth). ``None``: on for ``"paper"``, off for ``"rank-one"``.
-        norm: Which norm parameter reweighting compares: of the vector x_j in the paper's geometry, of the matrix
+        norm: Norm that parameter reweighting compares: of the vector x_j in the paper's geometry, of the matrix
             ``b_j a_j^T`` (largest entry, Frobenius) in the other.
-        starts: k-means++ starts beside Ward's tree. One was better in none of 1,400 layers of rank-one units, in the
-            paper's geometry in up to 7 of 100, by at most 1 %.
-        seed: Of the k-means++ draws.
-        statistics: With these, the units are first made to respond to what their LoRA is for and to leave the rest of
-            the model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
+        starts: Number of k-means++ starts beside Ward's tree. One was better in none of 1,400 layers of rank-one
+            units, in the paper's geometry in up to 7 of 100, by at most 1 %.
+        seed: Random seed of the k-means++ starts.
+        statistics: If given, units are first made to respond to their LoRA's concept and to leave the rest of the
+            model alone, as in `Calibrated`. Their positions refer to the merge's list of adapters.
     """
 
-    rank: Rank = MEAN_RANK
+    rank: RankField = rank_field()
     geometry: Geometry = "rank-one"
     centroid: Centroid | None = None
     parameter_reweight: bool | None = None
@@ -57,55 +72,75 @@ class Lego:
     statistics: Statistics | None = None
 
     def __call__(self, pool: Pool) -> Merged:
+        merge = merge_paper if self.geometry == "paper" else merge_rank_one
         if self.statistics is None:
-            return self._merge(pool)
+            return merge(pool, self).apply(pool)
         responsive, unmeasured = calibrate_units(pool, self.statistics)
-        remarks = dict.fromkeys(unmeasured, "have no statistics: their units were merged as they are")
-        return replace(self._merge(responsive), remarks=remarks, combination=None)  # it was one of other units
-
-    def _merge(self, pool: Pool) -> Merged:
-        published = self.geometry == "paper"
-        k = self.rank.resolve(pool)
-        gauge = fold_scales(pool) if published else balance_units(pool)
-        # units in the chosen gauge: A_j rows of gauge.R_A @ A, B_j columns of B @ gauge.R_B
-        G_A, G_B = transform_gram(pool, pool.G_A, gauge.R_A), transform_gram(pool, pool.G_B, gauge.R_B.mT)
-        labels, _ = gram.kmeans(G_A + G_B if published else G_A * G_B, k, starts=self.starts, seed=self.seed)
-
-        Z = torch.nn.functional.one_hot(labels, int(k.max())).to(G_A)  # (M, P, k)
-        n = Z.sum(1).clamp_min(1)  # (M, k)
-        mean = Z / n[:, None, :]
-        a, b = (mean, mean) if published else best_rank_one(G_A, G_B, labels, Z.shape[2])
-        merged = LinearCombination(a.mT @ gauge.R_A, gauge.R_B @ b, k, labels)
-
-        size = torch.ones_like(n)
-        if self.parameter_reweight if self.parameter_reweight is not None else published:
-            size = size * self._norm_ratio(pool, gauge, merged, mean)
-        if (self.centroid or ("mean" if published else "sum")) == "sum":
-            size = size * n
-        root = size.sqrt()  # on both factors alike
-        R_A, R_B = merged.R_A * root[:, :, None], merged.R_B * root[:, None, :]
-        if self.output_reweight if self.output_reweight is not None else published:
-            r = pool.size / len(pool.ranks)
-            R_B = R_B * (r / k.to(R_B)).sqrt()[:, None, None]
-        return LinearCombination(R_A, R_B, k, labels).apply(pool)
-
-    def _norm_ratio(self, pool: Pool, gauge: LinearCombination, merged: LinearCombination, mean: Tensor) -> Tensor:
-        """Mean norm of a cluster's members over the norm of its centroid, per unit matrix: ``(M, k)``."""
-        members = (unit_norms(gauge.apply(pool), self.geometry, self.norm)[:, None] @ mean)[:, 0]
-        centroids = unit_norms(merged.apply(pool), self.geometry, self.norm)
-        ratio = torch.where(centroids > 0, members / _or_one(centroids), 1)
-        return ratio.square() if self.geometry == "paper" else ratio  # x scales by sqrt(size), b a^T by size
+        merged = merge(responsive, self).apply(responsive)
+        return replace(merged, remarks=dict.fromkeys(unmeasured, "have no statistics: their units were not calibrated"))
 
 
-def fold_scales(pool: Pool) -> LinearCombination:
-    """Step 1 of the paper: ``A <- sqrt|c| A``, ``B <- sign(c) sqrt|c| B``. BatchRunner unit carries its true size."""
-    root = pool.c.abs().sqrt()
-    ranks = torch.full((pool.batch,), pool.size)
-    return LinearCombination(torch.diag_embed(root), torch.diag_embed(root * pool.c.sign()), ranks)
+def merge_paper(pool: Pool, lego: Lego) -> LinearCombination:
+    """LEGO as published: units are vectors ``x_j = concat(a_j, b_j)``."""
+    # Step 1. A <- sqrt|c| A, B <- sign(c) sqrt|c| B, with c = weight * scale
+    units = fold_scales(pool)
+    # Step 2. The pooled units' Gram matrix <x_i, x_j> = A A^T + B^T B
+    G_A, G_B = transform_gram(pool, pool.G_A, units.R_A), transform_gram(pool, pool.G_B, units.R_B.mT)
+    # Step 3. k-means
+    k = lego.rank.resolve(pool)
+    labels, _ = kmeans(G_A + G_B, k, starts=lego.starts, seed=lego.seed)
+    # Step 4. The centroid is the mean of the members, rescaled to their mean norm (or n times the mean: their sum)
+    n = cluster_sizes(labels, int(k.max()))
+    mean = cluster_means(labels, n)
+    merged = LinearCombination(mean.mT @ units.R_A, units.R_B @ mean, k, labels)
+    size = torch.ones_like(n, dtype=torch.float64)
+    if _or_default(lego.parameter_reweight, True):
+        size = size * norm_ratio(pool, units, merged, labels, "paper", lego.norm).square()  # |x| grows as sqrt(size)
+    if (lego.centroid or "mean") == "sum":
+        size = size * n
+    merged = scale_units(merged, size)
+    # Step 5. B <- sqrt(r / k) B
+    if _or_default(lego.output_reweight, True):
+        merged = reweight_output(pool, merged)
+    return merged
+
+
+def merge_rank_one(pool: Pool, lego: Lego) -> LinearCombination:
+    """LEGO on rank-one matrices: units are ``b_j a_j^T``, of adapters in their balanced SVD basis."""
+    # Step 1. A_i <- sqrt(S_i) V_i^T, B_i <- U_i sqrt(S_i), with delta_i = U_i S_i V_i^T
+    units = balance_units(pool)
+    # Step 2. The pooled units' Gram matrix <b_i a_i^T, b_j a_j^T> = (A A^T) * (B^T B), elementwise
+    G_A, G_B = transform_gram(pool, pool.G_A, units.R_A), transform_gram(pool, pool.G_B, units.R_B.mT)
+    # Step 3. k-means
+    k = lego.rank.resolve(pool)
+    labels, _ = kmeans(G_A * G_B, k, starts=lego.starts, seed=lego.seed)
+    # Step 4. The centroid is the best rank-one approximation of the members' mean, times n: of their sum
+    n = cluster_sizes(labels, int(k.max()))
+    alpha, beta = gram.best_rank_one(G_A, G_B, labels, int(k.max()))
+    merged = LinearCombination(alpha.mT @ units.R_A, units.R_B @ beta, k, labels)
+    size = torch.ones_like(n, dtype=torch.float64)
+    if _or_default(lego.parameter_reweight, False):
+        size = size * norm_ratio(pool, units, merged, labels, "rank-one", lego.norm)  # |b a^T| grows as size
+    if (lego.centroid or "sum") == "sum":
+        size = size * n
+    merged = scale_units(merged, size)
+    # Step 5. B <- sqrt(r / k) B
+    if _or_default(lego.output_reweight, False):
+        merged = reweight_output(pool, merged)
+    return merged
+
+
+def _or_default(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
 def balance_units(pool: Pool) -> LinearCombination:
-    """Every adapter in balanced SVD form, ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included."""
+    """Every adapter in its balanced SVD basis: ``A_i = sqrt(S) V^T``, ``B_i = U sqrt(S)``; weight and scale included.
+
+    The units of a file are not a property of its delta: ``(R A, B R^-1)`` is the same delta for any invertible `R`,
+    and two trainings start from different random `A`. Units of two adapters only become comparable in a basis that
+    the delta itself defines. The SVD is one, unique where the singular values differ.
+    """
     R_A, R_B = torch.zeros_like(pool.G_A), torch.zeros_like(pool.G_B)
     for at, svd, weight in zip(pool.spans, pool.own, pool.weights.mT[:, :, None, None], strict=True):
         root = weight.abs().sqrt()
@@ -114,92 +149,49 @@ def balance_units(pool: Pool) -> LinearCombination:
 
 
 def transform_gram(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
-    """``R G R^T`` for an `R` that mixes only units of the same adapter."""
+    """``R G R^T`` for an ``R (M, P, P)`` that combines only units of the same adapter."""
     blocks = [R[:, at, at] for at in pool.spans]
     G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)
     return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
 
 
-def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Best rank-one approximation of the mean ``1/n sum_j b_j a_j^T`` of every cluster.
+def cluster_means(labels: Tensor, n: Tensor) -> Tensor:
+    """Coefficients ``(M, P, k)`` float64 of every cluster's mean, for clusters of ``n (M, k)`` units."""
+    return torch.nn.functional.one_hot(labels, n.shape[1]) / n.clamp_min(1).double()[:, None, :]
 
-    Where the two largest singular values are close it may be between their directions, which costs nearly the same.
+
+def norm_ratio(
+    pool: Pool, units: LinearCombination, merged: LinearCombination, labels: Tensor, geometry: Geometry, norm: Norm
+) -> Tensor:
+    """Mean norm of each cluster's members over the norm of its centroid, ``(M, k)``; 1 where the centroid is zero."""
+    mean = cluster_means(labels, cluster_sizes(labels, merged.R_A.shape[1]))
+    members = (unit_norms(*units.units(pool), geometry, norm)[:, None] @ mean)[:, 0]
+    centroids = unit_norms(*merged.units(pool), geometry, norm)
+    return torch.where(centroids > 0, members / gram.nonzero_or_one(centroids), 1)
+
+
+def unit_norms(A: Tensor, B: Tensor, geometry: Geometry, norm: Norm) -> Tensor:
+    """Norm of every unit, ``(M, P)`` float64: of ``concat(a, b)`` ("paper") or of the matrix ``b a^T`` ("rank-one").
 
     Args:
-        G_A: ``(M, P, P)``. G_B: ``(M, P, P)``. labels: ``(M, P)`` long, the cluster of each unit, below `k`.
-
-    Returns:
-        ``alpha, beta (M, P, k)``: the unit's row is ``alpha^T A``, its column ``B beta``, both of the same norm.
+        A: ``(M, P, d_in)``. B: ``(M, d_out, P)``.
     """
-    n = torch.nn.functional.one_hot(labels, k).sum(1)  # (M, k)
-    order, start = labels.sort(dim=1, stable=True).indices, n.cumsum(1) - n
-    alpha, beta = G_A.new_zeros(*labels.shape, k), G_A.new_zeros(*labels.shape, k)
-    size = torch.where(n > 1, (n + 7) // 8 * 8, n)  # clusters of about the same size together, in matrices of that size
-    for s in size[n > 0].unique().tolist():
-        m, c = (size == s).nonzero(as_tuple=True)
-        place = torch.arange(s, device=n.device)
-        inside = place < n[m, c, None]  # (C, s)
-        units = order[m[:, None], (start[m, c, None] + place).clamp_max(labels.shape[1] - 1)]
-        both = (inside[:, :, None] & inside[:, None, :]).to(G_A)
-        a, b = _top_pair(*(_block(G, m, units).mul_(both) for G in (G_A, G_B)))
-        which = inside.nonzero()[:, 0]
-        at = (m[which], units[inside], c[which])
-        root = n[m, c, None].to(G_A).rsqrt()  # of the mean, shared evenly by the two factors
-        alpha[at], beta[at] = (a * root)[inside], (b * root)[inside]
-    return alpha, beta
-
-
-def _block(G: Tensor, m: Tensor, units: Tensor) -> Tensor:
-    """Rows and columns `units (C, s)` of the matrices `m (C,)` of `G`: ``(C, s, s)``."""
-    return G[m[:, None], units].gather(2, units[:, None, :].expand(-1, units.shape[1], -1))
-
-
-def _top_pair(G_A: Tensor, G_B: Tensor, steps: int = 64) -> tuple[Tensor, Tensor]:
-    """Coefficients ``alpha, beta (C, s)`` of the best rank-one approximation of ``sum_j b_j a_j^T``.
-
-    Power iteration on the coefficients: for ``v = sum_j alpha_j a_j`` the image is ``sum_j <a_j, v> b_j``, that is
-    ``beta = G_A alpha``, and back alike with ``G_B``. It starts from the largest unit, so a single unit is returned as
-    it is. A small matrix is squared, which halves the `steps`, as long as that takes less time than they do.
-    """
-    start = (G_A * G_B).diagonal(dim1=1, dim2=2).argmax(1)[:, None, None]
-    s = G_A.shape[1]
-    T = _scaled(G_A @ G_B)
-    while steps > 1 and s < 12 * steps:
-        T = _scaled(T @ T)
-        steps //= 2
-    alpha = T.gather(1, start.expand(-1, 1, s))  # (C, 1, s)
-    for _ in range(steps - 1):
-        alpha = alpha / _or_one(alpha.abs().amax(2, keepdim=True)) @ T
-    alpha, image_A = _unit(alpha, G_A)
-    beta, image_B = _unit(image_A, G_B)
-    root = (image_B * image_A).sum(2).clamp_min(0).sqrt()  # of sigma = u^T (sum_j b_j a_j^T) v
-    return alpha[:, 0] * root, beta[:, 0] * root
-
-
-def _scaled(T: Tensor) -> Tensor:
-    """`T`, in place, by the sum of its eigenvalues, of which none is below 0."""
-    T /= _or_one(T.diagonal(dim1=1, dim2=2).sum(1))[:, None, None]
-    return T
-
-
-def _unit(x: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients ``x (C, 1, s)`` scaled to unit length under `G`, and ``x @ G``; zero stays zero."""
-    xG = x @ G
-    length = _or_one((x * xG).sum(2, keepdim=True).clamp_min(0).sqrt())
-    return x / length, xG / length
-
-
-def _or_one(size: Tensor) -> Tensor:
-    """What to divide by: sizes that are not zero."""
-    return torch.where(size > 0, size, 1)
-
-
-def unit_norms(units: Merged, geometry: Geometry, norm: Norm) -> Tensor:
-    """Norm of every unit, ``(M, P)`` float64: of ``concat(a, b)`` ("paper") or of the matrix ``b a^T`` ("rank-one")."""
     if norm == "inf":
         # max and min each read the factor once; abs() would write a copy of it
-        a = torch.maximum(units.A.amax(2), -units.A.amin(2)).double()
-        b = torch.maximum(units.B.amax(1), -units.B.amin(1)).double()
+        a = torch.maximum(A.amax(2), -A.amin(2)).double()
+        b = torch.maximum(B.amax(1), -B.amin(1)).double()
         return torch.maximum(a, b) if geometry == "paper" else a * b
-    a, b = units.A.double().square().sum(2), units.B.double().square().sum(1)
+    a, b = A.double().square().sum(2), B.double().square().sum(1)
     return (a + b if geometry == "paper" else a * b).sqrt()
+
+
+def scale_units(merged: LinearCombination, size: Tensor) -> LinearCombination:
+    """Multiply every merged ``b a^T`` by its ``size (M, k)``, half of it (the square root) on each factor."""
+    root = size.sqrt()
+    return replace(merged, R_A=merged.R_A * root[:, :, None], R_B=merged.R_B * root[:, None, :])
+
+
+def reweight_output(pool: Pool, merged: LinearCombination) -> LinearCombination:
+    """Multiply the merged ``B`` by ``sqrt(r / k)``, r the mean rank ``P / N`` of the inputs."""
+    r = pool.size / len(pool.ranks)
+    return replace(merged, R_B=merged.R_B * (r / merged.ranks.to(merged.R_B)).sqrt()[:, None, None])

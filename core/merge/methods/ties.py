@@ -1,4 +1,4 @@
-"""TIES: trim the dense deltas, elect signs, average what agrees."""
+"""TIES: trim the dense deltas, elect signs, average the entries that agree."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ..pool import Merged, Pool
-from ..rank import MEAN_RANK, Rank
+from ..merged import Merged
+from ..pool import Pool
+from ..rank import RankField, rank_field
 from .consensus import Election, check_density, ties
 from .dense import delta, merge_dense
 
@@ -16,19 +17,19 @@ from .dense import delta, merge_dense
 class Ties:
     """TIES on the dense deltas of each module, then the nearest matrix of rank `k`.
 
-    Averages rather than adds where adapters agree, so it is quieter than a sum: weights above 1 are usual.
+    It averages where adapters agree rather than adding, so it is weaker than a sum: weights above 1 are usual.
 
     Args:
-        rank: The merged rank.
-        density: Share of each delta's entries that survive the trimming, ``(0, 1]``.
+        rank: Merged rank.
+        density: Share of each delta's entries that survive trimming, ``(0, 1]``.
         sign_election: ``"total"``: the sign of the summed deltas. ``"frequency"``: the sign most deltas have.
 
-    Source: arXiv:2306.01708; PEFT's ``ties_svd``, but an adapter of weight 0 does not vote.
+    Source: arXiv:2306.01708 section 3; PEFT's ``ties_svd``, except that an adapter of weight 0 does not vote.
     """
 
     batch: ClassVar[int] = 1
 
-    rank: Rank = MEAN_RANK
+    rank: RankField = rank_field()
     density: float = 0.5
     sign_election: Election = "total"
 
@@ -39,10 +40,5 @@ class Ties:
         return merge_dense(
             pool,
             self.rank,
-            lambda m: ties(
-                partial(delta, pool, m),
-                pool.weights[m].tolist(),
-                self.density,
-                self.sign_election,
-            ),
+            lambda m: ties(partial(delta, pool, m), pool.weights[m].tolist(), self.density, self.sign_election),
         )

@@ -1,4 +1,4 @@
-"""Small pools, and what they mean as dense float64 matrices."""
+"""Small pools, and the dense float64 matrices they stand for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from legomole.core.merge.factors import InMemoryFactors
-from legomole.core.merge.pool import Merged, Pool
+from legomole.core.merge.merged import Merged
+from legomole.core.merge.pool import Pool
 from torch import Tensor
 
 

@@ -1,4 +1,4 @@
-"""merge(): what goes in, what comes out, what is refused. By hand, or against dense matrices."""
+"""merge(): inputs, results and errors, by hand or against dense matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge import tasks
@@ -23,25 +22,9 @@ from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.rank import Rank
 
+from .adapters import named, part
 
-def part(rank: int, d_out: int = 6, d_in: int = 5, *, seed: int = 0, alpha: float | None = None, **kw) -> LowRank:
-    g = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(rank, d_in, generator=g), torch.randn(d_out, rank, generator=g), alpha, **kw)
-
-
-def named(label: str, modules: dict[str, LowRank], **kw) -> Adapter:
-    return Adapter(modules, source=Source(path=f"loras/{label}.safetensors"), **kw)
-
-
-@pytest.fixture
-def pair() -> tuple[Adapter, Adapter]:
-    """Two adapters that share one module at different ranks and have one each of their own."""
-    style = named("style", {"both": part(4, seed=1, alpha=2.0), "only_style": part(2, seed=2)})
-    subject = named("subject", {"both": part(2, seed=3, alpha=1.0), "only_subject": part(3, 4, 7, seed=4)})
-    return style, subject
-
-
-# ---- the sum, and who takes part
+# ---- the sum, and the adapters that take part
 
 
 def test_heterogeneous_ranks_sum_exactly(pair):
@@ -67,153 +50,12 @@ def test_weight_zero_leaves_an_adapter_out_and_says_so(pair):
     assert result.report.notes == ("subject has weight 0 and was left out",)
 
 
-def test_all_weights_zero_is_an_error(pair):
-    with pytest.raises(MergeError, match="every weight is 0"):
-        merge(pair, Concat(), [0, 0])
-
-
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_no_number_names_the_file(pair, weight):
-    with pytest.raises(MergeError, match="not a finite number") as caught:
-        merge(pair, Concat(), [1.0, weight])
-    assert caught.value.file == "loras/subject.safetensors"
-
-
-def test_weights_must_fit_the_adapters(pair):
-    with pytest.raises(MergeError, match="one weight") as caught:
-        merge(pair, Concat(), [1.0])
-    assert (caught.value.expected, caught.value.found) == (2, 1)
-
-
 def test_nothing_to_merge():
     with pytest.raises(MergeError, match="nothing to merge"):
         merge([], Concat())
 
 
-def test_normalize_divides_by_the_sum_of_magnitudes(pair):
-    """Weights 3 and -1: magnitudes add up to 4, so 0.75 and -0.25."""
-    result = merge(pair, Concat(), [3, -1], normalize=True)
-    assert result.report.weights == (0.75, -0.25)
-    want = 0.75 * pair[0].modules["both"].delta() - 0.25 * pair[1].modules["both"].delta()
-    torch.testing.assert_close(result.adapter.modules["both"].delta(), want)
-
-
-# ---- weights per module
-
-
-def test_text_encoder_weight_reaches_text_encoders_only():
-    adapter = named("a", {"lora_te1_q": part(1, seed=1), "text_encoder.q": part(1, seed=2), "lora_unet_q": part(1)})
-    modules = merge([adapter], Concat(), [2.0], text_encoder_weights=[0.5]).adapter.modules
-    for name, weight in {"lora_te1_q": 0.5, "text_encoder.q": 0.5, "lora_unet_q": 2.0}.items():
-        torch.testing.assert_close(modules[name].delta(), weight * adapter.modules[name].delta())
-
-
-def test_text_encoder_weight_of_its_own_is_noted():
-    """Weight 0 on the diffusion model only: not left out."""
-    a = named("a", {"lora_te1_q": part(1), "lora_unet_q": part(1)})
-    b = named("b", {"lora_unet_q": part(1)})
-    report = merge([a, b], Concat(), [0, 1], text_encoder_weights=[0.5, 0]).report
-    assert report.notes == (
-        "1 modules of a have weight 0 and were left out: lora_unet_q",
-        "a has weight 0.5 in the text encoders",
-    )
-
-
-def test_module_patterns_multiply(pair):
-    """`*both*` matches both 0.5 and 0.25: 0.125 times the weight 2 is 0.25. The other adapter is untouched."""
-    patterns = [{"*both*": 0.5, "bo?h": 0.25}, {}]
-    result = merge(pair, Concat(), [2.0, 1.0], module_weights=patterns)
-    want = 0.25 * pair[0].modules["both"].delta() + pair[1].modules["both"].delta()
-    torch.testing.assert_close(result.adapter.modules["both"].delta(), want)
-
-
-def test_module_factor_zero_keeps_an_adapter_out_of_a_module(pair):
-    result = merge(pair, Concat(), module_weights=[{"*": 0}, {}])
-    assert set(result.adapter.modules) == {"both", "only_subject"}
-    assert result.adapter.modules["both"].rank == 2
-
-
-def test_modules_left_out_by_a_factor_are_named(pair):
-    result = merge(pair, Concat(), module_weights=[{}, {"only_subject": 0}])
-    assert "only_subject" not in result.adapter.modules
-    assert result.report.notes == ("1 modules of subject have weight 0 and were left out: only_subject",)
-
-
-def test_a_pattern_that_matches_nothing_is_an_error(pair):
-    with pytest.raises(MergeError, match="matches nothing") as caught:
-        merge(pair, Concat(), module_weights=[{}, {"*attn9*": 0.5}])
-    assert caught.value.found == "*attn9*"
-    assert caught.value.file == "loras/subject.safetensors"
-    assert "both, only_subject" in caught.value.expected
-
-
-def test_a_module_factor_must_be_finite(pair):
-    with pytest.raises(MergeError, match="module weight") as caught:
-        merge(pair, Concat(), module_weights=[{"*": math.nan}, {}])
-    assert caught.value.module == "*"
-
-
-# ---- what is not low rank
-
-
-def test_diffs_are_summed_with_the_weights():
-    """A bias of 2 at weight 0.5 plus one of 10 at weight -1: 1 - 10 = -9."""
-    a = named("a", {"m": part(1)}, diffs={"m.bias": torch.full((6,), 2.0)})
-    b = named("b", {"m": part(1, seed=1)}, diffs={"m.bias": torch.full((6,), 10.0), "norm.weight": torch.ones(3)})
-    result = merge([a, b], Concat(), [0.5, -1.0])
-    assert torch.equal(result.adapter.diffs["m.bias"], torch.full((6,), -9.0))
-    assert torch.equal(result.adapter.diffs["norm.weight"], -torch.ones(3))
-    assert len([line for line in result.report.passed_on if line.startswith("m.bias (added")]) == 2
-
-
-def test_diffs_of_different_shape_are_an_error():
-    a = named("a", {"m": part(1)}, diffs={"norm.weight": torch.ones(3)})
-    b = named("b", {"m": part(1)}, diffs={"norm.weight": torch.ones(4)})
-    with pytest.raises(MergeError, match="different shapes") as caught:
-        merge([a, b], Concat())
-    assert caught.value.module == "norm.weight"
-
-
-def test_a_diff_of_an_adapter_without_weight_is_left_out():
-    a = named("a", {"m": part(1)})
-    b = named("b", {"m": part(1)}, diffs={"norm.weight": torch.ones(3)})
-    assert merge([a, b], Concat(), [1, 0]).adapter.diffs == {}
-
-
-def test_extras_are_carried_and_conflicts_named():
-    same, other = torch.arange(3.0), torch.ones(3)
-    a = named("a", {"m": part(1)}, extras={"emb.x": same, "emb.y": same})
-    b = named("b", {"m": part(1)}, extras={"emb.x": same.clone(), "emb.y": other, "emb.z": other})
-    result = merge([a, b], Concat())
-    assert {name: t.tolist() for name, t in result.adapter.extras.items()} == {
-        "emb.x": same.tolist(),
-        "emb.y": same.tolist(),
-        "emb.z": other.tolist(),
-    }
-    assert result.report.dropped == ("emb.y of b: it cannot be added, and a has another one",)
-    assert "DROPPED (1)" in result.report.text()
-
-
-def test_an_adapter_of_nothing_but_extras_takes_part_unless_its_weight_is_zero(pair):
-    only = named("only", {}, extras={"emb.x": torch.ones(3)})
-    result = merge([pair[0], only], Concat(), [1, 0.5])
-    assert list(result.adapter.extras) == ["emb.x"]
-    assert result.report.passed_on == ("emb.x (unchanged, from only)",)
-    left_out = merge([pair[0], only], Concat(), [1, 0])
-    assert left_out.adapter.extras == {}
-    assert left_out.report.notes == ("only has weight 0 and was left out",)
-
-
-def test_adapters_without_modules_keep_their_diffs():
-    norms = [
-        named(label, {}, diffs={"norm.weight": torch.full((3,), value)}) for label, value in (("a", 1.0), ("b", 4))
-    ]
-    result = merge(norms, SVD(Rank(4)), [1, 0.5])
-    assert result.adapter.diffs["norm.weight"].tolist() == [3.0, 3.0, 3.0]
-    assert not result.adapter.modules
-
-
-# ---- dtypes and numbers
+# ---- dtypes and values
 
 
 @pytest.mark.parametrize(
@@ -231,9 +73,20 @@ def test_the_result_has_the_widest_dtype_of_the_inputs(dtypes, want):
     assert modules["m"].A.dtype == modules["m"].B.dtype == want
 
 
-def test_dtype_can_be_asked_for(pair):
+def test_the_dtype_can_be_chosen(pair):
     modules = merge(pair, Concat(), dtype=torch.bfloat16).adapter.modules
     assert {p.A.dtype for p in modules.values()} == {torch.bfloat16}
+
+
+def test_an_adapter_of_weight_0_does_not_widen_the_dtype():
+    narrow = named("a", {"m": part(2).to(torch.float16)}, diffs={"m.bias": torch.ones(6)})
+    wide = named("b", {"m": part(2, seed=1)}, diffs={"m.bias": torch.ones(6)})
+    for weights, text_encoder_weights in (([1, 0], None), ([1, 0], [0, 0])):
+        merged = merge([narrow, wide], Concat(), weights, text_encoder_weights=text_encoder_weights).adapter
+        assert merged.modules["m"].dtype == merged.diffs["m.bias"].dtype == torch.float16
+    switched_off = merge([narrow, wide], Concat(), module_weights=[{}, {"*": 0}]).adapter
+    assert switched_off.modules["m"].dtype == torch.float16
+    assert merge([narrow, wide], Concat()).adapter.modules["m"].dtype == torch.float32
 
 
 def test_float16_overflow_is_an_error_not_infinity():
@@ -249,7 +102,7 @@ def test_float16_overflow_is_an_error_not_infinity():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_broken_numbers_in_an_input_are_named(pair, bad, factor):
+def test_values_that_are_not_finite_are_located(pair, bad, factor):
     broken = part(2, seed=3)
     getattr(broken, factor)[0, 1] = bad
     with pytest.raises(FormatError, match="NaN or infinite") as caught:
@@ -260,14 +113,14 @@ def test_broken_numbers_in_an_input_are_named(pair, bad, factor):
 
 
 def test_alpha_zero_is_a_zero_module_not_an_error(pair):
-    """A trainer may store alpha 0: the module adds nothing, and the report says that it is silent."""
+    """A trainer may store alpha 0: the module adds nothing, and the report says so."""
     silent = named("silent", {"both": part(2, alpha=0.0)})
     result = merge([silent], Lego(Rank(1)))
     assert result.adapter.modules["both"].delta().abs().max() == 0
     assert "1 modules are zero in every LoRA: both" in result.report.notes[0]
 
 
-# ---- what cannot be merged
+# ---- inputs that cannot be merged
 
 
 def test_different_shapes_mean_different_base_models(pair):
@@ -295,6 +148,12 @@ def test_kernel_is_kept():
     assert merge([conv, conv], SVD(Rank(2))).adapter.modules["m"].kernel == (3, 3)
 
 
+@pytest.mark.parametrize("device", ["mps", "mps:0", torch.device("mps")])
+def test_a_device_without_float64_is_refused(pair, device):
+    with pytest.raises(MergeError, match=r"float64[\s\S]*cpu, or cuda[\s\S]*mps[\s\S]*--device cpu"):
+        merge(pair, Concat(), device=device)
+
+
 # ---- progress, cancelling, batches
 
 
@@ -315,13 +174,15 @@ def test_progress_counts_modules_and_cancels_by_raising(pair):
         merge(pair, Concat(), progress=cancel)
 
 
-@pytest.mark.parametrize(("method", "told"), [(Ties(Rank(2)), [1, 2, 3]), (Dare(Rank(2)), [1, 2, 3]), (Concat(), [3])])
-def test_slow_methods_tell_of_every_module_of_a_shape(method, told):
-    """The others take modules of one shape at once."""
+@pytest.mark.parametrize(
+    ("method", "counts"), [(Ties(Rank(2)), [1, 2, 3]), (Dare(Rank(2)), [1, 2, 3]), (Concat(), [3])]
+)
+def test_slow_methods_report_progress_after_every_module(method, counts):
+    """The other methods merge modules of one shape together."""
     seen = []
     adapter = named("a", {f"m{i}": part(4, seed=i) for i in range(3)})
     merge([adapter], method, progress=lambda done, *_: seen.append(done))
-    assert seen == told
+    assert seen == counts
 
 
 @pytest.mark.parametrize("method", [Lego(Rank(3)), Lego(Rank(3), geometry="paper"), SVD(Rank(3)), Linear(), Concat()])
@@ -329,7 +190,7 @@ def test_the_result_does_not_depend_on_the_batch_size(monkeypatch, method):
     a = named("a", {f"m{i}": part(4, seed=i) for i in range(7)})
     b = named("b", {f"m{i}": part(2, seed=100 + i) for i in range(7)})
     together = merge([a, b], method)
-    monkeypatch.setattr(tasks, "_BATCH_NUMBERS", 1)
+    monkeypatch.setattr(tasks, "_BATCH_VALUES", 1)
     alone = merge([a, b], method)
     for name, want in together.adapter.modules.items():
         got = alone.adapter.modules[name]
@@ -344,7 +205,7 @@ def test_the_same_merge_twice_gives_the_same_bits(pair):
         assert torch.equal(first[name].B, second[name].B)
 
 
-def test_inputs_are_left_alone(pair):
+def test_inputs_are_not_modified(pair):
     before = {name: (p.A.clone(), p.B.clone()) for name, p in pair[0].modules.items()}
     merge(pair, Lego(Rank(2)), [3.0, 1.0])
     for name, (A, B) in before.items():
@@ -352,10 +213,10 @@ def test_inputs_are_left_alone(pair):
         assert torch.equal(pair[0].modules[name].B, B)
 
 
-# ---- the report's numbers against dense matrices
+# ---- the report's figures against dense matrices
 
 
-def test_report_numbers_equal_dense_linear_algebra(pair):
+def test_report_figures_equal_dense_linear_algebra(pair):
     weights = [0.8, -1.5]
     result = merge(pair, SVD(Rank(2)), weights)
     row = next(m for m in result.report.modules if m.name == "both")
@@ -369,7 +230,7 @@ def test_report_numbers_equal_dense_linear_algebra(pair):
     cosine = ((deltas[0] * deltas[1]).sum() / deltas[0].norm() / deltas[1].norm()).item()
     assert row.cosine[0][1] == row.cosine[1][0] == pytest.approx(cosine, abs=1e-6)
     assert row.error == pytest.approx(((merged - total).norm() / total.norm()).item(), rel=1e-4)
-    # Eckart-Young: what a rank-2 truncation keeps is the share of the two largest squared singular values
+    # Eckart-Young: a rank-2 truncation keeps the share of the two largest squared singular values
     S = torch.linalg.svdvals(total).square()
     assert row.energy_kept == pytest.approx((S[:2].sum() / S.sum()).item(), abs=1e-5)
     assert json.loads(json.dumps(result.report.to_dict()))["modules"][0]["name"] == "both"

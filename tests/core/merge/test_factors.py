@@ -1,4 +1,4 @@
-"""Factors in pieces and as a whole, and the products made of them."""
+"""Factors in pieces and loaded at once, and their Gram matrices."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def test_another_device_gets_everything_at_once_and_once_only(monkeypatch: pytes
         ((torch.float16, torch.float32), False),
     ],
 )
-def test_short_numbers_are_those_of_16_bits(dtypes: tuple[torch.dtype, ...], short: bool) -> None:
+def test_short_means_at_most_16_bits(dtypes: tuple[torch.dtype, ...], short: bool) -> None:
     assert FileFactors(parts(2, (2, 3), *dtypes), CPU).short is short
 
 
 class TestProducts:
-    """In float32 they are off by its rounding, in float64 not: whether they are exact tells which were used."""
+    """Products in float32 have its rounding errors, products in float64 do not: the error tells which were used."""
 
     def off(self, rows: Sequence[Sequence[LowRank]]) -> list[float]:
         """For each module the largest error, relative to the units' sizes."""
@@ -127,7 +127,7 @@ class TestProducts:
         rows[0][0].B[:, 1] *= size
         assert self.off(rows)[0] < 1e-15
 
-    def test_are_float64_where_matrix_products_are_allowed_to_be_sloppy(self) -> None:
+    def test_are_float64_where_matrix_products_are_allowed_to_be_inexact(self) -> None:
         rows = parts(1, (4,), torch.float16, d_in=900)
         torch.set_float32_matmul_precision("medium")
         try:
@@ -137,7 +137,7 @@ class TestProducts:
         assert self.off(rows)[0] > 1e-9
 
     @pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch knows one setting for all")
-    def test_are_float64_where_one_backend_is_allowed_to_be_sloppy(self) -> None:
+    def test_are_float64_where_one_backend_is_allowed_to_be_inexact(self) -> None:
         code = """
 import torch
 from legomole.core.merge import gram
@@ -150,10 +150,10 @@ G_A, G_B = gram.products(FileFactors([[LowRank(A, B)]], torch.device("cpu")))
 torch.testing.assert_close(G_A[0], A.double() @ A.double().T, rtol=1e-13, atol=1e-10)
 torch.testing.assert_close(G_B[0], B.double().T @ B.double(), rtol=1e-13, atol=1e-10)
 """
-        # in a process of its own: torch remembers that it was said
+        # in another process, because torch remembers the setting
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    def test_a_number_that_is_none_reaches_the_products(self) -> None:
+    def test_nan_reaches_the_products(self) -> None:
         rows = parts(2, (4,), torch.float16)
         rows[1][0].A[2, 3] = torch.nan
         G_A, G_B = gram.products(FileFactors(rows, CPU))
@@ -166,7 +166,7 @@ torch.testing.assert_close(G_B[0], B.double().T @ B.double(), rtol=1e-13, atol=1
 def test_a_merge_of_16_bits_differs_from_the_exact_one_by_less_than_its_file_rounds(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """LoRAs as training leaves them: the directions of B fade to a tenth."""
+    """LoRAs like trained ones: the directions of B fade to a tenth."""
     fade = torch.logspace(0, -1, 8)
     adapters = [
         Adapter(
@@ -182,7 +182,7 @@ def test_a_merge_of_16_bits_differs_from_the_exact_one_by_less_than_its_file_rou
         return list(merge(adapters, METHODS[method](Rank(8)), dtype=torch.float32).adapter.modules.values())
 
     fast = merged()
-    monkeypatch.setattr(gram, "_float32_is_exact", lambda: False)
+    monkeypatch.setattr(gram, "float32_is_exact", lambda device: False)
     off: list[float] = []
     for one, other in zip(fast, merged(), strict=True):
         exact = other.B.double() @ other.A.double()

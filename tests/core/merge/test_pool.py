@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.merge.factors import InMemoryFactors
-from legomole.core.merge.pool import LinearCombination, Merged, overlap, relative_error
+from legomole.core.merge.merged import LinearCombination, Merged, relative_error
+from legomole.core.merge.pool import overlap
 
 from .pools import close, deltas, make_pool, product, random_pool, total
 

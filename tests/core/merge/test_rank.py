@@ -79,9 +79,8 @@ def test_a_share_met_exactly_is_met_despite_rounding(S, percent):
         # turned units round differently, the share stays S_1^2 / (S_1^2 + S_2^2)
         turn = torch.linalg.qr(torch.randn(2, 2, generator=g, dtype=torch.float64)).Q
         pool = random_pool((2,), batch=1)
-        pool.__dict__.update(
-            G_A=(turn * torch.tensor(S).double().square() @ turn.mT)[None], G_B=torch.eye(2).double()[None]
-        )
+        G_A = (turn * torch.tensor(S).double().square() @ turn.mT)[None]
+        pool.values.products = G_A, torch.eye(2).double()[None]
         assert int(Rank(percent, "%").resolve(pool)) == 1
 
 

@@ -1,9 +1,11 @@
-"""Batches beside each other give what they give one after the other, and stop when nobody wants the rest."""
+"""Batches in threads give the same results as one after the other, and stop when the merge is cancelled."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
+from legomole.core.merge.merged import Merged
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.lego import Lego
-from legomole.core.merge.pool import Merged, Pool
+from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.tasks import Batch, BatchMerger
+from legomole.core.merge.tasks import BatchMerger, ModuleBatch
 from legomole.core.merge.threads import run_in_threads
 
 
@@ -38,7 +41,7 @@ def adapters(n: int = 2, shapes: int = 6) -> list[Adapter]:
 
 
 class Recorder(Concat):
-    """Concat that remembers what it merged, in which thread, and with how many threads."""
+    """Concat that records the merged modules, the thread, and its number of threads."""
 
     def __init__(self) -> None:
         object.__setattr__(self, "seen", [])
@@ -50,9 +53,9 @@ class Recorder(Concat):
         return super().__call__(pool)
 
 
-def work(method: Recorder, inputs: list[Adapter]) -> tuple[BatchMerger, list[Batch]]:
+def work(method: Recorder, inputs: list[Adapter]) -> tuple[BatchMerger, list[ModuleBatch]]:
     weights = [dict.fromkeys(adapter.modules, 1.0) for adapter in inputs]
-    todo = [Batch((name,), (0, 1), (3, 3)) for name in inputs[0].modules]
+    todo = [ModuleBatch((name,), (0, 1), (3, 3)) for name in inputs[0].modules]
     return BatchMerger(method, weights, torch.float32, torch.device("cpu")), todo
 
 
@@ -99,3 +102,59 @@ def test_one_thread_needs_no_other():
     made, todo = work(method, inputs)
     assert len(list(run_in_threads(made, inputs, todo))) == 2
     assert {thread for _, thread, _ in method.seen} == {threading.main_thread()}  # type: ignore[attr-defined]
+
+
+def test_merges_that_overlap_leave_the_number_of_threads_alone():
+    """The setting of the threads that merge, and the default of threads started later."""
+    torch.set_num_threads(4)
+    inputs = adapters(shapes=40)
+    after: list[int] = []
+
+    def merge_later(seconds: float) -> None:
+        time.sleep(seconds)
+        before = torch.get_num_threads()
+        merge(inputs, Lego(Rank(4)))
+        after.extend((before, torch.get_num_threads()))
+
+    started = [threading.Thread(target=merge_later, args=(0.05 * i,)) for i in range(3)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    assert after == [4] * 6
+    assert torch.get_num_threads() == 4
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == 4
+
+
+def test_a_merge_in_a_thread_of_its_own_number_leaves_the_default_alone():
+    """The setting of the calling thread is not the default of others."""
+
+    def merge_with_two() -> int:
+        torch.get_num_threads()  # the default is taken at the first use of torch
+        torch.set_num_threads(2)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(torch.set_num_threads, 3).result()
+        merge(adapters(shapes=4), Concat())
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as one:
+        assert one.submit(merge_with_two).result() == 2
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == 3
+
+
+def test_workers_that_cannot_be_started_are_an_error_and_leave_no_trace(monkeypatch):
+    submit = ThreadPoolExecutor.submit
+
+    def few(self, work, *args):
+        if self._max_workers > 1 and len(self._threads) == 1:
+            raise RuntimeError("can't start new thread")
+        return submit(self, work, *args)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", few)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        merge(adapters(shapes=4), Concat())
+    monkeypatch.undo()
+    with ThreadPoolExecutor(1) as fresh:
+        assert fresh.submit(torch.get_num_threads).result() == 2

@@ -131,7 +131,7 @@ def test_every_method_goes_through_settings_and_back(name):
         ("legolas", {}, "no such method", "legolas"),
         ("svd", {"rank": 4, "norm": "inf"}, "no such setting", "norm"),
         ("concat", {"rank": 4}, "no such setting", "rank"),
-        ("calibrated", {"rank": 4}, "needs a setting", "nothing"),
+        ("calibrated", {}, "needs a setting", "nothing"),
         ("lego", {"rank": 4, "geometry": "flat"}, "cannot have this value", "'flat'"),
         ("lego", {"rank": 4, "seed": 1.5}, "cannot have this value", "1.5"),
         ("lego", {"rank": 4, "parameter_reweight": "perhaps"}, "cannot have this value", "'perhaps'"),

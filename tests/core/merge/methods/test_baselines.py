@@ -9,10 +9,10 @@ pytest.importorskip("peft")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from legomole.core.merge.merged import relative_error
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.linear import Linear
 from legomole.core.merge.methods.svd import SVD
-from legomole.core.merge.pool import relative_error
 from legomole.core.merge.rank import Rank
 
 from ..pools import best, close, make_pool, product, random_pool, total

@@ -1,4 +1,4 @@
-"""Odd numbers through every method, from adapters to stored factors: finite or an error of ours, always the same."""
+"""Unusual values in every method, from adapters to stored factors: finite results or our errors, always the same."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ PAIRS = {
 
 @ALL
 @pytest.mark.parametrize("case", PAIRS)
-def test_odd_loras(name: str, case: str) -> None:
+def test_unusual_loras(name: str, case: str) -> None:
     adapters = PAIRS[case]()
     part = refused_or_merged(adapters, name)
     if part is None:  # too large for what the result is written in, or for what it is computed in
@@ -128,7 +128,7 @@ def test_odd_loras(name: str, case: str) -> None:
 @ALL
 @pytest.mark.parametrize("case", ["all zero", "opposite", "alpha 0", "zero, each otherwise"])
 def test_a_sum_of_nothing(name: str, case: str) -> None:
-    """Zeros give zeros, but for methods on the factors, which have cross terms (B of one with A of another).
+    """Zeros give zeros, except for methods on the factors, which have cross terms (B of one with A of another).
 
     Opposite LoRAs give nothing where the sum counts; DARE's masks differ, centroids differ.
     """
@@ -166,7 +166,7 @@ def test_enormous_strengths(name: str, weight: float) -> None:
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_what_overflows_the_output_is_refused(name: str, dtype: torch.dtype) -> None:
-    """In float16 factors beyond 65504 are told, not stored as infinity; the wider ones hold them."""
+    """In float16 factors beyond 65504 are an error, not stored as infinity; wider dtypes hold them."""
     adapters = [lora(1, 3e4), lora(2, 3e4)]
     if dtype is torch.float16:
         with pytest.raises(MergeError, match=rf"overflow[\s\S]*{NAME}[\s\S]*float16"):
@@ -177,7 +177,7 @@ def test_what_overflows_the_output_is_refused(name: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("value", [3e4, -3e4])
 def test_a_bias_that_overflows_is_refused(value: float) -> None:
-    """Biases are summed as they are: the same care."""
+    """Biases are summed in full, and checked likewise."""
     parts = lora(1, dtype=torch.float16).modules
     adapter = Adapter(parts, {f"{NAME}.bias": torch.full((D_OUT,), value, dtype=torch.float16)})
     with pytest.raises(MergeError, match=rf"overflow[\s\S]*{NAME}\.bias[\s\S]*65504[\s\S]*90000"):
@@ -185,7 +185,7 @@ def test_a_bias_that_overflows_is_refused(value: float) -> None:
     assert merge([adapter] * 2, Concat()).adapter.diffs[f"{NAME}.bias"][0] == 2 * value
 
 
-def test_a_bias_in_a_narrow_file_takes_the_dtype_asked_for(tmp_path) -> None:
+def test_a_bias_is_saved_in_the_requested_dtype(tmp_path) -> None:
     adapter = Adapter(lora(1).modules, {f"{NAME}.bias": torch.full((D_OUT,), 1e30)})
     with pytest.raises(SaveError, match=r"too large[\s\S]*model\.layer\.bias"):
         save(adapter, tmp_path / "x", format="comfy", dtype=torch.float16)
@@ -195,13 +195,13 @@ def test_a_bias_in_a_narrow_file_takes_the_dtype_asked_for(tmp_path) -> None:
 
 @ALL
 @pytest.mark.parametrize("rank", ["1", "95%", "auto", "1x"])
-def test_any_rank_of_odd_numbers(name: str, rank: str) -> None:
+def test_any_rank_of_unusual_loras(name: str, rank: str) -> None:
     for case in ("rank-deficient", "zero beside another", "all zero", "opposite", "the same twice"):
         merged(PAIRS[case](), name, rank=rank)
 
 
 @ALL
-def test_nothing_else_but_our_errors_for_any_size(name: str) -> None:
+def test_any_size_gives_a_result_or_our_error(name: str) -> None:
     for exponent in range(-45, 39, 6):
         adapters = [lora(1, 10.0**exponent), lora(2, 1.0)]
         if not all(torch.isfinite(x.modules[NAME].A).all() for x in adapters):

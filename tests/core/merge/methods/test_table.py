@@ -1,18 +1,27 @@
-"""What every row of METHODS must do."""
+"""Requirements on every row of METHODS."""
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields, replace
+from functools import partial
 
 import pytest
 import torch
+from legomole.core.errors import MergeError
+from legomole.core.merge.merged import relative_error
 from legomole.core.merge.methods import METHODS, MergeMethod
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
+from legomole.core.merge.methods.dare import Dare
+from legomole.core.merge.methods.knots import Knots
+from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.linear import Linear
-from legomole.core.merge.pool import overlap, relative_error
+from legomole.core.merge.methods.svd import SVD
+from legomole.core.merge.methods.ties import Ties
+from legomole.core.merge.pool import overlap
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
+from legomole.core.recipes.method_settings import build_method, method_settings
 
 from ..pools import random_pool
 
@@ -53,7 +62,7 @@ def test_a_pool_of_zeros_gives_zeros(name):
 
 
 @methods
-def test_inputs_are_left_alone(name):
+def test_inputs_are_not_modified(name):
     pool = random_pool(SMALL)
     before = [x.clone() for x in (pool.A, pool.B, pool.c, pool.weights)]
     instance(name)(pool)
@@ -64,6 +73,36 @@ def test_inputs_are_left_alone(name):
 def test_settings_are_frozen(name):
     with pytest.raises((FrozenInstanceError, TypeError)):
         instance(name).rank = Rank(3)
+
+
+@pytest.mark.parametrize("row", [Lego, SVD, Ties, Dare, Knots, partial(Calibrated, statistics=Statistics({}))])
+def test_a_rank_may_be_given_in_any_form(row):
+    for rank, expected in ((16, Rank(16)), ("16", Rank(16)), ("1.5x", Rank(1.5, "x")), ("auto", Rank(95, "%"))):
+        method = row(rank)
+        assert method.rank == row(rank=rank).rank == expected
+        assert method == row(expected) == replace(row(), rank=rank)
+    assert row().rank == Rank(1, "x")
+    with pytest.raises(MergeError, match="not a rank"):
+        row("many")
+
+
+def test_the_default_rank_is_a_field_default():
+    rank = next(field for field in fields(Lego) if field.name == "rank")
+    assert rank.default == Rank(1, "x")
+    assert method_settings(Lego("2x"))["rank"] == "2x"
+    assert build_method("lego", {}) == Lego()
+
+
+def test_a_calibrated_merge_needs_statistics():
+    with pytest.raises(MergeError, match=r"needs statistics[\s\S]*calibrated\.md"):
+        Calibrated(4)
+    statistics = Statistics({})
+    given = [
+        Calibrated(4, statistics),
+        Calibrated("4", statistics=statistics),
+        Calibrated(statistics=statistics, rank=4),
+    ]
+    assert given[0] == given[1] == given[2]
 
 
 @methods

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.errors import MergeError
-from legomole.core.merge.methods.consensus import border, ties, trim
+from legomole.core.merge.methods.consensus import threshold, ties, trim
 from legomole.core.merge.methods.dare import Dare
 from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.ties import Ties
@@ -25,15 +25,15 @@ elections = pytest.mark.parametrize("election", ["total", "frequency"])
 
 def test_trim_by_hand():
     part = torch.tensor([[1.0, -5.0, 0.5], [3.0, -2.0, 0.0]])
-    assert trim(part, border(part, 0.5)).tolist() == [[0.0, -5.0, 0.0], [3.0, -2.0, 0.0]]
-    assert trim(part, border(part, 0.34)).tolist() == [[0.0, -5.0, 0.0], [3.0, 0.0, 0.0]]  # int(2.04) = 2
-    assert trim(part, border(part, 0.01)).tolist() == [[0.0, -5.0, 0.0], [0.0, 0.0, 0.0]]  # one at least
-    assert trim(part, border(part, 1)).tolist() == part.tolist()
+    assert trim(part, threshold(part, 0.5)).tolist() == [[0.0, -5.0, 0.0], [3.0, -2.0, 0.0]]
+    assert trim(part, threshold(part, 0.34)).tolist() == [[0.0, -5.0, 0.0], [3.0, 0.0, 0.0]]  # int(2.04) = 2
+    assert trim(part, threshold(part, 0.01)).tolist() == [[0.0, -5.0, 0.0], [0.0, 0.0, 0.0]]  # one at least
+    assert trim(part, threshold(part, 1)).tolist() == part.tolist()
 
 
-def test_trim_keeps_all_equals_at_the_border():
+def test_trim_keeps_all_equals_at_the_threshold():
     part = torch.tensor([1.0, -1.0, 1.0, 0.5])
-    assert trim(part, border(part, 0.5)).tolist() == [1.0, -1.0, 1.0, 0.0]
+    assert trim(part, threshold(part, 0.5)).tolist() == [1.0, -1.0, 1.0, 0.0]
 
 
 def test_ties_by_hand():

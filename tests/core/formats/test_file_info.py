@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from legomole.core.errors import FormatError
-from legomole.core.file_info import FileInfo, file_info, read_file_info
+from legomole.core.formats.file_info import FileInfo, file_info, read_file_info
 from safetensors.torch import save_file
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="

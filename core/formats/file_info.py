@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .adapter import base_model
-from .formats.files import read_header
-from .json_text import from_json
+from ..adapter import base_model
+from ..json_text import from_json
+from .files import read_header
 
 _MAX_TAGS = 5
 _MAX_LENGTH = 200  # characters of a trigger word or a name
