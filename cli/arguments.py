@@ -1,12 +1,15 @@
-"""Parsers of command line arguments: inputs with weights, and settings. Loads no torch."""
+"""Parsers of command line arguments: inputs with weights, layer rules, settings. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from ..core.merge.layer_rules import LayerRule
 
 
 def parse_input(text: str) -> dict[str, Any]:
@@ -35,6 +38,21 @@ def _to_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def parse_layer_rules(texts: Iterable[str], count: int) -> list[LayerRule]:
+    """Parse the values of ``--module-weight``, see `core.merge.layer_rules`.
+
+    Args:
+        count: Number of LoRAs.
+    """
+    from ..core.errors import MergeError
+    from ..core.merge.layer_rules import read_layer_rules
+
+    try:
+        return read_layer_rules(texts, count)
+    except MergeError as error:
+        raise typer.BadParameter(" ".join(str(error).split())) from None
 
 
 def parse_setting(text: str) -> tuple[str, str]:

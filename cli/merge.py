@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .arguments import parse_input, parse_settings
+from .arguments import parse_input, parse_layer_rules, parse_settings
 from .environment import check_device, recipe_path
 from .measure_statistics import measure_statistics
 from .options import (
@@ -203,7 +203,7 @@ def merge(
     Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
     The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
     """
-    from ..core.merge.layer_rules import factors_by_pattern, read_layer_rules
+    from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
 
     if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
@@ -222,7 +222,7 @@ def merge(
     base = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
     count = len(entries) or (0 if base is None else len(base.inputs))
-    layer_rules = read_layer_rules(module_weight or (), count)
+    layer_rules = parse_layer_rules(module_weight or (), count)
     typed = {
         "rank": rank,
         "geometry": geometry,

@@ -46,7 +46,7 @@ def readings(case: Case, number: int) -> Iterator[tuple[str, Callable[[], object
         yield "merge", lambda: _merged(path, method, None)
         yield "convert", lambda: _saved(path, format, folder)
         yield "merge converted", lambda: _merged(path, "svd", 4)
-        yield "open on a cluster", lambda: RemoteInputs.of([load(path)], [path], None, None).open()
+        yield "open on a cluster", lambda: RemoteInputs.of([load(path)], [path], [None], None).open()
     elif case.kind == "gates":
         yield "load gates", lambda: TrainedGates.load(path).gates.copy()
     elif case.kind == "statistics":

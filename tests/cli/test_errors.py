@@ -139,7 +139,7 @@ def test_no_common_module_is_an_error():
         (["merge", "-o", "out.safetensors"], "Give at least one LoRA"),
         (["merge", "a.safetensors:loud", "-o", "out.safetensors"], "not a number"),
         (["merge", "a.safetensors", "--module-weight", "x", "-o", "out.safetensors"], "PATTERN=FACTOR"),
-        (["merge", "a.safetensors", "--module-weight", "2:*=1", "-o", "out.safetensors"], "no LoRA number 2"),
+        (["merge", "a.safetensors", "--module-weight", "2:*=1", "-o", "out.safetensors"], "LoRA that does not exist"),
         (["merge", "a.safetensors", "--set", "x", "-o", "out.safetensors"], "NAME=VALUE"),
         (["merge", "a.safetensors", "--set", "rank=8", "-o", "out.safetensors"], "use the option --rank 8"),
         (["merge", "a.safetensors", "--set", "output-reweight=1", "-o", "out.safetensors"], "--output-reweight"),

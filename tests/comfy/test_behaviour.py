@@ -292,7 +292,7 @@ BAD_SETTINGS = {
     "strength nan": ({}, float("nan"), "not a finite number"),
     "all strengths 0": ({}, 0.0, "every weight is 0"),
     "rule": ({"module_weights": "attn2"}, 1.0, "not a rule for layer weights"),
-    "rule for a missing LoRA": ({"module_weights": "3: * = 1"}, 1.0, "names a LoRA that does not exist"),
+    "rule for a missing LoRA": ({"module_weights": "3: * = 1"}, 1.0, "is for a LoRA that does not exist"),
     "rule that matches nothing": ({"module_weights": "*attn9* = 1"}, 1.0, "matches nothing"),
 }
 

@@ -85,7 +85,7 @@ def test_checkpointing_reaches_the_host() -> None:
     for kind in KINDS:
         model, _, adapters = built(kind)
         with api.mixed(model, Mixture(adapters), checkpointing=True) as attachment:
-            assert {type(forward).__name__ for forward in attachment._forwards} >= {"Block", "Layer"}
+            assert {type(forward).__name__ for forward in attachment._forwards} >= {"BlockForward", "LayerForward"}
         with api.mixed(model, Mixture(adapters)) as attachment:
             assert "Block" not in {type(forward).__name__ for forward in attachment._forwards}
 
