@@ -1,14 +1,33 @@
-"""The small model behind the interface of `core.train` and `core.train.measure`."""
+"""The small model behind the interfaces of `core.train`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from ..core.train.detector import EncodedPrompt
+from . import words
 from .model import Prompts, predict
 from .sampling import sample
+
+
+class NanoPromptEncoder:
+    """Implements `core.train.PromptEncoder`.
+
+    Args:
+        prompts: Prompt encoder, best with `any_words`: detectors are fitted on prompts with words of all kinds.
+    """
+
+    def __init__(self, prompts: Prompts) -> None:
+        self.prompts = prompts
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        return EncodedPrompt(self.prompts([prompt])[0][0], None, {"clip": 0})
+
+    def token_ids(self, prompt: str) -> Mapping[str, Sequence[int]]:
+        return {"clip": words.tokens(prompt, any_words=self.prompts.any_words)}
 
 
 class NanoDenoiser:
@@ -17,7 +36,7 @@ class NanoDenoiser:
     Args:
         transformer: Transformer, with or without a mixture attached.
         texts: Prompts, addressed by their index.
-        prompts: Prompt encoder with `short` off, because gates read the mean over all 77 tokens.
+        prompts: Prompt encoder with `short` off, because gates read all 77 tokens.
     """
 
     def __init__(self, transformer: Any, texts: Sequence[str], prompts: Prompts) -> None:

@@ -58,9 +58,11 @@ class Prompts:
         short: Return only the first 12 of the 77 tokens. The others are padding with equal states; inside
             `short_prompts` the model weights the twelfth token for all of them, which gives the same result in half
             the time.
+        any_words: Accept words that the model was not trained on, see `words.tokens`.
     """
 
     short: bool = False
+    any_words: bool = False
     encoder: Any = field(default_factory=text.build)
     _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
 
@@ -74,7 +76,9 @@ class Prompts:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
-            tokens = torch.tensor([words.tokens(prompt) for prompt in part])
+            tokens = torch.tensor([words.tokens(prompt, any_words=self.any_words) for prompt in part])
+            if self.any_words:
+                text.add_tokens(self.encoder, tokens.flatten().tolist())
             encoded = self.encoder(input_ids=tokens).last_hidden_state
             if self.short and not torch.equal(encoded[:, _SHORT - 1], encoded[:, -1]):
                 raise ValueError(f"a prompt of more than {_SHORT - 2} words cannot be shortened")

@@ -7,7 +7,7 @@ Padding is not attended to, so that all tokens after a prompt's last word have e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -37,10 +37,19 @@ def _synonym_of() -> dict[int, str]:
 
 
 def embedding(token: int) -> NDArray[np.float64]:
-    """Return the embedding ``(WIDTH,)`` of one of the `KNOWN` tokens."""
+    """Return the embedding ``(WIDTH,)`` of a token."""
     unique = _random(token, WIDTH)
     shared = _synonym_of().get(token)
     return unique if shared is None else (unique + _random(100_000 + words.IDS[shared], WIDTH)) / 2**0.5
+
+
+def add_tokens(encoder: Any, tokens: Iterable[int]) -> None:
+    """Give tokens outside of `KNOWN`, which have an embedding of zeros, a random one that depends on the token only."""
+    inner: Any = encoder if hasattr(encoder, "embeddings") else encoder.text_model
+    table = inner.embeddings.token_embedding.weight
+    for token in set(tokens) - set(KNOWN):
+        if not table[token].any():
+            table[token] = torch.from_numpy(embedding(token)).to(table)
 
 
 def _normed(x: NDArray[np.float64]) -> NDArray[np.float64]:

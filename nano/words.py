@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from zlib import crc32
 
 from ..core.errors import MergeError
 
@@ -36,6 +37,8 @@ IDS = {
     "sign": 2292, "symbol": 13085, ",": 267, ".": 269,
 }  # fmt: skip
 
+_KNOWN_IDS = frozenset(IDS.values())
+
 # {s}: subject, {k}: style
 WORDINGS = ("a {s} in {k} style", "{k} style {s}", "a {k} picture of a {s}", "{s}, {k}",
             "the {s}, drawn in {k} style", "a simple {s} with a {k} look")  # fmt: skip
@@ -47,13 +50,21 @@ def prompt(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", wording.format(s=subject, k=style))
 
 
-def tokens(text: str) -> list[int]:
+def tokens(text: str, *, any_words: bool = False) -> list[int]:
     """Tokenize a prompt: token ids between start and end tokens, padded to `LENGTH` as by CLIP.
 
+    Args:
+        text: The prompt.
+        any_words: Give words that the model was not trained on a token derived from their letters, and leave out what
+            does not fit. They have no meaning for the model; text gates can be fitted and tried with them.
+
     Raises:
-        MergeError: If a word is not in the vocabulary, or there are too many words.
+        MergeError: A word is not in the vocabulary, or there are too many words.
     """
     words: Sequence[str] = re.findall(r"[^\W_]+|[^\w\s]", text.lower())
+    if any_words:
+        words = words[: LENGTH - 2]
+        return [START, *map(_any_token, words), *([END] * (LENGTH - 1 - len(words)))]
     unknown = [word for word in words if word not in IDS]
     if unknown:
         raise MergeError(
@@ -64,3 +75,13 @@ def tokens(text: str) -> list[int]:
     if len(words) > LENGTH - 2:
         raise MergeError("The prompt is too long.", expected=f"at most {LENGTH - 2} words", found=len(words))
     return [START, *(IDS[word] for word in words), *([END] * (LENGTH - 1 - len(words)))]
+
+
+def _any_token(word: str) -> int:
+    """The word's token, or one of those from 512 on that stand for no known word."""
+    if word in IDS:
+        return IDS[word]
+    token = 512 + crc32(word.encode()) % (START - 512)
+    while token in _KNOWN_IDS:
+        token += 1
+    return token

@@ -25,9 +25,9 @@ from legomole.core.mole.guidance import PromptRows
 from legomole.core.mole.mixture import MixMode, Mixture
 from legomole.core.mole.router import concepts_in, routed_values
 from legomole.core.mole.trained import TrainedGates
-from legomole.core.train import Prompt, TrainSettings, train
+from legomole.core.train import Prompt, TrainSettings, fit_detector, train
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
-from legomole.nano.denoiser import NanoDenoiser
+from legomole.nano.denoiser import NanoDenoiser, NanoPromptEncoder
 from legomole.nano.model import Prompts, short_prompts
 from legomole.nano.sampling import first_half
 from legomole.nano.store import Store
@@ -118,7 +118,11 @@ def trained_gates(loras: LoraSet, settings: GateSettings, training: TrainSetting
     """Train gates on samples of the model, as `legomole train-gates` does."""
     prompts = training_prompts(loras)
     denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
-    mixture = Mixture(loras.adapters, GateSet(len(loras.adapters), settings))
+    detector = None
+    if settings.reads == "text":
+        encoder = NanoPromptEncoder(Prompts(any_words=True))
+        detector = fit_detector([[concept] for concept in loras.concepts], encoder).detector
+    mixture = Mixture(loras.adapters, GateSet(len(loras.adapters), settings, detector=detector))
     with attach(loras.transformer, mixture) as attachment:
         return train(attachment, mixture, denoiser, prompts, [[c] for c in loras.concepts], training).gates
 

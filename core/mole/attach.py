@@ -18,7 +18,7 @@ from .bank import Bank
 from .block_mixing import BlockForward
 from .forwards import GateReaderForward, LayerForward, ModelForward, ReplacedForward
 from .gate_values import GateValues
-from .gates import READS_LAYER_INPUT, GateSet
+from .gates import READS_LAYER_INPUT, READS_TEXT, GateSet
 from .guidance import PromptGateSharing, PromptRows
 from .mixture import Mixture
 from .observers import GateObserver, InputObserver
@@ -32,7 +32,7 @@ def attach(
     mixture: Mixture | Bank,
     *,
     checkpointing: bool = False,
-    prompt_rows: PromptRows | None = None,
+    prompt_rows: PromptRows | PromptGateSharing | None = None,
     texts: TextReader | None = None,
 ) -> Attachment:
     """Attach a mixture to a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
@@ -45,8 +45,8 @@ def attach(
         mixture: The experts and gates, or a `Bank` that was built for this model.
         checkpointing: Recompute blocks in the backward pass instead of keeping their activations (for training).
         prompt_rows: Finds the rows of a batch that belong to the prompt, for models that are called with a negative
-            prompt too: its samples get the gates of the prompt, see `core.mole.guidance`. Default: every sample has
-            its own gates.
+            prompt too: its samples get the gates of the prompt, see `core.mole.guidance`. Or the object that shares
+            them. Default: every sample has its own gates.
         texts: Finds a language model's padding and prompts, see `core.mole.texts`. Default: gates read all positions.
 
     Raises:
@@ -57,8 +57,9 @@ def attach(
         parameter = next(model.parameters(), None)
         if parameter is not None and parameter.device.type != "meta":
             mixture.to(parameter.device)
-    prompt_gates = None if prompt_rows is None else PromptGateSharing(prompt_rows)
-    return Attachment(model, mixture, checkpointing=checkpointing, prompt_gates=prompt_gates, texts=texts)
+    if prompt_rows is not None and not isinstance(prompt_rows, PromptGateSharing):
+        prompt_rows = PromptGateSharing(prompt_rows)
+    return Attachment(model, mixture, checkpointing=checkpointing, prompt_gates=prompt_rows, texts=texts)
 
 
 class Attachment:
@@ -82,13 +83,13 @@ class Attachment:
         self.model, self.bank = uncompiled(model), bank
         self._gate_values = values = GateValues(bank, prompt_gates=prompt_gates, text_reader=texts)
         self._at_detach: list[Callable[[], None]] = []
-        first_layer_decides = NETWORK in values.scopes and values.reads != "text"
+        first_layer_decides = NETWORK in values.scopes and values.reads not in READS_TEXT
         if checkpointing and first_layer_decides and bank.gates.settings.granularity == "network":
             raise MergeError(
                 "One gate for the whole network that reads its first layer cannot be trained with checkpointing.",
                 remedy="switch checkpointing off, or choose gates that read text or a finer granularity",
             )
-        blocks = bank.blocks if values.reads != "text" or bank.mixing == "output" or checkpointing else {}
+        blocks = bank.blocks if values.reads not in READS_TEXT or bank.mixing == "output" or checkpointing else {}
         only_read = {
             scope.gate.layer: scope
             for scope in values.scopes.values()
@@ -116,17 +117,24 @@ class Attachment:
         return {scope.name: scope.layer for scope in self._gate_values.scopes.values()}
 
     @contextmanager
-    def hold(self, values: Tensor | Sequence[float]) -> Generator[None]:
-        """Hold all gates at these values: ``(N,)``, ``(B, N)`` for a batch, or ``(B, T, N)`` for each position."""
+    def hold(self, values: Tensor | Sequence[float], *, named: Tensor | None = None) -> Generator[None]:
+        """Hold all gates at these values inside the block.
+
+        Args:
+            values: ``(N,)``, ``(B, N)`` for a batch, or ``(B, T, N)`` for each position.
+            named: ``(B, N)`` bool, the values that a negative prompt does not take from its prompt.
+        """
         device = next(self.bank.buffers()).device  # copied here once: copies in every pass would block a GPU
         held = torch.as_tensor(values, dtype=torch.float32, device=device)
         if held.shape[-1:] != (self.bank.experts,):
             raise MergeError("Every LoRA needs a gate value.", expected=self.bank.experts, found=tuple(held.shape))
-        before, self._gate_values.held_values = self._gate_values.held_values, held if held.ndim > 1 else held[None]
+        state = self._gate_values
+        before, state.held_values = (state.held_values, state.held_named), held if held.ndim > 1 else held[None]
+        state.held_named = None if named is None else named.to(device)
         try:
             yield
         finally:
-            self._gate_values.held_values = before
+            state.held_values, state.held_named = before
 
     def use(self, gates: GateSet) -> None:
         """Replace the gates, also the bank's, by others for the same experts and settings."""

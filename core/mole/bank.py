@@ -64,7 +64,7 @@ class Bank(nn.Module):
                 found=f"{len(gates.names)} gates such as {name_some([name or '(network)' for name in gates.names], 3)}",
                 remedy="use the gates with the base model they were trained on, in the same host",
             )
-        return GateSet(gates.experts, gates.settings, used).copy()
+        return GateSet(gates.experts, gates.settings, used, gates.detector).copy()
 
     @property
     def blocks(self) -> dict[str, list[str]]:

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
-from .gates import Gate, Reads, at_least_float32, rms_normalised
+from .concepts import at_least_float32
+from .gates import Gate, Reads, rms_normalised
 from .stack import Stack
 from .texts import TextPositions
 
 TEXT_ARGUMENTS = ("encoder_hidden_states", "context")  # models' names for their text conditioning (B, tokens, F)
-
-
-def text_features(text: Tensor) -> Tensor:
-    """``(B, F)``: the mean over tokens of a text conditioning ``(B, tokens, F)``."""
-    return at_least_float32(text).mean(1)
 
 
 def layer_input_features(x: Tensor, reads: Reads, positions: TextPositions, *, image: bool, module: str) -> Tensor:

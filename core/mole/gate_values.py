@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .bank import Bank
-from .gate_inputs import check_size, expert_features, layer_input_features, missing_text, text_features
-from .gates import READS_LAYER_INPUT, Gate, GateSet, Reads
+from .concepts import text_mask
+from .gate_inputs import check_size, expert_features, layer_input_features, missing_text
+from .gates import READS_LAYER_INPUT, READS_TEXT, Gate, GateSet, Reads
 from .guidance import PromptGateSharing
 from .observers import GateObserver, InputObserver
 from .stack import Stack
@@ -59,7 +60,7 @@ class GateValues:
     Attributes:
         reads: What the gates read, see `GateSettings`.
         scopes: Name -> scope.
-        held_values: Values held by the user, see `Attachment.hold`; ``None``: the gates decide.
+        held_values, held_named: Values held by the user, see `Attachment.hold`; ``None``: the gates decide.
         positions: The positions of the texts that gates read in this pass.
         prompt_positions: ``(B, T)`` bool, the positions of the prompts, see `Attachment.prompt`.
         observer: Observer of gate values.
@@ -75,11 +76,13 @@ class GateValues:
         self.use(bank.gates)
         self.prompt_gates, self.text_reader = prompt_gates, text_reader
         self.held_values: Tensor | None = None
+        self.held_named: Tensor | None = None
         self.positions = TextPositions()
         self.prompt_positions: Tensor | None = None
         self.observer: GateObserver | None = None
         self.input_observer: InputObserver | None = None
         self._unit_gates: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._named: Tensor | None = None  # (B, N) bool, the concepts that each sample's own text names
 
     def use(self, gates: GateSet) -> None:
         """Replace the gates."""
@@ -109,8 +112,8 @@ class GateValues:
         self.clear()
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer.begin_pass(kwargs)
-        if self.reads == "text" and self.held_values is None:
-            self._open_text_gates(text)
+        if self.reads in READS_TEXT and self.held_values is None:
+            self._open_text_gates(text, kwargs)
         if self.text_reader is not None and self.gates_need_input:
             self.positions = self.text_reader.begin_pass(args, kwargs)
         if self.prompt_positions is not None and self.positions.prompt_gates is None and self.reads != "token":
@@ -133,7 +136,8 @@ class GateValues:
     def open_gate(self, scope: GateScope, value: Tensor) -> Tensor:
         """Set a gate's value until the pass (or the block) ends; negative prompts get the gates of the prompt."""
         if self.prompt_gates is not None:
-            value = self.prompt_gates(scope.name, value)
+            named = self._named if self.held_values is None else self.held_named
+            value = self.prompt_gates(scope.name, value, named)
         scope.value = value
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer.gate_opened(scope.name, self.positions.mean(value) if value.ndim > 2 else value)
@@ -156,7 +160,7 @@ class GateValues:
         if self.reads in READS_LAYER_INPUT:
             return self.open_from_layer_input(scope, path, x, image=bool(stack.kernel))
         value = self.value_without_input(scope, x)
-        if value is None and self.reads == "text":
+        if value is None and self.reads in READS_TEXT:
             raise missing_text()
         if value is None and scope.gate is not None and scope.gate.features == 0:
             value = scope.gate(x.new_zeros(x.shape[0], 0))  # it only read experts that are switched off
@@ -233,13 +237,17 @@ class GateValues:
         self.held_values, self.positions = snapshot.held_values, snapshot.positions
         self.observer, self.input_observer = observer, input_observer
 
-    def _open_text_gates(self, text: Tensor | None) -> None:
+    def _open_text_gates(self, text: Tensor | None, arguments: Mapping[str, Any]) -> None:
         if not self.gates_need_input and text is None:
             return
         if text is None:
             raise missing_text()
-        f = text_features(text)
-        gates = self.bank.gates
+        gates, sharing = self.bank.gates, self.prompt_gates
+        f = gates.text_features(text, text_mask(arguments, text))
+        self._named = f > 0.5 if self.reads == "text" else None
+        if sharing is not None and gates.trained and (texts := sharing.prompt_texts(arguments)):
+            parts = [gates.values(gates.text_features(*part)) for part in texts]
+            sharing.remember(dict(zip(gates.names, zip(*parts, strict=True), strict=True)))
         if self.input_observer is not None:
             for name in self.scopes:
                 self.input_observer(name, f, None)

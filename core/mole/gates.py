@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..errors import MergeError
+from .concepts import ConceptDetector, at_least_float32
 
 Granularity = Literal["network", "block", "layer", "matrix"]
 Activation = Literal["sigmoid", "softmax", "softmax-null"]
-Reads = Literal["text", "hidden", "experts", "flat", "token"]
+Reads = Literal["text", "text-mean", "hidden", "experts", "flat", "token"]
+READS_TEXT: tuple[Reads, ...] = ("text", "text-mean")  # the text conditioning
 READS_LAYER_INPUT: tuple[Reads, ...] = ("hidden", "token")  # the input of a block or layer
 
 
@@ -33,8 +35,10 @@ class GateSettings(BaseModel):
             or per weight ``matrix``.
         activation: ``softmax`` over the experts with a learnable temperature (the paper's), ``softmax-null`` with an
             additional share for no expert, or one ``sigmoid`` per expert, up to `ceiling`.
-        reads: ``text``: the model's text conditioning, mean over tokens. ``hidden``: the input of the block (or layer),
-            normalised at every position, mean over positions. ``experts``: the experts' own normalised outputs, mean
+        reads: ``text``: which experts' concepts the model's text conditioning names, token by token, see
+            `core.mole.concepts`. ``text-mean``: the mean of the text conditioning over all tokens; such gates close
+            when a prompt gets longer. ``hidden``: the input of the block (or layer), normalised at every position,
+            mean over positions. ``experts``: the experts' own normalised outputs, mean
             over positions (the paper's input, made independent of image size). ``flat``: the same without the mean, all
             positions in a row (as published); works only for the number of positions it was trained with. ``token``:
             the input of the block (or layer) at each position, normalised; every position has its own gate values; for
@@ -137,11 +141,6 @@ class Gate(nn.Module):
         return gate.to(self.weight.device)
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x` in float32, or in its own dtype if that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def rms_normalised(x: Tensor, dim: int = -1) -> Tensor:
     """`x`, features along `dim`, with every position divided by its root mean square; at least float32.
 
@@ -175,13 +174,18 @@ class GateSet(nn.Module):
         experts: Number of experts `N`.
         settings: Settings of all gates.
         gates: Scope (see `core.mole.scopes`) -> gate. Empty for an untrained set.
+        detector: Reads the text conditioning for gates that read ``text``: their features are the experts' presence.
 
     Raises:
-        MergeError: A gate for another number of experts.
+        MergeError: A gate or detector for another number of experts, or gates that read ``text`` without a detector.
     """
 
     def __init__(
-        self, experts: int, settings: GateSettings | None = None, gates: Mapping[str, Gate] | None = None
+        self,
+        experts: int,
+        settings: GateSettings | None = None,
+        gates: Mapping[str, Gate] | None = None,
+        detector: ConceptDetector | None = None,
     ) -> None:
         super().__init__()
         self.experts, self.settings = experts, settings or GateSettings()
@@ -191,6 +195,18 @@ class GateSet(nn.Module):
                 raise MergeError(
                     "A gate was made for another number of LoRAs.", module=name, expected=experts, found=gate.experts
                 )
+        if detector is not None and len(detector.words) != experts:
+            raise MergeError(
+                "The concept detector was made for another number of LoRAs.",
+                expected=experts,
+                found=len(detector.words),
+            )
+        if gates and detector is None and self.settings.reads == "text":
+            raise MergeError(
+                "Gates that read the text need a concept detector.",
+                remedy="train the gates, or fit a detector with core.train.detector",
+            )
+        self.detector = detector
         self._gates = nn.ModuleList((gates or {}).values())
         self._index = {name: i for i, name in enumerate(self.names)}
 
@@ -210,6 +226,18 @@ class GateSet(nn.Module):
         """``(1, N)`` on the device of `like`: the gate values of a scope without a gate."""
         return like.new_full((1, self.experts), self.settings.even(self.experts), dtype=torch.float32)
 
+    def text_features(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """What the gates read of a text conditioning: ``(B, N)`` presence, or ``(B, F)``, the mean over tokens.
+
+        Args:
+            text: ``(B, T, F)``. mask: ``(B, T)`` bool, false for padding; not used by ``text-mean``.
+        """
+        if self.settings.reads == "text-mean":
+            return at_least_float32(text).mean(1)
+        if self.detector is None:  # untrained gates, which read nothing
+            return text.new_zeros(len(text), self.experts, dtype=torch.float32)
+        return self.detector(text, mask)
+
     def values(self, f: Tensor) -> list[Tensor]:
         """The values of all gates for the same features ``(B, F)``, in one product: ``(B, N)`` per name in `names`."""
         gates = [self[name] for name in self.names]
@@ -224,7 +252,8 @@ class GateSet(nn.Module):
 
         Source: arXiv:2404.13628, section 3.3 (flexibility at inference: experts masked without retraining).
         """
-        return GateSet(len(keep), self.settings, {name: self[name].select(keep) for name in self.names})
+        detector = None if self.detector is None else self.detector.select(keep)
+        return GateSet(len(keep), self.settings, {name: self[name].select(keep) for name in self.names}, detector)
 
     def copy(self) -> GateSet:
         """An independent copy with its own parameters."""

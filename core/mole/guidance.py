@@ -1,7 +1,8 @@
 """Classifier-free guidance: the samples of a negative prompt get the gates of the prompt.
 
 Guidance extrapolates from the negative prompt's prediction to the prompt's and beyond. A LoRA that acts on only one of
-the two would be amplified; with the same gates in both, a mixture acts as strongly as a merged LoRA.
+the two would be amplified by the guidance scale; with the same gates in both, a mixture acts as strongly as a merged
+LoRA. The exception is a LoRA whose concept the other prompt names itself: there its own gate counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 # The rows of a batch that belong to the prompt, from keyword arguments of the model's forward and the batch size.
 PromptRows = Callable[[Mapping[str, Any], int], Sequence[int]]
+# Text conditionings (B, T, F) of the prompt, each with its mask (B, T) or None, from the same keyword arguments.
+PromptTexts = Callable[[Mapping[str, Any]], "Sequence[tuple[Tensor, Tensor | None]]"]
 
 
 class PromptPassRequired(Exception):
@@ -22,33 +25,39 @@ class PromptPassRequired(Exception):
 
 
 class PromptGateSharing:
-    """Gives the samples of a negative prompt the gates of the prompt.
+    """Gives the samples of negative, empty and further prompts the gates of the prompt.
 
     Args:
-        rows: Finds the prompt's rows of a batch; the others are the negative prompt's, in the same order. If a prompt
-            has several parts, the negative prompt gets the mean of their gates.
-        separate_passes: Whether the two may come in separate passes. The prompt's gates are then remembered until
-            `begin_step`.
+        rows: Finds the prompt's rows of a batch; the others follow it, in the same order. If a prompt has several
+            parts, the others get the mean of their gates.
+        separate_passes: Whether they may come in separate passes. The prompt's gates are then remembered until the
+            prompt passes again in a later step.
+        texts: Finds the prompt's text, for passes without the prompt; gates that read text then need no pass of it.
 
     Attributes:
-        enabled: If false, every sample keeps its own gates.
-        require_prompt_first: Raise `PromptPassRequired` if a negative prompt comes first; if false it keeps its own
-            gates.
+        require_prompt_first: Raise `PromptPassRequired` if another prompt comes first in a step; if false it gets the
+            prompt's gates of the step before, and in the first step its own.
     """
 
-    def __init__(self, rows: PromptRows, *, separate_passes: bool = False) -> None:
-        self.rows, self.separate_passes = rows, separate_passes
-        self.enabled, self.require_prompt_first = True, False
+    def __init__(self, rows: PromptRows, *, separate_passes: bool = False, texts: PromptTexts | None = None) -> None:
+        self.rows, self.separate_passes, self._texts = rows, separate_passes, texts
+        self.require_prompt_first = False
         self._batch = 0
         self._prompt_rows: tuple[int, ...] = ()
         self._prompt_gates: dict[str, list[Tensor]] = {}  # scope -> gates of the prompt's samples, pass by pass
+        self._earlier: set[str] = set()  # scopes whose remembered gates are of an earlier step
         self._prompt_passed = False
         self._indices: dict[Any, Tensor] = {}
 
     def begin_step(self) -> None:
-        """Forget the prompt's gates: the next sampling step begins."""
-        self._prompt_gates.clear()
+        """The next sampling step begins."""
+        self._earlier = set(self._prompt_gates)
         self._prompt_passed = False
+
+    def forget(self) -> None:
+        """Forget the prompt's gates, because another prompt is going to be sampled."""
+        self._prompt_gates.clear()
+        self.begin_step()
 
     def begin_pass(self, arguments: Mapping[str, Any], batch: int) -> None:
         """Prepare a forward pass of `batch` samples with these keyword arguments.
@@ -62,26 +71,44 @@ class PromptGateSharing:
         elif self._remembers and self.require_prompt_first and not self._prompt_passed:
             raise PromptPassRequired
 
-    def __call__(self, scope: str, value: Tensor) -> Tensor:
-        """Gates ``(B, N)`` of a scope, with the prompt's for negative prompts; ``(1, N)`` is returned as it is."""
-        if not self.enabled or value.shape[0] != self._batch:
+    def prompt_texts(self, arguments: Mapping[str, Any]) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """The prompt's text conditionings, if this pass needs them: it has no sample of the prompt."""
+        return [] if self._texts is None or self._prompt_rows or not self._remembers else self._texts(arguments)
+
+    def remember(self, gates: Mapping[str, Sequence[Tensor]]) -> None:
+        """Use these as the prompt's gates: scope -> ``(B, N)`` of each of its parts."""
+        self._prompt_gates = {scope: list(values) for scope, values in gates.items()}
+
+    def __call__(self, scope: str, value: Tensor, named: Tensor | None = None) -> Tensor:
+        """Gates of a scope, with the prompt's for the other samples.
+
+        Args:
+            scope: The scope.
+            value: ``(B, N)`` gates by each sample's own text; ``(1, N)`` is returned as it is.
+            named: ``(B, N)`` bool, whether a sample's own text names the concept; ``None`` if unknown.
+        """
+        if value.shape[0] != self._batch:
             return value
         source = value
         if self._remembers:
             if self._prompt_rows:
+                if scope in self._earlier:
+                    self._earlier.remove(scope)
+                    del self._prompt_gates[scope]
                 rows = self._index((self._prompt_rows,), value.device)[0]
                 self._prompt_gates.setdefault(scope, []).append(value[rows])
             elif scope in self._prompt_gates:
-                source = torch.cat(self._prompt_gates[scope])
+                source = torch.cat(self._prompt_gates[scope]).to(value)
         if len(self._prompt_rows) == self._batch or (not self._prompt_rows and source is value):
             return value
         index = self._index(_source_rows(self._prompt_rows, self._batch, len(source)), value.device)
-        return source[index].mean(0)
+        shared = source[index].mean(0)
+        return shared if named is None else torch.where(named, value, shared)
 
     @property
     def _remembers(self) -> bool:
         # a compiled model keeps nothing from one pass to the next
-        return self.enabled and self.separate_passes and not torch.compiler.is_compiling()
+        return self.separate_passes and not torch.compiler.is_compiling()
 
     def _index(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():
@@ -99,9 +126,9 @@ def _source_rows(prompt_rows: tuple[int, ...], batch: int, remembered: int) -> t
         prompt_rows: Rows of the prompt in this pass; if there are none, all `remembered` rows of earlier passes are.
     """
     sources = prompt_rows or tuple(range(remembered))
-    negative = [row for row in range(batch) if row not in prompt_rows]
-    size = math.gcd(len(sources), len(negative))  # samples of one part
-    rank = {row: i for i, row in enumerate(negative)}
+    others = [row for row in range(batch) if row not in prompt_rows]
+    size = math.gcd(len(sources), len(others))  # samples of one part
+    rank = {row: i for i, row in enumerate(others)}
     return tuple(
         tuple(sources[part + rank[row] % size] if row in rank else row for row in range(batch))
         for part in range(0, len(sources), size)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
+from .concepts import ConceptDetector
 from .gates import Gate, GateSet, GateSettings, feature_spread
 
 _LOGIT_OFF = -4.0  # of a closed gate: 0.018 of the ceiling
@@ -22,9 +23,14 @@ def concepts_in(prompts: Sequence[str], concepts: Sequence[Sequence[str]]) -> Te
         prompts: `P` prompts.
         concepts: Per expert, the words or phrases that name it; any one of them counts.
     """
-    patterns = [[re.compile(rf"(?<!\w){re.escape(w.strip())}(?!\w)", re.I) for w in words] for words in concepts]
+    patterns = [concept_patterns(words) for words in concepts]
     rows = [[any(pattern.search(prompt) for pattern in words) for words in patterns] for prompt in prompts]
     return torch.tensor(rows, dtype=torch.bool).reshape(len(prompts), len(concepts))
+
+
+def concept_patterns(words: Sequence[str]) -> list[re.Pattern[str]]:
+    """Patterns that find a concept's words or phrases in a prompt: whole words, ignoring case."""
+    return [re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.I) for word in words]
 
 
 def check_concepts(concepts: Sequence[Sequence[str]], experts: int) -> None:
@@ -54,25 +60,56 @@ def routed_values(requested: Tensor, settings: GateSettings) -> Tensor:
     return values / values.sum(1, keepdim=True).clamp_min(1)
 
 
-def route_gates(
-    text: Tensor, requested: Tensor, settings: GateSettings, scopes: Iterable[str], *, ridge: float = 1.0
-) -> GateSet:
-    """Gates that read the text conditioning and act as the router does, from least squares instead of training.
-
-    A ridge regression from the standardised conditioning of some prompts to the logits of the router's gates. So the
-    router also works where only the conditioning of a prompt is available, and for similar wordings.
+def route_gates(detector: ConceptDetector, settings: GateSettings, scopes: Iterable[str]) -> GateSet:
+    """Gates that read ``text`` and act as the router does: they open for the concepts that `detector` finds.
 
     Args:
-        text: ``(P, F)``, the pooled conditioning of prompts of every kind.
-        requested: ``(P, N)`` bool, the concepts that each prompt names, see `concepts_in`.
-        settings: Must read text. scopes: The gates to make; all are alike.
-        ridge: Penalty on the weights, per feature of unit variance.
+        detector: Of the experts' concepts.
+        settings: Must read ``text``. scopes: The gates to make; all are alike.
 
     Raises:
-        MergeError: Gates that do not read text, or an expert that every prompt asks for, or none.
+        MergeError: Gates that read something else.
     """
     if settings.reads != "text":
         raise MergeError("The router is for gates that read the text.", expected="reads=text", found=settings.reads)
+    n = len(detector.words)
+    closed, opened, null = {
+        "sigmoid": (_LOGIT_OFF, -math.log(settings.ceiling - 1), 0.0),
+        "softmax": (_LOGIT_OFF, 0.0, 0.0),
+        "softmax-null": (2 * _LOGIT_OFF, 0.0, _LOGIT_OFF),
+    }[settings.activation]
+    gates: dict[str, Gate] = {}
+    for scope in scopes:
+        gate = Gate(n, n, settings, owner=torch.arange(n))
+        with torch.no_grad():
+            gate.weight[:n].copy_((opened - closed) * torch.eye(n))
+            gate.bias.fill_(null)
+            gate.bias[:n].fill_(closed)
+        gates[scope] = gate
+    return GateSet(n, settings, gates, detector)
+
+
+def route_mean_gates(
+    text: Tensor, requested: Tensor, settings: GateSettings, scopes: Iterable[str], *, ridge: float = 1.0
+) -> GateSet:
+    """Gates that read ``text-mean`` and act as the router does on prompts like these, from least squares.
+
+    A ridge regression from the standardised conditioning of some prompts to the logits of the router's gates. Gates
+    that read ``text`` are better: these close when a prompt gets longer.
+
+    Args:
+        text: ``(P, F)``, the mean conditioning of prompts of every kind.
+        requested: ``(P, N)`` bool, the concepts that each prompt names, see `concepts_in`.
+        settings: Must read ``text-mean``. scopes: The gates to make; all are alike.
+        ridge: Penalty on the weights, per feature of unit variance.
+
+    Raises:
+        MergeError: Gates that read something else, or an expert that every prompt asks for, or none.
+    """
+    if settings.reads != "text-mean":
+        raise MergeError(
+            "These gates do not read the mean of the text.", expected="reads=text-mean", found=settings.reads
+        )
     for i in range(requested.shape[1]):
         if requested[:, i].all() or not requested[:, i].any():
             raise MergeError(

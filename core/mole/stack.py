@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..errors import MergeError
 from ..layers.keymap import Spans
 from ..lowrank import LowRank
-from .gates import at_least_float32
+from .concepts import at_least_float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,10 +18,13 @@ from ..digest import identity
 from ..errors import FormatError, MergeError
 from ..formats.files import read_tensors, write_tensors
 from ..json_text import from_json
+from .concepts import ConceptDetector
 from .gates import Gate, GateSet, GateSettings
 
-_KIND = "legomole.gates.1"
+_KIND = "legomole.gates.2"
+_FIRST_KIND = "legomole.gates.1"  # its gates that read ``text`` read the mean over tokens
 _NETWORK = "(network)"  # a tensor's name needs something before the slash
+_DETECTOR = "(detector)"
 
 
 class Expert(BaseModel):
@@ -100,6 +103,16 @@ class TrainedGates(_TrainedGatesFields):
             order.append(matches[0])
         return self.gates.select(order)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for users about the limits of these gates."""
+        if self.gates.settings.reads != "text-mean":
+            return ()
+        return (
+            "these gates read the mean of the text over all tokens and close when a prompt gets longer; "
+            "gates that are trained again read it token by token",
+        )
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, atomically. Tensors are named ``<scope>/weight``, ``/bias`` ...
 
@@ -115,8 +128,12 @@ class TrainedGates(_TrainedGatesFields):
         for scope in self.gates.names:
             for name, tensor in self.gates[scope].state_dict().items():
                 tensors[f"{scope or _NETWORK}/{name}"] = tensor
+        detector = self.gates.detector
+        if detector is not None:
+            tensors |= {f"{_DETECTOR}/{name}": tensor for name, tensor in detector.state_dict().items()}
         header = {
             "kind": _KIND,
+            "words": json.dumps(None if detector is None else detector.words),
             "scopes": json.dumps({name: self.gates[name].layer for name in self.gates.names}),
             "experts": json.dumps([expert.model_dump() for expert in self.experts]),
             "settings": self.gates.settings.model_dump_json(),
@@ -141,23 +158,28 @@ class TrainedGates(_TrainedGatesFields):
         Raises:
             FormatError: See `load`.
         """
-        if header.get("kind") != _KIND:
+        kind = header.get("kind")
+        if kind not in (_KIND, _FIRST_KIND):
             raise FormatError(
                 "This file holds no gates.",
                 file=path,
                 expected=f"metadata kind {_KIND}",
-                found=header.get("kind", "none"),
+                found=kind or "none",
                 remedy="choose a file that Save Gates or `legomole train-gates` wrote",
             )
         try:
             settings = GateSettings.model_validate_json(header["settings"])
+            if kind == _FIRST_KIND and settings.reads == "text":
+                settings = settings.model_copy(update={"reads": "text-mean"})
             experts = tuple(Expert.model_validate(entry) for entry in from_json(header["experts"]))
             scopes = {str(scope): str(layer) for scope, layer in dict(from_json(header["scopes"])).items()}
             gates = {
                 scope: _gate(tensors, scope, layer, len(experts), settings, path) for scope, layer in scopes.items()
             }
             training = dict(from_json(header["training"]))
-            return cls(GateSet(len(experts), settings, gates), experts, header.get("base", ""), training)
+            detector = _detector(tensors, header.get("words", "null"), path)
+            gate_set = GateSet(len(experts), settings, gates, detector)
+            return cls(gate_set, experts, header.get("base", ""), training)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             if isinstance(error, FormatError):
                 raise
@@ -167,6 +189,16 @@ class TrainedGates(_TrainedGatesFields):
                 found=f"{type(error).__name__}: {error}",
                 remedy="the file is damaged: train and save the gates again",
             ) from error
+
+
+def _detector(tensors: Mapping[str, Tensor], words: str, path: object) -> ConceptDetector | None:
+    names: list[list[str]] | None = from_json(words)
+    if names is None:
+        return None
+    weight, bias = (tensors[f"{_DETECTOR}/{name}"] for name in ("weight", "bias"))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_finite(tensor, f"{_DETECTOR}/{name}", str(path))
+    return ConceptDetector(weight.clone(), bias.clone(), [[str(word) for word in row] for row in names])
 
 
 def _gate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .denoiser import Denoiser
+from .detector import EncodedPrompt, FittedDetector, PromptEncoder, fit_detector
 from .diffusion import train
 from .examples import Images
 from .fit import Devices
@@ -13,6 +14,7 @@ from .texts import Text, train_on_texts
 from .training import TrainingResult
 
 __all__ = [
-    "Clip", "Denoiser", "Devices", "FitSettings", "Images", "Prompt", "Text", "TrainSettings", "TrainingResult",
-    "prompts_for", "train", "train_on_texts",
+    "Clip", "Denoiser", "Devices", "EncodedPrompt", "FitSettings", "FittedDetector", "Images", "Prompt",
+    "PromptEncoder", "Text", "TrainSettings", "TrainingResult", "fit_detector", "prompts_for", "train",
+    "train_on_texts",
 ]  # fmt: skip

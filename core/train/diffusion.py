@@ -14,7 +14,7 @@ from ..errors import MergeError
 from ..mole.attach import Attachment
 from ..mole.gates import GateSet
 from ..mole.mixture import Mixture
-from ..mole.router import check_concepts, concepts_in, route_gates
+from ..mole.router import check_concepts, concepts_in, route_gates, route_mean_gates
 from ..progress import Progress
 from .denoiser import Denoiser
 from .examples import Examples, Images, make_examples
@@ -46,7 +46,8 @@ def train(
     """Train gates for a mixture. The base model and the LoRAs are not changed.
 
     Args:
-        attachment: The mixture on the model. mixture: The same mixture.
+        attachment: The mixture on the model. mixture: The same mixture. Gates that read ``text`` need its concept
+            detector, see `fit_detector`.
         denoiser: Runs the model; its prompts are `prompts`, in order.
         prompts: See `prompts_for`.
         concepts: Per expert, the words that name it.
@@ -82,8 +83,12 @@ def train(
         return run.result(gates, FitRecord())
     run.check_folder(key)  # before any image is sampled
     examples = _load_or_make_examples(run, denoiser, prompts, settings, images, key)
-    standardise_features(attachment, lambda: _predict_some(denoiser, examples, settings.batch))
-    if settings.objective == "distil" and mixture.gates.settings.reads == "text":
+    reads = mixture.gates.settings.reads
+    if reads == "text":
+        attachment.use(_router_gates(attachment, denoiser, prompts, concepts, settings, progress))
+    else:
+        standardise_features(attachment, lambda: _predict_some(denoiser, examples, settings.batch))
+    if reads == "text-mean" and settings.objective == "distil":
         # starting from even gates, training finds the few directions in which prompts differ late or never
         routed = _router_gates(attachment, denoiser, prompts, concepts, settings, progress)
         attachment.use(scale_features(routed))
@@ -104,6 +109,11 @@ def _check(
 ) -> None:
     check_concepts(concepts, len(mixture.experts))
     check_trainable(mixture)
+    if mixture.gates.settings.reads == "text" and mixture.gates.detector is None:
+        raise MergeError(
+            "Gates that read the text need a concept detector.",
+            remedy="fit one with core.train.fit_detector and build the mixture with GateSet(.., detector=..)",
+        )
     if settings.objective == "denoise" and images is None:
         raise MergeError(
             "The denoising objective needs images.",
@@ -150,7 +160,15 @@ def _router_gates(
     settings: TrainSettings,
     progress: Progress | None,
 ) -> GateSet:
-    """Pass every prompt through the model once to get its text conditioning, then fit gates by least squares."""
+    """Gates that act as the prompt router does.
+
+    For gates that read ``text-mean``, pass every prompt through the model once to get its text conditioning.
+    """
+    bank = attachment.bank
+    if bank.gates.settings.reads == "text":
+        assert bank.gates.detector is not None  # see _check
+        names = dict.fromkeys(scope.name for scope in bank.scopes.values())
+        return route_gates(bank.gates.detector, bank.gates.settings, names).to(next(bank.buffers()).device)
     texts: list[Tensor] = []
     scopes = list(dict.fromkeys(scope.name for scope in attachment.bank.scopes.values()))
 
@@ -168,4 +186,4 @@ def _router_gates(
         if progress is not None:
             progress(i + 1, len(prompts), "reading the prompts")
     requested = concepts_in([prompt.text for prompt in prompts], concepts)
-    return route_gates(torch.cat(texts), requested, attachment.bank.gates.settings, scopes)
+    return route_mean_gates(torch.cat(texts), requested, attachment.bank.gates.settings, scopes)

@@ -61,7 +61,8 @@ def standardise_features(attachment: Attachment, run: Callable[[], None]) -> Gat
         of_scope.add(f)
 
     bank = attachment.bank
-    attachment.use(GateSet(bank.experts, bank.gates.settings))
+    detector = bank.gates.detector
+    attachment.use(GateSet(bank.experts, bank.gates.settings, detector=detector))
     with torch.no_grad(), attachment.watch_inputs(add):
         run()
     if not moments:
@@ -82,7 +83,7 @@ def standardise_features(attachment: Attachment, run: Callable[[], None]) -> Gat
             owner=of_scope.owner,
             layer=attachment.layers_read.get(scope, ""),
         )
-    scaled = scale_features(GateSet(bank.experts, bank.gates.settings, gates)).to(device)
+    scaled = scale_features(GateSet(bank.experts, bank.gates.settings, gates, detector)).to(device)
     attachment.use(scaled)
     return scaled
 

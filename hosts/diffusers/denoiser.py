@@ -7,13 +7,14 @@ and in their noise schedule, see `schedule.noise_schedule`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.errors import MergeError
+from ...core.train.detector import EncodedPrompt
 from .schedule import noise_schedule
 
 
@@ -60,6 +61,10 @@ class _PipelineFamily:
     def negative(self) -> dict[str, Tensor]:
         """The conditioning of the empty negative prompt."""
         return self.encode("")
+
+    def tokenizers(self) -> dict[str, int]:
+        """Name of each tokenizer of the pipeline whose tokens are in the text conditioning -> its first position."""
+        return {"tokenizer": 0}
 
     def arguments(self, rows: dict[str, Tensor], t: Tensor) -> dict[str, Any]:
         """Arguments of the model besides the latents.
@@ -118,6 +123,9 @@ class _StableDiffusion3(_PipelineFamily):
         text, _, pooled, _ = self.pipe.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
 
+    def tokenizers(self) -> dict[str, int]:
+        return {"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": self.pipe.tokenizer_max_length}
+
     def arguments(self, rows: dict[str, Tensor], t: Tensor) -> dict[str, Any]:
         return {"timestep": t, "encoder_hidden_states": rows["text"], "pooled_projections": rows["pooled"]}
 
@@ -134,6 +142,9 @@ class _Flux(_PipelineFamily):
     def encode(self, prompt: str) -> dict[str, Tensor]:
         text, pooled, _ = self.pipe.encode_prompt(prompt)
         return {"text": text, "pooled": pooled}
+
+    def tokenizers(self) -> dict[str, int]:
+        return {"tokenizer_2": 0}
 
     def arguments(self, rows: dict[str, Tensor], t: Tensor) -> dict[str, Any]:
         text = rows["text"]
@@ -160,6 +171,41 @@ _FAMILIES: dict[str, type[_PipelineFamily]] = {
     "StableDiffusion3Pipeline": _StableDiffusion3,
     "FluxPipeline": _Flux,
 }
+
+
+def _family_of(pipe: Any, size: tuple[int, int] | None, guidance: float) -> _PipelineFamily:
+    families = [_FAMILIES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in _FAMILIES]
+    if not families:
+        raise MergeError(
+            "Gates cannot be trained on this pipeline; mixing works on any.",
+            expected=", ".join(_FAMILIES),
+            found=type(pipe).__name__,
+            remedy="load the model's text-to-image pipeline if it is one of these; else train in ComfyUI",
+        )
+    family = families[0](pipe, *(size or _default_size(pipe, families[0].component)), guidance)
+    if family.component == "unet" and pipe.unet.config.time_cond_proj_dim is not None:
+        family.guided = False
+    return family
+
+
+class PipelinePromptEncoder:
+    """Implements `core.train.PromptEncoder`: encodes prompts as `PipelineDenoiser` does.
+
+    Args:
+        pipe: A pipeline of one of the supported classes.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.family = pipe, _family_of(pipe, None, 1.0)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> EncodedPrompt:
+        offsets = {name: first for name, first in self.family.tokenizers().items() if getattr(self.pipe, name, None)}
+        return EncodedPrompt(self.family.encode(prompt)["text"][0].float().cpu(), None, offsets)
+
+    def token_ids(self, prompt: str) -> Mapping[str, Sequence[int]]:
+        names = [name for name in self.family.tokenizers() if getattr(self.pipe, name, None)]
+        return {name: getattr(self.pipe, name)(prompt, truncation=True)["input_ids"] for name in names}
 
 
 class PipelineDenoiser:
@@ -189,19 +235,9 @@ class PipelineDenoiser:
         guidance: float | None = None,
         steps: int = 12,
     ) -> None:
-        families = [_FAMILIES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in _FAMILIES]
-        if not families:
-            raise MergeError(
-                "Gates cannot be trained on this pipeline; mixing works on any.",
-                expected=", ".join(_FAMILIES),
-                found=type(pipe).__name__,
-                remedy="load the model's text-to-image pipeline if it is one of these; else train in ComfyUI",
-            )
         if guidance is None:
             guidance = float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
-        self.family = families[0](pipe, *(size or _default_size(pipe, families[0].component)), guidance)
-        if families[0].component == "unet" and pipe.unet.config.time_cond_proj_dim is not None:
-            self.family.guided = False
+        self.family = _family_of(pipe, size, guidance)
         tokens = self.family.height * self.family.width // self.family.patch**2
         self.pipe, self.model, self.steps = pipe, self.family.model, steps
         self.device = self.family.device

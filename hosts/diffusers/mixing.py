@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from ...core.adapter import Adapter, is_text_encoder
 from ...core.errors import MergeError
 from ...core.layers.keymap import apply_key_map
 from ...core.mole.attach import Attachment, attach
-from ...core.mole.gates import GateSet
-from ...core.mole.guidance import PromptRows
+from ...core.mole.gates import READS_TEXT, GateSet
+from ...core.mole.guidance import PromptGateSharing, PromptRows
 from ...core.mole.mixture import Mixture
+from ...core.mole.prompt_check import prompt_warnings
 from ...core.mole.router import check_concepts, concepts_in, routed_values
 from ...core.mole.trained import TrainedGates
 from ..base_model import base_model_name, other_base_model
+from .encoded_prompts import GuidanceRows, watch_prompts
 from .layer_names import key_map
 
 
@@ -76,16 +77,15 @@ def experts(pipe: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
 
 def load_gates(pipe: Any, path: str | Path, adapters: Sequence[Adapter]) -> GateSet:
     """Load trained gates for adapters on a pipeline, see `hosts.api.load_gates`."""
-    return TrainedGates.load(path).of(adapters, base_model_name(denoising_model(pipe)))
+    trained = TrainedGates.load(path)
+    for note in trained.notes:
+        warnings.warn(f"{path}: {note}", stacklevel=3)
+    return trained.of(adapters, base_model_name(denoising_model(pipe)))
 
 
 def prompt_rows(pipe: Any) -> PromptRows:
-    """Select the rows of a batch that belong to the prompt, not to the negative prompt; for `attach` and `Record`."""
-
-    def rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
-        return range(batch // 2 if getattr(pipe, "do_classifier_free_guidance", False) else 0, batch)
-
-    return rows
+    """Select the rows of a batch that belong to the prompt, not to the negative prompt; for `Record`."""
+    return GuidanceRows(pipe)
 
 
 def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attachment:
@@ -96,8 +96,8 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
         with mixed(pipe, mixture):
             pipe("a heart in ember style")
 
-    Negative prompts take the gates of the prompt (see `core.mole.guidance`), unless the pipeline runs them in a forward
-    pass of their own (``true_cfg_scale``): then their gates follow their own text.
+    Negative prompts take the gates of the prompt (see `core.mole.guidance`). A warning tells where a prompt has the
+    words of an adapter whose gates stay shut, or none of the words of one whose gates open.
 
     Args:
         pipe: The pipeline.
@@ -107,7 +107,23 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
     Raises:
         MergeError: See `attach`.
     """
-    return attach(denoising_model(pipe), mixture, checkpointing=checkpointing, prompt_rows=prompt_rows(pipe))
+    model = denoising_model(pipe)
+    rows = GuidanceRows(pipe)
+    sharing = PromptGateSharing(rows)
+    attachment = attach(model, mixture, checkpointing=checkpointing, prompt_rows=sharing)
+    attachment.at_detach(rows.watch(model, sharing))
+    gates = mixture.gates
+    if gates.trained and gates.settings.reads in READS_TEXT:
+
+        def check(texts: Sequence[str], embeddings: Tensor, negative: bool) -> None:
+            if not negative:
+                rows = dict(zip(texts, embeddings, strict=True))  # a text has as many rows as images
+                for text, row in rows.items():
+                    for warning in prompt_warnings(text, row, attachment.bank.gates, mixture.labels):
+                        warnings.warn(warning, stacklevel=4)
+
+        attachment.at_detach(watch_prompts(pipe, check))
+    return attachment
 
 
 @contextmanager
@@ -135,43 +151,26 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
             "The prompt router does not work on a model that was compiled as a whole.",
             remedy="compile its blocks only (model.compile_repeated_blocks()), or train gates",
         )
-    router = _PromptRouter(pipe, mixture, concepts)
-    pipe.encode_prompt, before = router.encode_prompt, pipe.__dict__.get("encode_prompt")
+    router = _PromptRouter(mixture, concepts)
+    stop = watch_prompts(pipe, router.record)
     try:
         with mixed(pipe, mixture) as attachment, router.hold_gates(model, attachment):
             yield attachment
     finally:
-        if before is None:
-            del pipe.encode_prompt
-        else:
-            pipe.encode_prompt = before
+        stop()
 
 
 class _PromptRouter:
-    """Records the conditioning that `encode_prompt` returns, and recognises its rows when the model is called."""
+    """Records the conditioning of encoded prompts, and recognises its rows when the model is called."""
 
-    def __init__(self, pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:
+    def __init__(self, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:
         self.concepts, self.settings = concepts, mixture.gates.settings
-        self.original: Callable[..., Any] = pipe.encode_prompt
-        self.signature = inspect.signature(self.original)
         # conditioning (P, T, F) and gates (P, N) of the latest prompts; one call of the pipeline needs at most two
         self.encoded: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)
 
-    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
-        result = self.original(*args, **kwargs)
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        prefixes = ["", "negative_"] if "negative_prompt" in bound.arguments else [""]
-        # some pipelines return masks or pooled states between the prompt's embeddings and the negative prompt's
-        sequences = [value for value in result if isinstance(value, Tensor) and value.ndim == 3]
-        for prefix, embeddings in zip(prefixes, sequences, strict=False):
-            parts = [bound.arguments.get(f"{prefix}prompt{n}") for n in ("", "_2", "_3", "_4")]
-            if prefix and bound.arguments.get("negative_prompt_embeds") is None:
-                parts[0] = parts[0] or ""
-            if parts[0] is not None:
-                wanted = concepts_in(_row_texts(parts, len(embeddings)), self.concepts)
-                self.encoded.append((embeddings.detach(), routed_values(wanted, self.settings)))
-        return result
+    def record(self, texts: Sequence[str], embeddings: Tensor, negative: bool) -> None:
+        """Implements `PromptObserver`."""
+        self.encoded.append((embeddings, routed_values(concepts_in(texts, self.concepts), self.settings)))
 
     @contextmanager
     def hold_gates(self, model: nn.Module, attachment: Attachment) -> Generator[None]:
@@ -180,7 +179,9 @@ class _PromptRouter:
 
             def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 hold.close()
-                hold.enter_context(attachment.hold(self.gates_for(kwargs.get("encoder_hidden_states"))))
+                gates = self.gates_for(kwargs.get("encoder_hidden_states"))
+                named = gates > 0 if self.settings.activation == "sigmoid" else None
+                hold.enter_context(attachment.hold(gates, named=named))
 
             handle = model.register_forward_pre_hook(before, with_kwargs=True)
             try:
@@ -215,16 +216,3 @@ class _PromptRouter:
                 remedy="let the pipeline encode the prompts, or call its encode_prompt inside the with block",
             )
         return torch.stack(gates)
-
-
-def _row_texts(parts: Sequence[str | Sequence[str] | None], rows: int) -> list[str]:
-    """The text behind each row of conditioning: the prompts of all encoders, joined; consecutive rows share a prompt.
-
-    Args:
-        parts: Per text encoder a prompt, a list of prompts, or ``None``.
-        rows: Number of rows, a multiple of the number of prompts.
-    """
-    lists = [[part] if isinstance(part, str) else list(part) for part in parts if part is not None]
-    count = max(map(len, lists))
-    prompts = ["\n".join(texts[i % len(texts)] or "" for texts in lists) for i in range(count)]
-    return [prompts[row * count // rows] for row in range(rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from transformers.utils import logging as transformers_logging
 
 from ...core.errors import MergeError
 from ...core.mole.attach import Attachment, attach
+from ...core.mole.gates import GateSet
 from ...core.mole.mixture import Mixture
 from ...core.mole.record import Record
 from ...core.mole.router import check_concepts, concepts_in
 from ...core.progress import Progress
-from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, prompts_for, train
+from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, fit_detector, prompts_for, train
 from ...core.train.frozen import frozen
 from ..base_model import base_model_name, weights_digest
 from ..loading import format_errors
 from .clip import PipelineClip
-from .denoiser import PipelineDenoiser
+from .denoiser import PipelineDenoiser, PipelinePromptEncoder
 from .mixing import denoising_model
 
 
@@ -39,12 +40,14 @@ class PipelineTraining(TrainingResult):
         scopes: The parts of the model that have a gate.
         values: ``(prompts, scopes, N)`` float32, gate values per prompt at the first sampling step.
         left_out: Parts of the adapters that are not mixed, each with the reason.
+        notes: Sentences on concepts that the text encoders hardly tell from other words.
     """
 
     prompts: tuple[Prompt, ...]
     scopes: tuple[str, ...]
     values: Tensor
     left_out: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
@@ -122,6 +125,11 @@ def train_gates(
     _check_captions(captions, mixture, concepts)
     prompts = list(dict.fromkeys([*prompts, *captions]))
     model = denoising_model(pipe)
+    notes: tuple[str, ...] = ()
+    if mixture.gates.settings.reads == "text" and mixture.gates.detector is None:
+        texts = [prompt.text for prompt in prompts]
+        detector, notes = fit_detector(concepts, PipelinePromptEncoder(pipe), texts, progress=progress)
+        mixture = replace(mixture, gates=GateSet(len(mixture.experts), mixture.gates.settings, detector=detector))
     with (
         frozen([*pipe.components.values(), *(clip or ())]),
         attach(model, mixture, checkpointing=checkpointing) as attachment,
@@ -149,7 +157,7 @@ def train_gates(
             keep=keep,
         )
         scopes, values = _gate_values(attachment, denoiser, len(prompts), settings)
-    return PipelineTraining(result.gates, result.fit, tuple(prompts), scopes, values, attachment.left_out)
+    return PipelineTraining(result.gates, result.fit, tuple(prompts), scopes, values, attachment.left_out, notes)
 
 
 def _captions(images: Sequence[tuple[Any, str]], concepts: Sequence[Sequence[str]]) -> list[Prompt]:

@@ -12,7 +12,7 @@ from ...core.adapter import Adapter
 from ...core.errors import MergeError, name_some
 from ...core.layers.keymap import MappedRows, apply_key_map
 from ...core.mole.attach import Attachment, attach
-from ...core.mole.gates import GateSet
+from ...core.mole.gates import READS_TEXT, GateSet
 from ...core.mole.mixture import Mixture
 from ...core.mole.scopes import uncompiled
 from ...core.mole.trained import TrainedGates
@@ -116,10 +116,10 @@ def check_gate_inputs(mixture: Mixture, *, trains: bool = False) -> None:
         trains: Whether the gates are going to be trained; then untrained ones are checked too.
     """
     reads = mixture.gates.settings.reads
-    if (trains or mixture.gates.trained) and reads in ("text", "flat"):
+    if (trains or mixture.gates.trained) and reads in (*READS_TEXT, "flat"):
         raise MergeError(
             "A language model has no text conditioning beside its own text."
-            if reads == "text"
+            if reads in READS_TEXT
             else "Gates that read every position separately (flat) need texts of one length.",
             expected="gates that read hidden, experts or token",
             found=f"reads={reads}",

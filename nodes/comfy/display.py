@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -53,10 +54,19 @@ def show_text(text: str) -> ui.PreviewText:
     return ui.PreviewText(text)
 
 
-def _send_text(text: str) -> None:
+def text_writer() -> Callable[[str], None]:
+    """Return a function that writes a text on the node that is running now, also after it has finished."""
     context = get_executing_context()
-    if context is not None:
-        PromptServer.instance.send_progress_text(text, context.node_id)
+
+    def write(text: str) -> None:
+        if context is not None:
+            PromptServer.instance.send_progress_text(text, context.node_id)
+
+    return write
+
+
+def _send_text(text: str) -> None:
+    text_writer()(text)
 
 
 def to_image(picture: Any) -> Tensor:

@@ -21,14 +21,14 @@ from ...core.merge.engine import merge
 from ...core.merge.methods import METHODS, MergeMethod
 from ...core.mole.attach import Attachment
 from ...core.mole.bank import Bank
-from ...core.mole.gates import GateSet, GateSettings
+from ...core.mole.gates import READS_TEXT, GateSet, GateSettings
 from ...core.mole.guidance import PromptGateSharing, PromptPassRequired
 from ...core.mole.mixture import MixMode, Mixture
 from ...core.mole.record import Record
 from ...core.mole.trained import TrainedGates
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
-from . import lora_loader
+from . import guiders, lora_loader
 from .live_gates import gate_sender
 
 _MODEL_PREFIX = "diffusion_model."
@@ -43,10 +43,11 @@ class ComfyMixture:
         mixture: The experts that are switched on, with their gates.
         bank: The factors and gates that run.
         record: The gate values of the last sampling run.
-        prompt_gates: Lets the samples of the negative prompt use the gates of the prompt.
+        prompt_gates: Lets the samples of other prompts use the gates of the positive prompt.
         text_encoder_weights: Strengths of the experts in the text encoders.
         loaded: The LoRAs of the mixture.
         base: The kind of model, e.g. ``Flux``.
+        routed: Whether the gates open for words, without training.
     """
 
     mixture: Mixture
@@ -56,16 +57,20 @@ class ComfyMixture:
     text_encoder_weights: tuple[float, ...]
     loaded: LoadedLoras
     base: str
+    routed: bool = False
 
     def report(self) -> str:
         """Describe the mixture to the user."""
         m, gates = self.mixture, self.mixture.gates
         s = gates.settings
         kind = f"{len(gates.names)} trained gates ({s.activation}, read {s.reads})" if gates.trained else "even gates"
+        kind = "gates that follow the prompt's words" if self.routed else kind
+        words = [()] * len(m.experts) if gates.detector is None else gates.detector.words
         count = f"{len(m.experts)} LoRA{'s' * (len(m.experts) != 1)}"
         lines = [f"mix of {count} in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
         for i, (label, strength) in enumerate(zip(m.labels, m.strengths, strict=True)):
-            remark = ": adds nothing" if strength * m.scale == 0 else ""
+            called = f", for {' or '.join(words[i])}" if words[i] else ", always on" if self.routed else ""
+            remark = ": adds nothing" if strength * m.scale == 0 else called
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
         if len(m.experts) == 1 and s.activation == "softmax":
             lines.append("  note: a softmax over one LoRA is always 1")
@@ -145,8 +150,8 @@ def build_mixture(
     return ComfyMixture(
         mixture,
         bank,
-        _PromptRecord(_prompt_rows),
-        PromptGateSharing(_prompt_rows, separate_passes=True),
+        _PromptRecord(guiders.prompt_rows),
+        PromptGateSharing(guiders.prompt_rows, separate_passes=True, texts=guiders.prompt_texts),
         tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
         loaded,
         base,
@@ -165,46 +170,46 @@ def apply_to_model(mix: ComfyMixture, model: Any) -> Any:
     bank = ModelPatcher(mix.bank, load_device=model.load_device, offload_device=model.offload_device)
     patched.set_additional_models(key, [bank])
     patched.set_injections(key, [_injection(mix)])
-    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: mix.record.passes.clear())
+    patched.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda _: _begin_run(mix))
     send_gates = gate_sender(mix.record, tuple(mix.mixture.labels))
-    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_calculate, mix.prompt_gates, send_gates))
+    patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, partial(guiders.predict_noise, mix.prompt_gates))
+    patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_calculate, mix, send_gates))
     patched.set_attachments(_ATTACHMENT_KEY, (*(model.get_attachment(_ATTACHMENT_KEY) or ()), mix))
     return patched
 
 
+def _begin_run(mix: ComfyMixture) -> None:
+    mix.record.passes.clear()
+    mix.prompt_gates.forget()
+
+
 def _calculate(
-    prompt_gates: PromptGateSharing,
-    send_gates: Callable[[], None],
-    calculate: Any,
-    model: Any,
-    conds: Sequence[Any],
-    *rest: Any,
+    mix: ComfyMixture, send_gates: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
 ) -> Any:
-    predictions = _predict_prompt_first(prompt_gates, calculate, model, conds, *rest)
+    predictions = _predict_prompt_first(mix, calculate, model, conds, *rest)
     send_gates()
     return predictions
 
 
-def _predict_prompt_first(
-    prompt_gates: PromptGateSharing, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
-) -> Any:
-    """Predict for prompt and negative prompt so that the latter can use the gates of the former.
+def _predict_prompt_first(mix: ComfyMixture, calculate: Any, model: Any, conds: Sequence[Any], *rest: Any) -> Any:
+    """Predict for all conds so that the others can use the gates of the positive prompt.
 
-    ComfyUI's own guidance passes two conds, the prompt's first. For other guidance each sample has its own gates.
+    Gates that read text get the positive prompt from the guider; others must see a pass of it first.
     """
-    prompt_gates.enabled = len(conds) == 2
-    if not prompt_gates.enabled:
-        return calculate(model, conds, *rest)
-    if conds[0] is not None:
-        prompt_gates.begin_step()
-    prompt_gates.require_prompt_first = None not in conds
+    positive = [i for i, cond in enumerate(conds) if guiders.is_positive(cond)]
+    if not positive and len(conds) > 1 and guiders.is_positive(conds[0]) is None:
+        positive = [0] if conds[0] is not None else []
+        mix.prompt_gates.begin_step()
+    others = [i for i, cond in enumerate(conds) if cond is not None and i not in positive]
+    first = bool(positive and others) and mix.bank.gates.settings.reads not in READS_TEXT
+    mix.prompt_gates.require_prompt_first = first
     try:
         return calculate(model, conds, *rest)
-    except PromptPassRequired:  # with too little memory for one batch ComfyUI runs the negative prompt first
-        prompt_gates.require_prompt_first = False
-        prompt = calculate(model, [conds[0], None], *rest)
-        negative = calculate(model, [None, conds[1]], *rest)
-        return [prompt[0], negative[1]]
+    except PromptPassRequired:  # with too little memory for one batch ComfyUI runs the last cond first
+        mix.prompt_gates.require_prompt_first = False
+        of_prompt = calculate(model, [cond if i in positive else None for i, cond in enumerate(conds)], *rest)
+        of_others = calculate(model, [None if i in positive else cond for i, cond in enumerate(conds)], *rest)
+        return [(of_prompt if i in positive else of_others)[i] for i in range(len(conds))]
 
 
 def _injection(mix: ComfyMixture) -> PatcherInjection:
@@ -261,16 +266,4 @@ class _PromptRecord(Record):
     """A record that keeps of a pass's arguments only which samples are the prompt's: others would keep the model."""
 
     def begin_pass(self, arguments: Mapping[str, Any]) -> None:
-        super().begin_pass({"transformer_options": {"cond_or_uncond": _cond_or_uncond(arguments)}})
-
-
-def _cond_or_uncond(arguments: Mapping[str, Any]) -> list[int]:
-    """Return ComfyUI's list for the parts of a batch: 0 for the prompt, 1 for the negative prompt."""
-    return list((arguments.get("transformer_options") or {}).get("cond_or_uncond") or [0])
-
-
-def _prompt_rows(arguments: Mapping[str, Any], batch: int) -> Sequence[int]:
-    """Return the samples of the prompt in a batch that may hold those of the negative prompt too."""
-    parts = _cond_or_uncond(arguments)
-    size = batch // len(parts) or 1
-    return [row for i, part in enumerate(parts) if part == 0 for row in range(i * size, min((i + 1) * size, batch))]
+        super().begin_pass({"transformer_options": {"cond_or_uncond": guiders.prompt_numbers(arguments)}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from ...core.errors import MergeError
 from ...core.merge.statistics import Statistics
 from ...core.mole.attach import attach
 from ...core.mole.bank import Bank
+from ...core.mole.gates import GateSet
 from ...core.progress import Progress
-from ...core.train import Images, Prompt, TrainingResult, TrainSettings, train
+from ...core.train import Images, Prompt, TrainingResult, TrainSettings, fit_detector, train
 from ...core.train.measure import MAX_MOMENT_BYTES, CalibrationSettings, measure_statistics
 from .denoiser import ComfyDenoiser, Conditioning
 from .mixture import ComfyMixture
+from .prompt_encoder import ComfyPromptEncoder
 from .sampling import encode
 
 
@@ -76,8 +78,11 @@ def train_gates(
     folder: Path,
     progress: Progress,
     keep: Callable[[TrainingResult], None],
-) -> TrainingResult:
+) -> tuple[TrainingResult, tuple[str, ...]]:
     """Train the gates of a mixture on its model.
+
+    Returns:
+        The result, and sentences on concepts that the text encoders hardly tell from other words.
 
     Args:
         setup: The mixture, the model and the prompts.
@@ -91,6 +96,7 @@ def train_gates(
     Raises:
         MergeError, FormatError: See `core.train.train`; also a model that cannot be copied.
     """
+    setup, notes = _with_detector(setup, progress)
     training_id = setup.fingerprint()
     training_id += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
     prompts = setup.prompts
@@ -121,7 +127,20 @@ def train_gates(
         )
     if state.is_dir() and not any(state.iterdir()):
         state.rmdir()
-    return result
+    return result, notes
+
+
+def _with_detector(setup: SamplingSetup, progress: Progress) -> tuple[SamplingSetup, tuple[str, ...]]:
+    """Give gates that read ``text`` a concept detector; returns sentences on concepts that are hard to detect too."""
+    gates = setup.mix.mixture.gates
+    if gates.settings.reads != "text":
+        return setup, ()
+    texts = [prompt.text for prompt in setup.prompts]
+    with torch.inference_mode(False), torch.no_grad():
+        encoder = ComfyPromptEncoder(setup.model, setup.clip)
+        detector, notes = fit_detector(setup.concepts, encoder, texts, progress=progress)
+    mixture = replace(setup.mix.mixture, gates=GateSet(gates.experts, gates.settings, detector=detector))
+    return replace(setup, mix=replace(setup.mix, mixture=mixture)), notes
 
 
 def calibrate(setup: SamplingSetup, settings: CalibrationSettings, progress: Progress) -> Statistics:

@@ -17,7 +17,7 @@ from ...core.mole.mixture import MixMode
 from ...core.mole.trained import TrainedGates
 from ...core.pictures.gate_map import gate_map
 from ...core.recipes.method_settings import build_method
-from ..comfy import display, folders, mixture, sampling
+from ..comfy import display, folders, mixture, sampling, word_router
 from ..graph_lora import GraphLora, connected_loras
 from ..settings import method_from_widgets, works_without_statistics
 from ..sockets import (
@@ -30,6 +30,7 @@ from ..sockets import (
     report_output,
     seed_input,
 )
+from .sampling_setup import words_of_loras
 
 # concat is the default: it is exact, like a chain of loaders
 _FREEZE_METHODS = {name: METHODS[name] for name in ("concat", *METHODS) if works_without_statistics(METHODS[name])}
@@ -63,6 +64,15 @@ class MoLEMix(io.ComfyNode):
                     tooltip="From Train Gates or Load Gates. Without gates every LoRA is used at its own strength.",
                 ),
                 io.String.Input(
+                    "words",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Without gates, and with CLIP connected: one line per LoRA with the words that call for it "
+                    "in a prompt, separated by commas. Each LoRA then comes in for prompts that contain its words. "
+                    "For an empty line the trigger words in the file are used; a LoRA without words is always on.",
+                ),
+                io.String.Input(
                     "switched_off",
                     default="",
                     optional=True,
@@ -93,7 +103,11 @@ class MoLEMix(io.ComfyNode):
                     tooltip="How large a part of the model shares one gate. Ignored with trained gates, which have "
                     "their own.",
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The text encoders, for LoRAs that also change those."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The text encoders: for LoRAs that also change those, and to let LoRAs follow their words.",
+                ),
                 io.Combo.Input(
                     "clip_method",
                     options=list(_FREEZE_METHODS),
@@ -120,11 +134,14 @@ class MoLEMix(io.ComfyNode):
         granularity: str,
         clip_method: str,
         gates: TrainedGates | None = None,
+        words: str | None = None,
         switched_off: str | None = None,
         clip: Any = None,
     ) -> io.NodeOutput:
         values = connected_loras(loras, folders.lora_path)
+        concepts = words_of_loras(words or "", values)
         labels = [lora.label for lora in values]
+        off = _parse_switched_off(switched_off or "", labels)
         mix = mixture.build_mixture(
             values,
             model,
@@ -133,11 +150,18 @@ class MoLEMix(io.ComfyNode):
             settings=GateSettings.model_validate({"granularity": granularity}),
             scale=scale,
             mixing=mixing,
-            switched_off=_parse_switched_off(switched_off or "", labels),
+            switched_off=off,
         )
-        patched = mixture.apply_to_model(mix, model)
         text_encoders = mixture.apply_to_clip(mix, model, clip, build_method(clip_method, {}))
-        text = mix.report()
+        notes = () if gates is None else gates.notes
+        if gates is None and clip is not None and any(concepts):
+            active = [names for i, names in enumerate(concepts) if i not in off]
+            mix, notes = word_router.with_router(mix, model, clip, text_encoders, active, display.progress_bar())
+        elif any(concepts) and clip is None and gates is None:
+            notes = ("connect CLIP to let each LoRA come in only for prompts that contain its words",)
+        patched = mixture.apply_to_model(mix, model)
+        text = "\n".join([mix.report(), *(f"  note: {note}" for note in notes)])
+        text_encoders = word_router.warn_about_prompts(mix, model, text_encoders, text)
         shown = {**display.show_text(text).as_dict(), "experts": labels}  # web/mask_strip.js reads the labels
         return io.NodeOutput(patched, text_encoders, text, ui=shown)
 

@@ -88,7 +88,7 @@ def sampling_setup(
         FormatError: A file that cannot be read.
     """
     values = connected_loras(loras, folders.lora_path)
-    concepts = _concepts(words, values)
+    concepts = words_of_loras(words, values)
     parsed = prompts_for(concepts, (prompts or "").splitlines())  # report wrong words before large files are read
     mix = mixture.build_mixture(values, model, clip, settings=gates)
     return SamplingSetup(
@@ -103,7 +103,7 @@ def sampling_setup(
     )
 
 
-def _concepts(words: str, loras: Sequence[GraphLora]) -> list[list[str]]:
+def words_of_loras(words: str, loras: Sequence[GraphLora]) -> list[list[str]]:
     """Return the words of each LoRA: those of its line, or the trigger words of its file if the line is empty.
 
     Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from comfy_api.latest import io
@@ -189,7 +189,7 @@ class TrainGates(io.ComfyNode):
             model, clip, loras, words, latent_image, prompts, sampling_steps=sampling_steps, cfg=cfg, gates=gates
         )
         experts = len(setup.concepts)
-        result = training.train_gates(
+        result, notes = training.train_gates(
             setup,
             settings,
             checkpointing=save_memory,
@@ -199,7 +199,7 @@ class TrainGates(io.ComfyNode):
             progress=display.progress_bar_with_text(),
             keep=_keep,
         )
-        text = _report(result)
+        text = _report(result, notes)
         fit = result.fit
         chart = curves({"loss": fit.losses, "entropy": fit.entropies}, f"Gate training: {objective}")
         return io.NodeOutput(result.gates, display.to_image(chart), text, ui=display.show_text(text))
@@ -234,7 +234,7 @@ def _keep(partial: TrainingResult) -> None:
     display.show_text(text)
 
 
-def _report(result: TrainingResult) -> str:
+def _report(result: TrainingResult, notes: Sequence[str]) -> str:
     """Describe a training to the user."""
     fit, labels = result.fit, [expert.label for expert in result.gates.experts]
     lines = [f"{len(result.gates.gates.names)} gates for {', '.join(labels)}"]
@@ -245,4 +245,5 @@ def _report(result: TrainingResult) -> str:
         lines.append(f"entropy of the gates {fit.entropies[0]:.3g} to {fit.entropies[-1]:.3g} nats")
     if fit.stopped:
         lines.append(f"STOPPED: {fit.stopped}")
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)

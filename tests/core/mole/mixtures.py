@@ -9,11 +9,12 @@ import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.concepts import ConceptDetector
 from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from torch import Tensor, nn
 
-from .models import call, inputs
+from .models import FEATURES, call, inputs
 
 
 def lora(
@@ -53,17 +54,32 @@ def merged(model: nn.Module, adapters: Sequence[Adapter], gates: Sequence[float]
     return model
 
 
+def random_detector(experts: int, features: int, seed: int = 4, words: Sequence[Sequence[str]] = ()) -> ConceptDetector:
+    """A detector with random weights, whose presences are neither near 0 nor near 1."""
+    g = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(experts, features, generator=g), 0.3 * torch.randn(experts, generator=g)
+    return ConceptDetector(0.7 * weight, bias, words or [[f"w{i}"] for i in range(experts)])
+
+
 def random_gates(
     model: nn.Module, mixture: Mixture, settings: GateSettings, seed: int = 3, size: float = 0.5
 ) -> GateSet:
     """Gates with random weights that read what the mixture's gates read on this model, as if trained."""
     n, sizes = len(mixture.experts), {}
+    detector = mixture.gates.detector
+    if settings.reads == "text" and detector is None:
+        detector = random_detector(n, FEATURES)
 
     def note_size(scope: str, f: Tensor, owner: Tensor | None) -> None:
         sizes[scope] = f.shape[1], owner
 
     untrained = Mixture(
-        mixture.experts, GateSet(n, settings), mixture.strengths, mixture.scale, mixture.mixing, mixture.targets
+        mixture.experts,
+        GateSet(n, settings, detector=detector),
+        mixture.strengths,
+        mixture.scale,
+        mixture.mixing,
+        mixture.targets,
     )
     dtype = next(model.parameters()).dtype
     with torch.no_grad(), attach(model, untrained) as attachment, attachment.watch_inputs(note_size):
@@ -78,7 +94,7 @@ def random_gates(
             gate.weight.copy_(size * torch.randn(gate.weight.shape, generator=g))
             gate.bias.add_(size * torch.randn(gate.bias.shape, generator=g))
             gate.log_temperature.fill_(0.2)
-    return GateSet(n, settings, gates)
+    return GateSet(n, settings, gates, detector)
 
 
 def trained(

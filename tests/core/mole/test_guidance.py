@@ -62,6 +62,10 @@ class TestByHand:
         assert one(True, 5, 8) == [5, 8]
         assert one(False, 8, 9) == [4, 6]
         follow.begin_step()
+        assert one(False, 8, 9) == [4, 6]  # before the prompt in a later step: the gates of the step before
+        assert one(True, 7, 7) == [7, 7]
+        assert one(False, 8, 9) == [7, 7]
+        follow.forget()
         assert one(False, 8, 9) == [8, 9]
 
     def test_a_negative_prompt_that_comes_first_raises(self):
@@ -85,11 +89,30 @@ class TestByHand:
         assert torch.equal(follow("b", rows(2, 9)), rows(2, 2))
         assert torch.equal(follow("c", rows(5)), rows(5))
 
-    def test_switched_off_each_sample_has_its_own(self):
-        follow = following(0)
-        follow.enabled = False
+    def test_a_concept_that_another_prompt_names_keeps_its_own_gate(self):
+        follow = following(1)
         follow.begin_pass({}, 2)
-        assert torch.equal(follow("a", rows(1, 9)), rows(1, 9))
+        values = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+        named = torch.tensor([[True, False], [False, True]])
+        assert torch.equal(follow("a", values, named), torch.tensor([[0.9, 0.8], [0.2, 0.8]]))
+
+    def test_gates_given_for_a_pass_without_the_prompt(self):
+        texts = [(torch.zeros(1, 2, 3), None)]
+        asked: list[Any] = []
+
+        def prompt_texts(arguments: Any) -> Any:
+            asked.append(arguments)
+            return texts
+
+        follow = PromptGateSharing(lambda _, batch: [], separate_passes=True, texts=prompt_texts)
+        follow.begin_pass({"a": 1}, 2)
+        assert follow.prompt_texts({"a": 1}) is texts
+        assert asked == [{"a": 1}]
+        follow.remember({"scope": [rows(3), rows(5)]})
+        assert torch.equal(follow("scope", rows(8, 9)), rows(4, 4))
+        inside = PromptGateSharing(lambda _, batch: [0], separate_passes=True, texts=prompt_texts)
+        inside.begin_pass({}, 2)
+        assert inside.prompt_texts({}) == []  # the prompt is in this pass
 
 
 @pytest.mark.parametrize("reads", ["text", "hidden", "experts"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from legomole.core.adapter import Adapter
 from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.concepts import ConceptDetector
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import Prompt, TrainSettings, prompts_for
@@ -61,6 +62,16 @@ PROMPTS = prompts_for([["ember"], ["heart"]], ["ember", "heart", "ember heart", 
 SETTINGS = TrainSettings(steps=12, batch=8, examples=32, samples=16, warmup=2, learning_rate=0.03)
 
 
+def word_detector() -> ConceptDetector:
+    """Finds "ember" and "heart" among the words of `PROMPTS`: 6 for the word, -6 for the others."""
+    words = ["ember", "heart", "a", "dog", "<empty>"]
+    rows = torch.stack([encode(word, 1)[0] if word != "<empty>" else encode("", 1)[0] for word in words])
+    rows = rows / rows.square().mean(1, keepdim=True).sqrt()
+    wanted = 12 * torch.eye(len(words))[:, :2] - 6
+    solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], 1), wanted, driver="gelsd").solution
+    return ConceptDetector(solution[:-1].T, solution[-1], [["ember"], ["heart"]])
+
+
 @dataclass
 class Toy:
     model: nn.Module
@@ -71,7 +82,9 @@ class Toy:
     @contextmanager
     def attached(self, checkpointing: bool = False, **settings) -> Iterator[tuple[Attachment, Regression]]:
         """Attached with gates that standardise their features, always the same ones."""
-        mixture = Mixture(self.experts, GateSet(2, GateSettings(**settings)))
+        chosen = GateSettings(**settings)
+        detector = word_detector() if chosen.reads == "text" else None
+        mixture = Mixture(self.experts, GateSet(2, chosen, detector=detector))
         with attach(self.model, mixture, checkpointing=checkpointing) as at:
             e = self.examples
             standardise_features(at, lambda: self.denoiser.predict(e.noisy, e.t, e.prompt.tolist()))
