@@ -64,11 +64,11 @@ def prompt_texts(arguments: Mapping[str, Any]) -> Sequence[tuple[Tensor, Tensor 
     texts: list[tuple[Tensor, Tensor | None]] = []
     for cond in _positive_conds():
         parts = cond.get("model_conds", {})
-        text: Any = getattr(parts.get("c_crossattn"), "cond", None)
+        text = getattr(parts.get("c_crossattn"), "cond", None)
         if isinstance(text, Tensor) and _is_active(cond, sigmas):
-            mask: Any = getattr(parts.get("attention_mask"), "cond", None)
-            mask = text_mask({"attention_mask": mask}, text)
-            texts.append((text.to(context), None if mask is None else mask.to(context.device)))
+            on_device = text.to(context)
+            mask = {"attention_mask": getattr(parts.get("attention_mask"), "cond", None)}
+            texts.append((on_device, text_mask(mask, on_device)))
     return texts
 
 
