@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
@@ -20,12 +21,13 @@ from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
 from .core.recipes.metadata import KEY
-from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
+from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings, takes_statistics
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
 from .core.recipes.run import describe, merge_aligned
 from .core.recipes.run import run as run_recipe
 from .core.recipes.text import recipe_from_data
+from .hosts.calibration import KeepBase, Prompting, calibrate, load_base
 from .hosts.hub import cached_folder
 from .hosts.names import key_map, rename_for_format
 
@@ -44,6 +46,12 @@ def merge(
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
     device: torch.device | str = "cpu",
+    base: Any = None,
+    keep_base: KeepBase = "light",
+    words: Sequence[Sequence[str]] = (),
+    texts: Sequence[Sequence[str]] = (),
+    instructions: Sequence[str] = (),
+    tokenizer: Any = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> MergeResult:
@@ -67,8 +75,15 @@ def merge(
         dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
-        progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
-            cancel.
+        base: The base model: a diffusers pipeline, a transformers model, or the path of either. Its layers are measured
+            first, see `hosts.calibration.calibrate`, and the merge changes little where no LoRA is asked for.
+        keep_base: ``"light"``, ``"thorough"`` (full statistics: gigabytes for large models), or ``"off"``.
+        words: Pipelines: per LoRA, the words that name its concept in a prompt; default those in its file.
+        texts: Language models: per LoRA, a few texts it is for.
+        instructions: Language models: per LoRA, the instruction of its task, in place of texts.
+        tokenizer: Language models: the tokenizer, unless `base` is a path.
+        progress: Called with (modules merged, modules in all, name of the last one), and before that, with `base`, with
+            (passes done, passes in all, description). It may raise an exception to cancel.
         **settings: Hyperparameters of a method given by name, e.g. ``rank=16``, ``rank="95%"``, ``density=0.3``;
             ``statistics`` as a path or as `Statistics`.
 
@@ -105,19 +120,54 @@ def merge(
         }
     )
     in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
-    if not in_memory and not isinstance(settings.get("statistics"), Statistics):
+    if (
+        not in_memory
+        and (base is None or keep_base == "off")
+        and not isinstance(settings.get("statistics"), Statistics)
+    ):
         return run(recipe, device=device, progress=progress)
     adapters = [
         lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
     ]
     adapters = [adapter.sourced(sha256=identity(adapter)) for adapter in adapters]
+    measured, notes = None, ()
+    if base is not None and keep_base != "off":
+        prompting = Prompting(words, texts=texts, instructions=instructions)
+        measured, path, note = _calibrate(base, adapters, prompting, keep_base, tokenizer, device, progress)
+        notes = (note,) if note else ()
+        if measured is not None and "statistics" not in settings and takes_statistics(recipe.method):
+            if isinstance(method, str):
+                settings["statistics"] = measured if path is None else str(path)
+            elif getattr(method, "statistics", None) is None:
+                method = dataclasses.replace(cast(Any, method), statistics=measured)
+            if path is not None:
+                stored = {**recipe.settings, "statistics": str(path)}
+                recipe = recipe.model_copy(update={"settings": stored})
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
     if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
         recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
-    return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
+
+
+def _calibrate(
+    base: Any,
+    adapters: Sequence[Adapter],
+    prompting: Prompting,
+    mode: Literal["light", "thorough"],
+    tokenizer: Any,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> tuple[Statistics | None, Path | None, str]:
+    """Measure on a base model: the statistics, their file in the cache, and why nothing was measured."""
+    if isinstance(base, (str, os.PathLike)):
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        base, tokenizer = load_base(os.fspath(base), device=device, dtype=dtype)
+    found = calibrate(base, adapters, prompting, mode=mode, tokenizer=tokenizer, progress=progress)
+    statistics = None if found.statistics is None else found.statistics.of(adapters)
+    return statistics, found.path, found.note
 
 
 def run(

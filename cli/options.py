@@ -19,7 +19,7 @@ GATES, TRAINING = "Gates", "Training"
 WORDS_HELP = (
     "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in order."
 )
-CALIBRATION = "Calibration: measure statistics on pictures of the base model first"
+BASE = "Base model: merge so that it stays as it is where no LoRA is asked for"
 
 SIZE_HELP = "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is faster."
 GUIDANCE_HELP = "Guidance scale. Default: the pipeline's. 1: no guidance."

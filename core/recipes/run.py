@@ -23,7 +23,7 @@ from ..merge.statistics import Statistics
 from ..merge.weights import adapters_matching
 from ..progress import Progress
 from .metadata import disagreements, file_metadata
-from .method_settings import build_method, method_settings
+from .method_settings import build_method, method_settings, takes_statistics
 from .output import default_format, should_have_kohya_names
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
@@ -43,6 +43,8 @@ def run(
     loading: Progress | None = None,
     progress: Progress | None = None,
     remote: RemoteRunner | None = None,
+    statistics: Statistics | None = None,
+    notes: Sequence[str] = (),
 ) -> MergeResult:
     """Run a recipe whose inputs are files.
 
@@ -58,6 +60,8 @@ def run(
         loading: Called with (inputs loaded, inputs in all, path of the last one).
         progress: See `merge`.
         remote: A host's function that merges batches on other machines, where the inputs are opened again.
+        statistics: Measured with the inputs; for the method, if the recipe names no file of statistics.
+        notes: Notes for the report.
 
     Returns:
         The merged adapter and the report. The adapter's metadata holds recipe and report; its source names the format
@@ -68,7 +72,7 @@ def run(
         FormatError: An input cannot be read.
         MergeError: The inputs cannot be merged.
     """
-    if "statistics" not in recipe.settings:  # report wrong settings before large files are read
+    if "statistics" not in recipe.settings and statistics is None:  # report wrong settings before large files are read
         build_method(recipe.method, recipe.settings)
     paths = [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
@@ -80,17 +84,19 @@ def run(
             if loading is not None:
                 loading(len(adapters), len(recipe.inputs), entry.path)
         # where only the metadata needs the hashes, they are awaited after the merge
-        hashes_first = statistics_path is not None or remote is not None or any(entry.sha256 for entry in recipe.inputs)
+        needs_hashes = any(x is not None for x in (statistics_path, statistics, remote))
+        hashes_first = needs_hashes or any(entry.sha256 for entry in recipe.inputs)
         if hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-        statistics = None
+        if statistics is not None:
+            statistics = statistics.of(adapters)
         if statistics_path is not None:
             statistics = Statistics.load(statistics_path).of(adapters)
             sha256 = hashes.sha256(statistics_path)
             _check_hash(statistics_path, recipe.statistics_sha256, sha256)
             recipe = recipe.model_copy(update={"statistics_sha256": sha256})
-        settings = recipe.settings if statistics is None else {**recipe.settings, "statistics": statistics}
-        method = build_method(recipe.method, settings)
+        used = {"statistics": statistics} if statistics is not None and takes_statistics(recipe.method) else {}
+        method = build_method(recipe.method, {**recipe.settings, **used})
         aligned = align(adapters, key_map=key_map)
         renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
         run_batches: BatchRunner | None = None
@@ -100,7 +106,7 @@ def run(
         result = merge_aligned(recipe, method, aligned, device=device, progress=progress, run_batches=run_batches)
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-    return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
 
 
 def merge_aligned(
@@ -149,6 +155,7 @@ def describe(
     *,
     renamed: bool,
     rename_for_format: RenameForFormat | None = None,
+    notes: Sequence[str] = (),
 ) -> MergeResult:
     """Return a merge result whose adapter holds recipe and report in its metadata, and its file format in its source.
 
@@ -158,12 +165,12 @@ def describe(
         result: Result of the merge.
         inputs: The inputs as loaded, with the hashes of their files.
         renamed: Whether aligning the inputs renamed modules.
-        rename_for_format: See `run`.
+        rename_for_format, notes: See `run`.
     """
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
-    notes = [*result.report.notes, *disagreements(inputs)]
+    notes = [*result.report.notes, *notes, *disagreements(inputs)]
     if renamed and merged.extras:
         notes.append(
             f"{len(merged.extras)} tensors that are passed on keep the names of their file, unlike the layers: "
