@@ -82,8 +82,8 @@ def merge(
         typer.Option(
             metavar="NAME",
             rich_help_panel=METHOD,
-            help="lego (default), concat (the exact sum), svd (nearest to the sum), ties, dare, knots, linear, or "
-            "calibrated.",
+            help="lego (default), concat (the exact sum), svd (nearest to the sum), ties, dare, knots, linear, np, "
+            "calibrated or ssr (with --base or --statistics).",
         ),
     ] = None,
     rank: RankOption = None,
@@ -125,7 +125,7 @@ def merge(
         typer.Option(
             metavar="FILE",
             rich_help_panel=METHOD,
-            help="lego, calibrated: statistics measured with these LoRAs. With --base: file to write them to.",
+            help="lego, calibrated, ssr: statistics measured with these LoRAs. With --base: file to write them to.",
         ),
     ] = None,
     base: Annotated[
@@ -249,8 +249,8 @@ def merge(
         "density": density,
         # with --base the file is written first
         "statistics": None if statistics is None or base is not None else str(statistics.absolute()),
-        # the seed of the measurement; the method calibrated has none
-        "seed": None if base is not None and method == "calibrated" else seed,
+        # the seed of the measurement; calibrated and ssr have none
+        "seed": None if base is not None and method in ("calibrated", "ssr") else seed,
     }
     recipe = compose(
         repeated,

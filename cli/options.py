@@ -10,7 +10,7 @@ import typer
 from ..core.errors import SaveError
 
 # repeated here rather than imported from the engine, so that --help does not load torch
-MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated"]
+MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated", "ssr", "np"]
 FormatName = Literal["kohya", "diffusers", "peft", "comfy"]
 DtypeName = Literal["float32", "float16", "bfloat16"]
 

@@ -36,8 +36,10 @@ _TOOLTIPS = {
     "seed": "Random seed. The same seed gives the same file.",
     "density": "Share of each LoRA's entries to keep; 1 keeps all.",
     "lam": "How much it matters to change little where a prompt asks for none of the LoRAs. 0 ignores it.",
-    "mu": "How much prompts that ask for several LoRAs matter. 0 ignores them.",
+    "mu": "calibrated: how much prompts that ask for several LoRAs matter. np: how much the other LoRAs are kept away "
+    "from the protected one. 0: not at all.",
     "joint_scale": "Factor on the LoRAs' sum for prompts that ask for several of them.",
+    "protect": "Number of the LoRA to protect, in their order: the others are kept away from its input directions.",
     "sign_election": "Which sign is kept where LoRAs disagree: that of their sum (total), or the most frequent one.",
 }
 

@@ -9,7 +9,7 @@ Source: RegMean, arXiv:2212.09849, for the least squares of `methods.calibrated.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,19 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..errors import MergeError, name_some
-from ..merge.statistics import ModuleStatistics, Statistics, orthonormal
+from ..merge.statistics import ModuleStatistics, Statistics
 from ..mole.attach import Attachment
 from ..progress import Progress
 from .denoiser import Denoiser
 from .examples import target_gates
 from .prompts import Prompt
 from .second_moments import LayerInput, SecondMoments, find_shared_inputs, record_inputs
-from .sketches import ProjectedMoments, RangeSketch
+from .sketches import ProjectedMoments, RangeSketch, reduce_basis
 
 EVALUATIONS = 40
 """Forward passes per LoRA: as many as one image of 20 sampling steps with guidance takes."""
 MAX_MOMENT_BYTES = 2 << 30  # moments on the model's device at a time; if more, the passes are repeated
 _MIN_TIME = 0.05  # times are drawn from here to 1: closer to 0 there is almost no noise to predict
+_SPARE = 2  # directions that are measured for each that is kept
 _WEIGHTS = {"own": 1.0, "joint": 3.0, "base": 0.3}  # of the kinds in the basis: those of the calibrated merge
 
 ForwardPass = Callable[[], Any]
@@ -47,7 +48,7 @@ class CalibrationSettings(BaseModel):
             an input of width d, and sketches where the input is wider than `widest`.
         samples: Number of prompts for each kind: each LoRA alone, every group that prompts name together, none.
             ``None``: as many as fit into 40 forward passes per LoRA.
-        width: Number of directions in the basis of a sketch. Narrower inputs are measured in full.
+        width: Number of directions in the basis of a sketch. Inputs at most twice as wide are measured in full.
         batch: Number of prompts per forward pass.
         compose: Factor on LoRAs that a prompt names together.
         widest: Largest width of an input whose second moments are measured in full.
@@ -67,9 +68,9 @@ class CalibrationSettings(BaseModel):
     def samples_per_kind(self, adapters: int, kinds: int) -> tuple[int, int]:
         """Number of prompts of a kind in the first passes, which find the bases, and in the passes that measure."""
         if self.samples is not None:
-            return max(1, self.samples // 8), self.samples
+            return max(1, self.samples // 16), self.samples
         each = max(2, (EVALUATIONS * adapters - 1) // kinds)  # one more finds the layers that share an input
-        first = max(1, each // 8)
+        first = max(1, each // 16)
         return first, each - first
 
 
@@ -193,18 +194,15 @@ def measure_passes(
         for group in plan.groups:
             bases |= _find_bases(run, kinds, {name: layers[name] for name in group if name in plan.sketched}, settings)
             recorded = {name: layers[name] for name in group}
-            projections = {name: orthonormal(bases[name].double()).float() for name in group if name in bases}
             for named, kind in kinds.items():
-                moments = {
-                    name: ProjectedMoments(projections[name]) if name in projections else SecondMoments()
-                    for name in group
-                }
+                moments = {name: ProjectedMoments(bases[name]) if name in bases else SecondMoments() for name in group}
                 with record_inputs(recorded, moments):
                     run(kind.measured, kind.gates, "measuring")
                 for name, accumulated in moments.items():
                     matrices.setdefault(name, {})[named] = accumulated.value.cpu()
-            del projections
-    _check_finite(matrices)
+            _check_finite(matrices)
+            for name in bases.keys() & set(group):
+                bases[name], matrices[name] = reduce_basis(bases[name], matrices[name], _weights(kinds), settings.width)
     statistics = {
         name: ModuleStatistics(
             {named[0]: C for named, C in of_kind.items() if len(named) == 1},
@@ -235,14 +233,19 @@ class _PassRunner:
 def _find_bases(
     run: _PassRunner, kinds: Mapping[Kind, KindPasses], layers: Mapping[str, nn.Module], settings: CalibrationSettings
 ) -> dict[str, Tensor]:
-    """The basis of each layer, from the first passes of all kinds together."""
-    sketches = {name: RangeSketch(settings.width, settings.seed) for name in layers}
+    """A basis for each layer, from the first passes of all kinds together: twice as many directions as are kept."""
+    sketches = {name: RangeSketch(_SPARE * settings.width, settings.seed) for name in layers}
     for named, kind in kinds.items() if layers else ():
         for sketch in sketches.values():
-            sketch.weight = _WEIGHTS["base" if not named else "own" if len(named) == 1 else "joint"] / len(kind.first)
+            sketch.weight = _weights(kinds)[named] / len(kind.first)
         with record_inputs(layers, sketches):
             run(kind.first, kind.gates, "finding directions")
-    return {name: sketches.pop(name).basis() for name in list(sketches)}  # the memory of each is free afterwards
+    # the memory of each sketch is free before the next basis is made
+    return {name: sketches.pop(name).basis().float() for name in list(sketches)}
+
+
+def _weights(kinds: Iterable[Kind]) -> dict[Kind, float]:
+    return {named: _WEIGHTS["base" if not named else "own" if len(named) == 1 else "joint"] for named in kinds}
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,7 @@ def _plan(
     bytes_left = 0
     for name in distinct:
         d_in = inputs[name].d_in
-        size = 4 * d_in * (2 * settings.width if name in sketched else d_in)
+        size = 4 * d_in * (_SPARE * settings.width if name in sketched else d_in)
         if size > bytes_left:
             groups.append([])
             bytes_left = MAX_MOMENT_BYTES
@@ -297,8 +300,7 @@ def _plan(
 
 
 def _is_sketched(layer: LayerInput, settings: CalibrationSettings) -> bool:
-    widest = settings.widest if settings.mode == "thorough" else settings.width
-    return layer.d_in > max(widest, settings.width)
+    return layer.d_in > max(_SPARE * settings.width, settings.widest if settings.mode == "thorough" else 0)
 
 
 def _check_finite(matrices: Mapping[str, Mapping[Kind, Tensor]]) -> None:

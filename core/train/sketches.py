@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from ..errors import MergeError
 from .second_moments import flat_inputs
 
+_Kind = TypeVar("_Kind")
 _NOISE = 1e-5  # relative size below which an eigenvalue of a float32 sum is rounding noise
 _OVERSAMPLING = 16  # columns of the random test matrix beyond the basis
 
@@ -40,7 +44,7 @@ class RangeSketch:
         self._sketch = product if self._sketch is None else self._sketch.add_(product)
 
     def basis(self) -> Tensor:
-        """``Q (q, d_in)`` float16: orthonormal rows that span the leading eigenvectors of `G`, up to rounding.
+        """``Q (q, d_in)`` float64: orthonormal rows that span the leading eigenvectors of `G`.
 
         Raises:
             MergeError: Nothing was added, or values that are not finite.
@@ -58,14 +62,14 @@ class RangeSketch:
         noise = _NOISE * float(values.abs().max()) or 1.0
         F = Y @ (vectors / values.clamp_min(noise).sqrt())  # G ~ F F^T
         Q, R = torch.linalg.qr(F)
-        return (Q @ torch.linalg.svd(R).U[:, : self.width]).mT.half()
+        return (Q @ torch.linalg.svd(R).U[:, : self.width]).mT
 
 
 class ProjectedMoments:
     """Accumulates the light second moments ``diag(Q C Q^T, rest)`` of inputs, see `core.merge.statistics`.
 
     Args:
-        Q: The basis, ``(q, d_in)`` with orthonormal rows.
+        Q: The basis, ``(q, d_in)`` float32 with orthonormal rows.
     """
 
     def __init__(self, Q: Tensor) -> None:
@@ -97,3 +101,29 @@ class ProjectedMoments:
         inside = self._inside.cpu() / self.n
         rest = (self._square.cpu() / self.n - inside.diagonal().sum()).clamp_min(0) / max(d_in - q, 1)
         return torch.block_diag(inside.float(), rest.float().view(1, 1))
+
+
+def reduce_basis(
+    Q: Tensor, moments: Mapping[_Kind, Tensor], weights: Mapping[_Kind, float], width: int
+) -> tuple[Tensor, dict[_Kind, Tensor]]:
+    """Keep the `width` directions of a basis in which a weighted sum of moments is largest.
+
+    Args:
+        Q: ``(p, d_in)`` with orthonormal rows.
+        moments: Per kind, ``diag(Q C Q^T, rest) (p + 1, p + 1)``.
+        weights: Weight of each kind.
+        width: Number of directions `q`, at most `p`.
+
+    Returns:
+        The basis ``(q, d_in)`` float16 and the moments ``(q + 1, q + 1)`` float32.
+    """
+    p, d_in = Q.shape
+    total = sum(weights[kind] * C[:-1, :-1].double() for kind, C in moments.items())
+    U = torch.linalg.eigh(total).eigenvectors[:, -width:]
+    reduced: dict[_Kind, Tensor] = {}
+    for kind, C in moments.items():
+        C = C.double()
+        inside = U.mT @ C[:-1, :-1] @ U
+        lost = C[:-1, :-1].trace() - inside.trace() + (d_in - p) * C[-1, -1]
+        reduced[kind] = torch.block_diag(inside, (lost / max(d_in - width, 1)).view(1, 1)).float()
+    return (U.mT @ Q.double()).half(), reduced

@@ -98,10 +98,8 @@ def calibrate_units(
     return pool.with_units(A, pool.B), unmeasured
 
 
-def _solve(
-    name: str, moments: ModuleStatistics, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float
-) -> Tensor:
-    """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
+def check_width(name: str, moments: ModuleStatistics, A: Tensor) -> None:
+    """Raise MergeError unless the statistics of a module fit its rows ``A (P, d_in)``."""
     if moments.d_in != A.shape[1]:
         raise MergeError(
             "The statistics belong to another model.",
@@ -110,6 +108,13 @@ def _solve(
             found=moments.d_in,
             remedy="measure the statistics with the base model of these LoRAs",
         )
+
+
+def _solve(
+    name: str, moments: ModuleStatistics, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float
+) -> Tensor:
+    """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
+    check_width(name, moments, A)
     # (C, its weight in the objective, scale of the wanted sum, the adapters in that sum)
     terms = [(C, 1.0, 1.0, (i,)) for i, C in moments.own.items()]
     terms += [(C, mu, joint_scale, group) for group, C in moments.joint.items()]

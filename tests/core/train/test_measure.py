@@ -99,26 +99,26 @@ def test_second_moments_equal_those_of_models_merged_by_hand():
 
 
 def test_light_moments_are_those_of_the_full_ones_inside_a_basis_shared_by_all_kinds():
-    settings = CalibrationSettings(samples=16, width=5, compose=1.5)
+    settings = CalibrationSettings(samples=16, width=3, compose=1.5)
     statistics, flow, loras = run(settings)
     for named, gates in GATES.items():
         calls = calls_of(flow, named)
-        assert len(calls) == 2 + 16  # the first two find the basis
+        assert len(calls) == 1 + 16  # the first one finds the basis
         for path in ("blocks.1.ff.2", "final"):
-            X = inputs_by_hand(flow, loras, gates, path, calls[2:]).double()
+            X = inputs_by_hand(flow, loras, gates, path, calls[1:]).double()
             C = X.mT @ X / len(X)
             moments = statistics.modules[f"transformer.{path}"]
             space = moments.space(torch.eye(len(C), dtype=torch.float64))
             inside = space.Q @ C @ space.Q.T
-            rest = (C.trace() - inside.trace()) / (len(C) - 5)
+            rest = (C.trace() - inside.trace()) / (len(C) - 3)
             expected = torch.block_diag(inside, rest.view(1, 1)).float()
-            torch.testing.assert_close(of_kind(moments, named), expected, rtol=1e-4, atol=1e-5)
-            assert inside.trace() > 0.5 * C.trace()
+            assert (of_kind(moments, named) - expected).norm() < 5e-3 * expected.norm()  # the basis is float16
+            assert inside.trace() > 3 / len(C) * C.trace()  # more than directions have on average
 
 
 def test_narrow_inputs_are_measured_in_full_and_no_wide_one_is_left_out():
     narrow, wide = "transformer.final", "transformer.blocks.0.ff.2"  # 8 and 16 wide
-    light = run(CalibrationSettings(samples=1, width=8))[0]
+    light = run(CalibrationSettings(samples=1, width=4))[0]
     assert not light.modules[narrow].light
     assert light.modules[wide].light
     thorough = run(CalibrationSettings(mode="thorough", samples=1, width=4, widest=8))[0]
