@@ -148,7 +148,7 @@ def merge(
         recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
-    result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
+    result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress, statistics=measured)
     return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
 
 

@@ -103,7 +103,9 @@ def run(
         if remote is not None:
             ranks = [_convert_rank(entry, recipe.convert_rank) for entry in recipe.inputs]
             run_batches = partial(remote, RemoteInputs.of(adapters, [*map(Path.absolute, paths)], ranks, key_map))
-        result = merge_aligned(recipe, method, aligned, device=device, progress=progress, run_batches=run_batches)
+        result = merge_aligned(
+            recipe, method, aligned, device=device, progress=progress, run_batches=run_batches, statistics=statistics
+        )
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
     return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
@@ -118,6 +120,7 @@ def merge_aligned(
     progress: Progress | None = None,
     run_batches: BatchRunner | None = None,
     cache: GramCache | None = None,
+    statistics: Statistics | None = None,
 ) -> MergeResult:
     """Merge the inputs of a recipe, given as adapters under common module names.
 
@@ -125,7 +128,7 @@ def merge_aligned(
         recipe: Weights, module weights and dtype are taken from here.
         method: The recipe's method.
         adapters: The recipe's inputs, in order.
-        device, progress, run_batches, cache: See `merge`.
+        device, progress, run_batches, cache, statistics: See `merge`.
 
     Raises:
         MergeError: See `merge`.
@@ -144,6 +147,7 @@ def merge_aligned(
         progress=progress,
         each=run_batches,
         cache=cache,
+        statistics=statistics,
     )
 
 
