@@ -81,7 +81,12 @@ GatesOutput = Annotated[
     Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
 ]
 Steps = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Number of optimizer steps. Default 200.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=TRAINING,
+        help="Number of optimizer steps. Default 100; 200 for language models.",
+    ),
 ]
 Batch = Annotated[
     int | None,

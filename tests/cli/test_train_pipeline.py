@@ -180,13 +180,13 @@ def test_pictures_that_are_broken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes Ctrl-C come after so many steps of training (0: while the pictures are painted), or another exception."""
+    """Makes Ctrl-C come after so many steps of training (0: while the examples are made), or another exception."""
 
     def at(step: int, what_comes: type[BaseException] = KeyboardInterrupt) -> None:
         @contextlib.contextmanager
         def bar(*_: Any, **__: Any) -> Generator[Any]:
             def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
+                if (number == step and what.startswith("loss")) or (step == 0 and what == "predicting"):
                     raise what_comes
 
             yield progress
