@@ -42,10 +42,17 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     Args:
         recipe: The merge.
         report: Its report.
-        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order.
+        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order. Those without a hash are
+            recorded as adapters in memory.
     """
     entries = [
-        entry.model_copy(update={"path": _file_name(entry.path), "sha256": adapter.source.sha256})
+        entry.model_copy(
+            update={
+                "path": _file_name(entry.path),
+                "sha256": adapter.source.sha256,
+                "in_memory": not adapter.source.sha256,
+            }
+        )
         for entry, adapter in zip(recipe.inputs, inputs, strict=True)
     ]
     settings = {key: _file_name(value) if key == "statistics" else value for key, value in recipe.settings.items()}

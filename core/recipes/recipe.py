@@ -28,6 +28,7 @@ class Input(BaseModel):
         text_encoder_weight: Weight of the text encoder modules; default `weight`.
         module_weights: Pattern of module names -> factor on the weight of matching modules.
         convert_rank: As in `Recipe`, for this input alone; default the recipe's.
+        in_memory: The adapter was no file, and `path` is only its label. Such a recipe cannot be run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +39,7 @@ class Input(BaseModel):
     text_encoder_weight: float | None = None
     module_weights: dict[str, float] = Field(default_factory=dict)
     convert_rank: int | None = Field(default=None, ge=1)
+    in_memory: bool = False
 
 
 class Recipe(BaseModel):

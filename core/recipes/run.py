@@ -64,13 +64,14 @@ def run(
         to save it in.
 
     Raises:
-        RecipeError: An input differs from the file the recipe was written for, or the method's settings are wrong.
+        RecipeError: An input differs from the file the recipe was written for, or was no file, or the method's settings
+            are wrong.
         FormatError: An input cannot be read.
         MergeError: The inputs cannot be merged.
     """
     if "statistics" not in recipe.settings:  # report wrong settings before large files are read
         build_method(recipe.method, recipe.settings)
-    paths = [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
+    paths = input_paths(recipe, folder, find_cached)
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
     files = paths if statistics_path is None else [*paths, statistics_path]
     with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
@@ -184,6 +185,25 @@ def describe(
     elif rename_for_format is not None:
         merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
+
+
+def input_paths(recipe: Recipe, folder: Path, find_cached: Callable[[str], Path] | None) -> list[Path]:
+    """Return the files or folders of a recipe's inputs, see `input_path`.
+
+    Raises:
+        RecipeError: An input was an adapter in memory; or see `input_path`.
+        FormatError: See the host's function.
+    """
+    for number, entry in enumerate(recipe.inputs, 1):
+        if entry.in_memory:
+            raise RecipeError(
+                "An input of this recipe was no file but an adapter in memory, so the merge cannot be repeated.",
+                module=f"input {number}",
+                expected="a file or folder",
+                found=f"{entry.path} (in_memory)",
+                remedy="save the adapter and name its file in a recipe file (see legomole inspect --recipe)",
+            )
+    return [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
 
 
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:
