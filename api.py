@@ -19,7 +19,8 @@ from .core.merge.engine import MergeResult
 from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
-from .core.recipes.metadata import KEY
+from .core.recipes.conversion import convert
+from .core.recipes.metadata import KEY, NOT_REPEATABLE
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
@@ -118,7 +119,7 @@ def merge(
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
     if obstacles := _obstacles(recipe, chosen, adapters):
-        note = f"run() cannot repeat this merge from its recipe: {'; '.join(obstacles)}"
+        note = f"{NOT_REPEATABLE}: {'; '.join(obstacles)}"
         result = replace(result, report=replace(result.report, notes=(*result.report.notes, note)))
     return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
 
@@ -197,9 +198,9 @@ def save(
                 remedy="pass them to merge(..): merge(loras, format=.., dtype=..)",
             )
         lora = lora.adapter
-    if format is not None:
-        lora = rename_for_format(lora, format)
-    return formats.save(lora, Path(path), format=format, dtype=dtype)
+    if format is not None or dtype is not None:
+        lora = convert(lora, format, dtype, rename_for_format if format is not None else None)
+    return formats.save(lora, Path(path), format=format)
 
 
 def _recipe_input(lora: Adapter | PathLike) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool)
     from ..core.recipes.run import input_paths
 
     paths = input_paths(recipe, folder, cached_folder)
-    return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
+    return check_output(output, recipe.final_format or summarise(paths[0]).format, paths, overwrite=overwrite)
 
 
 def run_recipe(

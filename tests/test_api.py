@@ -67,7 +67,7 @@ def test_the_recipe_says_which_input_was_no_file_and_is_refused(folder: Path) ->
     assert second["sha256"] == legomole.load("b.safetensors").source.sha256
     assert "in_memory" not in second
     assert result.report.notes == (
-        "run() cannot repeat this merge from its recipe: adapter was no file but an adapter in memory",
+        "legomole cannot repeat this merge from its recipe: adapter was no file but an adapter in memory",
     )
     path = legomole.save(result, "m.safetensors")
     for recipe in (path, read_recipe(path)):
@@ -153,7 +153,7 @@ def test_statistics_as_a_value_are_marked_as_not_saved(folder: Path) -> None:
         == Path("one.safetensors").read_bytes()
     )
     assert in_memory.report.notes == (
-        "run() cannot repeat this merge from its recipe: the statistics were not given as a file",
+        "legomole cannot repeat this merge from its recipe: the statistics were not given as a file",
     )
     assert from_file.report.notes == ()
     with pytest.raises(FormatError, match="no such file"):
@@ -180,6 +180,14 @@ def test_what_does_not_fit_is_an_error(folder: Path) -> None:
         legomole.save(legomole.merge(both, "concat"), "m", dtype=torch.float16)
     with pytest.raises(SaveError, match="does not exist"):
         legomole.save(legomole.merge(both, "concat"), "nowhere/m")
+
+
+def test_a_loaded_merge_saved_in_another_form_repeats(folder: Path) -> None:
+    path = legomole.save(legomole.merge(["a.safetensors", "b.safetensors"], "concat"), "m.safetensors")
+    for settings in ({"dtype": torch.bfloat16}, {"format": "comfy"}, {"format": "comfy", "dtype": torch.float16}):
+        saved = legomole.save(legomole.load(path), "other.safetensors", **settings)
+        assert saved.read_bytes() != path.read_bytes()
+        assert legomole.save(legomole.run(saved), "again.safetensors").read_bytes() == saved.read_bytes()
 
 
 def test_dtype_is_part_of_the_recipe(folder: Path) -> None:

@@ -22,14 +22,12 @@ from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
 from ..merge.weights import adapters_matching
 from ..progress import Progress
+from .conversion import RenameForFormat, repeat_conversion
 from .metadata import disagreements, file_metadata
 from .method_settings import build_method, method_settings
 from .output import default_format, should_have_kohya_names
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
-
-RenameForFormat = Callable[[Adapter, str], Adapter]
-"""A host's function: returns the adapter under names that a file format can express."""
 
 
 def run(
@@ -101,7 +99,11 @@ def run(
         result = merge_aligned(recipe, method, aligned, device=device, progress=progress, run_batches=run_batches)
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-    return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    merge_only = recipe.model_copy(update={"conversions": []})
+    result = describe(merge_only, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    for step in recipe.conversions:
+        result = dataclasses.replace(result, adapter=repeat_conversion(result.adapter, step, rename_for_format))
+    return result
 
 
 def merge_aligned(
