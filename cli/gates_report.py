@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..core.errors import FormatError, LegoMoleError, name_some
+from ..hosts.hub import split_revision
 from .console import out, plain
 from .options import size_of
 
@@ -160,7 +161,7 @@ def pipeline_code(
         "import legomole",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
+        f"pipe = DiffusionPipeline.from_pretrained({_model_arguments(pipeline)})",
         *_mixture_code("pipe", loras, output),
         f"    image = pipe({prompt!r}).images[0]",
     ]
@@ -173,12 +174,18 @@ def language_model_code(model: str, loras: Sequence[tuple[str, float]], output: 
         "import legomole",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_model_arguments(model)})",
+        f"model = AutoModelForCausalLM.from_pretrained({_model_arguments(model)})",
         *_mixture_code("model", loras, output),
         "    ids = model.generate(**tokenizer('..', return_tensors='pt'), max_new_tokens=40)",
     ]
     return "\n".join(lines)
+
+
+def _model_arguments(name: str) -> str:
+    """Return the arguments of ``from_pretrained`` for a folder, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    repository, revision = (name, None) if Path(name).exists() else split_revision(name)
+    return repr(repository) if revision is None else f"{repository!r}, revision={revision!r}"
 
 
 def _mixture_code(model: str, loras: Sequence[tuple[str, float]], output: Path) -> list[str]:

@@ -137,7 +137,8 @@ def merge(
             metavar="PIPELINE",
             rich_help_panel=CALIBRATION,
             help="Measure the statistics first, on this model: a diffusers folder of the LoRAs' base model, or its "
-            "name in the local cache. Default method: calibrated; lego uses them too.",
+            "name in the local cache (OWNER/NAME or OWNER/NAME@REVISION). Default method: calibrated; lego uses them "
+            "too.",
         ),
     ] = None,
     words: Annotated[

@@ -115,7 +115,7 @@ def train_gates(
         typer.Argument(
             metavar="MODEL",
             help="A diffusers pipeline or a language model with its tokenizer: a folder, or the name of a model in the "
-            "local cache. Nothing is downloaded.",
+            "local cache (OWNER/NAME or OWNER/NAME@REVISION). Nothing is downloaded.",
         ),
     ],
     loras: Annotated[

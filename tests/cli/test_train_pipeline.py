@@ -62,6 +62,37 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_pipeline_of_the_local_cache_may_have_a_revision(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "cache" / "models--me--pipe"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cached.parent))
+    for commit, branch in (("1" * 40, "main"), ("2" * 40, "v1")):
+        shutil.copytree(made / "pipe", cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / branch).write_text(commit)
+    (cached / "snapshots" / ("1" * 40) / "unet" / "config.json").unlink()  # only v1 can be loaded
+    arguments = ("train-gates", "me/pipe@v1", *LORAS, *WORDS, "--objective", "router", *SMALL, "-o", "gates")
+    assert "DiffusionPipeline.from_pretrained('me/pipe', revision='v1')" in done(*arguments)
+    result = run("train-gates", "me/pipe", *arguments[2:], "--overwrite")
+    assert (result.exit_code, "The pipeline cannot be loaded" in squeezed(result.output)) == (3, True)
+    calibrate = (
+        "merge",
+        "style.safetensors",
+        "heart.safetensors",
+        *WORDS,
+        "--size",
+        "16",
+        "--paint-steps",
+        "1",
+        "-o",
+        "both",
+    )
+    done(*calibrate, "--calibrate", "me/pipe@v1")
+    result = run(*calibrate, "--overwrite", "--calibrate", "me/pipe@../v1")
+    assert (result.exit_code, "no branch, tag or commit" in squeezed(result.output)) == (3, True)
+
+
 def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:
     text = done(*TRAIN, "--steps", "12", "--plot", "plot", "-o", "gates")
     trained = TrainedGates.load("gates.safetensors")
