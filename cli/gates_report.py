@@ -11,11 +11,12 @@ from rich.table import Table
 
 from ..core.errors import FormatError, LegoMoleError, name_some
 from ..hosts.hub import split_revision
-from .console import out, plain
+from .console import out, plain, progress_bar
 from .options import size_of
 
 if TYPE_CHECKING:
     from ..core.mole.trained import TrainedGates
+    from ..core.progress import Progress
     from ..hosts.diffusers.training import PipelineTraining
 
 
@@ -106,8 +107,29 @@ def print_course(gates: TrainedGates, examples: str) -> None:
         out().print(f"stopped early: {facts['stopped']}", markup=False)
 
 
-def cancelled_text(state: Path | None) -> str:
-    """Return what a cancelled training leaves on disk, as a sentence."""
+@contextmanager
+def report_training(state: Path | None, remedy: str, *, quiet: bool) -> Generator[Progress]:
+    """Show the progress of a training inside the block, and what is left on disk if it is cancelled.
+
+    Args:
+        state: Folder of the checkpoints.
+        remedy: What to do if memory runs out.
+        quiet: Show no progress.
+
+    Raises:
+        KeyboardInterrupt: The training was cancelled; the text says what is left.
+        MergeError: Memory ran out.
+    """
+    from ..core.memory import report_out_of_memory
+
+    with progress_bar("training", quiet=quiet, show_step=True) as progress, report_out_of_memory(remedy):
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_cancelled_text(state)) from None
+
+
+def _cancelled_text(state: Path | None) -> str:
     if state is None:
         return "Cancelled. Nothing was written. With --state FOLDER the training could be resumed."
     if not any(state.glob("*.safetensors")):

@@ -12,13 +12,10 @@ from .environment import check_device, recipe_path
 from .measure_statistics import measure_statistics
 from .options import (
     CALIBRATION,
-    GUIDANCE_HELP,
     LEGO,
     METHOD,
-    PAINT_STEPS_HELP,
-    SIZE_HELP,
+    PAINT_STEPS,
     WEIGHTS,
-    WORDS_HELP,
     ConvertRank,
     Device,
     Dtype,
@@ -29,6 +26,10 @@ from .options import (
     Overwrite,
     RankOption,
     Seed,
+    guidance_option,
+    paint_steps_option,
+    size_option,
+    words_option,
 )
 from .run_recipe import check_target, run_recipe
 
@@ -141,9 +142,7 @@ def merge(
             "too.",
         ),
     ] = None,
-    words: Annotated[
-        list[str] | None, typer.Option(metavar="WORDS", rich_help_panel=CALIBRATION, help=WORDS_HELP)
-    ] = None,
+    words: Annotated[list[str] | None, words_option(CALIBRATION)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -152,15 +151,9 @@ def merge(
             help="Prompts to measure on, one per line; diverse prompts are better. Missing kinds are generated.",
         ),
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help=SIZE_HELP)] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="SCALE", rich_help_panel=CALIBRATION, help=GUIDANCE_HELP),
-    ] = None,
-    paint_steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, rich_help_panel=CALIBRATION, help=f"{PAINT_STEPS_HELP} Default 12."),
-    ] = None,
+    size: Annotated[str | None, size_option(CALIBRATION)] = None,
+    guidance: Annotated[float | None, guidance_option(CALIBRATION)] = None,
+    paint_steps: Annotated[int | None, paint_steps_option(CALIBRATION)] = None,
     seed: Seed = None,
     settings: Annotated[
         list[str] | None,
@@ -255,7 +248,7 @@ def merge(
         _check_settings(recipe)
         measure_statistics(
             calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
-            paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
+            paint_steps=paint_steps or PAINT_STEPS, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
     run_recipe(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,14 +16,43 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
 GATES, TRAINING = "Gates", "Training"
-WORDS_HELP = (
-    "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in order."
-)
+PAINT_STEPS = 12  # default of --paint-steps
 CALIBRATION = "Calibration: measure statistics on pictures of the base model first"
 
-SIZE_HELP = "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is faster."
-GUIDANCE_HELP = "Guidance scale. Default: the pipeline's. 1: no guidance."
-PAINT_STEPS_HELP = "Sampling steps per picture."
+
+def words_option(panel: str) -> Any:
+    """The words of each LoRA, for a command whose help lists the options for pictures in a panel of its own."""
+    return typer.Option(
+        metavar="WORDS",
+        rich_help_panel=panel,
+        help="Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in "
+        "order.",
+    )
+
+
+def size_option(panel: str) -> Any:
+    """The picture size, see `words_option`."""
+    return typer.Option(
+        metavar="WxH",
+        rich_help_panel=panel,
+        help="Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is "
+        "faster.",
+    )
+
+
+def guidance_option(panel: str) -> Any:
+    """The guidance scale, see `words_option`."""
+    return typer.Option(
+        metavar="SCALE", rich_help_panel=panel, help="Guidance scale. Default: the pipeline's. 1: no guidance."
+    )
+
+
+def paint_steps_option(panel: str) -> Any:
+    """The number of sampling steps, see `words_option`."""
+    return typer.Option(
+        metavar="N", min=1, rich_help_panel=panel, help=f"Sampling steps per picture. Default {PAINT_STEPS}."
+    )
+
 
 Output = Annotated[
     Path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .command import done, run, squeezed
+from .command import done, enter_copy, run, squeezed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
@@ -45,10 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pipe").symlink_to(made / "pipe")
-    for path in made.glob("*.safetensors"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    enter_copy(made, tmp_path, monkeypatch)
 
 
 def test_one_command_measures_and_merges_and_can_be_repeated():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ pytest.importorskip("peft")
 
 import diffusers
 import legomole
-from legomole.cli import train_pipeline
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
@@ -27,7 +24,7 @@ from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .command import done, run, squeezed
+from .command import done, enter_copy, run, squeezed
 
 # the libraries' own affairs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
@@ -55,10 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "pipe").symlink_to(made / "pipe")
-    for path in made.glob("*.safetensors"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    enter_copy(made, tmp_path, monkeypatch)
     return tmp_path
 
 
@@ -207,24 +201,6 @@ def test_pictures_that_are_broken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 # ---- interruptions
-
-
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes Ctrl-C come after so many steps of training (0: while the pictures are painted), or another exception."""
-
-    def at(step: int, what_comes: type[BaseException] = KeyboardInterrupt) -> None:
-        @contextlib.contextmanager
-        def bar(*_: Any, **__: Any) -> Generator[Any]:
-            def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
-                    raise what_comes
-
-            yield progress
-
-        monkeypatch.setattr(train_pipeline, "progress_bar", bar)
-
-    return at
 
 
 def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> None:
