@@ -26,10 +26,7 @@ from .options import (
     Overwrite,
     RankOption,
     Seed,
-    guidance_option,
-    paint_steps_option,
-    size_option,
-    words_option,
+    sampling_option,
 )
 from .run_recipe import check_target, run_recipe
 
@@ -142,7 +139,7 @@ def merge(
             "too.",
         ),
     ] = None,
-    words: Annotated[list[str] | None, words_option(CALIBRATION)] = None,
+    words: Annotated[list[str] | None, sampling_option("words", CALIBRATION)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -151,9 +148,9 @@ def merge(
             help="Prompts to measure on, one per line; diverse prompts are better. Missing kinds are generated.",
         ),
     ] = None,
-    size: Annotated[str | None, size_option(CALIBRATION)] = None,
-    guidance: Annotated[float | None, guidance_option(CALIBRATION)] = None,
-    paint_steps: Annotated[int | None, paint_steps_option(CALIBRATION)] = None,
+    size: Annotated[str | None, sampling_option("size", CALIBRATION)] = None,
+    guidance: Annotated[float | None, sampling_option("guidance", CALIBRATION)] = None,
+    paint_steps: Annotated[int | None, sampling_option("paint_steps", CALIBRATION)] = None,
     seed: Seed = None,
     settings: Annotated[
         list[str] | None,

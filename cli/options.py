@@ -20,38 +20,25 @@ PAINT_STEPS = 12  # default of --paint-steps
 CALIBRATION = "Calibration: measure statistics on pictures of the base model first"
 
 
-def words_option(panel: str) -> Any:
-    """The words of each LoRA, for a command whose help lists the options for pictures in a panel of its own."""
-    return typer.Option(
-        metavar="WORDS",
-        rich_help_panel=panel,
-        help="Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in "
+_SAMPLING_OPTIONS: dict[str, dict[str, Any]] = {
+    "words": {
+        "metavar": "WORDS",
+        "help": "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in "
         "order.",
-    )
-
-
-def size_option(panel: str) -> Any:
-    """The picture size, see `words_option`."""
-    return typer.Option(
-        metavar="WxH",
-        rich_help_panel=panel,
-        help="Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is "
+    },
+    "size": {
+        "metavar": "WxH",
+        "help": "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is "
         "faster.",
-    )
+    },
+    "guidance": {"metavar": "SCALE", "help": "Guidance scale. Default: the pipeline's. 1: no guidance."},
+    "paint_steps": {"metavar": "N", "min": 1, "help": f"Sampling steps per picture. Default {PAINT_STEPS}."},
+}
 
 
-def guidance_option(panel: str) -> Any:
-    """The guidance scale, see `words_option`."""
-    return typer.Option(
-        metavar="SCALE", rich_help_panel=panel, help="Guidance scale. Default: the pipeline's. 1: no guidance."
-    )
-
-
-def paint_steps_option(panel: str) -> Any:
-    """The number of sampling steps, see `words_option`."""
-    return typer.Option(
-        metavar="N", min=1, rich_help_panel=panel, help=f"Sampling steps per picture. Default {PAINT_STEPS}."
-    )
+def sampling_option(name: Literal["words", "size", "guidance", "paint_steps"], panel: str) -> Any:
+    """An option for the pictures that a pipeline samples, in a panel of the command's help."""
+    return typer.Option(rich_help_panel=panel, **_SAMPLING_OPTIONS[name])
 
 
 Output = Annotated[

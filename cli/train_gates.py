@@ -30,10 +30,7 @@ from .options import (
     State,
     Steps,
     TrainingSeed,
-    guidance_option,
-    paint_steps_option,
-    size_option,
-    words_option,
+    sampling_option,
 )
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -123,7 +120,7 @@ def train_gates(
         typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Default strength 1."),
     ],
     output: GatesOutput,
-    words: Annotated[list[str] | None, words_option(PICTURES)] = None,
+    words: Annotated[list[str] | None, sampling_option("words", PICTURES)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -151,9 +148,9 @@ def train_gates(
             "default the LoRA's first words. Repeatable.",
         ),
     ] = None,
-    size: Annotated[str | None, size_option(PICTURES)] = None,
-    guidance: Annotated[float | None, guidance_option(PICTURES)] = None,
-    paint_steps: Annotated[int | None, paint_steps_option(PICTURES)] = None,
+    size: Annotated[str | None, sampling_option("size", PICTURES)] = None,
+    guidance: Annotated[float | None, sampling_option("guidance", PICTURES)] = None,
+    paint_steps: Annotated[int | None, sampling_option("paint_steps", PICTURES)] = None,
     texts: Annotated[
         list[Path] | None,
         typer.Option(
