@@ -22,10 +22,10 @@ WORKFLOWS = ("style_plus_subject", "compare_loras", "xy_compare", "train_gates",
 SIZE = (1500, 940)
 
 
-def save(page: Any, name: str) -> None:
+def save(page: Any, name: str, crop: tuple[int, int, int, int] | None = None) -> None:
     page.wait_for_timeout(700)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
-        picture.convert("RGB").save(OUT / f"{name}.jpg", quality=72, optimize=True)
+        picture.crop(crop or (0, 0, *SIZE)).convert("RGB").save(OUT / f"{name}.jpg", quality=72, optimize=True)
 
 
 def run(page: Any, comfy: Server) -> None:
@@ -39,6 +39,21 @@ def run(page: Any, comfy: Server) -> None:
 def fit_view(page: Any) -> None:
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(800)
+
+
+def zoom_to(page: Any, first: str, last: str) -> None:
+    """Show the nodes between two corners: the first node of type `first`, top left, and of `last`, bottom right."""
+    page.evaluate(
+        """([first, last]) => {
+            const [a, b] = [first, last].map(type => app.graph.nodes.find(node => node.type === type));
+            const width = b.pos[0] + b.size[0] - a.pos[0] + 60, height = b.pos[1] + b.size[1] - a.pos[1] + 90;
+            const view = app.canvas.canvas.getBoundingClientRect();
+            app.canvas.ds.scale = Math.min((view.width - 120) / width, (view.height - 130) / height, 1);
+            app.canvas.ds.offset = [60 / app.canvas.ds.scale - a.pos[0] + 30, 90 / app.canvas.ds.scale - a.pos[1] + 50];
+            app.canvas.setDirty(true, true);
+        }""",
+        [first, last],
+    )
 
 
 def main() -> None:
@@ -73,6 +88,9 @@ def draw(page: Any, comfy: Server) -> None:
         run(page, comfy)
         fit_view(page)
         save(page, name)
+        if name == "train_gates":
+            zoom_to(page, "LegoMoLE_MoLEMix", "LegoMoLE_GateMap")
+            save(page, "nodes", crop=(60, 75, 1060, 875))
     open_workflow(page, {"nodes": [], "links": [], "version": 0.4})
     page.evaluate(
         """() => {
