@@ -85,7 +85,7 @@ def test_nothing_is_measured_for_an_output_that_may_not_be_written():
          "2 LoRAs and 1 times --words"),
     ],
 )  # fmt: skip
-def test_wrong_usage_is_told(arguments, words):
+def test_wrong_usage_is_an_error(arguments, words):
     result = run(*arguments)
     assert result.exit_code in (2, 3)
     assert words in squeezed(result.stderr)
@@ -116,7 +116,7 @@ def test_it_measures_with_the_weights_of_the_merge():
     assert found.strengths == pytest.approx([0.8 / 1.8, 1 / 1.8])
 
 
-def test_a_full_device_is_told(monkeypatch):
+def test_a_full_device_is_reported(monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nDetails")
 

@@ -101,8 +101,8 @@ def test_two_processes_of_accelerate_launch_reach_what_one_reaches() -> None:
     env = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    told = json.loads(ran.stdout)  # of one of the two
-    assert (told["steps"], told["texts"]) == (6, [3, 3, 0])
+    facts = json.loads(ran.stdout)  # of one of the two
+    assert (facts["steps"], facts["texts"]) == (6, [3, 3, 0])
     alone, together = (weights(f"{name}.safetensors") for name in ("alone", "together"))
     assert alone.keys() == together.keys()
     assert max(float(value.abs().max()) for name, value in alone.items() if name.endswith("weight")) > 0.05

@@ -116,7 +116,7 @@ def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:
     assert found["mixture"].gates.names == trained.gates.names
 
 
-def test_inspect_tells_about_gates() -> None:
+def test_inspect_shows_gates() -> None:
     done(*TRAIN, "--steps", "2", "--granularity", "block", "-o", "gates")
     text = squeezed(done("inspect", "gates.safetensors"))
     trained = TrainedGates.load("gates.safetensors")
@@ -220,7 +220,7 @@ def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> Non
     assert Path("gates.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
-def test_a_cancel_says_what_became_of_it(interrupt: Any) -> None:
+def test_a_cancel_says_what_is_left(interrupt: Any) -> None:
     interrupt(0)
     result = run(*TRAIN, "--state", "state", "-o", "gates")
     assert result.exit_code == 130

@@ -99,7 +99,7 @@ def test_the_error_points_at_the_entry():
     assert "weight" in str(caught.value.remedy)
 
 
-def test_toml_errors_are_told_too():
+def test_toml_errors_are_reported_too():
     with pytest.raises(RecipeError, match="not valid TOML"):
         recipe_from_text("method = ", "toml")
 
