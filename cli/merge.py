@@ -192,7 +192,8 @@ def merge(
     """Merge LoRAs into one.
 
     Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
-    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
+    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it: byte for byte with the same
+    versions and processor.
     """
     from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
