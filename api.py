@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from .core import formats
 from .core.adapter import Adapter
-from .core.digest import identity
 from .core.errors import MergeError
 from .core.formats.hashes import sha256
 from .core.layers.align import align as align_adapters
@@ -19,7 +19,8 @@ from .core.merge.engine import MergeResult
 from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
-from .core.recipes.metadata import KEY
+from .core.recipes.conversion import convert
+from .core.recipes.metadata import KEY, NOT_REPEATABLE
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
@@ -56,7 +57,8 @@ def merge(
         legomole.save(result, "both.safetensors")
 
     Args:
-        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`).
+        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`). The recipe names the file an adapter was
+            loaded from, also if the adapter was changed since.
         method: A name in ``METHODS``, or an instance of a method.
         weights: One finite number per LoRA; default 1. A negative one subtracts.
         text_encoder_weights: Weights of the text encoder modules; default `weights`.
@@ -91,7 +93,7 @@ def merge(
             "settings": _recipe_settings(method, settings),
             "inputs": [
                 {
-                    "path": (lora.source.path or lora.label) if isinstance(lora, Adapter) else os.fspath(lora),
+                    **_recipe_input(lora),
                     "weight": 1.0 if weights is None else float(weights[i]),
                     "text_encoder_weight": None if text_encoder_weights is None else float(text_encoder_weights[i]),
                 }
@@ -110,13 +112,15 @@ def merge(
     adapters = [
         lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
     ]
-    adapters = [adapter.sourced(sha256=identity(adapter)) for adapter in adapters]
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
     if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
         recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
+    if obstacles := _obstacles(recipe, chosen, adapters):
+        note = f"{NOT_REPEATABLE}: {'; '.join(obstacles)}"
+        result = replace(result, report=replace(result.report, notes=(*result.report.notes, note)))
     return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
 
 
@@ -194,9 +198,32 @@ def save(
                 remedy="pass them to merge(..): merge(loras, format=.., dtype=..)",
             )
         lora = lora.adapter
-    if format is not None:
-        lora = rename_for_format(lora, format)
-    return formats.save(lora, Path(path), format=format, dtype=dtype)
+    if format is not None or dtype is not None:
+        lora = convert(lora, format, dtype, rename_for_format if format is not None else None)
+    return formats.save(lora, Path(path), format=format)
+
+
+def _recipe_input(lora: Adapter | PathLike) -> dict[str, Any]:
+    """The fields of a recipe's input that say what is merged."""
+    if not isinstance(lora, Adapter):
+        return {"path": os.fspath(lora)}
+    source = lora.source
+    return {
+        "path": source.path or lora.label,
+        "sha256": source.sha256,
+        "convert_rank": source.convert_rank or None,
+        "in_memory": not source.sha256,
+    }
+
+
+def _obstacles(recipe: Recipe, method: MergeMethod, adapters: Sequence[Adapter]) -> list[str]:
+    """Why `run` cannot repeat a merge from its recipe."""
+    in_memory = [adapter.label for adapter in adapters if not adapter.source.sha256]
+    obstacles = [f"{label} was no file but an adapter in memory" for label in in_memory]
+    statistics_path = recipe.settings.get("statistics", UNSAVED_STATISTICS)
+    if getattr(method, "statistics", None) is not None and statistics_path == UNSAVED_STATISTICS:
+        obstacles.append("the statistics were not given as a file")
+    return obstacles
 
 
 def _method_name(method: MergeMethod) -> str:

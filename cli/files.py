@@ -173,6 +173,9 @@ def _print_summary(summary: Summary) -> None:
         settings = ", ".join(f"{key} {value}" for key, value in recipe.settings.items())
         by = f"legomole {recipe.legomole}, {recipe.method}{f' ({settings})' if settings else ''}"
         table.add_row("merged by", plain(by))
+        if recipe.conversions:
+            steps = [" ".join(filter(None, (step.format, step.dtype))) for step in recipe.conversions]
+            table.add_row("converted to", plain(", ".join(steps)))
     out().print(table)
     out().print()
 
@@ -246,13 +249,14 @@ def convert(
     import torch
 
     from ..core.formats import load, save
+    from ..core.recipes.conversion import convert as convert_adapter
 
     input = local_path(input)
     adapter = load(input, convert_rank=convert_rank)
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)
-    adapter = rename_for_format(adapter, format)
-    written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
+    adapter = convert_adapter(adapter, format, None if dtype is None else getattr(torch, dtype), rename_for_format)
+    written = save(adapter, target, format=format)
     if json:
         print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})
     else:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..core.errors import FormatError, LegoMoleError, name_some
-from .console import out, plain
+from ..hosts.hub import split_revision
+from .console import out, plain, progress_bar
 from .options import size_of
 
 if TYPE_CHECKING:
     from ..core.mole.trained import TrainedGates
+    from ..core.progress import Progress
     from ..hosts.diffusers.training import PipelineTraining
 
 
@@ -105,8 +107,29 @@ def print_course(gates: TrainedGates, examples: str) -> None:
         out().print(f"stopped early: {facts['stopped']}", markup=False)
 
 
-def cancelled_text(state: Path | None) -> str:
-    """Return what a cancelled training leaves on disk, as a sentence."""
+@contextmanager
+def report_training(state: Path | None, remedy: str, *, quiet: bool) -> Generator[Progress]:
+    """Show the progress of a training inside the block, and what is left on disk if it is cancelled.
+
+    Args:
+        state: Folder of the checkpoints.
+        remedy: What to do if memory runs out.
+        quiet: Show no progress.
+
+    Raises:
+        KeyboardInterrupt: The training was cancelled; the text says what is left.
+        MergeError: Memory ran out.
+    """
+    from ..core.memory import report_out_of_memory
+
+    with progress_bar("training", quiet=quiet, show_step=True) as progress, report_out_of_memory(remedy):
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_cancelled_text(state)) from None
+
+
+def _cancelled_text(state: Path | None) -> str:
     if state is None:
         return "Cancelled. Nothing was written. With --state FOLDER the training could be resumed."
     if not any(state.glob("*.safetensors")):
@@ -160,7 +183,7 @@ def pipeline_code(
         "import legomole",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
+        f"pipe = DiffusionPipeline.from_pretrained({_model_arguments(pipeline)})",
         *_mixture_code("pipe", loras, output),
         f"    image = pipe({prompt!r}).images[0]",
     ]
@@ -173,12 +196,18 @@ def language_model_code(model: str, loras: Sequence[tuple[str, float]], output: 
         "import legomole",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_model_arguments(model)})",
+        f"model = AutoModelForCausalLM.from_pretrained({_model_arguments(model)})",
         *_mixture_code("model", loras, output),
         "    ids = model.generate(**tokenizer('..', return_tensors='pt'), max_new_tokens=40)",
     ]
     return "\n".join(lines)
+
+
+def _model_arguments(name: str) -> str:
+    """Return the arguments of ``from_pretrained`` for a folder, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    repository, revision = (name, None) if Path(name).exists() else split_revision(name)
+    return repr(repository) if revision is None else f"{repository!r}, revision={revision!r}"
 
 
 def _mixture_code(model: str, loras: Sequence[tuple[str, float]], output: Path) -> list[str]:

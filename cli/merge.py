@@ -12,13 +12,10 @@ from .environment import check_device, recipe_path
 from .measure_statistics import measure_statistics
 from .options import (
     CALIBRATION,
-    GUIDANCE_HELP,
     LEGO,
     METHOD,
-    PAINT_STEPS_HELP,
-    SIZE_HELP,
+    PAINT_STEPS,
     WEIGHTS,
-    WORDS_HELP,
     ConvertRank,
     Device,
     Dtype,
@@ -29,6 +26,7 @@ from .options import (
     Overwrite,
     RankOption,
     Seed,
+    sampling_option,
 )
 from .run_recipe import check_target, run_recipe
 
@@ -137,12 +135,11 @@ def merge(
             metavar="PIPELINE",
             rich_help_panel=CALIBRATION,
             help="Measure the statistics first, on this model: a diffusers folder of the LoRAs' base model, or its "
-            "name in the local cache. Default method: calibrated; lego uses them too.",
+            "name in the local cache (OWNER/NAME or OWNER/NAME@REVISION). Default method: calibrated; lego uses them "
+            "too.",
         ),
     ] = None,
-    words: Annotated[
-        list[str] | None, typer.Option(metavar="WORDS", rich_help_panel=CALIBRATION, help=WORDS_HELP)
-    ] = None,
+    words: Annotated[list[str] | None, sampling_option("words", CALIBRATION)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -151,15 +148,9 @@ def merge(
             help="Prompts to measure on, one per line; diverse prompts are better. Missing kinds are generated.",
         ),
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help=SIZE_HELP)] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="SCALE", rich_help_panel=CALIBRATION, help=GUIDANCE_HELP),
-    ] = None,
-    paint_steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, rich_help_panel=CALIBRATION, help=f"{PAINT_STEPS_HELP} Default 12."),
-    ] = None,
+    size: Annotated[str | None, sampling_option("size", CALIBRATION)] = None,
+    guidance: Annotated[float | None, sampling_option("guidance", CALIBRATION)] = None,
+    paint_steps: Annotated[int | None, sampling_option("paint_steps", CALIBRATION)] = None,
     seed: Seed = None,
     settings: Annotated[
         list[str] | None,
@@ -201,7 +192,8 @@ def merge(
     """Merge LoRAs into one.
 
     Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
-    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
+    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it: byte for byte with the same
+    versions and processor.
     """
     from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
@@ -254,7 +246,7 @@ def merge(
         _check_settings(recipe)
         measure_statistics(
             calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
-            paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
+            paint_steps=paint_steps or PAINT_STEPS, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
     run_recipe(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
 

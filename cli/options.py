@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,14 +16,30 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
 GATES, TRAINING = "Gates", "Training"
-WORDS_HELP = (
-    "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in order."
-)
+PAINT_STEPS = 12  # default of --paint-steps
 CALIBRATION = "Calibration: measure statistics on pictures of the base model first"
 
-SIZE_HELP = "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is faster."
-GUIDANCE_HELP = "Guidance scale. Default: the pipeline's. 1: no guidance."
-PAINT_STEPS_HELP = "Sampling steps per picture."
+
+_SAMPLING_OPTIONS: dict[str, dict[str, Any]] = {
+    "words": {
+        "metavar": "WORDS",
+        "help": "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in "
+        "order.",
+    },
+    "size": {
+        "metavar": "WxH",
+        "help": "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is "
+        "faster.",
+    },
+    "guidance": {"metavar": "SCALE", "help": "Guidance scale. Default: the pipeline's. 1: no guidance."},
+    "paint_steps": {"metavar": "N", "min": 1, "help": f"Sampling steps per picture. Default {PAINT_STEPS}."},
+}
+
+
+def sampling_option(name: Literal["words", "size", "guidance", "paint_steps"], panel: str) -> Any:
+    """An option for the pictures that a pipeline samples, in a panel of the command's help."""
+    return typer.Option(rich_help_panel=panel, **_SAMPLING_OPTIONS[name])
+
 
 Output = Annotated[
     Path,

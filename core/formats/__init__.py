@@ -32,8 +32,10 @@ __all__ = [
     "Summary",
     "detect",
     "fingerprint",
+    "format_of",
     "from_state_dict",
     "load",
+    "reread",
     "save",
     "summarise",
     "to_state_dict",
@@ -133,17 +135,15 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
             Nothing is left behind and an existing file stays as it was.
     """
     path = Path(path)
-    configured = _PEFT.name if CONFIG_KEY in adapter.metadata else ""
-    format = format or adapter.source.format or configured or detect([*adapter.modules, *adapter.diffs])
-    chosen = _format(format)
+    format = format or format_of(adapter)
     if dtype is not None:
         adapter = cast_adapter(adapter, dtype)
-    # a PEFT file that came without a configuration is written without one; its readers assume scale 1
-    single_file = format == adapter.source.format == _PEFT.name and not configured and path.suffix == ".safetensors"
+    # a PEFT file that came without a configuration is written without one
+    single_file = format != _PEFT.name or (
+        adapter.source.format == _PEFT.name and CONFIG_KEY not in adapter.metadata and path.suffix == ".safetensors"
+    )
+    state, metadata, config = _contents(adapter, format, single_file)
     if single_file:
-        adapter = replace(adapter, modules={name: fold_scale(part, name) for name, part in adapter.modules.items()})
-    state, metadata = chosen.write(adapter)
-    if single_file or format != _PEFT.name:
         if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
             raise SaveError("LoRAs are written as safetensors only.", file=path, expected="a name ending .safetensors")
         path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
@@ -153,12 +153,45 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
         return path
     if path.suffix == ".safetensors" or path.is_file():
         raise SaveError("A PEFT adapter is a folder, not a file.", file=path, expected="the name of a folder")
-    config = json.dumps(_PEFT.config(adapter), indent=2, sort_keys=True) + "\n"
     files.write_folder(
         path,
         {peft_folder.WEIGHTS: files.tensor_writer(state, metadata), peft_folder.CONFIG: files.text_writer(config)},
     )
     return path
+
+
+def reread(adapter: Adapter, *, folder: bool = False) -> Adapter:
+    """The adapter as `load` returns it after `save` in its own format; writes no file.
+
+    Args:
+        adapter: The LoRA.
+        folder: For ``peft``: as saved to a folder instead of a single file.
+
+    Raises:
+        SaveError: The format cannot store a name.
+    """
+    format = format_of(adapter)
+    single_file = format != _PEFT.name or not folder
+    state, metadata, config = _contents(adapter, format, single_file)
+    metadata = metadata if single_file else {**metadata, CONFIG_KEY: config}
+    # a single file is read in the format that its keys show
+    return from_state_dict(state, metadata, source=replace(adapter.source, format="" if single_file else format))
+
+
+def format_of(adapter: Adapter) -> str:
+    """The format in which an adapter is saved unless another is requested: its source's, else that of its names."""
+    configured = _PEFT.name if CONFIG_KEY in adapter.metadata else ""
+    return adapter.source.format or configured or detect([*adapter.modules, *adapter.diffs])
+
+
+def _contents(adapter: Adapter, format: str, single_file: bool) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Tensors and metadata of the weight file, and the text of the configuration, ``""`` for a single file."""
+    chosen = _format(format)
+    if single_file and format == _PEFT.name:  # its readers assume scale 1
+        adapter = replace(adapter, modules={name: fold_scale(part, name) for name, part in adapter.modules.items()})
+    state, metadata = chosen.write(adapter)
+    config = "" if single_file else json.dumps(_PEFT.config(adapter), indent=2, sort_keys=True) + "\n"
+    return state, metadata, config
 
 
 def from_state_dict(

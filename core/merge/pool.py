@@ -21,15 +21,15 @@ class GramValues:
 
     Args:
         products: ``A A^T`` and ``B^T B``, ``(M, P, P)`` float64 each.
-        own: SVD of every adapter's delta without the user's weight, in terms of its own units.
+        adapter_svds: SVD of every adapter's delta without the user's weight, in terms of its own units.
     """
 
     products: tuple[Tensor, Tensor] | None = None
-    own: tuple[gram.GramSVD, ...] | None = None
+    adapter_svds: tuple[gram.GramSVD, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(value.nbytes for value in (*(self.products or ()), *(self.own or ())))
+        return sum(value.nbytes for value in (*(self.products or ()), *(self.adapter_svds or ())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +121,14 @@ class Pool:
         return self.values.products
 
     @property
-    def own(self) -> tuple[gram.GramSVD, ...]:
+    def adapter_svds(self) -> tuple[gram.GramSVD, ...]:
         """SVD of every adapter's delta without the user's weight, in terms of its own units."""
-        if self.values.own is None:
+        if self.values.adapter_svds is None:
             G_A, G_B = self._products()
-            self.values.own = tuple(gram.svd(G_A[:, at, at], G_B[:, at, at], self.scale[:, at]) for at in self.spans)
-        return self.values.own
+            self.values.adapter_svds = tuple(
+                gram.svd(G_A[:, span, span], G_B[:, span, span], self.scale[:, span]) for span in self.spans
+            )
+        return self.values.adapter_svds
 
     @cached_property
     def svd(self) -> gram.GramSVD:

@@ -27,7 +27,8 @@ def compose(
 ) -> Recipe:
     """Return a recipe: the base's fields, replaced by those that are given.
 
-    Settings of the base are kept only if the method stays the same, and the hash of its statistics only if they do.
+    Settings of the base are kept only if the method stays the same, the hash of its statistics only if they do, and its
+    conversions only if neither `dtype` nor `format` is given.
 
     Args:
         base: Recipe to start from; default an empty one of the method ``lego``.
@@ -56,6 +57,8 @@ def compose(
     if "statistics" in given:
         data.pop("statistics_sha256", None)
     data["settings"] = {**data.get("settings", {}), **given}
+    if dtype is not None or format is not None:
+        data.pop("conversions", None)
     fields = {"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank}
     data |= {key: value for key, value in fields.items() if value is not None}
     if module_weights:

@@ -12,10 +12,13 @@ from ..errors import name_some
 from ..formats.peft_config import combine_configs, labelled_configs
 from ..json_text import from_json
 from ..merge.report import MANY, MergeReport, ModuleReport
-from .recipe import HUB_PREFIX, Recipe
+from .recipe import HUB_PREFIX, Conversion, Recipe
 
 KEY = "legomole"
 """The metadata entry that holds recipe and report as JSON."""
+
+NOT_REPEATABLE = "legomole cannot repeat this merge from its recipe"
+"""Beginning of the note in a report that gives the reasons."""
 
 # Entries that other tools read. They are kept if all inputs that have them agree; the report names disagreements.
 _KEPT_IF_EQUAL = (
@@ -42,10 +45,17 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     Args:
         recipe: The merge.
         report: Its report.
-        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order.
+        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order. Those without a hash are
+            recorded as adapters in memory.
     """
     entries = [
-        entry.model_copy(update={"path": _file_name(entry.path), "sha256": adapter.source.sha256})
+        entry.model_copy(
+            update={
+                "path": _file_name(entry.path),
+                "sha256": adapter.source.sha256,
+                "in_memory": not adapter.source.sha256,
+            }
+        )
         for entry, adapter in zip(recipe.inputs, inputs, strict=True)
     ]
     settings = {key: _file_name(value) if key == "statistics" else value for key, value in recipe.settings.items()}
@@ -70,6 +80,25 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     if config:
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return metadata
+
+
+def with_conversion(metadata: Mapping[str, str], step: Conversion) -> dict[str, str]:
+    """Return the metadata of a merged file with a conversion added to its recipe."""
+    return _with_entry(metadata, "recipe", "conversions", step.model_dump(exclude_defaults=True))
+
+
+def with_note(metadata: Mapping[str, str], note: str) -> dict[str, str]:
+    """Return the metadata of a merged file with a note added to its report."""
+    return _with_entry(metadata, "report", "notes", note)
+
+
+def _with_entry(metadata: Mapping[str, str], part: str, field: str, entry: object) -> dict[str, str]:
+    try:
+        data = from_json(metadata[KEY])
+        changed = {**data[part], field: [*data[part].get(field, []), entry]}
+    except (ValueError, KeyError, TypeError, AttributeError):  # broken; whoever reads it gets an error
+        return dict(metadata)
+    return {**metadata, KEY: _to_json({**data, part: changed})}
 
 
 def with_recipe_fields(metadata: Mapping[str, str], **fields: Any) -> dict[str, str]:

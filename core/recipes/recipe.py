@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from .. import __version__
 from ..errors import LegoMoleError
 
+DtypeName = Literal["float32", "float16", "bfloat16"]
 HUB_PREFIX = "hf://"
 """Prefix of the path of an input that is looked up in the local Hugging Face cache."""
 
@@ -28,6 +29,7 @@ class Input(BaseModel):
         text_encoder_weight: Weight of the text encoder modules; default `weight`.
         module_weights: Pattern of module names -> factor on the weight of matching modules.
         convert_rank: As in `Recipe`, for this input alone; default the recipe's.
+        in_memory: The adapter was no file, and `path` is only its label. Such a recipe cannot be run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +40,23 @@ class Input(BaseModel):
     text_encoder_weight: float | None = None
     module_weights: dict[str, float] = Field(default_factory=dict)
     convert_rank: int | None = Field(default=None, ge=1)
+    in_memory: bool = False
+
+
+class Conversion(BaseModel):
+    """A conversion of a merged file.
+
+    Args:
+        format: File format of the result.
+        dtype: Dtype of its factors and diffs; default that of the file before.
+        from_folder: The file before was a PEFT folder, which has a configuration, and not a single file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str
+    dtype: DtypeName | None = None
+    from_folder: bool = False
 
 
 class Recipe(BaseModel):
@@ -55,6 +74,7 @@ class Recipe(BaseModel):
         format: File format; default that of the first input if it can name all merged modules.
         convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; ``None`` refuses them.
         statistics_sha256: Hash of the statistics file; ``""`` accepts any.
+        conversions: Conversions of the merged file, in order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,10 +85,16 @@ class Recipe(BaseModel):
     inputs: list[Input] = Field(min_length=1)
     module_weights: dict[str, float] = Field(default_factory=dict)
     normalize: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: DtypeName | None = None
     format: str | None = None
     convert_rank: int | None = Field(default=None, ge=1)
     statistics_sha256: str = ""
+    conversions: list[Conversion] = Field(default_factory=list, max_length=100)
+
+    @property
+    def final_format(self) -> str | None:
+        """File format after all conversions; ``None`` if the recipe leaves it open."""
+        return self.conversions[-1].format if self.conversions else self.format
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the fields that have their default; versions, paths and weights are always included."""

@@ -22,14 +22,12 @@ from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
 from ..merge.weights import adapters_matching
 from ..progress import Progress
+from .conversion import RenameForFormat, repeat_conversion
 from .metadata import disagreements, file_metadata
 from .method_settings import build_method, method_settings
 from .output import default_format, should_have_kohya_names
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
-
-RenameForFormat = Callable[[Adapter, str], Adapter]
-"""A host's function: returns the adapter under names that a file format can express."""
 
 
 def run(
@@ -64,13 +62,14 @@ def run(
         to save it in.
 
     Raises:
-        RecipeError: An input differs from the file the recipe was written for, or the method's settings are wrong.
+        RecipeError: An input differs from the file the recipe was written for, or was no file, or the method's settings
+            are wrong.
         FormatError: An input cannot be read.
         MergeError: The inputs cannot be merged.
     """
     if "statistics" not in recipe.settings:  # report wrong settings before large files are read
         build_method(recipe.method, recipe.settings)
-    paths = [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
+    paths = input_paths(recipe, folder, find_cached)
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
     files = paths if statistics_path is None else [*paths, statistics_path]
     with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
@@ -100,7 +99,11 @@ def run(
         result = merge_aligned(recipe, method, aligned, device=device, progress=progress, run_batches=run_batches)
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-    return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    merge_only = recipe.model_copy(update={"conversions": []})
+    result = describe(merge_only, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    for step in recipe.conversions:
+        result = dataclasses.replace(result, adapter=repeat_conversion(result.adapter, step, rename_for_format))
+    return result
 
 
 def merge_aligned(
@@ -184,6 +187,25 @@ def describe(
     elif rename_for_format is not None:
         merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
+
+
+def input_paths(recipe: Recipe, folder: Path, find_cached: Callable[[str], Path] | None) -> list[Path]:
+    """Return the files or folders of a recipe's inputs, see `input_path`.
+
+    Raises:
+        RecipeError: An input was an adapter in memory; or see `input_path`.
+        FormatError: See the host's function.
+    """
+    for number, entry in enumerate(recipe.inputs, 1):
+        if entry.in_memory:
+            raise RecipeError(
+                "An input of this recipe was no file but an adapter in memory, so the merge cannot be repeated.",
+                module=f"input {number}",
+                expected="a file or folder",
+                found=f"{entry.path} (in_memory)",
+                remedy="save the adapter and name its file in a recipe file (see legomole inspect --recipe)",
+            )
+    return [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
 
 
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ...core import formats
 from ...core.adapter import Adapter, Source
 from ...core.errors import name_some
@@ -15,14 +13,13 @@ from ...core.merge.layer_rules import parse_layer_rules
 from ...core.merge.methods import METHODS, MergeMethod
 from ...core.merge.report import MergeReport
 from ...core.progress import Progress
-from ...core.recipes.metadata import KEY, with_recipe_fields
+from ...core.recipes.conversion import DTYPES, convert
+from ...core.recipes.metadata import KEY, NOT_REPEATABLE, with_recipe_fields
 from ...core.recipes.method_settings import method_settings
 from ...core.recipes.recipe import Input, Recipe
 from ...core.recipes.run import describe, merge_aligned, run
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, adapter_of, file_key_map, read_files
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def merge_loaded(
@@ -69,7 +66,7 @@ def merge_loaded(
     format = "comfy" if loaded.connected else formats.detect([*merged.modules])
     recipe = recipe.model_copy(update={"format": format})
     obstacles = [*_obstacles(loras, loaded, method, merged, format)]
-    hidden_notes = (f"{_NOT_REPEATABLE}: {'; '.join(obstacles)}",) if obstacles else ()
+    hidden_notes = (f"{NOT_REPEATABLE}: {'; '.join(obstacles)}",) if obstacles else ()
     report = replace(
         result.report,
         dropped=(*result.report.dropped, *loaded.dropped),
@@ -82,9 +79,6 @@ def merge_loaded(
     adapter = replace(described.adapter, source=Source(label, format=format))
     shown = tuple(note for note in described.report.notes if note not in hidden_notes)
     return GraphLora(adapter, label, recipe=None if obstacles else recipe), replace(described.report, notes=shown)
-
-
-_NOT_REPEATABLE = "legomole merge --config cannot repeat this merge from the files alone"
 
 
 def _obstacles(
@@ -107,6 +101,8 @@ def save_lora(
     lora: GraphLora, path: Path, format: str | None = None, dtype: str | None = None, progress: Progress | None = None
 ) -> Path:
     """Write a LoRA to a file. If it was merged, its recipe names the format and dtype it is saved in.
+
+    The recipe in a file that was loaded gets another format or dtype as a conversion, see `core.recipes.conversion`.
 
     To save a merge of files in another dtype than its own, it is merged again from the files, because repeating the
     recipe gives those values and not the ones that are rounded twice.
@@ -138,7 +134,8 @@ def save_lora(
         return formats.save(again.adapter, path, format=format)
     if isinstance(lora.content, Adapter) and KEY in adapter.metadata:
         adapter = replace(adapter, metadata=with_recipe_fields(adapter.metadata, **fields))
-    return formats.save(adapter, path, format=format, dtype=cast_to)
+        return formats.save(adapter, path, format=format, dtype=cast_to)
+    return formats.save(convert(adapter, format, cast_to), path, format=format)
 
 
 def _file_format(adapter: Adapter) -> str:

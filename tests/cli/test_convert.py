@@ -56,3 +56,27 @@ def test_dialects_are_translated():
     assert both.source.format == "kohya"
     assert set(both.modules) == set(style.modules)
     assert (both.metadata["ss_network_dim"], both.metadata["ss_network_alpha"]) == ("6", "6")
+
+
+def test_a_converted_merge_repeats_byte_for_byte():
+    """Also after a second conversion, which translates the names; another dtype replaces the conversions."""
+    pytest.importorskip("diffusers")
+    names = [f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{x}" for x in "qk"]
+    generator = torch.Generator().manual_seed(0)
+    for stem in ("x", "y"):
+        parts = {
+            name: LowRank(torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator), 3.0)
+            for name in names
+        }
+        save(Adapter(parts), stem, format="kohya")
+    done("merge", "x.safetensors:0.8", "y.safetensors", "--method", "concat", "-o", "merged.safetensors")
+    done("convert", "merged.safetensors", "--dtype", "float16", "-o", "half.safetensors")
+    done("convert", "half.safetensors", "--to", "diffusers", "-o", "renamed.safetensors")
+    for name in ("half", "renamed"):
+        done("merge", "--config", f"{name}.safetensors", "-o", "again.safetensors", "--overwrite")
+        assert Path("again.safetensors").read_bytes() == Path(f"{name}.safetensors").read_bytes()
+    assert "kohya float16, diffusers" in done("inspect", "renamed.safetensors")
+    done("inspect", "renamed.safetensors", "--recipe")
+    done("merge", "--config", "renamed.safetensors", "--dtype", "float32", "-o", "whole.safetensors")
+    assert load("whole.safetensors").source.format == "kohya"
+    assert load("whole.safetensors").dtype == torch.float32

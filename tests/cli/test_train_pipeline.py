@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ pytest.importorskip("peft")
 
 import diffusers
 import legomole
-from legomole.cli import train_pipeline
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
@@ -27,7 +24,7 @@ from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .command import done, run, squeezed
+from .command import done, enter_copy, run, squeezed
 
 # the libraries' own affairs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
@@ -55,11 +52,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "pipe").symlink_to(made / "pipe")
-    for path in made.glob("*.safetensors"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    enter_copy(made, tmp_path, monkeypatch)
     return tmp_path
+
+
+def test_a_pipeline_of_the_local_cache_may_have_a_revision(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "cache" / "models--me--pipe"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cached.parent))
+    for commit, branch in (("1" * 40, "main"), ("2" * 40, "v1")):
+        shutil.copytree(made / "pipe", cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / branch).write_text(commit)
+    (cached / "snapshots" / ("1" * 40) / "unet" / "config.json").unlink()  # only v1 can be loaded
+    arguments = ("train-gates", "me/pipe@v1", *LORAS, *WORDS, "--objective", "router", *SMALL, "-o", "gates")
+    assert "DiffusionPipeline.from_pretrained('me/pipe', revision='v1')" in done(*arguments)
+    result = run("train-gates", "me/pipe", *arguments[2:], "--overwrite")
+    assert (result.exit_code, "The pipeline cannot be loaded" in squeezed(result.output)) == (3, True)
+    calibrate = (
+        "merge",
+        "style.safetensors",
+        "heart.safetensors",
+        *WORDS,
+        "--size",
+        "16",
+        "--paint-steps",
+        "1",
+        "-o",
+        "both",
+    )
+    done(*calibrate, "--calibrate", "me/pipe@v1")
+    result = run(*calibrate, "--overwrite", "--calibrate", "me/pipe@../v1")
+    assert (result.exit_code, "no branch, tag or commit" in squeezed(result.output)) == (3, True)
 
 
 def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:
@@ -91,7 +116,7 @@ def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:
     assert found["mixture"].gates.names == trained.gates.names
 
 
-def test_inspect_tells_about_gates() -> None:
+def test_inspect_shows_gates() -> None:
     done(*TRAIN, "--steps", "2", "--granularity", "block", "-o", "gates")
     text = squeezed(done("inspect", "gates.safetensors"))
     trained = TrainedGates.load("gates.safetensors")
@@ -178,24 +203,6 @@ def test_pictures_that_are_broken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 # ---- interruptions
 
 
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes Ctrl-C come after so many steps of training (0: while the pictures are painted), or another exception."""
-
-    def at(step: int, what_comes: type[BaseException] = KeyboardInterrupt) -> None:
-        @contextlib.contextmanager
-        def bar(*_: Any, **__: Any) -> Generator[Any]:
-            def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
-                    raise what_comes
-
-            yield progress
-
-        monkeypatch.setattr(train_pipeline, "progress_bar", bar)
-
-    return at
-
-
 def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> None:
     options = ("--steps", "8", "--state", "state", "-o", "gates")
     interrupt(5)
@@ -213,7 +220,7 @@ def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> Non
     assert Path("gates.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
-def test_a_cancel_says_what_became_of_it(interrupt: Any) -> None:
+def test_a_cancel_says_what_is_left(interrupt: Any) -> None:
     interrupt(0)
     result = run(*TRAIN, "--state", "state", "-o", "gates")
     assert result.exit_code == 130

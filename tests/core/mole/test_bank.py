@@ -47,7 +47,8 @@ def test_another_architecture():
     model = Transformer()
     foreign = renamed(lora(UNet(), 0, names=["conv_in", "conv_out"]), "", "folder/style.safetensors")
     with pytest.raises(
-        MergeError, match=r"No layer of the LoRA[\s\S]*folder/style[\s\S]*blocks\.0\.attn[\s\S]*2 layers"
+        MergeError,
+        match=r"No layer of the LoRA[\s\S]*folder/style[\s\S]*blocks\.0\.attn[\s\S]*2 layers[\s\S]*`legomole\.experts`",
     ):
         Bank(model, Mixture((foreign,)))
     deeper = renamed(lora(Transformer(3), 0), "", "deep.safetensors")

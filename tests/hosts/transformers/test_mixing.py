@@ -30,6 +30,7 @@ from .tiny_language import (
     CAUSAL,
     MODELS,
     READS,
+    WITHOUT_GRADIENTS,
     close,
     gate_settings,
     generate,
@@ -43,10 +44,7 @@ from .tiny_language import (
     prompts,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("no_gradients"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers' own
-]
+pytestmark = WITHOUT_GRADIENTS
 
 
 class TestHeldGates:

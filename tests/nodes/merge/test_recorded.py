@@ -209,6 +209,16 @@ def test_a_file_saved_at_another_strength_is_a_merge_of_one(write, repeats, tmp_
         torch.testing.assert_close(scaled.modules[name].delta(), 0.5 * whole.modules[name].delta())
 
 
+def test_a_loaded_merge_saved_in_another_format_and_dtype(write, repeats, tmp_path) -> None:
+    merged = save_lora(merge([write("a", kohya(4, 0)), write("b", kohya(2, 100))]), tmp_path / "merged.safetensors")
+    copy = save_lora(GraphLora(merged, "merged"), tmp_path / "copy.safetensors")
+    assert copy.read_bytes() == merged.read_bytes()
+    saved = save_lora(GraphLora(merged, "merged"), tmp_path / "half.safetensors", format="comfy", dtype="float16")
+    repeats(saved)
+    assert load(saved).dtype == torch.float16
+    assert [(step.format, step.dtype) for step in read_recipe(saved).conversions] == [("comfy", "float16")]
+
+
 # ---- what cannot be repeated says so
 
 
