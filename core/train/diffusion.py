@@ -12,7 +12,7 @@ from torch import Tensor
 from ..digest import digest
 from ..errors import MergeError
 from ..mole.attach import Attachment
-from ..mole.gates import GateSet
+from ..mole.gates import READS_TEXT, GateSet
 from ..mole.mixture import Mixture
 from ..mole.router import check_concepts, concepts_in, route_gates, route_mean_gates
 from ..progress import Progress
@@ -113,6 +113,13 @@ def _check(
         raise MergeError(
             "Gates that read the text need a concept detector.",
             remedy="fit one with core.train.fit_detector and build the mixture with GateSet(.., detector=..)",
+        )
+    if settings.objective == "router" and mixture.gates.settings.reads not in READS_TEXT:
+        raise MergeError(
+            "The router is for gates that read the text.",
+            expected="reads=text",
+            found=mixture.gates.settings.reads,
+            remedy="choose gates that read text, or the objective distil",
         )
     if settings.objective == "denoise" and images is None:
         raise MergeError(
