@@ -85,21 +85,24 @@ class PromptGateSharing:
 
         Args:
             scope: The scope.
-            value: ``(B, N)`` gates by each sample's own text; ``(1, N)`` is returned as it is.
-            named: ``(B, N)`` bool, whether a sample's own text names the concept; ``None`` if unknown.
+            value: ``(B, N)`` gates by each sample's own text; ``(1, N)`` is returned as it is, unless it is of another
+                prompt's pass and the prompt's gates are known.
+            named: ``(B, N)`` or ``(1, N)`` bool, whether a sample's own text names the concept; ``None`` if unknown.
         """
+        knows_prompt = self._remembers and not self._prompt_rows and scope in self._prompt_gates
+        if value.shape[0] == 1 and knows_prompt:
+            value = value.expand(self._batch, *value.shape[1:])
         if value.shape[0] != self._batch:
             return value
         sources = [value] if self._prompt_rows else []
-        if self._remembers:
-            if self._prompt_rows:
-                if scope in self._earlier:
-                    self._earlier.remove(scope)
-                    del self._prompt_gates[scope]
-                rows = self._index((self._prompt_rows,), value.device)[0]
-                self._prompt_gates.setdefault(scope, []).append(value[rows])
-            elif scope in self._prompt_gates:
-                sources = [part.to(value) for part in self._prompt_gates[scope]]
+        if self._remembers and self._prompt_rows:
+            if scope in self._earlier:
+                self._earlier.remove(scope)
+                del self._prompt_gates[scope]
+            rows = self._index((self._prompt_rows,), value.device)[0]
+            self._prompt_gates.setdefault(scope, []).append(value[rows])
+        elif knows_prompt:
+            sources = [part.to(value) for part in self._prompt_gates[scope]]
         if not sources or len(self._prompt_rows) == self._batch:
             return value
         shared = torch.cat([part[self._source_index(len(part), value.device)] for part in sources]).mean(0)

@@ -29,7 +29,7 @@ def prompt_warnings(
         return []
     named = concepts_in([prompt], detector.words)[0].tolist()
     values = gates.values(gates.text_features(text[None], None if mask is None else mask[None]))
-    even, mean = gates.settings.even(gates.experts), torch.cat(values).mean(0)
+    even, mean = gates.settings.even(gates.experts), torch.cat(values).mean(0).detach()
     may_be_shut = gates.settings.activation != "softmax"  # which is even where no concept is named
     warnings: list[str] = []
     for label, words, is_named, value in zip(labels, detector.words, named, mean.tolist(), strict=True):

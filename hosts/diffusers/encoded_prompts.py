@@ -109,7 +109,10 @@ class GuidanceRows:
             return range(0)
         negative = None if self.pass_name else self._reads_negative(arguments.get("encoder_hidden_states"))
         if negative is None:
-            return range(batch // 2 if getattr(self.pipe, "do_classifier_free_guidance", False) else 0, batch)
+            if not getattr(self.pipe, "do_classifier_free_guidance", False):
+                return range(batch)
+            perturbed = getattr(self.pipe, "do_perturbed_attention_guidance", False)  # a second time with the prompt
+            return range(batch // (3 if perturbed else 2), batch)
         if not negative:
             self._begin_step()
         return range(0) if negative else range(batch)

@@ -96,8 +96,9 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
         with mixed(pipe, mixture):
             pipe("a heart in ember style")
 
-    Negative prompts take the gates of the prompt (see `core.mole.guidance`). A warning tells where a prompt has the
-    words of an adapter whose gates stay shut, or none of the words of one whose gates open.
+    Negative prompts take the gates of the prompt, unless they name an adapter themselves (see `core.mole.guidance`), if
+    the pipeline passes both in one batch, names its passes or encodes both at once. A warning tells where a prompt has
+    the words of an adapter whose gates stay shut, or none of the words of one whose gates open.
 
     Args:
         pipe: The pipeline.
@@ -107,13 +108,17 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
     Raises:
         MergeError: See `attach`.
     """
-    model = denoising_model(pipe)
-    rows = GuidanceRows(pipe)
+    attachment = _attached(pipe, mixture, checkpointing=checkpointing)
+    attachment.at_detach(watch_prompts(pipe, lambda encoded: _warn(encoded, attachment, mixture.labels)))
+    return attachment
+
+
+def _attached(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attachment:
+    """The mixture, attached so that negative prompts take the gates of the prompt."""
+    model, rows = denoising_model(pipe), GuidanceRows(pipe)
     sharing = PromptGateSharing(rows)
     attachment = attach(model, mixture, checkpointing=checkpointing, prompt_rows=sharing)
     attachment.at_detach(rows.watch(model, sharing))
-
-    attachment.at_detach(watch_prompts(pipe, lambda encoded: _warn(encoded, attachment, mixture.labels)))
     return attachment
 
 
@@ -131,7 +136,8 @@ def _warn(encoded: Sequence[EncodedTexts], attachment: Attachment, labels: Seque
 def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Generator[Attachment]:
     """Attach a mixture with the prompt router: each prompt gets the adapters whose words it contains. No training.
 
-    Each row of a batch follows the text it was encoded from; rows of the negative prompt follow the prompt::
+    Each row of a batch follows the text it was encoded from; rows of the negative prompt follow the prompt too, unless
+    they name an adapter themselves::
 
         with routed(pipe, mixture, [["ember style"], ["heart"]]):
             pipe("a heart in ember style")
@@ -155,7 +161,7 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
     router = _PromptRouter(mixture, concepts)
     stop = watch_prompts(pipe, router.record)
     try:
-        with mixed(pipe, mixture) as attachment, router.hold_gates(model, attachment):
+        with _attached(pipe, mixture) as attachment, router.hold_gates(model, attachment):
             yield attachment
     finally:
         stop()

@@ -127,6 +127,18 @@ class TestByHand:
         follow.begin_pass({}, 1)
         assert follow("scope", rows(9)).tolist() == [[5.0]]
 
+    def test_one_text_for_all_samples_of_another_prompt(self):
+        """A pipeline may pass a negative prompt once for a batch of images."""
+        prompt = [True]
+        follow = PromptGateSharing(lambda _, batch: range(batch) if prompt[0] else [], separate_passes=True)
+        follow.begin_pass({}, 2)
+        follow("a", torch.tensor([[0.9, 0.1], [0.7, 0.3]]))
+        prompt[0] = False
+        follow.begin_pass({}, 2)
+        found = follow("a", torch.tensor([[0.2, 0.8]]), torch.tensor([[False, True]]))
+        assert torch.equal(found, torch.tensor([[0.9, 0.8], [0.7, 0.8]]))
+        assert torch.equal(follow("b", rows(5)), rows(5))  # the prompt's gates are unknown
+
     def test_parts_of_a_prompt_in_passes_of_different_sizes(self):
         """Three parts of one sample, two of them in one pass: their mean."""
         own: list[int] = []
