@@ -43,6 +43,7 @@ def training_facts(result: PipelineTraining, labels: Sequence[str]) -> dict[str,
             for named, count, mean in mean_gates(result)
         ],
         "left_out": list(result.left_out),
+        "notes": [*result.gates.notes, *result.notes],
     }
 
 
@@ -62,6 +63,7 @@ def gates_facts(gates: TrainedGates) -> dict[str, Any]:
         "entropy": entropies[:1] + entropies[-1:],
         "steps": len(losses),
         "stopped": training.get("stopped", ""),
+        "notes": list(gates.notes),
     }
 
 
@@ -88,6 +90,8 @@ def print_training(result: PipelineTraining, labels: Sequence[str]) -> None:
         names = " and ".join(labels[i] for i in named) or "none"
         table.add_row(plain(f"{names} ({count})"), *(f"{value:.2f}" for value in mean))
     console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def print_course(gates: TrainedGates, examples: str) -> None:
@@ -105,6 +109,8 @@ def print_course(gates: TrainedGates, examples: str) -> None:
     out().print(line, markup=False)
     if facts["stopped"]:
         out().print(f"stopped early: {facts['stopped']}", markup=False)
+    for note in facts["notes"]:
+        out().print(f"note: {note}", markup=False)
 
 
 @contextmanager
@@ -169,6 +175,8 @@ def print_gates(path: str, gates: TrainedGates) -> None:
         table.add_row("trained by", plain(how))
     if facts["stopped"]:
         table.add_row("stopped", plain(facts["stopped"]))
+    for note in facts["notes"]:
+        table.add_row("note", plain(note))
     table.add_row("size", size_of(Path(path)))
     out().print(table)
     out().print()

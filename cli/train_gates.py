@@ -188,12 +188,14 @@ def train_gates(
     granularity: Granularity = None,
     activation: Activation = None,
     reads: Annotated[
-        Literal["text", "hidden", "experts", "token"] | None,
+        Literal["text", "text-mean", "hidden", "experts", "token"] | None,
         typer.Option(
             metavar="NAME",
             rich_help_panel=GATES,
-            help="What gates read. Pipelines: text (the prompt, default), hidden (the block's input) or experts (the "
-            "LoRAs' outputs). Language models: hidden (the prompt, through the layer's input, default), experts, or "
+            help="What gates read. Pipelines: text (which LoRAs the prompt names, default), hidden (the block's "
+            "input), experts (the LoRAs' outputs), or text-mean (the mean of the text, which closes gates when a "
+            "prompt gets longer; only to reproduce gates of earlier versions). Language models: hidden (the prompt, "
+            "through the layer's input, default), experts, or "
             "token (every token by itself).",
         ),
     ] = None,

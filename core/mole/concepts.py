@@ -77,7 +77,7 @@ class ConceptDetector(nn.Module):
         square = x.square().mean(-1)
         logits = nn.functional.linear(x, self.weight.to(x)) * square.clamp_min(1e-12).rsqrt()[..., None]  # (B, T, N)
         is_token = (square > 0) if mask is None else (square > 0) & mask
-        return torch.sigmoid(smooth_maximum(logits + self.bias, is_token[..., None])).float()
+        return torch.sigmoid(smooth_maximum(logits + self.bias.to(x), is_token[..., None])).float()
 
     def select(self, keep: Sequence[int]) -> ConceptDetector:
         """The detector of these experts' concepts, in this order."""
@@ -101,10 +101,11 @@ def smooth_maximum(logits: Tensor, valid: Tensor) -> Tensor:
         ``(B, ..)``; a very negative number where nothing is valid.
     """
     masked = logits.masked_fill(~valid, float("-inf"))
-    shift = masked.amax(1, keepdim=True).clamp_min(_ABSENT)  # finite where nothing is valid
+    largest = masked.amax(1, keepdim=True)
+    shift = largest.masked_fill(largest == float("-inf"), 0.0)  # finite where nothing is valid
     share = ((masked - shift) / _TEMPERATURE).exp()
-    total = share.sum(1)
-    mean = (share * logits.masked_fill(~valid, 0.0)).sum(1) / total.clamp_min(1e-30)
+    total = share.sum(1)  # at least 1 where anything is valid
+    mean = (share * logits.masked_fill(~valid, 0.0)).sum(1) / total.clamp_min(1.0)
     return torch.where(total > 0, mean, torch.full_like(mean, _ABSENT))
 
 

@@ -91,9 +91,9 @@ def fit_detector(
     prompts = list(dict.fromkeys([*detection_prompts([words for words in concepts if words]), *texts]))
     encoded: list[EncodedPrompt] = []
     for i, prompt in enumerate(prompts):
-        if progress is not None:
-            progress(i, len(prompts), "encoding prompts")
         encoded.append(encoder.encode(prompt))
+        if progress is not None:
+            progress(i + 1, len(prompts), "encoding prompts")
     always = torch.zeros(encoded[0].states.shape[1]), torch.tensor(_ALWAYS)
     rows = [_fit(prompts, encoded, encoder, words) if words else always for words in concepts]
     detector = ConceptDetector(torch.stack([w for w, _ in rows]), torch.stack([b for _, b in rows]), concepts)

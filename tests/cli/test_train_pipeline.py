@@ -18,8 +18,11 @@ import legomole
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
-from legomole.core.mole.router import concepts_in, route_gates
+from legomole.core.formats.files import read_tensors, write_tensors
+from legomole.core.mole.router import concepts_in, route_gates, route_mean_gates
 from legomole.core.mole.trained import TrainedGates
+from legomole.core.train import fit_detector
+from legomole.hosts.diffusers.denoiser import PipelinePromptEncoder
 from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
 
@@ -162,17 +165,58 @@ def test_every_option_reaches_the_training() -> None:
 
 
 def test_the_router_needs_no_steps() -> None:
-    """The gates are those of the engine's least squares on the pipeline's own encodings."""
+    """The gates are the router's, with a detector fitted on the pipeline's own encodings."""
     text = done(*TRAIN, "--objective", "router", "-o", "gates")
     assert "router on UNet2DConditionModel: 8 gates, 35 prompts\n" in text
+    trained = TrainedGates.load("gates.safetensors")
+    concepts = [["ember style", "burning"], ["heart"]]
+    prompts = trained.training["prompts"]
+    detector, notes = fit_detector(concepts, PipelinePromptEncoder(tiny.build("SD 1.5")), prompts)
+    expected = route_gates(detector, trained.gates.settings, trained.gates.names)
+    torch.testing.assert_close(trained.gates.state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)
+    assert trained.gates.detector is not None
+    assert trained.gates.detector.words == (("ember style", "burning"), ("heart",))
+    assert notes  # of random encoders
+    for note in notes:
+        assert f"note: {note}" in " ".join(text.split())
+
+
+def test_notes_are_in_the_facts_too() -> None:
+    data = json.loads(done(*TRAIN, "--objective", "router", "--json", "-o", "gates"))
+    assert any("hardly tell 'heart' from other words" in note for note in data["notes"])
+
+
+def test_gates_that_read_the_mean_of_the_text_as_earlier_versions_did() -> None:
+    text = done(*TRAIN, "--objective", "router", "--reads", "text-mean", "-o", "gates")
+    note = "read the mean of the text over all tokens and close when a prompt gets longer"
+    assert squeezed(text).count(note) == 1
     trained = TrainedGates.load("gates.safetensors")
     pipe = tiny.build("SD 1.5")
     prompts = trained.training["prompts"]
     encoded = torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0].mean(1) for prompt in prompts])
     asked = concepts_in(prompts, [["ember style", "burning"], ["heart"]])
-    expected = route_gates(encoded.detach(), asked, trained.gates.settings, ["x"])["x"]
+    expected = route_mean_gates(encoded.detach(), asked, trained.gates.settings, ["x"])["x"]
     for scope in trained.gates.names:
         torch.testing.assert_close(trained.gates[scope].state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)
+    assert note in squeezed(done("inspect", "gates.safetensors"))
+    (fact,) = json.loads(done("inspect", "--json", "gates.safetensors"))["files"]
+    assert len(fact["notes"]) == 1
+    assert note in fact["notes"][0]
+
+
+def test_inspect_tells_about_gates_of_the_first_version() -> None:
+    done(*TRAIN, "--objective", "router", "--reads", "text-mean", "-o", "gates")
+    tensors, header = read_tensors(Path("gates.safetensors"))
+    header = {key: value for key, value in header.items() if key != "words"}
+    header |= {"kind": "legomole.gates.1", "settings": header["settings"].replace("text-mean", "text")}
+    write_tensors(Path("old.safetensors"), {name: tensor.clone() for name, tensor in tensors.items()}, header)
+    text = squeezed(done("inspect", "old.safetensors"))
+    assert "gates per layer, sigmoid, read text-mean" in text
+    assert "close when a prompt gets longer" in text
+    pipe = tiny.build("SD 1.5")
+    loras = legomole.experts(pipe, [legomole.load(path) for path in ("style.safetensors", "heart.safetensors")])
+    with pytest.warns(UserWarning, match=r"old\.safetensors: these gates read the mean"):
+        assert legomole.load_gates(pipe, "old.safetensors", loras).settings.reads == "text-mean"
 
 
 def test_pictures_come_from_folders() -> None:
@@ -298,4 +342,4 @@ def test_outputs_are_not_replaced_by_accident() -> None:
     assert not Path("other.safetensors").exists()
     assert Path("gates.safetensors").read_bytes() == b"precious"
     done(*TRAIN, "--steps", "1", "-o", "gates", "--overwrite")
-    assert torch.isfinite(TrainedGates.load("gates.safetensors").gates.values(torch.zeros(1, 8))[0]).all()
+    assert torch.isfinite(TrainedGates.load("gates.safetensors").gates.values(torch.zeros(1, 2))[0]).all()

@@ -174,14 +174,18 @@ def test_training_lowers_the_loss_and_changes_nothing_but_gates(name: str) -> No
     assert all(torch.equal(a, b) for a, b in zip(now, factors, strict=True))
 
 
-def test_values_are_the_gates_outputs_per_prompt() -> None:
+@pytest.mark.parametrize("reads", ["text", "text-mean"])
+def test_values_are_the_gates_outputs_per_prompt(reads: str) -> None:
     pipe = tiny.build("SD 1.5")
     settings = TrainSettings(**FEW, steps=3)
-    result = train_gates(pipe, mixed(pipe), WORDS, ["ember and heart"], settings, size=(16, 16), sampling_steps=1)
+    result = train_gates(
+        pipe, mixed(pipe, reads=reads), WORDS, ["ember and heart"], settings, size=(16, 16), sampling_steps=1
+    )
     for prompt, values in zip(result.prompts, result.values, strict=True):
-        text = pipe.encode_prompt(prompt.text, "cpu", 1, False)[0].mean(1)
+        text = pipe.encode_prompt(prompt.text, "cpu", 1, False)[0]
+        f = text.mean(1) if reads == "text-mean" else result.gates.gates.detector(text)
         for scope, value in zip(result.scopes, values, strict=True):
-            torch.testing.assert_close(result.gates.gates[scope](text)[0], value)
+            torch.testing.assert_close(result.gates.gates[scope](f)[0], value)
     assert result.prompts[0].named == (0, 1)
 
 

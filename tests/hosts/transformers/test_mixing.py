@@ -24,7 +24,7 @@ from legomole.core.mole.record import Record
 from legomole.hosts.transformers.mixing import experts, mixed
 from torch import Tensor, nn
 
-from ...core.mole.mixtures import untouched
+from ...core.mole.mixtures import random_detector, untouched
 from ...core.mole.test_tokens import Loop
 from .tiny_language import (
     CAUSAL,
@@ -240,8 +240,9 @@ class TestExperts:
     def test_gates_without_inputs_in_language_models(self):
         model = llama()
         pair = lora(model, 1), lora(model, 2)
-        for reads in ("text", "flat"):
-            gates = GateSet(2, gate_settings(reads), {"model.layers.0.mlp": Gate(16, 2, gate_settings(reads))})
+        for reads in ("text", "text-mean", "flat"):
+            gate = Gate(16, 2, gate_settings(reads))
+            gates = GateSet(2, gate_settings(reads), {"model.layers.0.mlp": gate}, random_detector(2, 16))
             with pytest.raises(MergeError, match=rf"reads={reads}[\s\S]*hidden"):
                 mixed(model, Mixture(pair, gates))
 
