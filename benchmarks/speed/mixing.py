@@ -191,16 +191,19 @@ def _merged(model: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
 def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None) -> Step:
     model = _sharing(case.model)
     step = _step(model, case.inputs)
-    detector = None
-    if settings is not None and settings.reads == "text":
-        features = case.inputs["encoder_hidden_states"].shape[-1]
-        words = [[f"word {i}"] for i in range(len(adapters))]
-        detector = ConceptDetector(torch.randn(len(adapters), features), torch.zeros(len(adapters)), words)
-    gates = GateSet(len(adapters), settings, detector=detector)
-    attachment: Attachment = attach(model, Mixture(tuple(adapters), gates))
+    attachment: Attachment = attach(model, Mixture(tuple(adapters), gate_set(case, len(adapters), settings)))
     if settings is not None:
         standardise_features(attachment, step)  # type: ignore[arg-type] # sets the size of the gates, which stay at one
     return step
+
+
+def gate_set(case: Case, n: int, settings: GateSettings | None) -> GateSet:
+    """Return untrained gates for `n` LoRAs, with a random detector of their concepts if they read the text."""
+    detector = None
+    if settings is not None and settings.reads == "text":
+        features = case.inputs["encoder_hidden_states"].shape[-1]
+        detector = ConceptDetector(torch.randn(n, features), torch.zeros(n), [[f"word {i}"] for i in range(n)])
+    return GateSet(n, settings, detector=detector)
 
 
 def _peft(model: nn.Module, paths: Sequence[Path]) -> nn.Module:

@@ -1,7 +1,7 @@
 """Draw docs/images/gates.png: gates trained on a small random Flux. `python docs/images/gates.py`, two minutes.
 
-Two random LoRAs, prompts as sums of random word vectors, the objective without images. The training is real, but the
-model is random: the figure shows how gates behave, not image quality.
+Two random LoRAs, prompts as sequences of random word vectors, the objective without images. The training is real, but
+the model is random: the figure shows how gates behave, not image quality.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.record import Record
-from legomole.core.train import Prompt, TrainingResult, TrainSettings, prompts_for, train
+from legomole.core.train import EncodedPrompt, Prompt, TrainingResult, TrainSettings, fit_detector, prompts_for, train
 from torch import Tensor, nn
 
 CONCEPTS = (("ember style",), ("heart",))
 LABELS = ("style LoRA", "subject LoRA")
 COLOURS = ("#3b6fb6", "#e08a2e")
-WIDTH, SIDE = 64, 4
+WIDTH, SIDE, LENGTH = 64, 4, 8
 
 
 def word(text: str) -> Tensor:
@@ -33,15 +33,29 @@ def word(text: str) -> Tensor:
     return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
+def encoded(text: str) -> Tensor:
+    """Return a vector per word and zeros as padding, ``(8 or more, WIDTH)``."""
+    words = text.split()
+    return torch.stack([*map(word, words), *[torch.zeros(WIDTH)] * (LENGTH - len(words))])
+
+
+class Encoder:
+    """Implements `core.train.PromptEncoder`."""
+
+    def encode(self, prompt: str) -> EncodedPrompt:
+        return EncodedPrompt(encoded(prompt), None, {"words": 0})
+
+    def token_ids(self, prompt: str) -> dict[str, list[int]]:
+        ids = [int(hashlib.sha256(word.encode()).hexdigest()[:8], 16) for word in prompt.split()]
+        return {"words": [*ids, *[0] * (LENGTH - len(ids))]}
+
+
 class Denoiser:
     """Implements `core.train.Denoiser` for the small Flux."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Prompt]) -> None:
         self.model = model
-        words = [[word(w) for w in prompt.text.split()] or [word("")] for prompt in prompts]
-        self.text = torch.stack(
-            [torch.stack(w).mean(0) + 0.1 * torch.stack([word(str(i)) for i in range(4)]) for w in words]
-        )
+        self.text = torch.stack([encoded(prompt.text) for prompt in prompts])
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
         x = torch.randn(len(prompts), SIDE * SIDE, 16, generator=torch.Generator().manual_seed(seed))
@@ -91,11 +105,12 @@ def trained(
 ) -> tuple[TrainingResult, Mixture, Denoiser, list[Prompt]]:
     prompts = prompts_for(CONCEPTS)
     denoiser = Denoiser(model, prompts)
-    gates = GateSet(2, GateSettings.model_validate({"activation": activation, "granularity": "layer"}))
+    settings = GateSettings.model_validate({"activation": activation, "granularity": "layer"})
+    gates = GateSet(2, settings, detector=fit_detector(CONCEPTS, Encoder()).detector)
     mixture = Mixture((lora(model, 1, 0.5), lora(model, 2, 0.2)), gates)
     with attach(model, mixture) as attachment:
-        settings = TrainSettings(steps=150, examples=320, samples=64, balance=balance)
-        return train(attachment, mixture, denoiser, prompts, CONCEPTS, settings), mixture, denoiser, prompts
+        training = TrainSettings(steps=150, examples=320, samples=64, balance=balance)
+        return train(attachment, mixture, denoiser, prompts, CONCEPTS, training), mixture, denoiser, prompts
 
 
 def main() -> None:
