@@ -196,6 +196,7 @@ METHODS: dict[str, Method] = {
     "router": Method(_router(first_half), "-", whole=True),
     "router apart": Method(_router(None), "-", whole=True),
     "mole": Method(_mole(GateSettings(), FAST), "-", whole=True),
+    "mole mean": Method(_mole(GateSettings(reads="text-mean"), FAST), "-", whole=True),
     "mole apart": Method(_mole(GateSettings(), FAST, rows=None), "-", whole=True),
     "mole block": Method(_mole(_BLOCK, FAST), "-", whole=True),
     "mole output": Method(_mole(_BLOCK, FAST, mixing="output"), "-", whole=True),
