@@ -76,10 +76,7 @@ class Prompts:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
-            tokens = torch.tensor([words.tokens(prompt, any_words=self.any_words) for prompt in part])
-            if self.any_words:
-                text.add_tokens(self.encoder, tokens.flatten().tolist())
-            encoded = self.encoder(input_ids=tokens).last_hidden_state
+            encoded = self.encode(torch.tensor([words.tokens(prompt, any_words=self.any_words) for prompt in part]))
             if self.short and not torch.equal(encoded[:, _SHORT - 1], encoded[:, -1]):
                 raise ValueError(f"a prompt of more than {_SHORT - 2} words cannot be shortened")
             for prompt, states in zip(part, encoded, strict=True):
@@ -87,6 +84,13 @@ class Prompts:
                 self._cache[prompt] = kept.clone(), states[-1].clone()
         hidden, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(hidden), torch.stack(pooled)
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states ``(n, 77, 768)``, float32, of tokens ``(n, 77)``."""
+        if self.any_words:
+            text.add_tokens(self.encoder, tokens.flatten().tolist())
+        return self.encoder(input_ids=tokens).last_hidden_state
 
 
 @contextmanager
