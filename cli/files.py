@@ -254,6 +254,10 @@ def convert(
     adapter = rename_for_format(adapter, format)
     written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
     if json:
-        print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})
+        print_json(
+            {"output": str(written), "format": format, "modules": len(adapter.modules), "notes": list(adapter.notes)}
+        )
     else:
+        for note in adapter.notes:
+            out().print(f"note: {note}", markup=False)
         out().print(f"wrote {written} ({format}, {len(adapter.modules)} modules, {size_of(written)})", markup=False)

@@ -55,7 +55,7 @@ class Peft:
         adapter = reading.assemble(unprefixed, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
         originals = {key.removeprefix(PREFIX): key for key in tensors}
         extras = {_unwrapped_key(originals[key], tensors): tensor for key, tensor in adapter.extras.items()}
-        return Adapter(adapter.modules, adapter.diffs, extras, metadata, source)
+        return replace(adapter, extras=extras)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.check_names(adapter, self.name, self.is_native_name, "model.layers.0.self_attn.q_proj")

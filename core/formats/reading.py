@@ -18,6 +18,7 @@ from .suffixes import UNSUPPORTED, classify, role_of
 AlphaLookup = Callable[[str, int], float | None]
 """(module, rank) -> alpha, for modules without an alpha key; ``None`` means scale 1."""
 
+_KINDS = {".hada_": "LoHa", ".lokr_": "LoKr", ".": "full difference"}
 _LOHA_ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
@@ -77,9 +78,24 @@ def assemble(
             found=f"{len(tensors)} other keys: {name_some(tensors, 3)}" if tensors else "no tensors",
             remedy="choose a LoRA file; a whole checkpoint or an embedding cannot be merged as one",
         )
+    adapter = Adapter(modules, diffs, {key: tensors[key] for key in rest}, metadata, source)
     if convert_rank is not None and _not_low_rank(roles, tensors):
-        source = replace(source, convert_rank=convert_rank)
-    return Adapter(modules, diffs, {key: tensors[key] for key in rest}, metadata, source)
+        adapter = _with_approximation_note(adapter, roles, tensors, convert_rank)
+    return adapter
+
+
+def _with_approximation_note(
+    adapter: Adapter, roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], rank: int
+) -> Adapter:
+    """The adapter with the rank of its approximations in its source, and their loss in its notes."""
+    kinds: dict[str, str] = {}  # module -> kind
+    for module, parts in roles.items():
+        keys = _not_low_rank({module: parts}, tensors)
+        if keys and module in adapter.modules:
+            kinds[module] = next(kind for part, kind in _KINDS.items() if any(part in key for key in keys))
+    updates = [adapter.modules[module] for module in kinds]
+    note = convert.approximation_note(adapter.label, sorted(set(kinds.values())), updates, rank)
+    return replace(adapter, source=replace(adapter.source, convert_rank=rank), notes=(*adapter.notes, note))
 
 
 def _check_kinds(

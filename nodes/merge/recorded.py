@@ -73,7 +73,7 @@ def merge_loaded(
     report = replace(
         result.report,
         dropped=(*result.report.dropped, *loaded.dropped),
-        notes=(*result.report.notes, *loaded.notes, *hidden_notes),
+        notes=(*result.report.notes, *hidden_notes),
     )
     described = describe(
         recipe, method, replace(result, adapter=merged, report=report), loaded.originals, renamed=loaded.renamed
