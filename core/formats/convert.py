@@ -1,7 +1,7 @@
 """LoHa, LoKr and full deltas as low-rank updates: factorised exactly, then truncated to the requested rank.
 
-All in float64; the results are float32, and `LowRank.lost` says how much was cut off. Neither a LoHa or LoKr delta nor a
-factor that is stored as a product is ever formed as a matrix.
+All in float64; the results are float32, and `LowRank.lost` says how much was cut off. Neither a LoHa or LoKr delta nor
+a factor that is stored as a product is ever formed as a matrix.
 """
 
 from __future__ import annotations

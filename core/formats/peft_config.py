@@ -18,7 +18,6 @@ PREFIX = "base_model.model."  # every key begins with it
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # settings with which the update of a layer is not B @ A
 _OTHER_UPDATES = {
-    "target_parameters": "it adapts bare parameters (mixtures of experts), not layers",
     "use_qalora": "its A reads groups of inputs, not inputs",
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "it changes the base model and has a diagonal between its factors",

@@ -9,6 +9,7 @@ from itertools import combinations
 from ..adapter import Adapter, base_model, is_text_encoder
 from ..errors import LegoMoleError, MergeError, name_some
 from ..formats.peft_config import check_compatible
+from .experts import unify_experts
 from .keymap import KeyMap, apply_key_map, unmapped_modules
 from .spelling import unify_spelling
 
@@ -38,7 +39,7 @@ def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None)
     Raises:
         MergeError: The adapters share no layer, or are for different base models or vocabularies.
     """
-    adapters = list(adapters)
+    adapters = unify_experts(adapters)
     result = adapters
     connected = _disjoint_pair(adapters) is None
     if not connected or _differ_in_kind(adapters):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..adapter import Adapter, Source
+from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import name_some
 from ..formats import hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
@@ -180,7 +180,9 @@ def describe(
     if format is None and rename_for_format is not None and should_have_kohya_names(first_format, merged):
         format = "kohya"
     if format is None:
-        format = default_format(first_format, merged, renamed)
+        # where only PEFT folders meet, their experts alone are renamed, see `unify_experts`
+        host_names = renamed and not all(CONFIG_KEY in adapter.metadata for adapter in inputs)
+        format = default_format(first_format, merged, host_names)
     elif rename_for_format is not None:
         merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
