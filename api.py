@@ -63,7 +63,8 @@ def merge(
         module_weights: Shell pattern of module names -> factor on the weights of matching modules, e.g.
             ``{"*attn2*": 0.5}``, for every LoRA that has some.
         normalize: Divide the weights by the sum of their magnitudes.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; default: refuse them.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
+            sum full differences exactly.
         dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.

@@ -57,7 +57,8 @@ ConvertRank = Annotated[
     typer.Option(
         min=1,
         metavar="K",
-        help="Approximate LoHa, LoKr and full deltas at this rank. Default: refuse them.",
+        help="Approximate LoHa, LoKr and full differences at this rank. Default: refuse LoHa and LoKr, sum full "
+        "differences exactly.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device to compute on: cpu, cuda, cuda:1.")]

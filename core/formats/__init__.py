@@ -52,8 +52,9 @@ def load(path: str | Path, *, convert_rank: int | None = None, verify: bool = Tr
 
     Args:
         path: File or folder. The weight file of a PEFT folder, or one of its shards, stands for the folder.
-        convert_rank: Convert LoHa, LoKr and full deltas to low-rank updates of this rank (exactly factorised, then the
-            best approximation of that rank). ``None`` refuses them.
+        convert_rank: Convert LoHa, LoKr and full differences of matrices to low-rank updates of this rank (exactly
+            factorised, then the best approximation of that rank). ``None`` refuses LoHa and LoKr, and reads full
+            differences as diffs.
         verify: Check that all values are finite, and hash the file. ``False`` saves that time where the file was
             loaded before, or the caller does both.
 

@@ -1,4 +1,4 @@
-"""LoHa, LoKr and full deltas as low-rank updates: factorised exactly, then truncated to the requested rank.
+"""LoHa, LoKr and full differences as low-rank updates: factorised exactly, then truncated to the requested rank.
 
 All in float64; the results are float32, and `LowRank.lost` says how much was cut off. Neither a LoHa or LoKr delta nor
 a factor that is stored as a product is ever formed as a matrix.
@@ -6,6 +6,7 @@ a factor that is stored as a product is ever formed as a matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
@@ -111,8 +112,13 @@ def _kron_factors(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tens
     return *truncated_svd(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
 
 
+def is_matrix(difference: Tensor) -> bool:
+    """Whether a full difference can be approximated: not a vector, nor one with dimensions of size 1 (modulations)."""
+    return difference.ndim > 1 and difference.shape[0] != 1 and math.prod(difference.shape[1:]) != 1
+
+
 def full(delta: Tensor, k: int) -> LowRank:
-    """The best rank-`k` update for a full delta ``(d_out, ...)``, by the eigenvectors of its smaller Gram matrix."""
+    """The best rank-`k` update for a full difference ``(d_out, ...)``, from its smaller Gram matrix."""
     D = delta.double().flatten(1)
     tall = D.shape[0] > D.shape[1]
     gram = D.mT @ D if tall else D @ D.mT

@@ -36,7 +36,8 @@ def assemble(
         tensors: Key -> tensor. They keep their dtype; factors are views of them.
         metadata: The file's string metadata.
         source: The adapter's source, which errors name.
-        convert_rank: LoHa, LoKr and full deltas become low-rank updates of this rank; ``None`` refuses them.
+        convert_rank: LoHa, LoKr and full differences become low-rank updates of this rank. ``None`` refuses LoHa and
+            LoKr, and keeps full differences as diffs.
         alpha_of: Alpha of modules without an alpha key; ``None`` means scale 1 for all of them.
 
     Raises:
@@ -64,7 +65,7 @@ def assemble(
             updates = _updates(module, parts, convert_rank, alpha_of)
             if updates:
                 modules[module] = updates[0] if len(updates) == 1 else concat(updates, [1.0] * len(updates))
-            diffs.update(_diffs(module, parts, updates))
+            diffs.update(_diffs(module, parts, updates, convert_rank))
         except (FormatError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
             # e.g. a product of tensors that do not fit, an empty tensor, an alpha that is not a number
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
@@ -119,10 +120,10 @@ def _check_kinds(
             remedy="convert it in ComfyUI with the model connected, where the base weights are known",
         )
     if convert_rank is None:
-        keys = _not_low_rank(roles, tensors)
+        keys = [key for key in _not_low_rank(roles, tensors) if not key.endswith((".diff", ".w_norm"))]
         if keys:
             raise FormatError(
-                "The file holds LoHa, LoKr or full deltas, which become a LoRA only by approximation.",
+                "The file holds LoHa or LoKr, which become a LoRA only by approximation.",
                 file=source.path or None,
                 found=f"{len(keys)} keys: {name_some(keys, 3)}",
                 remedy="allow it with a rank: --convert-rank 32 (convert_rank=32 in Python)",
@@ -130,12 +131,12 @@ def _check_kinds(
 
 
 def _not_low_rank(roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Keys of LoHa, LoKr and full deltas."""
+    """Keys of LoHa, LoKr and full differences of matrices."""
     return [
         key
         for parts in roles.values()
         for role, key in parts.items()
-        if role.startswith(("hada_", "lokr_")) or (role == "diff" and tensors[key].ndim > 1)
+        if role.startswith(("hada_", "lokr_")) or (role == "diff" and convert.is_matrix(tensors[key]))
     ]
 
 
@@ -159,9 +160,9 @@ def _updates(
             if f"lokr_w{index}" not in parts:
                 _require(parts, (f"lokr_w{index}_a", f"lokr_w{index}_b"))
         updates.append(convert.lokr(parts, alpha, convert_rank))
-    if convert_rank is not None and "diff" in parts and parts["diff"].ndim > 1:
+    if convert_rank is not None and "diff" in parts and convert.is_matrix(parts["diff"]):
         updates.append(convert.full(parts["diff"], convert_rank))
-    if alpha is not None and not updates and not {"diff", "diff_b"} & set(parts):
+    if alpha is not None and not updates and not {"diff", "diff_b", "diff_m"} & set(parts):
         raise FormatError("An alpha has no factors.", expected="lora_down and lora_up beside it", found="alpha alone")
     return updates
 
@@ -210,14 +211,18 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
     return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else reduce_to_width(part)
 
 
-def _diffs(module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank]) -> dict[str, Tensor]:
-    """The module's changes of one-dimensional parameters."""
+def _diffs(
+    module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank], convert_rank: int | None
+) -> dict[str, Tensor]:
+    """The module's changes of whole parameters, without those that have become low-rank updates."""
     diffs: dict[str, Tensor] = {}
-    for role in ("diff", "diff_b", "up_bias"):
+    for role in ("diff", "diff_b", "diff_m", "up_bias"):
         if role in parts and parts[role].is_complex():
             raise FormatError("A change of a parameter is complex.", expected="real numbers", found=parts[role].dtype)
-    if "diff" in parts and parts["diff"].ndim <= 1:
+    if "diff" in parts and (convert_rank is None or not convert.is_matrix(parts["diff"])):
         diffs[f"{module}.weight"] = parts["diff"]
+    if "diff_m" in parts:
+        diffs[f"{module}.modulation"] = parts["diff_m"]
     if "diff_b" in parts:
         diffs[f"{module}.bias"] = parts["diff_b"]
     if "up_bias" in parts:

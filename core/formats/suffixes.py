@@ -30,9 +30,10 @@ _SUFFIXES = {
     ".lora_B.bias": "up_bias",
     ".lora_B.default.bias": "up_bias",
     ".alpha": "alpha",
-    # full deltas, added unchanged
+    # full differences, added unchanged
     ".diff": "diff",
     ".diff_b": "diff_b",
+    ".diff_m": "diff_m",  # of a parameter named modulation
     ".w_norm": "diff",
     ".b_norm": "diff_b",
     # DoRA magnitudes

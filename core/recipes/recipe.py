@@ -53,7 +53,7 @@ class Recipe(BaseModel):
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
         dtype: Dtype of the result; default the widest of the inputs'.
         format: File format; default that of the first input if it can name all merged modules.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; ``None`` refuses them.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated, see `load`.
         statistics_sha256: Hash of the statistics file; ``""`` accepts any.
     """
 

@@ -20,7 +20,7 @@ from ...core import formats
 from ...core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
-from ...core.formats.convert import approximation_note, low_rank_of_total
+from ...core.formats.convert import approximation_note, is_matrix, low_rank_of_total
 from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, best_rank_k
@@ -168,7 +168,8 @@ class _ModelLayers:
             name = None if offset is None else self.names.of_rows(key, offset[1], offset[1] + offset[2])
             builder.extras[f"{name or self.names.of_parameter(key)}.set_weight"] = values[0]
             return True
-        if kind == "diff" and values[0].ndim < 2:
+        approximated = builder.convert_rank and is_matrix(values[0])
+        if kind == "diff" and isinstance(target, str) and not approximated:
             if values[0].shape != weight.shape:
                 raise self._wrong_shape(builder, key, tuple(weight.shape), tuple(values[0].shape))
             builder.diffs[self._diff_name(key)] = values[0]

@@ -159,8 +159,7 @@ CONTENT = {
     "oft": (put(oft_blocks=torch.ones(2, 2, 2)), "OFT/BOFT"),
     "glora": (put(a1__weight=torch.ones(2, 2)), "GLoRA"),
     "ia3": (put(on_input=torch.ones(1)), "IA3"),
-    "loha": (put(hada_w1_a=torch.ones(2, 2)), "LoHa, LoKr or full"),
-    "full": (put(diff=torch.ones(4, 3)), "LoHa, LoKr or full"),
+    "loha": (put(hada_w1_a=torch.ones(2, 2)), "LoHa or LoKr"),
 }
 
 
