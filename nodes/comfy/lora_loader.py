@@ -169,15 +169,25 @@ class _ModelLayers:
             builder.extras[f"{name or self.names.of_parameter(key)}.set_weight"] = values[0]
             return True
         approximated = builder.convert_rank and is_matrix(values[0])
-        if kind == "diff" and isinstance(target, str) and not approximated:
-            if values[0].shape != weight.shape:
-                raise self._wrong_shape(builder, key, tuple(weight.shape), tuple(values[0].shape))
-            builder.diffs[self._diff_name(key)] = values[0]
+        name = self._diff_name(target)
+        if kind == "diff" and name is not None and not approximated:
+            _, offset, _ = split_target(target)
+            shape = tuple(weight.shape) if offset is None else (offset[2], *weight.shape[1:])
+            if values[0].shape != shape:
+                raise self._wrong_shape(builder, key, shape, tuple(values[0].shape))
+            builder.diffs[name] = values[0]
             return True
         return False
 
-    def _diff_name(self, key: str) -> str:
-        """Return the name of a diff that the comfy format saves under a key that the stock loader reads."""
+    def _diff_name(self, target: Target) -> str | None:
+        """Return the name of a diff that the comfy format saves under a key that the stock loader reads.
+
+        ``None`` for rows that have no name or that the loader reorders.
+        """
+        key, offset, fn = split_target(target)
+        if offset is not None or fn is not None:
+            name = None if offset is None or fn is not None else self.names.of_rows(key, offset[1], sum(offset[1:]))
+            return None if name is None else f"{name}.weight"
         module, _, parameter = key.rpartition(".")
         if parameter == "bias":
             return f"{self.names.of_parameter(f'{module}.weight')}.bias"

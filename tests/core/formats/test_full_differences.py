@@ -38,9 +38,8 @@ def test_differences_of_any_shape_are_added_with_their_weights(method: str, tmp_
 
 def test_a_difference_beside_a_low_rank_update_of_the_same_weight_becomes_one_key(tmp_path: Path) -> None:
     full = files.write(tmp_path / "full.safetensors", state(1))
-    low = files.write(
-        tmp_path / "low.safetensors", files.state_dict({PATCH: (8, 4, 1, 2, 2), f"{BLOCK}.self_attn.q": (8, 8)})
-    )
+    shapes = {PATCH: (8, 4, 1, 2, 2), f"{BLOCK}.self_attn.q": (8, 8)}
+    low = files.write(tmp_path / "low.safetensors", files.state_dict(shapes))
     merged = load_file(save(merge([full, low], "concat", weights=[0.5, 2.0]), tmp_path / "merged"))
     assert [key for key in merged if key.startswith(PATCH)] == [f"{PATCH}.diff"]
     delta = load(low).modules[PATCH].delta().reshape(SHAPES[f"{PATCH}.diff"])
