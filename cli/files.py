@@ -246,6 +246,7 @@ def convert(
     import torch
 
     from ..core.formats import load, save
+    from ..core.formats.loss import energy_kept
 
     input = local_path(input)
     adapter = load(input, convert_rank=convert_rank)
@@ -253,11 +254,12 @@ def convert(
     target = check_output(output, format, [input], overwrite=overwrite)
     adapter = rename_for_format(adapter, format)
     written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
+    kept = energy_kept(adapter, load(written))
     if json:
-        print_json(
-            {"output": str(written), "format": format, "modules": len(adapter.modules), "notes": list(adapter.notes)}
-        )
+        data = {"output": str(written), "format": format, "modules": len(adapter.modules), "energy_kept": kept}
+        print_json({**data, "notes": list(adapter.notes)})
     else:
         for note in adapter.notes:
             out().print(f"note: {note}", markup=False)
+        out().print(f"{kept:.4%} of the LoRA's energy kept", markup=False)
         out().print(f"wrote {written} ({format}, {len(adapter.modules)} modules, {size_of(written)})", markup=False)

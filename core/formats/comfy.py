@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from ..adapter import Adapter, Source
-from . import reading, writing
+from . import writing
+from .lora_metadata import assemble_with_metadata
 
 
 class Comfy:
@@ -27,7 +28,7 @@ class Comfy:
     def read(
         self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
     ) -> Adapter:
-        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank)
+        return assemble_with_metadata(tensors, metadata, source, convert_rank)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         return writing.state_dict_with_alpha(adapter), writing.string_metadata(adapter.metadata)

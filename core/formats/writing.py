@@ -14,6 +14,16 @@ from ..adapter import Adapter
 from ..errors import SaveError, name_some
 from ..lowrank import LowRank
 
+STALE = (
+    "lora_adapter_metadata",  # its scale is in the tensors now, and would be applied a second time
+    "ss_network_dim",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+)
+"""Metadata that describes the tensors of an input, not those of the output."""
+
 
 def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """The tensor in another dtype.
@@ -163,5 +173,5 @@ def check_names(adapter: Adapter, format: str, can_store: Callable[[str], bool],
 
 
 def string_metadata(metadata: Mapping[str, str], *excluded: str) -> dict[str, str]:
-    """The metadata without some keys, all values as strings."""
-    return {key: str(value) for key, value in metadata.items() if key not in excluded}
+    """The metadata without some keys and without what described the tensors of the input, all values as strings."""
+    return {key: str(value) for key, value in metadata.items() if key not in (*STALE, *excluded)}
