@@ -17,6 +17,7 @@ from ..errors import FormatError, SaveError
 from ..memory import report_out_of_memory
 from . import files, hashes, peft_folder
 from .base import Format
+from .bfl_control import comfy_tensors, is_bfl_control
 from .comfy import Comfy
 from .diffusers import Diffusers
 from .file_changes import raise_if_changed
@@ -181,6 +182,8 @@ def from_state_dict(
         FormatError: As `load`, but values are not checked to be finite.
     """
     source = source or Source()
+    if not source.format and is_bfl_control(state_dict):
+        state_dict, source = comfy_tensors(state_dict), replace(source, format="comfy")
     if not source.format:
         source = replace(source, format=detect(state_dict))
     return _format(source.format).read(state_dict, dict(metadata or {}), source, convert_rank)

@@ -85,6 +85,18 @@ def assemble(
     return adapter
 
 
+def _unsupported_kind(kind: str, keys: Sequence[str], source: Source) -> FormatError:
+    if kind == "T-LoRA":
+        problem = "The file is a T-LoRA: its rank depends on the timestep, so no single LoRA has its effect."
+        remedy = "use it in the program it was trained for, or train a plain LoRA"
+    else:
+        problem = f"The file is a LoRA of the kind {kind}, which does not add a low-rank matrix to a layer."
+        remedy = "convert it in ComfyUI, as far as that can load it: connect the model and set a convert_rank"
+        if source.format == "peft":
+            remedy = "if PEFT can turn it into a LoRA, do that first: peft.save_as_lora(folder, model, rank=16)"
+    return FormatError(problem, file=source.path or None, found=name_some(keys, 3), remedy=remedy)
+
+
 def _with_approximation_note(
     adapter: Adapter, roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], rank: int
 ) -> Adapter:
@@ -105,12 +117,7 @@ def _check_kinds(
     for kind in UNSUPPORTED:
         keys = [keys[kind] for keys in roles.values() if kind in keys]
         if keys:
-            raise FormatError(
-                f"The file is a LoRA of the kind {kind}, which does not add a low-rank matrix to a layer.",
-                file=source.path or None,
-                found=name_some(keys, 3),
-                remedy="convert it in ComfyUI, as far as that can load it: connect the model and set a convert_rank",
-            )
+            raise _unsupported_kind(kind, keys, source)
     dora = [keys["dora"] for keys in roles.values() if "dora" in keys]
     if dora:
         raise FormatError(

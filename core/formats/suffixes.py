@@ -55,10 +55,13 @@ _SUFFIXES = {
     **{f".{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2")},
     ".on_input": "IA3",
     ".ia3_l": "IA3",
+    ".lambda_layer": "T-LoRA",
+    ".q_layer.weight": "T-LoRA",
+    ".p_layer.weight": "T-LoRA",
     ".vera_lambda_b": "VeRA",
     ".vera_lambda_d": "VeRA",
 }
-UNSUPPORTED = ("OFT/BOFT", "GLoRA", "IA3", "VeRA")
+UNSUPPORTED = ("T-LoRA", "OFT/BOFT", "GLoRA", "IA3", "VeRA")
 
 _MAX_DOTS = max(suffix.count(".") for suffix in _SUFFIXES)
 _EMBEDDING = re.compile(r"(.+\.lora_embedding)_([AB])(?:\.default)?(?:\.weight)?")

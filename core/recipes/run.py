@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from ..adapter import CONFIG_KEY, Adapter, Source
-from ..errors import name_some
+from ..errors import MergeError, name_some
 from ..formats import hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
@@ -164,16 +164,19 @@ def describe(
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
     notes = [*result.report.notes, *disagreements(inputs)]
-    if renamed and merged.extras:
+    roots = {name.partition(".")[0] for name in merged.modules if "." in name}
+    unlike = sorted(key for key in merged.extras if key.partition(".")[0] not in roots)
+    if renamed and unlike:
         notes.append(
-            f"{len(merged.extras)} tensors that are passed on keep the names of their file, unlike the layers: "
-            f"{name_some(sorted(merged.extras))}"
+            f"{len(unlike)} tensors that are passed on keep the names of their file, unlike the layers: "
+            f"{name_some(unlike)}"
         )
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
             'see "Results change" in the CHANGELOG'
         )
+    _check_names_of_extras(merged)
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(made, report, inputs)
     first_format, format = inputs[0].source.format, recipe.format
@@ -186,6 +189,20 @@ def describe(
     elif rename_for_format is not None:
         merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
+
+
+def _check_names_of_extras(merged: Adapter) -> None:
+    """Raise if ComfyUI's keys that widen or replace weights are named otherwise than the merged layers."""
+    moved = [key for key in merged.extras if key.endswith(".reshape_weight") and "diffusion_model." in key]
+    moved = [key for key in moved if key.removesuffix(".reshape_weight") not in merged.modules]
+    if moved:
+        raise MergeError(
+            "A LoRA widens a layer that the other LoRAs name otherwise.",
+            module=name_some(moved),
+            expected="layers named as in the control LoRA, diffusion_model..",
+            found=f"layers such as {name_some(merged.modules, 2)}",
+            remedy="merge them in ComfyUI with the model connected, or convert the others to ComfyUI's names first",
+        )
 
 
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:
