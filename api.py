@@ -19,6 +19,7 @@ from .core.merge.engine import MergeResult
 from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
+from .core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
 from .core.recipes.metadata import KEY
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
 from .core.recipes.read import read_recipe
@@ -41,6 +42,7 @@ def merge(
     module_weights: Mapping[str, float] | None = None,
     normalize: bool = False,
     convert_rank: int | None = None,
+    base: PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
     device: torch.device | str = "cpu",
@@ -65,7 +67,8 @@ def merge(
         normalize: Divide the weights by the sum of their magnitudes.
         convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
             sum full differences exactly.
-        dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
+        base: Base model of LoRAs that are DoRA, a checkpoint or a folder; they need a `convert_rank` too.
+        dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
         progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
@@ -100,16 +103,20 @@ def merge(
             ],
             "module_weights": dict(module_weights or {}),
             "normalize": normalize,
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else str(dtype),
             "format": format,
             "convert_rank": convert_rank,
+            "base": None if base is None else os.fspath(base),
         }
     )
     in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
     if not in_memory and not isinstance(settings.get("statistics"), Statistics):
         return run(recipe, device=device, progress=progress)
     adapters = [
-        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
+        lora
+        if isinstance(lora, Adapter)
+        else formats.load(Path(lora), convert_rank=convert_rank, base=None if base is None else Path(base))
+        for lora in loras
     ]
     adapters = [adapter.sourced(sha256=identity(adapter)) for adapter in adapters]
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
@@ -168,7 +175,7 @@ def align(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def save(
-    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: torch.dtype | None = None
+    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: str | torch.dtype | None = None
 ) -> Path:
     """Write a LoRA to a file (or to a PEFT folder), atomically.
 
@@ -176,7 +183,7 @@ def save(
         lora: A result of `merge`, whose file says how it was made, or an adapter.
         path: File or folder; ``.safetensors`` is appended to a file name without it.
         format: A name in ``FORMATS``, for adapters; default the format that the adapter came in.
-        dtype: Dtype of the tensors, for adapters; default their own.
+        dtype: Dtype of the tensors, for adapters, e.g. ``"bfloat16"`` or ``"bf16"``; default their own.
 
     Returns:
         The path written.
@@ -197,7 +204,21 @@ def save(
         lora = lora.adapter
     if format is not None:
         lora = rename_for_format(lora, format)
-    return formats.save(lora, Path(path), format=format, dtype=dtype)
+    return formats.save(lora, Path(path), format=format, dtype=_torch_dtype(dtype))
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by name.
+
+    Raises:
+        MergeError: An unknown name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = full_dtype_name(dtype)
+    if name not in DTYPES:
+        raise MergeError("There is no such dtype.", expected=", ".join((*DTYPES, *SHORT_NAMES)), found=dtype)
+    return getattr(torch, name)
 
 
 def _method_name(method: MergeMethod) -> str:

@@ -13,9 +13,9 @@ from rich.table import Table
 from ..core.errors import FormatError, name_some
 from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
-from .environment import local_path
+from .environment import base_path, local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
-from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+from .options import Base, ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 from .plot_report import check_plot, print_findings, survey_files, write_plot
 
 if TYPE_CHECKING:
@@ -239,17 +239,18 @@ def convert(
     ] = None,
     dtype: Dtype = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write a LoRA in another file format or dtype, or a LoHa or LoKr as a plain LoRA."""
+    """Write a LoRA in another file format or dtype, or a LoHa, LoKr or DoRA as a plain LoRA."""
     import torch
 
     from ..core.formats import load, save
     from ..core.formats.loss import energy_kept
 
     input = local_path(input)
-    adapter = load(input, convert_rank=convert_rank)
+    adapter = load(input, convert_rank=convert_rank, base=base_path(base))
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)
     adapter = rename_for_format(adapter, format)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source
 from . import writing
+from .base_weights import BaseWeights
 from .lora_metadata import assemble_with_metadata
 
 _NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\d+)?)\..+")
@@ -31,9 +32,14 @@ class Diffusers:
         return not module.startswith(_FOREIGN_PREFIXES)
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
-        return assemble_with_metadata(tensors, metadata, source, convert_rank)
+        return assemble_with_metadata(tensors, metadata, source, convert_rank, base)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.check_names(

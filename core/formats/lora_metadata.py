@@ -11,6 +11,7 @@ from torch import Tensor
 from ..adapter import Adapter, Source, is_text_encoder
 from ..errors import FormatError
 from ..json_text import from_json
+from .base_weights import BaseWeights
 from .peft_config import PeftScale
 from .reading import AlphaLookup, assemble
 from .suffixes import role_of
@@ -19,7 +20,11 @@ KEY = "lora_adapter_metadata"
 
 
 def assemble_with_metadata(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    source: Source,
+    convert_rank: int | None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """Assemble the tensors of a file; layers without an alpha key have the scale in the metadata.
 
@@ -28,8 +33,8 @@ def assemble_with_metadata(
     Raises:
         FormatError: See `reading.assemble`; or the configuration in the metadata is not valid.
     """
-    alpha_of = _alpha_lookup(metadata, source)
-    adapter = assemble(tensors, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
+    alpha_of = _alpha_lookup(metadata, source, allow_dora=base is not None)
+    adapter = assemble(tensors, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of, base=base)
     if alpha_of is None:
         return adapter
     with_alpha = {module for key in tensors for module, role in [role_of(key) or ("", "")] if role == "alpha"}
@@ -44,7 +49,7 @@ def assemble_with_metadata(
     return replace(adapter, notes=(*adapter.notes, note))
 
 
-def _alpha_lookup(metadata: Mapping[str, str], source: Source) -> AlphaLookup | None:
+def _alpha_lookup(metadata: Mapping[str, str], source: Source, *, allow_dora: bool) -> AlphaLookup | None:
     """Alphas by the configuration: one flat JSON object, whose keys are prefixed by the component."""
     if KEY not in metadata:
         return None
@@ -53,7 +58,9 @@ def _alpha_lookup(metadata: Mapping[str, str], source: Source) -> AlphaLookup | 
         components = {key.split(".", 1)[0] for key in flat}
         scales = {
             name: PeftScale.from_config(
-                {key.split(".", 1)[1]: value for key, value in flat.items() if key.startswith(f"{name}.")}, source
+                {key.split(".", 1)[1]: value for key, value in flat.items() if key.startswith(f"{name}.")},
+                source,
+                allow_dora=allow_dora,
             )
             for name in components
         }

@@ -15,6 +15,7 @@ from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, SaveError, name_some
 from ..lowrank import LowRank
 from . import reading, writing
+from .base_weights import BaseWeights
 from .peft_config import PREFIX, PeftScale, lora_config, parse_config
 from .peft_experts import (
     StackedUpdate,
@@ -51,21 +52,28 @@ class Peft:
         return self.is_native_name(module)
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
         """A single file without a configuration has scale 1, as in programs for image models."""
         unprefixed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         alpha_of = None
         if CONFIG_KEY in metadata:
             config = parse_config(metadata[CONFIG_KEY], source)
-            scale = PeftScale.from_config(config, source)
+            scale = PeftScale.from_config(config, source, allow_dora=base is not None)
             if config["peft_type"].upper() == "LORA":
                 unprefixed = _split_parameters(unprefixed, config, scale, source)
                 alpha_of = _alpha_lookup(scale)
             else:
                 unprefixed = _fold_scales(unprefixed, scale)
                 metadata = {**metadata, CONFIG_KEY: json.dumps(lora_config(config), sort_keys=True)}
-        adapter = reading.assemble(unprefixed, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
+        adapter = reading.assemble(
+            unprefixed, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of, base=base
+        )
         originals = {key.removeprefix(PREFIX): key for key in tensors}
         extras = {_unwrapped_key(originals[key], tensors): tensor for key, tensor in adapter.extras.items()}
         return replace(adapter, extras=extras)

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source, check_finite
 from ..errors import FormatError, name_some
-from ..lowrank import LowRank, concat, fold_tucker, reduce_to_width
+from ..lowrank import LowRank, best_rank_k, concat, fold_tucker, reduce_to_width
 from ..memory import is_out_of_memory
 from . import convert
+from .base_weights import BaseWeights
+from .dora import DORA_REMEDY, dora_delta
 from .suffixes import UNSUPPORTED, classify, role_of
 
 AlphaLookup = Callable[[str, int], float | None]
@@ -29,6 +31,7 @@ def assemble(
     *,
     convert_rank: int | None = None,
     alpha_of: AlphaLookup | None = None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """Assemble the tensors of a file into modules, diffs and extras.
 
@@ -39,6 +42,8 @@ def assemble(
         convert_rank: LoHa, LoKr and full differences become low-rank updates of this rank. ``None`` refuses LoHa and
             LoKr, and keeps full differences as diffs.
         alpha_of: Alpha of modules without an alpha key; ``None`` means scale 1 for all of them.
+        base: Weights of the base model, with which DoRA becomes low-rank updates of `convert_rank`; ``None`` refuses
+            it.
 
     Raises:
         FormatError: The adapter is not a low-rank sum, a factor has no partner, shapes do not fit, or the file holds
@@ -46,7 +51,7 @@ def assemble(
     """
     convert.check_convert_rank(convert_rank)
     roles, rest = classify(tensors)
-    _check_kinds(roles, tensors, source, convert_rank)
+    _check_kinds(roles, tensors, source, convert_rank, base)
     duplicates = [key for key in rest if role_of(key) is not None]
     if duplicates:
         raise FormatError(
@@ -62,7 +67,7 @@ def assemble(
     for module, keys in roles.items():
         parts = {role: tensors[key] for role, key in keys.items()}
         try:
-            updates = _updates(module, parts, convert_rank, alpha_of)
+            updates = _updates(module, parts, convert_rank, alpha_of, base)
             if updates:
                 modules[module] = updates[0] if len(updates) == 1 else concat(updates, [1.0] * len(updates))
             diffs.update(_diffs(module, parts, updates, convert_rank))
@@ -80,7 +85,7 @@ def assemble(
             remedy="choose a LoRA file; a whole checkpoint or an embedding cannot be merged as one",
         )
     adapter = Adapter(modules, diffs, {key: tensors[key] for key in rest}, metadata, source)
-    if convert_rank is not None and _not_low_rank(roles, tensors):
+    if convert_rank is not None and (_not_low_rank(roles, tensors) or any("dora" in parts for parts in roles.values())):
         adapter = _with_approximation_note(adapter, roles, tensors, convert_rank)
     return adapter
 
@@ -104,7 +109,9 @@ def _with_approximation_note(
     kinds: dict[str, str] = {}  # module -> kind
     for module, parts in roles.items():
         keys = _not_low_rank({module: parts}, tensors)
-        if keys and module in adapter.modules:
+        if "dora" in parts:
+            kinds[module] = "DoRA"
+        elif keys and module in adapter.modules:
             kinds[module] = next(kind for part, kind in _KINDS.items() if any(part in key for key in keys))
     updates = [adapter.modules[module] for module in kinds]
     note = convert.approximation_note(adapter.label, sorted(set(kinds.values())), updates, rank)
@@ -112,19 +119,25 @@ def _with_approximation_note(
 
 
 def _check_kinds(
-    roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor], source: Source, convert_rank: int | None
+    roles: Mapping[str, Mapping[str, str]],
+    tensors: Mapping[str, Tensor],
+    source: Source,
+    convert_rank: int | None,
+    base: BaseWeights | None,
 ) -> None:
     for kind in UNSUPPORTED:
         keys = [keys[kind] for keys in roles.values() if kind in keys]
         if keys:
             raise _unsupported_kind(kind, keys, source)
     dora = [keys["dora"] for keys in roles.values() if "dora" in keys]
-    if dora:
+    if dora and (base is None or convert_rank is None):
         raise FormatError(
-            "This is a DoRA: it rescales the base model's weights, which are not in the file.",
+            "This is a DoRA: it rescales the base model's weights, which are not in the file."
+            if base is None
+            else "This is a DoRA, which becomes a LoRA only by approximation.",
             file=source.path or None,
             found=f"{len(dora)} modules with magnitudes: {name_some(dora, 3)}",
-            remedy="convert it in ComfyUI with the model connected, where the base weights are known",
+            remedy=DORA_REMEDY,
         )
     if convert_rank is None:
         keys = [key for key in _not_low_rank(roles, tensors) if not key.endswith((".diff", ".w_norm"))]
@@ -148,7 +161,11 @@ def _not_low_rank(roles: Mapping[str, Mapping[str, str]], tensors: Mapping[str, 
 
 
 def _updates(
-    module: str, parts: Mapping[str, Tensor], convert_rank: int | None, alpha_of: AlphaLookup | None
+    module: str,
+    parts: Mapping[str, Tensor],
+    convert_rank: int | None,
+    alpha_of: AlphaLookup | None,
+    base: BaseWeights | None,
 ) -> list[LowRank]:
     """All low-rank updates of a module: normally one."""
     alpha = _alpha(parts["alpha"]) if "alpha" in parts else None
@@ -159,6 +176,8 @@ def _updates(
     if "down" in parts or "up" in parts or "mid" in parts:
         _require(parts, ("down", "up"))
         updates.append(_lora(module, parts, alpha, alpha_of))
+    if "dora" in parts and base is not None and convert_rank is not None:
+        return [_dora(module, parts, updates, convert_rank, base)]
     if convert_rank is not None and any(role.startswith("hada_") for role in parts):
         _require(parts, _LOHA_ROLES)
         updates.append(convert.loha(parts, alpha, convert_rank))
@@ -216,6 +235,27 @@ def _lora(module: str, parts: Mapping[str, Tensor], alpha: float | None, alpha_o
     part = LowRank(down.flatten(1), up.flatten(1), alpha, kernel)
     # merging takes time proportional to the cube of the rank: hours, for a file of some kB
     return part if part.rank <= 4 * min(part.d_in, part.d_out) + 512 else reduce_to_width(part)
+
+
+def _dora(
+    module: str, parts: Mapping[str, Tensor], updates: Sequence[LowRank], convert_rank: int, base: BaseWeights
+) -> LowRank:
+    """The best update of rank `convert_rank` for a DoRA."""
+    others = [role for role in parts if role.startswith(("hada_", "lokr_")) or role == "diff"]
+    if not updates or others:
+        raise FormatError(
+            "Magnitudes of a DoRA without the plain factors of a LoRA cannot be converted here.",
+            expected="lora_down and lora_up beside the magnitudes",
+            found=" and ".join(sorted(parts)),
+            remedy="convert it in ComfyUI with the model connected",
+        )
+    lora, magnitude = updates[0], parts["dora"]
+    for tensor in (lora.A, lora.B, magnitude):
+        check_finite(tensor, module, "")
+    weight = base.weight(module, lora.d_out, lora.d_in)
+    delta = dora_delta(weight, lora.scale * lora.B.double() @ lora.A.double(), magnitude, lora.kernel)
+    A, B = best_rank_k(delta, min(convert_rank, *delta.shape))
+    return convert.low_rank_of_total(A, B, lora.kernel, float(delta.square().sum()))
 
 
 def _diffs(

@@ -52,7 +52,8 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
         for entry, adapter in zip(recipe.inputs, inputs, strict=True)
     ]
     settings = {key: _file_name(value) if key == "statistics" else value for key, value in recipe.settings.items()}
-    stored = recipe.model_copy(update={"inputs": entries, "settings": settings})
+    base = None if recipe.base is None else _file_name(recipe.base)
+    stored = recipe.model_copy(update={"inputs": entries, "settings": settings, "base": base})
     labels = [adapter.label for adapter in inputs]
     metadata = {
         KEY: _to_json({"recipe": stored.to_dict(), "report": compact(report)}),

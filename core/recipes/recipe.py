@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .. import __version__
 from ..errors import LegoMoleError
+from .dtype_names import full_dtype_name
 
 HUB_PREFIX = "hf://"
 """Prefix of the path of an input that is looked up in the local Hugging Face cache."""
@@ -51,9 +52,11 @@ class Recipe(BaseModel):
         inputs: The adapters, at least one.
         module_weights: Pattern of module names -> factor, for every input that has matching modules.
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
-        dtype: Dtype of the result; default the widest of the inputs'.
+        dtype: Dtype of the result; default the widest of the inputs'. ``bf16``, ``fp16`` and ``fp32`` are read too.
         format: File format; default that of the first input if it can name all merged modules.
         convert_rank: Rank at which LoHa, LoKr and full differences are approximated, see `load`.
+        base: The base model, a checkpoint or a folder, for inputs that are DoRA; they need a `convert_rank` too.
+        base_fingerprint: Hash of the sizes and of parts of its files; ``""`` accepts any.
         statistics_sha256: Hash of the statistics file; ``""`` accepts any.
     """
 
@@ -68,7 +71,14 @@ class Recipe(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     format: str | None = None
     convert_rank: int | None = Field(default=None, ge=1)
+    base: str | None = None
+    base_fingerprint: str = ""
     statistics_sha256: str = ""
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _full_dtype_name(cls, value: object) -> object:
+        return full_dtype_name(value) if isinstance(value, str) else value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the fields that have their default; versions, paths and weights are always included."""

@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import MergeError, name_some
-from ..formats import hashes, load, weight_files
+from ..formats import BaseWeights, hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
 from ..merge.cache import GramCache
@@ -72,11 +72,18 @@ def run(
         build_method(recipe.method, recipe.settings)
     paths = [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
+    base: BaseWeights | None = None
+    if recipe.base is not None:
+        if remote is not None:
+            raise RecipeError("A merge with a base model runs on this machine only.", found=recipe.base)
+        base = BaseWeights(folder / recipe.base)
+        _check_hash(base.path, recipe.base_fingerprint, base.fingerprint(), "base_fingerprint")
+        recipe = recipe.model_copy(update={"base_fingerprint": base.fingerprint()})
     files = paths if statistics_path is None else [*paths, statistics_path]
     with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
-            adapters.append(_load(entry, path, recipe.convert_rank))
+            adapters.append(_load(entry, path, recipe.convert_rank, base))
             if loading is not None:
                 loading(len(adapters), len(recipe.inputs), entry.path)
         # where only the metadata needs the hashes, they are awaited after the merge
@@ -224,8 +231,8 @@ def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | Non
     return find_cached(path.removeprefix(HUB_PREFIX))
 
 
-def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
-    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), verify=False)
+def _load(entry: Input, path: Path, convert_rank: int | None, base: BaseWeights | None) -> Adapter:
+    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), base=base, verify=False)
     # a folder in the Hugging Face cache is named after a commit: keep the adapter's name
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB_PREFIX) else adapter
 
@@ -246,14 +253,14 @@ def _with_hashes(
     return hashed
 
 
-def _check_hash(path: Path, expected: str, found: str) -> None:
+def _check_hash(path: Path, expected: str, found: str, kind: str = "sha256") -> None:
     if expected and found != expected:
         raise RecipeError(
             "An input is not the file this recipe was written for.",
             file=path,
-            expected=f"sha256 {expected}",
-            found=f"sha256 {found}",
-            remedy="find the original file, or remove the sha256 from the recipe to use this one",
+            expected=f"{kind} {expected}",
+            found=f"{kind} {found}",
+            remedy=f"find the original file, or remove the {kind} from the recipe to use this one",
         )
 
 

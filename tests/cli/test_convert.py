@@ -96,3 +96,9 @@ def test_metadata_that_programs_act_on_is_kept_and_stale_hashes_are_not(tmp_path
         assert metadata["reference_downscale_factor"] == "2"
         assert metadata["ss_clip_skip"] == "1"
         assert "sshs_model_hash" not in metadata
+
+
+def test_short_names_of_dtypes_are_accepted():
+    for command, name, dtype in (("convert", "bf16", torch.bfloat16), ("merge", "fp16", torch.float16)):
+        done(command, "a.safetensors", "--dtype", name, "-o", f"{command}.safetensors")
+        assert load(f"{command}.safetensors").dtype == dtype
