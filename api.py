@@ -20,6 +20,7 @@ from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
 from .core.recipes.conversion import convert
+from .core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
 from .core.recipes.metadata import KEY, NOT_REPEATABLE
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
 from .core.recipes.read import read_recipe
@@ -42,6 +43,7 @@ def merge(
     module_weights: Mapping[str, float] | None = None,
     normalize: bool = False,
     convert_rank: int | None = None,
+    base: PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
     device: torch.device | str = "cpu",
@@ -65,8 +67,10 @@ def merge(
         module_weights: Shell pattern of module names -> factor on the weights of matching modules, e.g.
             ``{"*attn2*": 0.5}``, for every LoRA that has some.
         normalize: Divide the weights by the sum of their magnitudes.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; default: refuse them.
-        dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
+            sum full differences exactly.
+        base: Base model of LoRAs that are DoRA, a checkpoint or a folder; they need a `convert_rank` too.
+        dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
         progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
@@ -101,16 +105,20 @@ def merge(
             ],
             "module_weights": dict(module_weights or {}),
             "normalize": normalize,
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else str(dtype),
             "format": format,
             "convert_rank": convert_rank,
+            "base": None if base is None else os.fspath(base),
         }
     )
     in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
     if not in_memory and not isinstance(settings.get("statistics"), Statistics):
         return run(recipe, device=device, progress=progress)
     adapters = [
-        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
+        lora
+        if isinstance(lora, Adapter)
+        else formats.load(Path(lora), convert_rank=convert_rank, base=None if base is None else Path(base))
+        for lora in loras
     ]
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
     if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
@@ -171,7 +179,7 @@ def align(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def save(
-    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: torch.dtype | None = None
+    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: str | torch.dtype | None = None
 ) -> Path:
     """Write a LoRA to a file (or to a PEFT folder), atomically.
 
@@ -179,7 +187,7 @@ def save(
         lora: A result of `merge`, whose file says how it was made, or an adapter.
         path: File or folder; ``.safetensors`` is appended to a file name without it.
         format: A name in ``FORMATS``, for adapters; default the format that the adapter came in.
-        dtype: Dtype of the tensors, for adapters; default their own.
+        dtype: Dtype of the tensors, for adapters, e.g. ``"bfloat16"`` or ``"bf16"``; default their own.
 
     Returns:
         The path written.
@@ -199,7 +207,7 @@ def save(
             )
         lora = lora.adapter
     if format is not None or dtype is not None:
-        lora = convert(lora, format, dtype, rename_for_format if format is not None else None)
+        lora = convert(lora, format, _torch_dtype(dtype), rename_for_format if format is not None else None)
     return formats.save(lora, Path(path), format=format)
 
 
@@ -224,6 +232,20 @@ def _obstacles(recipe: Recipe, method: MergeMethod, adapters: Sequence[Adapter])
     if getattr(method, "statistics", None) is not None and statistics_path == UNSAVED_STATISTICS:
         obstacles.append("the statistics were not given as a file")
     return obstacles
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by name.
+
+    Raises:
+        MergeError: An unknown name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = full_dtype_name(dtype)
+    if name not in DTYPES:
+        raise MergeError("There is no such dtype.", expected=", ".join((*DTYPES, *SHORT_NAMES)), found=dtype)
+    return getattr(torch, name)
 
 
 def _method_name(method: MergeMethod) -> str:

@@ -13,9 +13,9 @@ from rich.table import Table
 from ..core.errors import FormatError, name_some
 from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
-from .environment import local_path
+from .environment import base_path, local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
-from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+from .options import Base, ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
 from .plot_report import check_plot, print_findings, survey_files, write_plot
 
 if TYPE_CHECKING:
@@ -242,22 +242,29 @@ def convert(
     ] = None,
     dtype: Dtype = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write a LoRA in another file format or dtype, or a LoHa or LoKr as a plain LoRA."""
+    """Write a LoRA in another file format or dtype, or a LoHa, LoKr or DoRA as a plain LoRA."""
     import torch
 
     from ..core.formats import load, save
+    from ..core.formats.loss import energy_kept
     from ..core.recipes.conversion import convert as convert_adapter
 
     input = local_path(input)
-    adapter = load(input, convert_rank=convert_rank)
+    adapter = load(input, convert_rank=convert_rank, base=base_path(base))
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)
     adapter = convert_adapter(adapter, format, None if dtype is None else getattr(torch, dtype), rename_for_format)
     written = save(adapter, target, format=format)
+    kept = energy_kept(adapter, load(written))
     if json:
-        print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})
+        data = {"output": str(written), "format": format, "modules": len(adapter.modules), "energy_kept": kept}
+        print_json({**data, "notes": list(adapter.notes)})
     else:
+        for note in adapter.notes:
+            out().print(f"note: {note}", markup=False)
+        out().print(f"{kept:.4%} of the LoRA's energy kept", markup=False)
         out().print(f"wrote {written} ({format}, {len(adapter.modules)} modules, {size_of(written)})", markup=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from .arguments import parse_input, parse_layer_rules, parse_settings
-from .environment import check_device, recipe_path
+from .environment import base_path, check_device, recipe_path
 from .measure_statistics import measure_statistics
 from .options import (
     CALIBRATION,
@@ -16,6 +16,7 @@ from .options import (
     METHOD,
     PAINT_STEPS,
     WEIGHTS,
+    Base,
     ConvertRank,
     Device,
     Dtype,
@@ -175,6 +176,7 @@ def merge(
         ),
     ] = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     dtype: Dtype = None,
     format: Format = None,
     device: Device = "cpu",
@@ -211,9 +213,9 @@ def merge(
         statistics = statistics or output.with_name(
             f"{output.name.removesuffix('.safetensors')}.statistics.safetensors"
         )
-    base = None if config is None else _recipe_of(config)
+    previous = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
-    count = len(entries) or (0 if base is None else len(base.inputs))
+    count = len(entries) or (0 if previous is None else len(previous.inputs))
     layer_rules = parse_layer_rules(module_weight or (), count)
     typed = {
         "rank": rank,
@@ -227,7 +229,7 @@ def merge(
         "seed": None if calibrate is not None and method == "calibrated" else seed,
     }
     recipe = compose(
-        base,
+        previous,
         inputs=[{**entry, "path": recipe_path(entry["path"])} for entry in entries],
         method=method,
         settings={**typed, **parse_settings(settings or (), {name: f"--{name.replace('_', '-')}" for name in typed})},
@@ -237,6 +239,7 @@ def merge(
         dtype=dtype,
         format=format,
         convert_rank=convert_rank,
+        base_model=base_path(base),
         file=config,
     )
     folder = Path() if inputs or config is None else config.parent
@@ -284,6 +287,7 @@ def compress(
     ] = "svd",
     seed: Seed = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     dtype: Dtype = None,
     format: Format = None,
     device: Device = "cpu",
@@ -300,5 +304,6 @@ def compress(
         dtype=dtype,
         format=format,
         convert_rank=convert_rank,
+        base_model=base_path(base),
     )
     run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)

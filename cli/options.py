@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..core.errors import SaveError
+from ..core.recipes.dtype_names import full_dtype_name
 
 # repeated here rather than imported from the engine, so that --help does not load torch
 MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated"]
 FormatName = Literal["kohya", "diffusers", "peft", "comfy"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
+DtypeName = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
 GATES, TRAINING = "Gates", "Training"
@@ -57,7 +58,9 @@ Dtype = Annotated[
     typer.Option(
         metavar="TYPE",
         rich_help_panel=OUTPUT,
-        help="Dtype of the result: float32, float16 or bfloat16. Default: the widest of the inputs.",
+        callback=lambda name: name and full_dtype_name(name),
+        help="Dtype of the result: float32, float16 or bfloat16 (or fp32, fp16, bf16). Default: the widest of the "
+        "inputs.",
     ),
 ]
 Format = Annotated[
@@ -73,7 +76,16 @@ ConvertRank = Annotated[
     typer.Option(
         min=1,
         metavar="K",
-        help="Approximate LoHa, LoKr and full deltas at this rank. Default: refuse them.",
+        help="Approximate LoHa, LoKr and full differences at this rank. Default: refuse LoHa and LoKr, sum full "
+        "differences exactly.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE_OR_FOLDER",
+        help="Base model of LoRAs that are DoRA: a safetensors checkpoint, a diffusers or transformers folder, or a "
+        "name in the local Hugging Face cache. Needs --convert-rank. Default: refuse DoRA.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device to compute on: cpu, cuda, cuda:1.")]
@@ -155,6 +167,7 @@ ModelDtype = Annotated[
     DtypeName | None,
     typer.Option(
         metavar="TYPE",
+        callback=lambda name: name and full_dtype_name(name),
         help="Dtype of the model: float32, bfloat16, or float16 (which loses small gradients). Default float32 on the "
         "CPU, bfloat16 elsewhere.",
     ),

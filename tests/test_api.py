@@ -204,3 +204,11 @@ def test_all_that_is_public_resolves_and_nothing_else_is_listed() -> None:
     assert not {"importlib", "Any", "annotations"} & set(names)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = legomole.nonsense
+
+
+def test_dtypes_have_short_names(tmp_path: Path) -> None:
+    adapter = legomole.Adapter({"x.y": legomole.LowRank(torch.ones(1, 2), torch.ones(2, 1))})
+    assert legomole.merge([adapter], "concat", dtype="bf16").adapter.dtype == torch.bfloat16
+    assert legomole.load(legomole.save(adapter, tmp_path / "x", dtype="fp16")).dtype == torch.float16
+    with pytest.raises(MergeError, match="no such dtype"):
+        legomole.save(adapter, tmp_path / "y", dtype="fp8")

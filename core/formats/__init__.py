@@ -17,6 +17,8 @@ from ..errors import FormatError, SaveError
 from ..memory import report_out_of_memory
 from . import files, hashes, peft_folder
 from .base import Format
+from .base_weights import BaseWeights
+from .bfl_control import comfy_tensors, is_bfl_control
 from .comfy import Comfy
 from .diffusers import Diffusers
 from .file_changes import raise_if_changed
@@ -27,6 +29,7 @@ from .suffixes import classify
 from .writing import cast_adapter, fold_scale
 
 __all__ = [
+    "BaseWeights",
     "FORMATS",
     "Format",
     "Summary",
@@ -47,15 +50,24 @@ FORMATS: dict[str, Format] = {"kohya": Kohya(), "peft": _PEFT, "comfy": Comfy(),
 """In the order of detection; the last one matches everything."""
 
 
-def load(path: str | Path, *, convert_rank: int | None = None, verify: bool = True) -> Adapter:
+def load(
+    path: str | Path,
+    *,
+    convert_rank: int | None = None,
+    base: str | Path | BaseWeights | None = None,
+    verify: bool = True,
+) -> Adapter:
     """Read a LoRA: a safetensors file of any format, or a PEFT folder.
 
     The tensors keep their dtype and are views of the memory-mapped file.
 
     Args:
         path: File or folder. The weight file of a PEFT folder, or one of its shards, stands for the folder.
-        convert_rank: Convert LoHa, LoKr and full deltas to low-rank updates of this rank (exactly factorised, then the
-            best approximation of that rank). ``None`` refuses them.
+        convert_rank: Convert LoHa, LoKr and full differences of matrices to low-rank updates of this rank (exactly
+            factorised, then the best approximation of that rank). ``None`` refuses LoHa and LoKr, and reads full
+            differences as diffs.
+        base: The base model, a checkpoint or a folder, with which a DoRA becomes low-rank updates of `convert_rank`.
+            ``None`` refuses DoRA.
         verify: Check that all values are finite, and hash the file. ``False`` saves that time where the file was
             loaded before, or the caller does both.
 
@@ -65,10 +77,11 @@ def load(path: str | Path, *, convert_rank: int | None = None, verify: bool = Tr
     """
     path = Path(path)
     with raise_if_changed([path]):
-        return _load(path, convert_rank, verify)
+        weights = BaseWeights(Path(base)) if isinstance(base, (str, Path)) else base
+        return _load(path, convert_rank, weights, verify)
 
 
-def _load(path: Path, convert_rank: int | None, verify: bool) -> Adapter:
+def _load(path: Path, convert_rank: int | None, base: BaseWeights | None, verify: bool) -> Adapter:
     folder = _peft_folder(path)
     weights = _weight_files(path, folder)
     tensors, metadata = files.read_tensors(*weights)
@@ -77,7 +90,7 @@ def _load(path: Path, convert_rank: int | None, verify: bool) -> Adapter:
         folder.check_complete(tensors)
         metadata[CONFIG_KEY] = folder.config
     with report_out_of_memory(), hashes.hash_in_background([weights] if verify else []) as hashed:
-        adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
+        adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank, base=base)
         if not verify:
             return adapter
         adapter.check_finite()
@@ -200,6 +213,7 @@ def from_state_dict(
     *,
     source: Source | None = None,
     convert_rank: int | None = None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """Make an adapter from tensors by key, e.g. from what another program has loaded.
 
@@ -207,15 +221,17 @@ def from_state_dict(
         state_dict: Tensors under the keys of any format.
         metadata: The file's string metadata. A PEFT configuration is expected as JSON under ``adapter_config``.
         source: Where the tensors come from; the format is detected unless the source names one.
-        convert_rank: See `load`.
+        convert_rank, base: See `load`.
 
     Raises:
         FormatError: As `load`, but values are not checked to be finite.
     """
     source = source or Source()
+    if not source.format and is_bfl_control(state_dict):
+        state_dict, source = comfy_tensors(state_dict), replace(source, format="comfy")
     if not source.format:
         source = replace(source, format=detect(state_dict))
-    return _format(source.format).read(state_dict, dict(metadata or {}), source, convert_rank)
+    return _format(source.format).read(state_dict, dict(metadata or {}), source, convert_rank, base)
 
 
 def to_state_dict(adapter: Adapter, format: str) -> dict[str, Tensor]:

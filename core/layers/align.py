@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from ..adapter import Adapter, base_model, is_text_encoder
+from ..adapter import CONFIG_KEY, Adapter, base_model, is_text_encoder
 from ..errors import LegoMoleError, MergeError, name_some
 from ..formats.peft_config import check_compatible
+from .experts import unify_experts
 from .keymap import KeyMap, apply_key_map, unmapped_modules
 from .spelling import unify_spelling
+from .widen import widen_inputs
 
 KeyMapResolver = Callable[[Sequence[Adapter]], KeyMap]
 _BLOCK_NUMBER = re.compile(r"\.\d+\.")
@@ -38,7 +40,7 @@ def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None)
     Raises:
         MergeError: The adapters share no layer, or are for different base models or vocabularies.
     """
-    adapters = list(adapters)
+    adapters = unify_experts(adapters)
     result = adapters
     connected = _disjoint_pair(adapters) is None
     if not connected or _differ_in_kind(adapters):
@@ -67,14 +69,24 @@ def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None)
             expected="LoRAs of the same base model",
             found=f"{first.source.format or '?'} names such as {name_some(first.modules, 2)}; "
             f"{second.source.format or '?'} names such as {name_some(second.modules, 2)}",
-            remedy="check that both are for the same base model; if they are, connect the model in ComfyUI"
-            if key_map is not None
-            else "install diffusers (pip install 'legomole[diffusers]') or connect the model in ComfyUI, "
-            "so that the names can be translated",
+            remedy=_remedy(pair, key_map is not None),
         )
+    result = widen_inputs(result)
     _check_shapes(result)
     check_compatible(result)
     return result
+
+
+def _remedy(pair: tuple[Adapter, Adapter], has_key_map: bool) -> str:
+    """What to do about two adapters without a common layer."""
+    if any(CONFIG_KEY in adapter.metadata for adapter in pair):  # ComfyUI loads no language models
+        return "check that both are for the same base model"
+    if has_key_map:
+        return "check that both are for the same base model; if they are, connect the model in ComfyUI"
+    return (
+        "install diffusers (pip install 'legomole[diffusers]') or connect the model in ComfyUI, so that the names can "
+        "be translated"
+    )
 
 
 def _components(adapter: Adapter) -> tuple[set[str], set[str]]:

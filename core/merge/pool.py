@@ -156,13 +156,18 @@ class Pool:
         return replace(self, factors=InMemoryFactors(A, B), scale=scale, weights=weights)
 
 
-def overlap(pool: Pool) -> tuple[Tensor, Tensor]:
+def overlap(pool: Pool, lost: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The size of each adapter's delta, and the similarity of any two.
+
+    Args:
+        pool: The pool.
+        lost: ``(M, N)``, squared norm of what approximations at reading cut off from each delta; ``None`` for nothing.
 
     Returns:
         ``norms (M, N)``: Frobenius norms. ``cosine (M, N, N)``: ``<delta_i, delta_j> / (|delta_i| |delta_j|)``,
         0 where one is zero.
     """
-    norms = pool.inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    inner = pool.inner if lost is None else pool.inner + torch.diag_embed(lost.to(pool.inner))
+    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
-    return norms, torch.where(scale > 0, pool.inner / torch.where(scale > 0, scale, 1), 0)
+    return norms, torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1), 0)

@@ -23,6 +23,7 @@ def compose(
     dtype: str | None = None,
     format: str | None = None,
     convert_rank: int | None = None,
+    base_model: str | None = None,
     file: object = None,
 ) -> Recipe:
     """Return a recipe: the base's fields, replaced by those that are given.
@@ -39,6 +40,7 @@ def compose(
         input_module_weights: The same per input, in order; may be shorter than the inputs.
         normalize, dtype, format: See `Recipe`; ``None`` keeps the base's.
         convert_rank: The same; also replaces those of the base's inputs.
+        base_model: `Recipe.base`; ``None`` keeps the base's.
         file: File of the base, named in errors.
 
     Raises:
@@ -60,6 +62,9 @@ def compose(
     if dtype is not None or format is not None:
         data.pop("conversions", None)
     fields = {"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank}
+    if base_model is not None:
+        data |= {"base": base_model}
+        data.pop("base_fingerprint", None)
     data |= {key: value for key, value in fields.items() if value is not None}
     if module_weights:
         data["module_weights"] = {**data.get("module_weights", {}), **module_weights}

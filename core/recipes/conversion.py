@@ -11,18 +11,12 @@ from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import name_some
 from ..formats import FORMATS, format_of, reread
 from ..formats.writing import cast_adapter
+from .dtype_names import DTYPES
 from .metadata import KEY, NOT_REPEATABLE, with_conversion, with_note
 from .recipe import Conversion
 
 RenameForFormat = Callable[[Adapter, str], Adapter]
 """A host's function: returns the adapter under names that a file format can express."""
-
-DTYPES: dict[str, torch.dtype] = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-"""Dtypes that a recipe can name."""
 
 
 def convert(
@@ -57,7 +51,7 @@ def convert(
         return converted
     if not adapter.source.sha256:  # its file has other alphas and more metadata
         converted = _converted(saved, format, dtype, rename_for_format)
-    dtype_name = next((name for name, each in DTYPES.items() if each == dtype), None)
+    dtype_name = next((name for name in DTYPES if getattr(torch, name) == dtype), None)
     unusual = [] if rename_for_format else [n for n in adapter.layers if not FORMATS[format].is_native_name(n)]
     if unusual:
         obstacle = f"layers such as {name_some(unusual, 1)} would be renamed"
@@ -77,7 +71,7 @@ def repeat_conversion(adapter: Adapter, step: Conversion, rename_for_format: Ren
     Raises:
         SaveError, MergeError: See `convert`.
     """
-    dtype = None if step.dtype is None else DTYPES[step.dtype]
+    dtype = None if step.dtype is None else getattr(torch, step.dtype)
     converted = _converted(reread(adapter, folder=step.from_folder), step.format, dtype, rename_for_format)
     metadata = with_conversion(converted.metadata, step)
     return replace(converted, metadata=metadata, source=Source(format=step.format))

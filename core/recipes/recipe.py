@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .. import __version__
 from ..errors import LegoMoleError
+from .dtype_names import full_dtype_name
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 HUB_PREFIX = "hf://"
@@ -70,9 +71,11 @@ class Recipe(BaseModel):
         inputs: The adapters, at least one.
         module_weights: Pattern of module names -> factor, for every input that has matching modules.
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
-        dtype: Dtype of the result; default the widest of the inputs'.
+        dtype: Dtype of the result; default the widest of the inputs'. ``bf16``, ``fp16`` and ``fp32`` are read too.
         format: File format; default that of the first input if it can name all merged modules.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; ``None`` refuses them.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated, see `load`.
+        base: The base model, a checkpoint or a folder, for inputs that are DoRA; they need a `convert_rank` too.
+        base_fingerprint: Hash of the sizes and of parts of its files; ``""`` accepts any.
         statistics_sha256: Hash of the statistics file; ``""`` accepts any.
         conversions: Conversions of the merged file, in order.
     """
@@ -88,6 +91,8 @@ class Recipe(BaseModel):
     dtype: DtypeName | None = None
     format: str | None = None
     convert_rank: int | None = Field(default=None, ge=1)
+    base: str | None = None
+    base_fingerprint: str = ""
     statistics_sha256: str = ""
     conversions: list[Conversion] = Field(default_factory=list, max_length=100)
 
@@ -95,6 +100,11 @@ class Recipe(BaseModel):
     def final_format(self) -> str | None:
         """File format after all conversions; ``None`` if the recipe leaves it open."""
         return self.conversions[-1].format if self.conversions else self.format
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _full_dtype_name(cls, value: object) -> object:
+        return full_dtype_name(value) if isinstance(value, str) else value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the fields that have their default; versions, paths and weights are always included."""

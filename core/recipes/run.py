@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..adapter import Adapter, Source
-from ..errors import name_some
-from ..formats import hashes, load, weight_files
+from ..adapter import CONFIG_KEY, Adapter, Source
+from ..errors import MergeError, name_some
+from ..formats import BaseWeights, hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
 from ..merge.cache import GramCache
@@ -71,11 +71,18 @@ def run(
         build_method(recipe.method, recipe.settings)
     paths = input_paths(recipe, folder, find_cached)
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
+    base: BaseWeights | None = None
+    if recipe.base is not None:
+        if remote is not None:
+            raise RecipeError("A merge with a base model runs on this machine only.", found=recipe.base)
+        base = BaseWeights(folder / recipe.base)
+        _check_hash(base.path, recipe.base_fingerprint, base.fingerprint(), "base_fingerprint")
+        recipe = recipe.model_copy(update={"base_fingerprint": base.fingerprint()})
     files = paths if statistics_path is None else [*paths, statistics_path]
     with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
-            adapters.append(_load(entry, path, recipe.convert_rank))
+            adapters.append(_load(entry, path, recipe.convert_rank, base))
             if loading is not None:
                 loading(len(adapters), len(recipe.inputs), entry.path)
         # where only the metadata needs the hashes, they are awaited after the merge
@@ -167,23 +174,28 @@ def describe(
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
     notes = [*result.report.notes, *disagreements(inputs)]
-    if renamed and merged.extras:
+    roots = {name.partition(".")[0] for name in merged.modules if "." in name}
+    unlike = sorted(key for key in merged.extras if key.partition(".")[0] not in roots)
+    if renamed and unlike:
         notes.append(
-            f"{len(merged.extras)} tensors that are passed on keep the names of their file, unlike the layers: "
-            f"{name_some(sorted(merged.extras))}"
+            f"{len(unlike)} tensors that are passed on keep the names of their file, unlike the layers: "
+            f"{name_some(unlike)}"
         )
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
             'see "Results change" in the CHANGELOG'
         )
+    _check_names_of_extras(merged)
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(made, report, inputs)
     first_format, format = inputs[0].source.format, recipe.format
     if format is None and rename_for_format is not None and should_have_kohya_names(first_format, merged):
         format = "kohya"
     if format is None:
-        format = default_format(first_format, merged, renamed)
+        # where only PEFT folders meet, their experts alone are renamed, see `unify_experts`
+        host_names = renamed and not all(CONFIG_KEY in adapter.metadata for adapter in inputs)
+        format = default_format(first_format, merged, host_names)
     elif rename_for_format is not None:
         merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
@@ -208,6 +220,20 @@ def input_paths(recipe: Recipe, folder: Path, find_cached: Callable[[str], Path]
     return [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
 
 
+def _check_names_of_extras(merged: Adapter) -> None:
+    """Raise if ComfyUI's keys that widen or replace weights are named otherwise than the merged layers."""
+    moved = [key for key in merged.extras if key.endswith(".reshape_weight") and "diffusion_model." in key]
+    moved = [key for key in moved if key.removesuffix(".reshape_weight") not in merged.modules]
+    if moved:
+        raise MergeError(
+            "A LoRA widens a layer that the other LoRAs name otherwise.",
+            module=name_some(moved),
+            expected="layers named as in the control LoRA, diffusion_model..",
+            found=f"layers such as {name_some(merged.modules, 2)}",
+            remedy="merge them in ComfyUI with the model connected, or convert the others to ComfyUI's names first",
+        )
+
+
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:
     """Return the file or folder of a recipe's input.
 
@@ -227,8 +253,8 @@ def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | Non
     return find_cached(path.removeprefix(HUB_PREFIX))
 
 
-def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
-    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), verify=False)
+def _load(entry: Input, path: Path, convert_rank: int | None, base: BaseWeights | None) -> Adapter:
+    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), base=base, verify=False)
     # a folder in the Hugging Face cache is named after a commit: keep the adapter's name
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB_PREFIX) else adapter
 
@@ -249,14 +275,14 @@ def _with_hashes(
     return hashed
 
 
-def _check_hash(path: Path, expected: str, found: str) -> None:
+def _check_hash(path: Path, expected: str, found: str, kind: str = "sha256") -> None:
     if expected and found != expected:
         raise RecipeError(
             "An input is not the file this recipe was written for.",
             file=path,
-            expected=f"sha256 {expected}",
-            found=f"sha256 {found}",
-            remedy="find the original file, or remove the sha256 from the recipe to use this one",
+            expected=f"{kind} {expected}",
+            found=f"{kind} {found}",
+            remedy=f"find the original file, or remove the {kind} from the recipe to use this one",
         )
 
 

@@ -13,7 +13,7 @@ from ...core.merge.layer_rules import parse_layer_rules
 from ...core.merge.methods import METHODS, MergeMethod
 from ...core.merge.report import MergeReport
 from ...core.progress import Progress
-from ...core.recipes.conversion import DTYPES, convert
+from ...core.recipes.conversion import convert
 from ...core.recipes.metadata import KEY, NOT_REPEATABLE, with_recipe_fields
 from ...core.recipes.method_settings import method_settings
 from ...core.recipes.recipe import Input, Recipe
@@ -70,7 +70,7 @@ def merge_loaded(
     report = replace(
         result.report,
         dropped=(*result.report.dropped, *loaded.dropped),
-        notes=(*result.report.notes, *loaded.notes, *hidden_notes),
+        notes=(*result.report.notes, *hidden_notes),
     )
     described = describe(
         recipe, method, replace(result, adapter=merged, report=report), loaded.originals, renamed=loaded.renamed
@@ -127,7 +127,7 @@ def save_lora(
     if (lora.strength_model, lora.strength_clip) != (1.0, 1.0):
         lora, _ = merge_loaded([lora], read_files([lora]), METHODS["concat"]())
         adapter = adapter_of(lora)
-    cast_to = None if dtype is None else DTYPES[dtype]
+    cast_to = None if dtype is None else getattr(torch, dtype)
     fields = {"format": format} | ({} if dtype is None else {"dtype": dtype})
     if lora.recipe is not None and cast_to not in (None, adapter.dtype):
         again = run(lora.recipe.model_copy(update=fields), key_map=file_key_map(), progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.formats import load, save
 from legomole.core.lowrank import LowRank
+from safetensors.torch import load_file, save_file
 
 from .command import NAMES, done
 
@@ -80,3 +82,47 @@ def test_a_converted_merge_repeats_byte_for_byte():
     done("merge", "--config", "renamed.safetensors", "--dtype", "float32", "-o", "whole.safetensors")
     assert load("whole.safetensors").source.format == "kohya"
     assert load("whole.safetensors").dtype == torch.float32
+
+
+def test_losses_are_reported(loha):
+    """What an approximation cuts off, and rounding, by text and by JSON."""
+    options = ("--convert-rank", "1", "--dtype", "float16")
+    text = done("convert", str(loha), *options, "-o", "out.safetensors")
+    data = json.loads(done("convert", str(loha), *options, "-o", "again.safetensors", "--json"))
+    exact = load(loha, convert_rank=64).modules["lora_unet_x"].delta().double()
+    out = load("out.safetensors").modules["lora_unet_x"].delta().double()
+    kept = 1 - float((out - exact).square().sum() / exact.square().sum())
+    assert data["energy_kept"] == pytest.approx(kept, abs=1e-5)
+    assert 0.1 < kept < 0.9
+    assert f"{kept:.4%} of the LoRA's energy kept" in text
+    assert f"note: {data['notes'][0]}" in " ".join(text.split())
+    assert f"approximated at rank 1, which keeps {kept:.1%}" in data["notes"][0]
+
+
+@pytest.fixture
+def loha(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"hada_w1_a": (12, 3), "hada_w1_b": (3, 10), "hada_w2_a": (12, 3), "hada_w2_b": (3, 10)}
+    state = {f"lora_unet_x.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    path = tmp_path / "loha.safetensors"
+    save_file(state, path)
+    return path
+
+
+def test_metadata_that_programs_act_on_is_kept_and_stale_hashes_are_not(tmp_path: Path):
+    entries = {"reference_downscale_factor": "2", "ss_clip_skip": "1", "sshs_model_hash": "0123"}
+    part = LowRank(torch.ones(1, 2), torch.ones(2, 1))
+    save(Adapter({"diffusion_model.x": part}), tmp_path / "a.safetensors", format="comfy")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata=entries)
+    for command in ("convert", "compress"):
+        done(command, str(tmp_path / "b.safetensors"), "-o", f"{command}.safetensors")
+        metadata = load(f"{command}.safetensors").metadata
+        assert metadata["reference_downscale_factor"] == "2"
+        assert metadata["ss_clip_skip"] == "1"
+        assert "sshs_model_hash" not in metadata
+
+
+def test_short_names_of_dtypes_are_accepted():
+    for command, name, dtype in (("convert", "bf16", torch.bfloat16), ("merge", "fp16", torch.float16)):
+        done(command, "a.safetensors", "--dtype", name, "-o", f"{command}.safetensors")
+        assert load(f"{command}.safetensors").dtype == dtype

@@ -53,7 +53,7 @@ def test_a_merge_with_strengths_layer_rules_and_another_dtype(comfy: Server, fil
     loaded = [graph.load(files["flux_kohya"], 0.7, 0.2), graph.load(files["flux_kohya_2"], -1.3)]
     rules = "*double* = 0.3\n1: *double* = 0.7\n1: *qkv = 1.1"
     merged = graph.lego(*loaded, with_model=False, rank="4", module_weights=rules)
-    saved = save(comfy, graph, merged, "lego", dtype="bfloat16")
+    saved = save(comfy, graph, merged, "lego", dtype="bf16")
     assert recorded(saved)["recipe"]["dtype"] == "bfloat16"
     assert repeat(saved).read_bytes() == saved.read_bytes()
 

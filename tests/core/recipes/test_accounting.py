@@ -62,7 +62,7 @@ def unaccounted(keys: list[str], result: MergeResult) -> list[str]:
         if any(line.startswith((f"{key} (", f"{key} of ")) for line in listed):
             return True
         module, role = role_of(key) or ("", "")
-        parameter = {"diff": "weight", "diff_b": "bias", "up_bias": "bias"}.get(role)
+        parameter = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation", "up_bias": "bias"}.get(role)
         if parameter is not None:
             return any(line.startswith(f"{module}.{parameter} (added") for line in listed)
         return role in ("down", "up", "alpha") and module in merged
