@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ...core import formats
 from ...core.adapter import Adapter, Source
 from ...core.errors import name_some
