@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import MergeError
 
 _TEMPERATURE = 0.5  # of the smooth maximum over tokens, in logits
-_ABSENT = -30.0  # logit of a text without tokens
 # Models' names for the mask of their text conditioning, (B, T).
 _MASK_ARGUMENTS = ("attention_mask", "encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask")
 
@@ -100,13 +99,8 @@ def smooth_maximum(logits: Tensor, valid: Tensor) -> Tensor:
     Returns:
         ``(B, ..)``; a very negative number where nothing is valid.
     """
-    masked = logits.masked_fill(~valid, float("-inf"))
-    largest = masked.amax(1, keepdim=True)
-    shift = largest.masked_fill(largest == float("-inf"), 0.0)  # finite where nothing is valid
-    share = ((masked - shift) / _TEMPERATURE).exp()
-    total = share.sum(1)  # at least 1 where anything is valid
-    mean = (share * logits.masked_fill(~valid, 0.0)).sum(1) / total.clamp_min(1.0)
-    return torch.where(total > 0, mean, torch.full_like(mean, _ABSENT))
+    masked = logits.masked_fill(~valid, torch.finfo(logits.dtype).min / 2)  # finite, so that its share of 0 adds 0
+    return ((masked / _TEMPERATURE).softmax(1) * masked).sum(1)
 
 
 def text_mask(arguments: Mapping[str, Any], text: Tensor) -> Tensor | None:

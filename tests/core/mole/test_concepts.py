@@ -55,7 +55,9 @@ class TestSmoothMaximum:
         assert float(smooth_maximum(logits, torch.tensor([[False, True, False]]))) == 1.0
 
     def test_without_valid_entries_it_is_very_negative(self):
-        assert smooth_maximum(torch.full((2, 3), 5.0), torch.zeros(2, 3, dtype=torch.bool)).tolist() == [-30.0, -30.0]
+        found = smooth_maximum(torch.full((2, 3), 5.0), torch.zeros(2, 3, dtype=torch.bool))
+        assert bool((found < -1e30).all())
+        assert bool(found.isfinite().all())
 
     def test_invalid_entries_that_are_not_finite_do_no_harm(self):
         logits = torch.tensor([[2.0, float("nan"), float("inf")]])
