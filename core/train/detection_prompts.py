@@ -93,7 +93,7 @@ def _embed(core: str, kind: int, draw: random.Random) -> str:
         case 1:
             return ", ".join([core, *tags(4)])
         case 2:
-            return ", ".join([*tags(6), core])
+            return ", ".join([*tags((6, 16, 28)[kind // 8 % 3]), core])  # 28: beyond 77 tokens
         case 3:
             return ", ".join([*tags(5), core, *tags(9)])
         case 4:

@@ -64,6 +64,13 @@ class MoLEMix(io.ComfyNode):
                     tooltip="From Train Gates or Load Gates. Without gates every LoRA is used at its own strength.",
                 ),
                 io.String.Input(
+                    "switched_off",
+                    default="",
+                    optional=True,
+                    tooltip="LoRAs to leave out, by number or name, e.g. 2 or 1, style. The gates need no new "
+                    "training.",
+                ),
+                io.String.Input(
                     "words",
                     default="",
                     multiline=True,
@@ -71,13 +78,6 @@ class MoLEMix(io.ComfyNode):
                     tooltip="Without gates, and with CLIP connected: one line per LoRA with the words that call for it "
                     "in a prompt, separated by commas. Each LoRA then comes in for prompts that contain its words. "
                     "For an empty line the trigger words in the file are used; a LoRA without words is always on.",
-                ),
-                io.String.Input(
-                    "switched_off",
-                    default="",
-                    optional=True,
-                    tooltip="LoRAs to leave out, by number or name, e.g. 2 or 1, style. The gates need no new "
-                    "training.",
                 ),
                 io.Float.Input(
                     "scale",
