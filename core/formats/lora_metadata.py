@@ -17,6 +17,7 @@ from .reading import AlphaLookup, assemble
 from .suffixes import role_of
 
 KEY = "lora_adapter_metadata"
+_NETWORKS = ("unet", "transformer", "transformer_2", "prior")  # components of diffusers' pipelines
 
 
 def assemble_with_metadata(
@@ -73,13 +74,14 @@ def _alpha_lookup(metadata: Mapping[str, str], source: Source, *, allow_dora: bo
             module=KEY,
             found=str(error),
         ) from error
-    networks = [name for name in scales if not is_text_encoder(name)]
+    networks = [name for name in scales if name in _NETWORKS]
 
     def alpha_of(module: str, rank: int) -> float | None:
         component, _, path = module.partition(".")
         if component in scales:
             return scales[component](path, rank)
-        if len(networks) == 1 and not is_text_encoder(module):  # diffusion_model.<path>, or the path alone
+        other = component in _NETWORKS or is_text_encoder(module)
+        if len(networks) == 1 and not other:  # diffusion_model.<path>, or the path alone
             return scales[networks[0]](module.removeprefix("diffusion_model."), rank)
         return None
 

@@ -233,6 +233,8 @@ class TestExperts:
             experts(model, [Adapter({"model.layers.7.mlp.up_proj": part})])
         with pytest.raises(MergeError, match="embedding"):
             experts(model, [Adapter({"model.embed_tokens.lora_embedding": part})])
+        with pytest.raises(MergeError, match="stacked experts"):
+            experts(model, [Adapter({"model.layers.0.mlp.experts.down_proj.0of2": part})])
         partly = Adapter(lora(model, 1).modules, diffs={"model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
         with pytest.warns(UserWarning, match=r"1 parts such as .*q_proj\.bias"):
             experts(model, [partly])
