@@ -257,9 +257,10 @@ def convert(
     adapter = load(input, convert_rank=convert_rank, base=base_path(base))
     format = to or adapter.source.format
     target = check_output(output, format, [input], overwrite=overwrite)
+    original = rename_for_format(adapter, format)
     adapter = convert_adapter(adapter, format, None if dtype is None else getattr(torch, dtype), rename_for_format)
     written = save(adapter, target, format=format)
-    kept = energy_kept(adapter, load(written))
+    kept = energy_kept(original, load(written))
     if json:
         data = {"output": str(written), "format": format, "modules": len(adapter.modules), "energy_kept": kept}
         print_json({**data, "notes": list(adapter.notes)})

@@ -7,10 +7,13 @@ and in their noise schedule, see `schedule.noise_schedule`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import diffusers.utils
 import torch
+import transformers.utils
 from torch import Tensor
 
 from ...core.errors import MergeError
@@ -217,7 +220,8 @@ class PipelinePromptEncoder:
     @torch.no_grad()
     def encode(self, prompt: str) -> EncodedPrompt:
         offsets = {name: positions.start for name, positions in self._tokenizers.items()}
-        return EncodedPrompt(self.family.encode(prompt)["text"][0].float().cpu(), None, offsets)
+        with _without_warnings():  # that a long prompt is cut off: some prompts of the fit are long on purpose
+            return EncodedPrompt(self.family.encode(prompt)["text"][0].float().cpu(), None, offsets)
 
     def token_ids(self, prompt: str) -> Mapping[str, Sequence[int]]:
         return {
@@ -226,6 +230,19 @@ class PipelinePromptEncoder:
             ).input_ids
             for name, positions in self._tokenizers.items()
         }
+
+
+@contextmanager
+def _without_warnings() -> Generator[None]:
+    """Silence diffusers' and transformers' warnings inside the block."""
+    before = [(logging, logging.get_verbosity()) for logging in (diffusers.utils.logging, transformers.utils.logging)]
+    try:
+        for logging, _ in before:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        for logging, verbosity in before:
+            logging.set_verbosity(verbosity)
 
 
 class PipelineDenoiser:

@@ -109,7 +109,7 @@ def test_a_detector_can_be_fitted(name: str) -> None:
         return float(torch.cat([detector(encoder.encode(prompt).states[None]) for prompt in prompts]).mean())
 
     assert presence("xjz") > 0.7
-    if name == "SD 1.5":  # its eight features are too few, and a note says so
+    if name in ("SD 1.5", "SDXL refiner"):  # eight and twelve features are too few, and a note says so
         assert "hardly tell 'xjz' from other words" in notes[0]
     else:
         assert presence("xjz") > presence("dog") + 0.1
