@@ -15,7 +15,7 @@ from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
 from .environment import local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
-from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+from .options import ConvertRank, Dtype, For, FormatName, Json, Output, Overwrite, check_output, size_of
 from .plot_report import check_plot, print_findings, survey_files, write_plot
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def convert(
         FormatName | None,
         typer.Option(metavar="NAME", help="File format: kohya, diffusers, peft or comfy. Default: keep it."),
     ] = None,
+    reader: For = None,
     dtype: Dtype = None,
     convert_rank: ConvertRank = None,
     overwrite: Overwrite = False,
@@ -246,12 +247,14 @@ def convert(
     import torch
 
     from ..core.formats import load, save
+    from ..core.recipes.output import name_output
 
     input = local_path(input)
     adapter = load(input, convert_rank=convert_rank)
-    format = to or adapter.source.format
+    adapter, format = name_output(
+        adapter, first_format=adapter.source.format, format=to, reader=reader, rename_for_format=rename_for_format
+    )
     target = check_output(output, format, [input], overwrite=overwrite)
-    adapter = rename_for_format(adapter, format)
     written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
     if json:
         print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})

@@ -22,6 +22,7 @@ from .options import (
     ConvertRank,
     Device,
     Dtype,
+    For,
     Format,
     Json,
     MethodName,
@@ -186,6 +187,7 @@ def merge(
     convert_rank: ConvertRank = None,
     dtype: Dtype = None,
     format: Format = None,
+    reader: For = None,
     device: Device = "cpu",
     ray: Annotated[
         str | None,
@@ -244,6 +246,7 @@ def merge(
         normalize=normalize,
         dtype=dtype,
         format=format,
+        reader=reader,
         convert_rank=convert_rank,
         file=config,
     )
@@ -294,6 +297,7 @@ def compress(
     convert_rank: ConvertRank = None,
     dtype: Dtype = None,
     format: Format = None,
+    reader: For = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -307,6 +311,7 @@ def compress(
         settings={"rank": rank or "95%", "seed": seed},
         dtype=dtype,
         format=format,
+        reader=reader,
         convert_rank=convert_rank,
     )
     run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)

@@ -22,6 +22,7 @@ def compose(
     normalize: bool | None = None,
     dtype: str | None = None,
     format: str | None = None,
+    reader: str | None = None,
     convert_rank: int | None = None,
     file: object = None,
 ) -> Recipe:
@@ -36,7 +37,7 @@ def compose(
         settings: Settings of the method, by name; those with value ``None`` are not given.
         module_weights: Pattern -> factor for every input; replaces the base's factor of an equal pattern.
         input_module_weights: The same per input, in order; may be shorter than the inputs.
-        normalize, dtype, format: See `Recipe`; ``None`` keeps the base's.
+        normalize, dtype, format, reader: See `Recipe`; ``None`` keeps the base's.
         convert_rank: The same; also replaces those of the base's inputs.
         file: File of the base, named in errors.
 
@@ -56,7 +57,7 @@ def compose(
     if "statistics" in given:
         data.pop("statistics_sha256", None)
     data["settings"] = {**data.get("settings", {}), **given}
-    fields = {"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank}
+    fields = {"normalize": normalize, "dtype": dtype, "format": format, "reader": reader, "convert_rank": convert_rank}
     data |= {key: value for key, value in fields.items() if value is not None}
     if module_weights:
         data["module_weights"] = {**data.get("module_weights", {}), **module_weights}

@@ -53,6 +53,9 @@ class Recipe(BaseModel):
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
         dtype: Dtype of the result; default the widest of the inputs'.
         format: File format; default that of the first input if it can name all merged modules.
+        reader: Program that shall read the file and decides the layers' names: ``comfy``, ``diffusers``, ``kohya`` or
+            ``peft``. Default: that of the format if one is given; else the inputs' names where they agree, and
+            ComfyUI's where they do not.
         convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; ``None`` refuses them.
         statistics_sha256: Hash of the statistics file; ``""`` accepts any.
     """
@@ -67,6 +70,7 @@ class Recipe(BaseModel):
     normalize: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     format: str | None = None
+    reader: Literal["comfy", "diffusers", "kohya", "peft"] | None = None
     convert_rank: int | None = Field(default=None, ge=1)
     statistics_sha256: str = ""
 

@@ -16,6 +16,7 @@ from ..errors import name_some
 from ..formats import hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
+from ..layers.resolve import copies
 from ..merge.cache import GramCache
 from ..merge.engine import BatchRunner, MergeResult, merge
 from ..merge.methods import MergeMethod
@@ -24,12 +25,9 @@ from ..merge.weights import adapters_matching
 from ..progress import Progress
 from .metadata import disagreements, file_metadata
 from .method_settings import build_method, method_settings
-from .output import default_format, should_have_kohya_names
+from .output import RenameForFormat, name_output
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
-
-RenameForFormat = Callable[[Adapter, str], Adapter]
-"""A host's function: returns the adapter under names that a file format can express."""
 
 
 def run(
@@ -50,9 +48,7 @@ def run(
         recipe: The merge.
         folder: Base of the recipe's relative paths.
         key_map: A host's function for inputs whose files name the same layers differently, see `align`.
-        rename_for_format: The same host's function. With it the result is ready to be saved in the recipe's format, and
-            Stable Diffusion LoRAs keep kohya names if the first input has them; without it names stay as `align` left
-            them.
+        rename_for_format: The same host's function, for LoRAs of families without a table.
         find_cached: A host's function: name of an adapter -> its folder in the local Hugging Face cache.
         device: Device to compute on, see `merge`.
         loading: Called with (inputs loaded, inputs in all, path of the last one).
@@ -163,26 +159,27 @@ def describe(
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
-    notes = [*result.report.notes, *disagreements(inputs)]
-    if renamed and merged.extras:
-        notes.append(
-            f"{len(merged.extras)} tensors that are passed on keep the names of their file, unlike the layers: "
-            f"{name_some(sorted(merged.extras))}"
-        )
+    notes = [*result.report.notes, *disagreements(inputs), *copies(inputs)]
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
             'see "Results change" in the CHANGELOG'
         )
+    merged, format = name_output(
+        merged,
+        first_format=inputs[0].source.format,
+        renamed=renamed,
+        format=recipe.format,
+        reader=recipe.reader,
+        rename_for_format=rename_for_format,
+    )
+    kept = sorted(set(result.adapter.extras) & set(merged.extras))
+    if kept and (renamed or merged.layers != result.adapter.layers):
+        notes.append(
+            f"{len(kept)} tensors that are passed on keep the names of their file, unlike the layers: {name_some(kept)}"
+        )
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(made, report, inputs)
-    first_format, format = inputs[0].source.format, recipe.format
-    if format is None and rename_for_format is not None and should_have_kohya_names(first_format, merged):
-        format = "kohya"
-    if format is None:
-        format = default_format(first_format, merged, renamed)
-    elif rename_for_format is not None:
-        merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
 
 
