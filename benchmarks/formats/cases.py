@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from legomole.core import formats
-from legomole.core.adapter import Adapter, Source
+from legomole.core.adapter import Adapter
 from legomole.core.errors import LegoMoleError
 from legomole.core.layers.align import align
-from legomole.core.layers.families.table import Component, Dialect, Family
-from legomole.core.layers.readers import fits, targets_in, weights_of
+from legomole.core.layers.families.table import Component, Dialect, Family, Reader
+from legomole.core.layers.readers import targets_in, weights_of
 from legomole.core.layers.regroup import regroup
 from legomole.core.layers.resolve import resolve
 from legomole.core.lowrank import LowRank
+from legomole.core.recipes.method_settings import build_method
 from legomole.core.recipes.output import name_output
 from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.run import describe, merge_aligned
-from legomole.core.recipes.method_settings import build_method
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,8 +80,8 @@ def spellings(family: Family) -> list[Spelling]:
     return result
 
 
-def lora(family: Family, spelling: Spelling, seed: int) -> tuple[Adapter, Deltas]:
-    """A random LoRA in a spelling, and its changes; of layers that the spelling can name."""
+def lora(family: Family, spelling: Spelling, seed: int, reader: Reader | None = None) -> tuple[Adapter, Deltas]:
+    """A random LoRA in a spelling, and its changes; of layers for which there are names that the reader reads."""
     generator = torch.Generator().manual_seed(seed)
     modules: dict[str, LowRank] = {}
     for name, (d_out, d_in) in shapes(family).items():
@@ -94,7 +94,7 @@ def lora(family: Family, spelling: Spelling, seed: int) -> tuple[Adapter, Deltas
     kept: dict[str, LowRank] = {}
     for weight in weights_of([canonical], resolution.positions):
         dialect = spelling.dialects.get(weight.component)
-        names = [] if dialect is None else targets_in(dialect, weight)
+        names = [] if dialect is None else targets_in(dialect, weight, reader)
         covered = sum(target.stop - target.start for target in names)
         if covered:  # XLabs' names mean some rows only
             part = modules[weight.key]
@@ -113,7 +113,8 @@ def lora(family: Family, spelling: Spelling, seed: int) -> tuple[Adapter, Deltas
 def write(adapter: Adapter, path: Path, spelling: Spelling) -> Adapter:
     """The adapter as read from a file in the format that its programs write."""
     flat = all("." not in name for name in adapter.modules)
-    format = "kohya" if flat else "diffusers" if "transformer." in spelling.name or "unet." in spelling.name else "comfy"
+    dotted = "diffusers" if spelling.name.startswith(("transformer.", "unet.")) else "comfy"
+    format = "kohya" if flat else dotted
     names = formats.FORMATS[format]
     if not all(names.can_store_name(name) for name in adapter.modules):
         format = "comfy"
@@ -130,8 +131,11 @@ def merge_all(
         if truth:
             path = folder / f"{family.name}-{i}.safetensors"
             written.append((spelling, write(adapter, path, spelling), truth))
-            readable = all("comfy" in dialect.readers for dialect in spelling.dialects.values())
-            yield Case(family.name, f"read: {spelling.name}" if readable else f"other: {spelling.name}", path, truth)
+            if all("comfy" in dialect.readers for dialect in spelling.dialects.values()):
+                adapter, truth = lora(family, spelling, seed=i, reader="comfy")
+                path = folder / f"{family.name}-{i}-read.safetensors"
+                write(adapter, path, spelling)
+                yield Case(family.name, f"read: {spelling.name}", path, truth)
     number = 0
     for i, first in enumerate(written):
         for j, second in enumerate(written):
@@ -156,9 +160,7 @@ def merge_all(
 _Written = tuple[Spelling, Adapter, Deltas]
 
 
-def _merged(
-    family: Family, method: str, inputs: Sequence[_Written], path: Path, what: str, reader: Any
-) -> Case:
+def _merged(family: Family, method: str, inputs: Sequence[_Written], path: Path, what: str, reader: Any) -> Case:
     truth: dict[str, Tensor] = {}
     for _, _, deltas in inputs:
         for name, delta in deltas.items():
@@ -180,6 +182,12 @@ def _merged(
 
 def _converted(family: Family, original: _Written, reader: Any, path: Path, what: str) -> Iterator[Case]:
     _, adapter, truth = original
+    # text encoders for which the reader has no names at all are left out
+    known = {c.root for c in family.components if any(reader in dialect.readers for dialect in c.dialects)}
+    truth = {name: delta for name, delta in truth.items() if any(name.startswith(root) for root in known)}
+    hits = {name: family.find(name) for name in adapter.modules}
+    kept = {name: part for name, part in adapter.modules.items() if (hit := hits[name]) and hit[0].root in known}
+    adapter = replace(adapter, modules=kept)
     try:
         named, format = name_output(adapter, first_format=adapter.source.format, reader=reader)
         there = formats.load(formats.save(named, path, format=format))

@@ -1,7 +1,7 @@
 """Run by ComfyUI's own Python: what its loader adds to each weight of a model, for many files.
 
-``comfy_reader.py COMFYUI JOBS``: JOBS is a JSON file with ``models`` (name -> class, config, shapes of weights by key) and
-``files`` (pairs of path and model). Writes ``<path>.read`` beside each file, with the change of every weight, and
+``comfy_reader.py COMFYUI JOBS``: JOBS is a JSON file with ``models`` (name -> class, config, shapes of weights by key)
+and ``files`` (pairs of path and model). Writes ``<path>.read`` beside each file, with the change of every weight, and
 ``<path>.lost``, the keys that were not loaded, as JSON.
 """
 

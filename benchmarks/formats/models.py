@@ -11,7 +11,7 @@ from legomole.core.layers.families import FAMILIES
 from legomole.core.layers.families.table import Component, Family, canonical_templates
 
 HIDDEN = 8  # width of the layers; SD 3 must have 64 per block
-_NOT_A_MATRIX = re.compile(r"norm|scale_shift_table|modulation$|layernorm|embedding$|vision_in.proj.[04]|img_emb.proj.[04]")
+_NOT_A_MATRIX = re.compile(r"norm|scale_shift_table|modulation$|embedding$|(vision_in|img_emb).proj.[04]")
 _NORM = re.compile(r"(query|key)_norm|[qk]_norm|norm_[qk]|norm3$|q_rms_norm|ln_q|attention_norm1")
 
 
@@ -23,7 +23,6 @@ class ComfyModel:
         cls: Name of the class in ``comfy.model_base``.
         config: The ``unet_config`` that its key map reads.
         pipeline: Loader of diffusers, ``""`` if it has none.
-        extra: Arguments of the loader.
     """
 
     cls: str
@@ -69,6 +68,7 @@ MODELS: Mapping[str, ComfyModel] = {
     "cosmos": ComfyModel("CosmosPredict2", {}, "CosmosLoraLoaderMixin"),
     "anima": ComfyModel("Anima", {}, "AnimaLoraLoaderMixin"),
 }
+_ONE = ("sd1", "sd2", "sd3")  # the tiny models have one block of a kind
 BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 
 
@@ -85,7 +85,7 @@ def shapes(family: Family, *, norms: bool = False) -> dict[str, tuple[int, ...]]
             matrix = _NOT_A_MATRIX.search(template) is None
             if matrix == norms or (norms and _NORM.search(template) is None):
                 continue
-            for number in "01" if "#" in template and component is family.model and family.name != "sd3" else "0":
+            for number in "01" if "#" in template and component is family.model and family.name not in _ONE else "0":
                 path = template.replace("#", number)
                 shape = _matrix(family, component, path)
                 result[component.root + path] = (shape[0],) if norms else shape

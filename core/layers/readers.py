@@ -126,8 +126,9 @@ def rename_for(
 ) -> Adapter | None:
     """The adapter under names that the reader reads; ``None`` if its family is unknown.
 
-    The adapter's own dialect is kept if the reader reads it. Layers that the reader knows in parts are split, parts
-    that it knows as one layer are fused: exactly, but the rank of a fused layer is the sum of its parts' ranks.
+    The adapter's own dialect is kept if the reader reads it; diffusers gets the names of its models. Layers that the
+    reader knows in parts are split, parts that it knows as one layer are fused: exactly, but the rank of a fused layer
+    is the sum of its parts' ranks.
 
     Args:
         adapter: Any adapter.
@@ -163,8 +164,8 @@ def _renamed(
         mine = [weight for weight in weights if weight.component is component]
         own = dialect_of(component, adapter.layers, resolution.positions)
         readable = [dialect for dialect in component.dialects if reader in dialect.readers]
-        # the adapter's own dialect first; then, for diffusers, the names of its models, which are PEFT's
-        readable.sort(key=lambda dialect: (dialect != own, reader == "diffusers" and "peft" not in dialect.readers))
+        # for diffusers the names of its models, which are PEFT's: its converters of other names drop some layers
+        readable.sort(key=lambda dialect: (reader == "diffusers" and "peft" not in dialect.readers, dialect != own))
         chosen = _choose(readable, mine, names)
         targets |= {weight.key: rows for weight, rows in zip(mine, chosen, strict=True)}
         unnamed += [
@@ -222,7 +223,7 @@ def _choose(
 def _reads(family: Family, weight: Weight, target: Target) -> bool:
     """Whether ComfyUI reads a name as the same rows in this family."""
     hit = family.find(target.name)
-    if hit is None or hit[0].root + hit[1] != weight.key:
+    if hit is None or hit[1] != weight.path:
         return False
     component = hit[0]
     own = replace(weight, component=component)

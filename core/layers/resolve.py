@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -78,8 +79,10 @@ def resolve(adapters: Sequence[Adapter]) -> Resolution | None:
     for adapter in adapters:
         for name, size in _sizes(adapter):
             sizes.setdefault(name, size)
-    found = {family: {name: hit for name in sizes if (hit := family.find(name)) is not None} for family in FAMILIES}
-    found = {family: hits for family, hits in found.items() if hits}
+    found: dict[Family, dict[str, tuple[Component, str, Part]]] = {}
+    for name in sizes:
+        for family, hit in _hits(name):
+            found.setdefault(family, {})[name] = hit
     if not found:
         return None
     common = {family: hits for family, hits in found.items() if all(_knows(hits, adapter) for adapter in adapters)}
@@ -100,7 +103,7 @@ def resolve(adapters: Sequence[Adapter]) -> Resolution | None:
         for family, hits in common.items()
     }
     best = max(scores.values())
-    fitting = [family for family, score in scores.items() if score == best]
+    fitting = [family for family in FAMILIES if family in scores and scores[family] == best]
     family = fitting[0]
     positions = {
         name: _position(component, path, part, sizes[name], name)
@@ -108,6 +111,12 @@ def resolve(adapters: Sequence[Adapter]) -> Resolution | None:
     }
     _check_totals(positions)
     return Resolution(family, tuple(fitting[1:]), positions, tuple(sorted(set(sizes) - set(positions))))
+
+
+@lru_cache(maxsize=1 << 16)
+def _hits(name: str) -> tuple[tuple[Family, tuple[Component, str, Part]], ...]:
+    """The families that know a name, and what it means there."""
+    return tuple((family, hit) for family in FAMILIES if (hit := family.find(name)) is not None)
 
 
 def _sizes(adapter: Adapter) -> Iterator[tuple[str, _Size]]:
@@ -147,10 +156,10 @@ def spells(component: Component, name: str, path: str) -> bool:
     )
 
 
-_Hits = Mapping[str, tuple[Component, str, Part]]
+_FamilyHits = Mapping[str, tuple[Component, str, Part]]
 
 
-def _evidence(family: Family, hits: _Hits, sizes: Mapping[str, _Size]) -> tuple[int, int]:
+def _evidence(family: Family, hits: _FamilyHits, sizes: Mapping[str, _Size]) -> tuple[int, int]:
     """Minus the number of layers whose size contradicts the family, and the number of those that confirm it."""
     against = confirming = 0
     for name, (component, path, part) in hits.items():
@@ -183,7 +192,7 @@ def _hinted(family: Family, hints: Sequence[str]) -> int:
     return max((len(word) for word in family.hints for hint in hints if word in hint), default=0)
 
 
-def _depth(family: Family, hits: _Hits) -> int:
+def _depth(family: Family, hits: _FamilyHits) -> int:
     """1 if the highest number of any kind of blocks is the family's, -1 if one is higher."""
     highest: dict[str, int] = defaultdict(lambda: -1)
     for component, path, _ in hits.values():

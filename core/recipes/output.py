@@ -74,6 +74,8 @@ def name_output(
         SaveError: The reader has no names for some layers.
         MergeError: See the host's function.
     """
+    if reader is None and format is not None and _has_names_of(format, adapter):
+        return adapter, format
     wanted: Reader | None = reader or next((reader for reader in READERS if reader == format), None)
     named: Adapter | None = None
     if wanted is not None:
@@ -88,12 +90,14 @@ def name_output(
     return named, _format(named, first_format, renamed or named.layers != adapter.layers, wanted)
 
 
+def _has_names_of(format: str, adapter: Adapter) -> bool:
+    """Return whether all names are the format's own already. ComfyUI's format stores any name."""
+    return format != "comfy" and all(FORMATS[format].is_native_name(name) for name in adapter.layers)
+
+
 def _format(adapter: Adapter, first_format: str, renamed: bool, reader: Reader | None) -> str:
     """Return a format that stores the adapter's names and diffs, and that the reader reads."""
-    flat = all("." not in name for name in adapter.layers)
-    if reader == "kohya" or (reader == "diffusers" and flat):
-        return "kohya"
-    if reader in ("peft", "diffusers"):
+    if reader is not None and reader != "comfy":
         return reader
     format = default_format(first_format, adapter, renamed)
     # ComfyUI reads biases under the keys of its own and kohya's format only

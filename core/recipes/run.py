@@ -145,6 +145,7 @@ def describe(
     *,
     renamed: bool,
     rename_for_format: RenameForFormat | None = None,
+    named: bool = False,
 ) -> MergeResult:
     """Return a merge result whose adapter holds recipe and report in its metadata, and its file format in its source.
 
@@ -155,6 +156,7 @@ def describe(
         inputs: The inputs as loaded, with the hashes of their files.
         renamed: Whether aligning the inputs renamed modules.
         rename_for_format: See `run`.
+        named: Whether the merged layers have their final names already, those of the recipe's format.
     """
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
@@ -165,14 +167,17 @@ def describe(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
             'see "Results change" in the CHANGELOG'
         )
-    merged, format = name_output(
-        merged,
-        first_format=inputs[0].source.format,
-        renamed=renamed,
-        format=recipe.format,
-        reader=recipe.reader,
-        rename_for_format=rename_for_format,
-    )
+    if named and recipe.format is not None:
+        format = recipe.format
+    else:
+        merged, format = name_output(
+            merged,
+            first_format=inputs[0].source.format,
+            renamed=renamed,
+            format=recipe.format,
+            reader=recipe.reader,
+            rename_for_format=rename_for_format,
+        )
     kept = sorted(set(result.adapter.extras) & set(merged.extras))
     if kept and (renamed or merged.layers != result.adapter.layers):
         notes.append(

@@ -46,13 +46,18 @@ def clip(name: str, *, kohya: str = "", diffusers: str = "", others: tuple[str, 
         root,
         _CLIP,
         (
-            *([dialect(kohya, "projection", readers="comfy kohya diffusers")] if kohya else []),
+            # the projection is trained with two encoders only
+            *([dialect(kohya, _kohya_naming(kohya), readers="comfy kohya diffusers")] if kohya else []),
             dialect(root, readers="comfy"),
             *([dialect(diffusers, "matrices", readers="comfy diffusers peft")] if diffusers else []),
             *(dialect(prefix) for prefix in others),
         ),
         {"matrices": _CLIP_MATRICES, "projection": _CLIP_PROJECTION},
     )
+
+
+def _kohya_naming(prefix: str) -> str:
+    return "matrices" if prefix == "lora_te_" else "projection"
 
 
 def t5(name: str = "t5xxl", *, kohya: tuple[str, ...] = (), others: tuple[str, ...] = ()) -> Component:

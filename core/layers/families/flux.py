@@ -319,7 +319,7 @@ HUNYUAN_VIDEO = _hunyuan(
     "hunyuan_video",
     _TIME_TEXT,
     "",
-    (clip("clip_l", kohya="lora_te1_", diffusers="text_encoder_2."), llama("llama")),
+    (clip("clip_l", kohya="lora_te1_", others=("text_encoder_2.",)), llama("llama")),
     ratios={"single_blocks.#.linear1": 7, "double_blocks.#.img_mlp.0": 4, "double_blocks.#.txt_mlp.0": 4},
     depth={"double_blocks": 20, "single_blocks": 40},
     hints=("hunyuan",),
