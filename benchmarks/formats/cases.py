@@ -7,15 +7,17 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from legomole.core import formats
 from legomole.core.adapter import Adapter
 from legomole.core.errors import LegoMoleError
+from legomole.core.formats.suffixes import classify
 from legomole.core.layers.align import align
 from legomole.core.layers.families.table import Component, Dialect, Family, Reader
-from legomole.core.layers.readers import targets_in, weights_of
+from legomole.core.layers.readers import Weight, targets_in, weights_of
 from legomole.core.layers.regroup import regroup
 from legomole.core.layers.resolve import resolve
 from legomole.core.lowrank import LowRank
@@ -55,6 +57,8 @@ class Case:
         what: Operation and dialects, e.g. ``concat: lora_unet_ native + transformer. diffusers``.
         path: The file.
         truth: The changes that it should make.
+        kind: ``read``, ``merge``, ``compress``, or the program for which it was converted.
+        reader: Program that reads it, ``""`` for files that no program reads here.
         refused: The error's first line, where the operation was refused.
     """
 
@@ -62,6 +66,8 @@ class Case:
     what: str
     path: Path
     truth: Deltas
+    kind: str = "merge"
+    reader: str = "comfy"
     refused: str = ""
 
 
@@ -135,7 +141,7 @@ def merge_all(
                 adapter, truth = lora(family, spelling, seed=i, reader="comfy")
                 path = folder / f"{family.name}-{i}-read.safetensors"
                 write(adapter, path, spelling)
-                yield Case(family.name, f"read: {spelling.name}", path, truth)
+                yield Case(family.name, f"read: {spelling.name}", path, truth, "read")
     number = 0
     for i, first in enumerate(written):
         for j, second in enumerate(written):
@@ -166,6 +172,7 @@ def _merged(family: Family, method: str, inputs: Sequence[_Written], path: Path,
         for name, delta in deltas.items():
             truth[name] = truth[name] + delta if name in truth else delta
     adapters = [adapter for _, adapter, _ in inputs]
+    kind = "merge" if len(inputs) > 1 else "compress"
     rank = {} if method == "concat" else {"rank": "100%"}
     recipe = Recipe(
         method=method, settings=rank, reader=reader, inputs=[Input(path=adapter.source.path) for adapter in adapters]
@@ -175,9 +182,9 @@ def _merged(family: Family, method: str, inputs: Sequence[_Written], path: Path,
         renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
         chosen = build_method(method, rank)
         result = describe(recipe, chosen, merge_aligned(recipe, chosen, aligned), adapters, renamed=renamed)
-        return Case(family.name, what, formats.save(result.adapter, path), truth)
+        return Case(family.name, what, formats.save(result.adapter, path), truth, kind)
     except LegoMoleError as error:
-        return Case(family.name, what, path, truth, str(error).splitlines()[0])
+        return Case(family.name, what, path, truth, kind, refused=str(error).splitlines()[0])
 
 
 def _converted(family: Family, original: _Written, reader: Any, path: Path, what: str) -> Iterator[Case]:
@@ -191,12 +198,12 @@ def _converted(family: Family, original: _Written, reader: Any, path: Path, what
     try:
         named, format = name_output(adapter, first_format=adapter.source.format, reader=reader)
         there = formats.load(formats.save(named, path, format=format))
-        yield Case(family.name, what, Path(there.source.path), truth)
+        yield Case(family.name, what, Path(there.source.path), truth, reader, "" if reader == "kohya" else reader)
         back, format = name_output(there, first_format=there.source.format, reader="comfy")
         saved = formats.save(back, path.with_name(f"{path.name}-back"), format=format)
-        yield Case(family.name, f"{what}, and back for comfy", saved, truth)
+        yield Case(family.name, f"{what}, and back for comfy", saved, truth, reader)
     except LegoMoleError as error:
-        yield Case(family.name, what, path, truth, str(error).splitlines()[0])
+        yield Case(family.name, what, path, truth, reader, refused=str(error).splitlines()[0])
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -247,3 +254,42 @@ def compare(read: Deltas, truth: Deltas) -> str:
         elif have.shape != want.shape or float((have - want).norm()) > TOLERANCE * float(want.norm()):
             return f"{name} is wrong by {float((have - want).norm() / want.norm()):.2g}"
     return ""
+
+
+def read_by_diffusers(cases: Sequence[Case]) -> list[str]:
+    """Compare files for diffusers with what its loaders read. Returns descriptions of wrong cases."""
+    from diffusers.loaders import lora_pipeline
+
+    wrong: list[str] = []
+    for case in cases:
+        loader = MODELS[case.family].loader
+        if not loader:
+            continue
+        try:
+            result = getattr(lora_pipeline, loader).lora_state_dict(
+                load_file(case.path), unet_config=SimpleNamespace(layers_per_block=2)
+            )
+        except Exception as error:  # loaders raise anything
+            wrong.append(f"{case.family}, {case.what}, diffusers: {error}")
+            continue
+        tensors = result[0] if isinstance(result, tuple) else result
+        read = {module: tensors[keys["up"]] @ tensors[keys["down"]] for module, keys in classify(tensors)[0].items()}
+        difference = compare(read, _in_diffusers(case))
+        if difference:
+            wrong.append(f"{case.family}, {case.what}, diffusers: {difference}")
+    return wrong
+
+
+def _in_diffusers(case: Case) -> dict[str, Tensor]:
+    """The true changes under the names of diffusers' models."""
+    result: dict[str, Tensor] = {}
+    family = BY_NAME[case.family]
+    for name, delta in case.truth.items():
+        component = next(c for c in family.components if name.startswith(c.root))
+        path = name.removeprefix(component.root)
+        weight = Weight(component, path, delta.shape[0], delta.shape[1], ((0, delta.shape[0]),), False)
+        dialect = next(d for d in component.dialects if "diffusers" in d.readers)
+        for target in targets_in(dialect, weight):
+            rows = delta[target.start : target.stop]
+            result[target.name] = rows.roll(len(rows) // 2, 0) if target.swapped else rows
+    return result

@@ -22,12 +22,12 @@ class ComfyModel:
     Args:
         cls: Name of the class in ``comfy.model_base``.
         config: The ``unet_config`` that its key map reads.
-        pipeline: Loader of diffusers, ``""`` if it has none.
+        loader: Loader of diffusers, ``""`` if it has none.
     """
 
     cls: str
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    pipeline: str = ""
+    loader: str = ""
 
 
 _FLUX = {"depth": 2, "depth_single_blocks": 2, "hidden_size": HIDDEN}

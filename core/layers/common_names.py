@@ -37,7 +37,7 @@ def align_family(adapters: Sequence[Adapter], resolution: Resolution) -> list[Ad
         chosen = _own_names(adapters, positions, mine)
         if chosen is None:
             chosen, dialect = _common_names(component, mine, like_diffusers)
-            like_diffusers = dialect is not None and "peft" in dialect.readers
+            like_diffusers = dialect is not None and "diffusers" in dialect.readers
         targets |= {weight.key: rows for weight, rows in zip(mine, chosen, strict=True)}
     renamed = [regroup(adapter, positions, targets) for adapter in adapters]
     return _unify_unknown(renamed, resolution.unknown)
@@ -75,7 +75,7 @@ def _common_names(
     """
     dialects = sorted(
         component.dialects,
-        key=lambda dialect: ("comfy" not in dialect.readers, like_diffusers and "peft" not in dialect.readers),
+        key=lambda dialect: ("comfy" not in dialect.readers, like_diffusers and "diffusers" not in dialect.readers),
     )
     tables = [[targets_in(dialect, weight) for weight in weights] for dialect in dialects]
     for dialect, table in zip(dialects, tables, strict=True):

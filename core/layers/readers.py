@@ -11,7 +11,7 @@ import torch
 
 from ..adapter import Adapter
 from ..errors import SaveError, name_some
-from .families import Family
+from .families import FAMILIES, Family
 from .families.table import Component, Dialect, Reader
 from .regroup import Target, regroup
 from .resolve import Position, Resolution, resolve, without_copies
@@ -122,17 +122,22 @@ def dialect_of(component: Component, names: Sequence[str], positions: Mapping[st
 
 
 def rename_for(
-    adapter: Adapter, reader: Reader, *, accepts: Callable[[str], bool] = lambda name: True, strict: bool = True
+    adapter: Adapter,
+    reader: Reader,
+    *,
+    among: Sequence[Family] = FAMILIES,
+    accepts: Callable[[str], bool] = lambda name: True,
+    strict: bool = True,
 ) -> Adapter | None:
     """The adapter under names that the reader reads; ``None`` if its family is unknown.
 
-    The adapter's own dialect is kept if the reader reads it; diffusers gets the names of its models. Layers that the
-    reader knows in parts are split, parts that it knows as one layer are fused: exactly, but the rank of a fused layer
-    is the sum of its parts' ranks.
+    The adapter's own dialect is kept if the reader reads it. Layers that the reader knows in parts are split, parts
+    that it knows as one layer are fused: exactly, but the rank of a fused layer is the sum of its parts' ranks.
 
     Args:
         adapter: Any adapter.
         reader: The program that shall read its file.
+        among: The families that it may belong to.
         accepts: Whether the file's format can store a name.
         strict: Raise for layers that the family does not know; ``False`` keeps their names.
 
@@ -140,7 +145,7 @@ def rename_for(
         SaveError: The reader has no name for some layers.
         MergeError: See `resolve`.
     """
-    resolution = resolve([adapter])
+    resolution = resolve([adapter], among)
     if resolution is None:
         return None
     adapter, _ = without_copies(adapter, resolution)
@@ -150,31 +155,28 @@ def rename_for(
 def _renamed(
     adapter: Adapter, resolution: Resolution, reader: Reader, accepts: Callable[[str], bool], strict: bool
 ) -> Adapter:
-    def names(dialect: Dialect, weight: Weight) -> list[Target]:
-        found = targets_in(dialect, weight, reader)
-        if reader == "comfy":  # and in every family that it may be
-            found = [target for target in found if all(_reads(family, weight, target) for family in resolution.others)]
-        return [target for target in found if accepts(target.name)]
-
-    targets: dict[str, list[Target]] = {}
     unnamed = [*resolution.unknown] if strict else []
     weights = weights_of([adapter], resolution.positions)
-    components = list(dict.fromkeys(weight.component for weight in weights))
-    for component in components:
+    targets: dict[str, list[Target]] = {}
+    for component in dict.fromkeys(weight.component for weight in weights):
         mine = [weight for weight in weights if weight.component is component]
         own = dialect_of(component, adapter.layers, resolution.positions)
-        readable = [dialect for dialect in component.dialects if reader in dialect.readers]
-        # for diffusers the names of its models, which are PEFT's: its converters of other names drop some layers
-        readable.sort(key=lambda dialect: (reader == "diffusers" and "peft" not in dialect.readers, dialect != own))
-        chosen = _choose(readable, mine, names)
+        # PEFT's names are those of diffusers' models
+        program = "diffusers" if reader == "peft" else reader
+        readable = [dialect for dialect in component.dialects if program in dialect.readers]
+        readable.sort(key=lambda dialect: dialect != own)
+        tables = [[[t for t in targets_in(d, weight, reader) if accepts(t.name)] for weight in mine] for d in readable]
+        chosen = _choose([_safe(table, mine, reader, resolution) for table in tables], mine)
+        if not all(chosen):
+            # where no name is right in all families that it may be, its own name is
+            kept = [[[t for t in rows if t.name in adapter.layers] for rows in table] for table in tables]
+            chosen = [rows or other for rows, other in zip(chosen, _choose(kept, mine), strict=True)]
         targets |= {weight.key: rows for weight, rows in zip(mine, chosen, strict=True)}
-        unnamed += [
-            name
-            for name in adapter.layers
-            if name in resolution.positions
-            and resolution.positions[name].component is component
-            and not targets[resolution.positions[name].rows.key]
-        ]
+    unnamed += [
+        name
+        for name in adapter.layers
+        if name in resolution.positions and not targets[resolution.positions[name].rows.key]
+    ]
     if unnamed:
         raise _no_names(adapter, resolution.family, reader, unnamed)
     if reader == "peft":
@@ -199,25 +201,35 @@ _PROGRAMS: Mapping[Reader, str] = {
 }  # fmt: skip
 
 
-def _choose(
-    dialects: Sequence[Dialect], weights: Sequence[Weight], names: Callable[[Dialect, Weight], list[Target]]
-) -> list[list[Target]]:
-    """Names for each weight: in the first dialect that names every piece, else in the first that covers all rows.
+_Table = Sequence[list[Target]]  # names of each weight
+
+
+def _choose(tables: Sequence[_Table], weights: Sequence[Weight]) -> list[list[Target]]:
+    """Names for each weight: of the first dialect that names every piece, else of the first that covers all rows.
 
     Where no dialect has names for all weights, each weight is named by the first that has some for it; a weight without
     names has an empty list.
     """
-    tables = [[names(dialect, weight) for weight in weights] for dialect in dialects]
     for suits in (fits, covers):
         for table in tables:
             if all(suits(targets, weight) for targets, weight in zip(table, weights, strict=True)):
-                return table
+                return list(table)
     result: list[list[Target]] = []
     for i, weight in enumerate(weights):
         rows = [table[i] for table in tables]
         suitable = [row for suits in (fits, covers) for row in rows if suits(row, weight)]
         result.append(suitable[0] if suitable else [])
     return result
+
+
+def _safe(table: _Table, weights: Sequence[Weight], reader: Reader, resolution: Resolution) -> _Table:
+    """The names that ComfyUI reads as the same rows in all families that the adapter may belong to."""
+    if reader != "comfy" or not resolution.others:
+        return table
+    return [
+        [target for target in rows if all(_reads(family, weight, target) for family in resolution.others)]
+        for rows, weight in zip(table, weights, strict=True)
+    ]
 
 
 def _reads(family: Family, weight: Weight, target: Target) -> bool:

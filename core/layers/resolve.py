@@ -53,8 +53,9 @@ class Resolution:
     positions: Mapping[str, Position]
     unknown: tuple[str, ...]
 
-    def slices(self) -> dict[str, ParameterSlice]:
-        return {name: position.rows for name, position in self.positions.items()}
+    @property
+    def families(self) -> tuple[Family, ...]:
+        return (self.family, *self.others)
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,15 @@ class _Size:
     d_in: int | None  # ``None`` where only a bias or norm is changed
 
 
-def resolve(adapters: Sequence[Adapter]) -> Resolution | None:
+def resolve(adapters: Sequence[Adapter], among: Sequence[Family] = FAMILIES) -> Resolution | None:
     """The family of adapters that are for one base model, and the position of each of their modules.
 
     Families are compared by the number of names that they know; then by sizes, spellings, words in the metadata and
     numbers of blocks; then by their order in `FAMILIES`.
+
+    Args:
+        adapters: LoRAs of one base model.
+        among: The families to choose from.
 
     Returns:
         ``None`` if no family knows any of the names.
@@ -82,7 +87,8 @@ def resolve(adapters: Sequence[Adapter]) -> Resolution | None:
     found: dict[Family, dict[str, tuple[Component, str, Part]]] = {}
     for name in sizes:
         for family, hit in _hits(name):
-            found.setdefault(family, {})[name] = hit
+            if family in among:
+                found.setdefault(family, {})[name] = hit
     if not found:
         return None
     common = {family: hits for family, hits in found.items() if all(_knows(hits, adapter) for adapter in adapters)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..adapter import Adapter
 from ..errors import SaveError, name_some
 from ..formats import FORMATS, detect
 from ..layers.families.table import READERS, Reader
 from ..layers.readers import rename_for
+from ..layers.resolve import resolve
 
 RenameForFormat = Callable[[Adapter, str], Adapter]
 """A host's function: returns the adapter under names that a file format can express."""
@@ -54,6 +55,7 @@ def name_output(
     adapter: Adapter,
     *,
     first_format: str,
+    inputs: Sequence[Adapter] = (),
     renamed: bool = False,
     format: str | None = None,
     reader: Reader | None = None,
@@ -64,6 +66,7 @@ def name_output(
     Args:
         adapter: The adapter.
         first_format: Format of the first input, ``""`` where it never was a file.
+        inputs: The adapters that it was merged from, whose names may tell more about the family; default itself.
         renamed: Whether the inputs disagreed about names, so that aligning them has renamed layers.
         format: Format to save it in; ``None`` chooses one that the reader reads.
         reader: Program that shall read it; default the format's own if a format is given, ComfyUI if the inputs
@@ -77,12 +80,14 @@ def name_output(
     if reader is None and format is not None and _has_names_of(format, adapter):
         return adapter, format
     wanted: Reader | None = reader or next((reader for reader in READERS if reader == format), None)
+    resolution = resolve(inputs or [adapter])
+    among = () if resolution is None else resolution.families
     named: Adapter | None = None
     if wanted is not None:
         accepts = (lambda name: True) if format is None else FORMATS[format].is_native_name
-        named = rename_for(adapter, wanted, accepts=accepts)
+        named = rename_for(adapter, wanted, among=among, accepts=accepts)
     elif renamed or should_have_kohya_names(first_format, adapter):
-        named = rename_for(adapter, "comfy", strict=False)
+        named = rename_for(adapter, "comfy", among=among, strict=False)
     if named is None:
         named, format = _name_unknown(adapter, first_format, renamed, format, wanted, rename_for_format)
     if format is not None:

@@ -173,6 +173,7 @@ def describe(
         merged, format = name_output(
             merged,
             first_format=inputs[0].source.format,
+            inputs=inputs,
             renamed=renamed,
             format=recipe.format,
             reader=recipe.reader,

@@ -47,9 +47,9 @@ def clip(name: str, *, kohya: str = "", diffusers: str = "", others: tuple[str, 
         _CLIP,
         (
             # the projection is trained with two encoders only
-            *([dialect(kohya, _kohya_naming(kohya), readers="comfy kohya diffusers")] if kohya else []),
+            *([dialect(kohya, _kohya_naming(kohya), readers="comfy kohya")] if kohya else []),
             dialect(root, readers="comfy"),
-            *([dialect(diffusers, "matrices", readers="comfy diffusers peft")] if diffusers else []),
+            *([dialect(diffusers, "matrices", readers="comfy diffusers")] if diffusers else []),
             *(dialect(prefix) for prefix in others),
         ),
         {"matrices": _CLIP_MATRICES, "projection": _CLIP_PROJECTION},

@@ -82,8 +82,8 @@ _NUMBERED: Naming = {
 
 _FLUX_DIALECTS = (
     dialect("diffusion_model.", readers="comfy"),
-    dialect("lora_unet_", readers="comfy kohya diffusers"),
-    dialect("transformer.", "diffusers", readers="comfy diffusers peft"),
+    dialect("lora_unet_", readers="comfy kohya"),
+    dialect("transformer.", "diffusers", readers="comfy diffusers"),
     dialect("lora_transformer_", "diffusers", readers="comfy"),  # OneTrainer
     dialect("lycoris_", "diffusers", readers="comfy"),  # SimpleTuner
     dialect("", "diffusers", readers="comfy"),  # DiffSynth
@@ -186,8 +186,8 @@ FLUX2 = Family(
         },
         (
             dialect("diffusion_model.", readers="comfy"),
-            dialect("lora_unet_", readers="comfy kohya diffusers"),
-            dialect("transformer.", "diffusers", readers="comfy diffusers peft"),
+            dialect("lora_unet_", readers="comfy kohya"),
+            dialect("transformer.", "diffusers", readers="comfy diffusers"),
             dialect("lycoris_", "diffusers", readers="comfy"),
             dialect("", "diffusers", readers="comfy"),
             dialect("base_model.model."),
@@ -297,7 +297,7 @@ _HUNYUAN_DIALECTS = (
     dialect("lora_unet_", readers="comfy"),
     dialect("transformer.", "original", readers="comfy"),  # diffusion-pipe
     dialect("diffusion_model.", "original", readers="comfy"),
-    dialect("transformer.", "diffusers", readers="diffusers peft"),
+    dialect("transformer.", "diffusers", readers="diffusers"),
     dialect("", "original"),
     dialect("transformer.", "original_only"),
 )

@@ -47,9 +47,9 @@ Z_IMAGE = Family(
         (
             dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy"),
-            dialect("transformer.", "diffusers", readers="comfy diffusers peft"),
-            dialect("diffusion_model.", "diffusers", readers="comfy diffusers"),  # ai-toolkit
-            dialect("lora_unet_", "diffusers", readers="kohya diffusers"),  # musubi-tuner
+            dialect("transformer.", "diffusers", readers="comfy diffusers"),
+            dialect("diffusion_model.", "diffusers", readers="comfy"),  # ai-toolkit
+            dialect("lora_unet_", "diffusers", readers="kohya"),  # musubi-tuner
             dialect("lycoris_", "diffusers", readers="comfy"),
             dialect("", "diffusers", readers="comfy"),
             dialect(""),
@@ -101,7 +101,7 @@ LUMINA2 = Family(
         (
             dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("transformer.", "diffusers", readers="diffusers peft"),
+            dialect("transformer.", "diffusers", readers="diffusers"),
             dialect(""),
         ),
         {"diffusers": _LUMINA},
@@ -126,10 +126,10 @@ QWEN_IMAGE = Family(
         "diffusion_model.",
         {"transformer_blocks.#": _QWEN_BLOCK, "": _QWEN_TOP},
         (
-            dialect("diffusion_model.", readers="comfy diffusers"),
-            dialect("lora_unet_", readers="comfy kohya diffusers"),
-            dialect("transformer.", readers="comfy diffusers peft"),
-            dialect("", readers="comfy diffusers"),
+            dialect("diffusion_model.", readers="comfy"),
+            dialect("lora_unet_", readers="comfy kohya"),
+            dialect("transformer.", readers="comfy diffusers"),
+            dialect("", readers="comfy"),
             dialect("lycoris_", readers="comfy"),
         ),
     ),
@@ -180,9 +180,9 @@ KREA2 = Family(
             "": "first tmlp.0 tmlp.2 tproj.1 txtmlp.1 txtmlp.3 txtfusion.projector last.linear",
         },
         (
-            dialect("diffusion_model.", readers="comfy diffusers"),
+            dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("transformer.", "diffusers", readers="comfy diffusers peft"),
+            dialect("transformer.", "diffusers", readers="comfy diffusers"),
             dialect("diffusion_model.", "diffusers", readers="comfy"),
             dialect("lycoris_", "diffusers", readers="comfy"),
             dialect("", "diffusers", readers="comfy"),
@@ -210,9 +210,9 @@ HIDREAM = Family(
             "final_layer.linear final_layer.adaLN_modulation.1 caption_projection.#.linear",
         },
         (
-            dialect("diffusion_model.", readers="comfy diffusers"),
+            dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("transformer.", readers="comfy diffusers peft"),
+            dialect("transformer.", readers="comfy diffusers"),
             dialect("lycoris_", readers="comfy"),
             dialect(""),
         ),
@@ -277,7 +277,7 @@ SD3 = Family(
         (
             dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("transformer.", "diffusers", readers="comfy diffusers peft"),
+            dialect("transformer.", "diffusers", readers="comfy diffusers"),
             dialect("base_model.model.", "diffusers", readers="comfy"),
             dialect("lora_transformer_", "diffusers", readers="comfy"),  # OneTrainer
             dialect("lycoris_", "diffusers", readers="comfy"),  # SimpleTuner
@@ -334,7 +334,7 @@ PIXART = Family(
         (
             dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("transformer.", "diffusers", readers="comfy diffusers peft"),
+            dialect("transformer.", "diffusers", readers="comfy diffusers"),
             dialect("base_model.model.", "diffusers", readers="comfy"),
             dialect("unet.base_model.model.", "diffusers", readers="comfy"),
             dialect("", "diffusers"),

@@ -87,7 +87,8 @@ class Dialect:
 
     Args:
         prefix: Text before every path.
-        readers: Programs that read it.
+        readers: Programs that read it, of ``comfy``, ``kohya`` and ``diffusers``; for the latter these are the names
+            of its models, although it converts some files with other names.
         naming: Key of `Component.namings`, ``""`` for canonical paths.
         flat: Whether the paths' dots are written as underscores.
     """

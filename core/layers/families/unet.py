@@ -74,7 +74,7 @@ def _unet(down: Sequence[bool], up: Sequence[bool], *, added: bool, kohya: str) 
         for block, table in names.values()
     }
     naming: Naming = names
-    flat, flat_diffusers = "comfy diffusers", "comfy diffusers"
+    flat, flat_diffusers = "comfy", "comfy"
     if kohya == "diffusers":
         flat_diffusers += " kohya"
     else:
@@ -88,7 +88,7 @@ def _unet(down: Sequence[bool], up: Sequence[bool], *, added: bool, kohya: str) 
             dialect("lora_unet_", readers=flat),
             dialect("diffusion_model.", readers="comfy"),
             dialect("lycoris_", "diffusers", readers="comfy"),
-            dialect("unet.", "diffusers", readers="diffusers peft"),
+            dialect("unet.", "diffusers", readers="diffusers"),
             dialect("", "diffusers"),
             dialect("unet."),  # OneTrainer
         ),

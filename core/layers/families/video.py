@@ -86,9 +86,9 @@ WAN = Family(
             "face_encoder.conv2.conv face_encoder.conv3.conv face_encoder.out_proj",
         },
         (
-            dialect("diffusion_model.", readers="comfy diffusers"),
-            dialect("lora_unet_", readers="comfy kohya diffusers"),  # musubi-tuner
-            dialect("transformer.", "diffusers", readers="diffusers peft"),
+            dialect("diffusion_model.", readers="comfy"),
+            dialect("lora_unet_", readers="comfy kohya"),  # musubi-tuner
+            dialect("transformer.", "diffusers", readers="diffusers"),
             # VideoX-Fun; ComfyUI reads it in whole files with a certain key only
             dialect("lora_unet__"),
             dialect(""),
@@ -139,9 +139,9 @@ def _ltx(ada: dict[str, str], prefixes: tuple[str, ...], attentions: str, feedfo
 
 
 _LTX_DIALECTS = (
-    dialect("diffusion_model.", readers="comfy diffusers"),
+    dialect("diffusion_model.", readers="comfy"),
     dialect("lora_unet_", readers="comfy kohya"),
-    dialect("transformer.", "diffusers", readers="diffusers peft"),
+    dialect("transformer.", "diffusers", readers="diffusers"),
     dialect("", readers="comfy"),
     dialect("transformer."),
 )
@@ -243,7 +243,7 @@ COSMOS = Family(
         (
             dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("transformer.", "diffusers", readers="diffusers peft"),
+            dialect("transformer.", "diffusers", readers="diffusers"),
             dialect(""),
         ),
         {"diffusers": _COSMOS},
@@ -274,9 +274,9 @@ ANIMA = Family(
             "": _COSMOS_TOP,
         },
         (
-            dialect("diffusion_model.", readers="comfy diffusers"),
+            dialect("diffusion_model.", readers="comfy"),
             dialect("lora_unet_", readers="comfy kohya"),
-            dialect("", "diffusers", readers="diffusers peft"),
+            dialect("", "diffusers", readers="diffusers"),
             dialect(""),
         ),
         {"diffusers": _ANIMA},
