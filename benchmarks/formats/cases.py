@@ -189,11 +189,14 @@ def _merged(family: Family, method: str, inputs: Sequence[_Written], path: Path,
 
 def _converted(family: Family, original: _Written, reader: Any, path: Path, what: str) -> Iterator[Case]:
     _, adapter, truth = original
-    # text encoders for which the reader has no names at all are left out
-    known = {c.root for c in family.components if any(reader in dialect.readers for dialect in c.dialects)}
-    truth = {name: delta for name, delta in truth.items() if any(name.startswith(root) for root in known)}
-    hits = {name: family.find(name) for name in adapter.modules}
-    kept = {name: part for name, part in adapter.modules.items() if (hit := hits[name]) and hit[0].root in known}
+    # layers for which the reader has no name (T5, projections of text encoders) are left out
+    truth = {name: delta for name, delta in truth.items() if _has_name(family, name, reader)}
+    positions = {name: family.find(name) for name in adapter.modules}
+    kept = {
+        name: part
+        for name, part in adapter.modules.items()
+        if (hit := positions[name]) and _has_name(family, hit[0].root + hit[1], reader)
+    }
     adapter = replace(adapter, modules=kept)
     try:
         named, format = name_output(adapter, first_format=adapter.source.format, reader=reader)
@@ -204,6 +207,16 @@ def _converted(family: Family, original: _Written, reader: Any, path: Path, what
         yield Case(family.name, f"{what}, and back for comfy", saved, truth, reader)
     except LegoMoleError as error:
         yield Case(family.name, what, path, truth, reader, refused=str(error).splitlines()[0])
+
+
+def _has_name(family: Family, name: str, reader: str) -> bool:
+    """Whether the reader has names for a canonical module."""
+    component = next(component for component in family.components if name.startswith(component.root))
+    return any(
+        component.slots(dialect.naming, name.removeprefix(component.root))
+        for dialect in component.dialects
+        if reader in dialect.readers
+    )
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -216,7 +216,7 @@ _ORIGINAL_STREAMS = {
     if not name.startswith("!")
 }
 _SAME_IN_BOTH = (
-    f"{_FINAL} {_EMBEDDERS} {_VECTOR} img_in.proj txt_in.input_embedder txt_in.t_embedder.in_layer "
+    f"{_FINAL} time_in.in_layer time_in.out_layer img_in.proj txt_in.input_embedder txt_in.t_embedder.in_layer "
     "txt_in.t_embedder.out_layer txt_in.c_embedder.in_layer txt_in.c_embedder.out_layer"
 )
 _NEW_IN_15 = (
@@ -224,7 +224,7 @@ _NEW_IN_15 = (
     "vision_in.proj.1 vision_in.proj.3 vision_in.proj.4 cond_type_embedding"
 )
 # Tencent's own names, with the changes that ComfyUI knows
-_ORIGINAL: Naming = {
+_ORIGINAL = {
     "double_blocks.#": ("double_blocks.#", _ORIGINAL_STREAMS),
     "single_blocks.#": ("single_blocks.#", {"linear1 linear2": "=", "modulation.linear": "modulation.lin"}),
     _REFINER: (
@@ -237,7 +237,6 @@ _ORIGINAL: Naming = {
             "adaLN_modulation.1 norm1 norm2": "=",
         },
     ),
-    "": ("", {f"{_SAME_IN_BOTH} {_NEW_IN_15}": "="}),
 }
 # names that Tencent's files have and ComfyUI's LoRA loader does not know
 _ORIGINAL_ONLY: Naming = {
@@ -303,31 +302,45 @@ _HUNYUAN_DIALECTS = (
 )
 
 
-def _hunyuan(name: str, top: dict[str, str], new: str, encoders: tuple[Component, ...], **evidence: object) -> Family:
-    naming: Naming = {**_HUNYUAN, "": ("", {**_HUNYUAN[""][1], **top})}
+def _hunyuan(naming: Naming, top: str, *, single: bool) -> Component:
+    """A HunyuanVideo.
+
+    Args:
+        naming: diffusers' names.
+        top: Canonical names outside of blocks.
+        single: Whether there are single blocks.
+    """
     layers = {
         "double_blocks.#": f"{_DOUBLE} {_MODULATED}",
-        "single_blocks.#": f"{_SINGLE} modulation.lin",
         _REFINER: "adaLN_modulation.1 norm1 norm2 self_attn.qkv self_attn.proj mlp.0 mlp.2",
-        "": f"{_SAME_IN_BOTH} {new}",
+        "": top,
     }
-    namings = {"diffusers": naming, "original": _ORIGINAL, "original_only": _ORIGINAL_ONLY}
-    return Family(name, Component("diffusion_model.", layers, _HUNYUAN_DIALECTS, namings), encoders, **evidence)  # type: ignore[arg-type]
+    if single:
+        layers["single_blocks.#"] = f"{_SINGLE} modulation.lin"
+    kept = {block: rows for block, rows in naming.items() if single or "single" not in block}
+    original = {block: rows for block, rows in _ORIGINAL.items() if single or "single" not in block}
+    original[""] = ("", {top: "="})
+    namings = {"diffusers": kept, "original": original, "original_only": _ORIGINAL_ONLY}
+    return Component("diffusion_model.", layers, _HUNYUAN_DIALECTS, namings)
 
 
-HUNYUAN_VIDEO = _hunyuan(
+HUNYUAN_VIDEO = Family(
     "hunyuan_video",
-    _TIME_TEXT,
-    "",
+    _hunyuan(
+        {**_HUNYUAN, "": ("", {**_HUNYUAN[""][1], **_TIME_TEXT})},
+        f"{_SAME_IN_BOTH} guidance_in.in_layer guidance_in.out_layer {_VECTOR}",
+        single=True,
+    ),
     (clip("clip_l", kohya="lora_te1_", others=("text_encoder_2.",)), llama("llama")),
     ratios={"single_blocks.#.linear1": 7, "double_blocks.#.img_mlp.0": 4, "double_blocks.#.txt_mlp.0": 4},
     depth={"double_blocks": 20, "single_blocks": 40},
     hints=("hunyuan",),
 )
-HUNYUAN_VIDEO_15 = _hunyuan(
+HUNYUAN_VIDEO_15 = Family(
     "hunyuan_video15",
-    _HUNYUAN_TOP,
-    _NEW_IN_15,
+    _hunyuan(
+        {**_HUNYUAN, "": ("", {**_HUNYUAN[""][1], **_HUNYUAN_TOP})}, f"{_SAME_IN_BOTH} {_NEW_IN_15}", single=False
+    ),
     (llama("qwen25_7b"),),
     ratios={"double_blocks.#.img_mlp.0": 4, "double_blocks.#.txt_mlp.0": 4},
     depth={"double_blocks": 54},
