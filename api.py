@@ -21,6 +21,7 @@ from .core.merge.statistics import Statistics
 from .core.progress import Progress
 from .core.recipes.metadata import KEY
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
+from .core.recipes.output import name_output
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
 from .core.recipes.run import describe, merge_aligned
@@ -43,6 +44,7 @@ def merge(
     convert_rank: int | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
+    reader: str | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     **settings: Any,
@@ -66,6 +68,9 @@ def merge(
         convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; default: refuse them.
         dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
+        reader: Program that shall read the result and decides the layers' names: ``"comfy"``, ``"diffusers"``,
+            ``"kohya"`` or ``"peft"``; default that of `format`, else the LoRAs' own names where they agree, and
+            ComfyUI's where they do not.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
         progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
             cancel.
@@ -101,6 +106,7 @@ def merge(
             "normalize": normalize,
             "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
             "format": format,
+            "reader": reader,
             "convert_rank": convert_rank,
         }
     )
@@ -195,7 +201,7 @@ def save(
             )
         lora = lora.adapter
     if format is not None:
-        lora = rename_for_format(lora, format)
+        lora, _ = name_output(lora, first_format=lora.source.format, format=format, rename_for_format=rename_for_format)
     return formats.save(lora, Path(path), format=format, dtype=dtype)
 
 

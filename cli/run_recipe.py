@@ -22,7 +22,8 @@ def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool)
     from ..core.recipes.run import input_path
 
     paths = [input_path(entry.path, folder, cached_folder) for entry in recipe.inputs]
-    return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
+    format = recipe.format or (recipe.reader if recipe.reader == "peft" else summarise(paths[0]).format)
+    return check_output(output, format, paths, overwrite=overwrite)
 
 
 def run_recipe(
