@@ -105,9 +105,11 @@ def _format(adapter: Adapter, first_format: str, renamed: bool, reader: Reader |
     if reader is not None and reader != "comfy":
         return reader
     format = default_format(first_format, adapter, renamed)
-    # ComfyUI reads biases under the keys of its own and kohya's format only
-    needs_diffs = bool(adapter.diffs) and (renamed or reader == "comfy")
-    return "comfy" if needs_diffs and format in ("diffusers", "peft") else format
+    # ComfyUI reads no PEFT folders, and biases under the keys of its own and kohya's format only
+    for_comfyui = renamed or reader == "comfy"
+    needs_diffs = bool(adapter.diffs) and format in ("diffusers", "peft")
+    is_folder = reader == "comfy" and format == "peft"
+    return "comfy" if for_comfyui and (needs_diffs or is_folder) else format
 
 
 def _name_unknown(

@@ -124,6 +124,13 @@ def test_names_that_could_be_of_two_families_are_those_that_comfyui_reads_in_bot
     assert (flux[0].modules.keys(), flux[1]) == (split.modules.keys(), "diffusers")
 
 
+def test_comfyui_gets_a_file_rather_than_a_folder() -> None:
+    names = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    bare = Adapter(dict.fromkeys(names, part(4)), metadata={"ss_base_model_version": "flux1"})
+    assert name_output(bare, first_format="peft", reader="comfy")[1] == "comfy"
+    assert name_output(bare, first_format="peft")[1] == "peft"
+
+
 def test_own_names_are_kept_where_no_others_are_sure() -> None:
     """Flux, Qwen-Image and others have such a layer, and fuse it or not."""
     adapter = Adapter({"transformer.transformer_blocks.0.attn.to_q": part(4)})
