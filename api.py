@@ -46,6 +46,7 @@ def merge(
     base: PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
+    reader: str | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     **settings: Any,
@@ -72,6 +73,9 @@ def merge(
         base: Base model of LoRAs that are DoRA, a checkpoint or a folder; they need a `convert_rank` too.
         dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
+        reader: Program that shall read the result and decides the layers' names: ``"comfy"``, ``"diffusers"``,
+            ``"kohya"`` or ``"peft"``; default that of `format`, else the LoRAs' own names where they agree, and
+            ComfyUI's where they do not.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
         progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
             cancel.
@@ -107,6 +111,7 @@ def merge(
             "normalize": normalize,
             "dtype": None if dtype is None else str(dtype),
             "format": format,
+            "reader": reader,
             "convert_rank": convert_rank,
             "base": None if base is None else os.fspath(base),
         }
@@ -207,7 +212,7 @@ def save(
             )
         lora = lora.adapter
     if format is not None or dtype is not None:
-        lora = convert(lora, format, _torch_dtype(dtype), rename_for_format if format is not None else None)
+        lora = convert(lora, format, _torch_dtype(dtype), rename_for_format=rename_for_format if format else None)
     return formats.save(lora, Path(path), format=format)
 
 

@@ -15,7 +15,7 @@ from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
 from .environment import base_path, local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
-from .options import Base, ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+from .options import Base, ConvertRank, Dtype, For, FormatName, Json, Output, Overwrite, check_output, size_of
 from .plot_report import check_plot, print_findings, survey_files, write_plot
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ def convert(
         FormatName | None,
         typer.Option(metavar="NAME", help="File format: kohya, diffusers, peft or comfy. Default: keep it."),
     ] = None,
+    reader: For = None,
     dtype: Dtype = None,
     convert_rank: ConvertRank = None,
     base: Base = None,
@@ -252,13 +253,22 @@ def convert(
     from ..core.formats import load, save
     from ..core.formats.loss import energy_kept
     from ..core.recipes.conversion import convert as convert_adapter
+    from ..core.recipes.output import name_output
 
     input = local_path(input)
     adapter = load(input, convert_rank=convert_rank, base=base_path(base))
-    format = to or adapter.source.format
+    original, format = name_output(
+        adapter, first_format=adapter.source.format, format=to, reader=reader, rename_for_format=rename_for_format
+    )
     target = check_output(output, format, [input], overwrite=overwrite)
-    original = rename_for_format(adapter, format)
-    adapter = convert_adapter(adapter, format, None if dtype is None else getattr(torch, dtype), rename_for_format)
+    keep_names = to is None and reader is None and original.layers == adapter.layers
+    adapter = convert_adapter(
+        adapter,
+        None if keep_names else format,
+        None if dtype is None else getattr(torch, dtype),
+        reader=reader,
+        rename_for_format=rename_for_format,
+    )
     written = save(adapter, target, format=format)
     kept = energy_kept(original, load(written))
     if json:

@@ -71,6 +71,17 @@ Format = Annotated[
         help="File format: kohya, diffusers, peft or comfy. Default: that of the first LoRA if it can name all layers.",
     ),
 ]
+ReaderName = Literal["comfy", "diffusers", "kohya", "peft"]
+For = Annotated[
+    ReaderName | None,
+    typer.Option(
+        "--for",
+        metavar="PROGRAM",
+        rich_help_panel=OUTPUT,
+        help="Program that shall read the file, and decides how layers are named: comfy, diffusers, kohya or peft. "
+        "Default: that of --format; else the LoRAs' own names where they agree, and ComfyUI's where they do not.",
+    ),
+]
 ConvertRank = Annotated[
     int | None,
     typer.Option(

@@ -22,7 +22,8 @@ def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool)
     from ..core.recipes.run import input_paths
 
     paths = input_paths(recipe, folder, cached_folder)
-    return check_output(output, recipe.final_format or summarise(paths[0]).format, paths, overwrite=overwrite)
+    format = recipe.final_format or (recipe.reader if recipe.reader == "peft" else summarise(paths[0]).format)
+    return check_output(output, format, paths, overwrite=overwrite)
 
 
 def run_recipe(

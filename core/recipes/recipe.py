@@ -49,6 +49,7 @@ class Conversion(BaseModel):
 
     Args:
         format: File format of the result.
+        reader: Program whose names the layers get; default those of the file before, or the format's if it is another.
         dtype: Dtype of its factors and diffs; default that of the file before.
         from_folder: The file before was a PEFT folder, which has a configuration, and not a single file.
     """
@@ -56,6 +57,7 @@ class Conversion(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: str
+    reader: Literal["comfy", "diffusers", "kohya", "peft"] | None = None
     dtype: DtypeName | None = None
     from_folder: bool = False
 
@@ -73,6 +75,9 @@ class Recipe(BaseModel):
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
         dtype: Dtype of the result; default the widest of the inputs'. ``bf16``, ``fp16`` and ``fp32`` are read too.
         format: File format; default that of the first input if it can name all merged modules.
+        reader: Program that shall read the file and decides the layers' names: ``comfy``, ``diffusers``, ``kohya`` or
+            ``peft``. Default: that of the format if one is given; else the inputs' names where they agree, and
+            ComfyUI's where they do not.
         convert_rank: Rank at which LoHa, LoKr and full differences are approximated, see `load`.
         base: The base model, a checkpoint or a folder, for inputs that are DoRA; they need a `convert_rank` too.
         base_fingerprint: Hash of the sizes and of parts of its files; ``""`` accepts any.
@@ -90,6 +95,7 @@ class Recipe(BaseModel):
     normalize: bool = False
     dtype: DtypeName | None = None
     format: str | None = None
+    reader: Literal["comfy", "diffusers", "kohya", "peft"] | None = None
     convert_rank: int | None = Field(default=None, ge=1)
     base: str | None = None
     base_fingerprint: str = ""

@@ -16,16 +16,17 @@ from ..errors import MergeError, name_some
 from ..formats import BaseWeights, hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
+from ..layers.resolve import copies
 from ..merge.cache import GramCache
 from ..merge.engine import BatchRunner, MergeResult, merge
 from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
 from ..merge.weights import adapters_matching
 from ..progress import Progress
-from .conversion import RenameForFormat, repeat_conversion
+from .conversion import repeat_conversion
 from .metadata import disagreements, file_metadata
 from .method_settings import build_method, method_settings
-from .output import default_format, should_have_kohya_names
+from .output import RenameForFormat, name_output
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
 
@@ -48,9 +49,7 @@ def run(
         recipe: The merge.
         folder: Base of the recipe's relative paths.
         key_map: A host's function for inputs whose files name the same layers differently, see `align`.
-        rename_for_format: The same host's function. With it the result is ready to be saved in the recipe's format, and
-            Stable Diffusion LoRAs keep kohya names if the first input has them; without it names stay as `align` left
-            them.
+        rename_for_format: The same host's function, for LoRAs of families without a table.
         find_cached: A host's function: name of an adapter -> its folder in the local Hugging Face cache.
         device: Device to compute on, see `merge`.
         loading: Called with (inputs loaded, inputs in all, path of the last one).
@@ -159,6 +158,7 @@ def describe(
     *,
     renamed: bool,
     rename_for_format: RenameForFormat | None = None,
+    named: bool = False,
 ) -> MergeResult:
     """Return a merge result whose adapter holds recipe and report in its metadata, and its file format in its source.
 
@@ -169,35 +169,39 @@ def describe(
         inputs: The inputs as loaded, with the hashes of their files.
         renamed: Whether aligning the inputs renamed modules.
         rename_for_format: See `run`.
+        named: Whether the merged layers have their final names already, those of the recipe's format.
     """
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
-    notes = [*result.report.notes, *disagreements(inputs)]
-    roots = {name.partition(".")[0] for name in merged.modules if "." in name}
-    unlike = sorted(key for key in merged.extras if key.partition(".")[0] not in roots)
-    if renamed and unlike:
-        notes.append(
-            f"{len(unlike)} tensors that are passed on keep the names of their file, unlike the layers: "
-            f"{name_some(unlike)}"
-        )
+    notes = [*result.report.notes, *disagreements(inputs), *copies(inputs)]
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
             'see "Results change" in the CHANGELOG'
         )
-    _check_names_of_extras(merged)
-    report = dataclasses.replace(result.report, notes=tuple(notes))
-    metadata = file_metadata(made, report, inputs)
-    first_format, format = inputs[0].source.format, recipe.format
-    if format is None and rename_for_format is not None and should_have_kohya_names(first_format, merged):
-        format = "kohya"
-    if format is None:
+    if named and recipe.format is not None:
+        format = recipe.format
+    else:
         # where only PEFT folders meet, their experts alone are renamed, see `unify_experts`
         host_names = renamed and not all(CONFIG_KEY in adapter.metadata for adapter in inputs)
-        format = default_format(first_format, merged, host_names)
-    elif rename_for_format is not None:
-        merged = rename_for_format(merged, format)
+        merged, format = name_output(
+            merged,
+            first_format=inputs[0].source.format,
+            inputs=inputs,
+            renamed=host_names,
+            format=recipe.format,
+            reader=recipe.reader,
+            rename_for_format=rename_for_format,
+        )
+    _check_names_of_extras(merged)
+    kept = sorted(set(result.adapter.extras) & set(merged.extras))
+    if kept and (renamed or merged.layers != result.adapter.layers):
+        notes.append(
+            f"{len(kept)} tensors that are passed on keep the names of their file, unlike the layers: {name_some(kept)}"
+        )
+    report = dataclasses.replace(result.report, notes=tuple(notes))
+    metadata = file_metadata(made, report, inputs)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
 
 

@@ -34,8 +34,9 @@ class SaveLoRA(io.ComfyNode):
                     options=[_AUTO, *(name for name in formats.FORMATS if name != "peft")],
                     default=_AUTO,
                     advanced=True,
-                    tooltip="How the keys are named. auto: ComfyUI's names if a model was connected to the merge, "
-                    "otherwise those of the LoRAs.",
+                    tooltip="The program that shall read the file, which decides how the keys are named. auto: "
+                    "ComfyUI's names if a model was connected to the merge or the LoRAs' names differ, otherwise those "
+                    "of the LoRAs.",
                 ),
                 io.Combo.Input(
                     "dtype",

@@ -126,3 +126,41 @@ def test_short_names_of_dtypes_are_accepted():
     for command, name, dtype in (("convert", "bf16", torch.bfloat16), ("merge", "fp16", torch.float16)):
         done(command, "a.safetensors", "--dtype", name, "-o", f"{command}.safetensors")
         assert load(f"{command}.safetensors").dtype == dtype
+
+
+def fused(path: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 8, generator=generator), torch.randn(24, 4, generator=generator)
+    save(Adapter({"diffusion_model.layers.0.attention.qkv": LowRank(A, B, 2.0)}), path, format="comfy")
+
+
+def test_a_program_decides_the_names():
+    fused("zimage")
+    done("convert", "zimage.safetensors", "--for", "diffusers", "-o", "there.safetensors")
+    done("convert", "there.safetensors", "--for", "kohya", "-o", "musubi.safetensors")
+    done("convert", "musubi.safetensors", "--to", "comfy", "-o", "back.safetensors")
+    names = [f"layers.0.attention.to_{x}" for x in "qkv"]
+    assert list(load("there.safetensors").modules) == sorted(f"transformer.{name}" for name in names)
+    assert list(load("musubi.safetensors").modules) == sorted(f"lora_unet_{name.replace('.', '_')}" for name in names)
+    original, back = load("zimage.safetensors"), load("back.safetensors")
+    delta = torch.cat([back.modules[f"transformer.{name}"].delta() for name in names])
+    torch.testing.assert_close(delta, original.modules["diffusion_model.layers.0.attention.qkv"].delta())
+
+
+@pytest.mark.parametrize("reader", ["comfy", "diffusers", "kohya"])
+def test_merges_and_compressed_files_are_for_a_program_too(reader: str):
+    fused("zimage")
+    done("convert", "zimage.safetensors", "--for", "kohya", "-o", "musubi.safetensors")
+    first = {"comfy": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"}[reader]
+    done("merge", "zimage.safetensors", "musubi.safetensors", "--method", "concat", "--for", reader, "-o", "m")
+    done("compress", "musubi.safetensors", "--rank", "2", "--for", reader, "-o", "c")
+    for name in ("m", "c"):
+        names = list(load(f"{name}.safetensors").modules)
+        assert all(name.startswith((first, "transformer." if reader == "comfy" else first)) for name in names)
+
+
+def test_a_peft_adapter_is_for_peft():
+    fused("zimage")
+    done("convert", "zimage.safetensors", "--for", "peft", "-o", "adapter")
+    assert list(load("adapter").modules) == [f"layers.0.attention.to_{x}" for x in "kqv"]
+    assert Path("adapter/adapter_config.json").is_file()
