@@ -182,7 +182,10 @@ def _merged(family: Family, method: str, inputs: Sequence[_Written], path: Path,
         renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
         chosen = build_method(method, rank)
         result = describe(recipe, chosen, merge_aligned(recipe, chosen, aligned), adapters, renamed=renamed)
-        return Case(family.name, what, formats.save(result.adapter, path), truth, kind)
+        merged, format = result.adapter, result.adapter.source.format
+        if not renamed:  # the inputs agree on names that ComfyUI may not read
+            merged, format = name_output(merged, first_format=format, inputs=adapters, reader="comfy")
+        return Case(family.name, what, formats.save(merged, path, format=format), truth, kind)
     except LegoMoleError as error:
         return Case(family.name, what, path, truth, kind, refused=str(error).splitlines()[0])
 

@@ -12,7 +12,7 @@ import torch
 from ..adapter import Adapter
 from ..errors import SaveError, name_some
 from .families import FAMILIES, Family
-from .families.table import Component, Dialect, Reader
+from .families.table import WHOLE, Component, Dialect, Reader
 from .regroup import Target, regroup
 from .resolve import Position, Resolution, resolve, without_copies
 
@@ -178,18 +178,18 @@ def _renamed(
         if name in resolution.positions and not targets[resolution.positions[name].rows.key]
     ]
     if unnamed:
-        raise _no_names(adapter, resolution.family, reader, unnamed)
+        raise _no_names(adapter, resolution, reader, unnamed)
     if reader == "peft":
         targets = _without_component_prefix(adapter, targets)
     return regroup(_with_settings(adapter, resolution, reader), resolution.positions, targets)
 
 
-def _no_names(adapter: Adapter, family: Family, reader: Reader, names: Sequence[str]) -> SaveError:
+def _no_names(adapter: Adapter, resolution: Resolution, reader: Reader, names: Sequence[str]) -> SaveError:
     return SaveError(
         f"{_PROGRAMS[reader]} has no names for some layers of this LoRA, or none that are known here.",
         file=adapter.source.path or None,
         module=name_some(sorted(set(names)), 3),
-        expected=f"layers of the family {family.name}",
+        expected=f"layers of the family {' or '.join(family.name for family in resolution.families)}",
         found=f"{len(set(names))} of {len(adapter.layers)} layers without a name",
         remedy="save it for another program, or without one, which keeps the names of the inputs; or leave these "
         f"layers out: --module-weight '{min(names)}=0'",
@@ -223,11 +223,12 @@ def _choose(tables: Sequence[_Table], weights: Sequence[Weight]) -> list[list[Ta
 
 
 def _safe(table: _Table, weights: Sequence[Weight], reader: Reader, resolution: Resolution) -> _Table:
-    """The names that ComfyUI reads as the same rows in all families that the adapter may belong to."""
-    if reader != "comfy" or not resolution.others:
+    """The names that are right in all families that the adapter may belong to."""
+    if reader == "kohya" or not resolution.others:
         return table
+    agrees = _reads if reader == "comfy" else _names_alike
     return [
-        [target for target in rows if all(_reads(family, weight, target) for family in resolution.others)]
+        [target for target in rows if all(agrees(family, weight, target) for family in resolution.others)]
         for rows, weight in zip(table, weights, strict=True)
     ]
 
@@ -242,6 +243,16 @@ def _reads(family: Family, weight: Weight, target: Target) -> bool:
     return any(
         target in targets_in(dialect, own, "comfy") for dialect in component.dialects if "comfy" in dialect.readers
     )
+
+
+def _names_alike(family: Family, weight: Weight, target: Target) -> bool:
+    """Whether diffusers has no other name for the same weight in this family."""
+    for component in family.components:
+        if component.root == weight.component.root and component.find(weight.path) == (weight.path, WHOLE):
+            own = replace(weight, component=component)
+            rows = [t for d in component.dialects if "diffusers" in d.readers for t in targets_in(d, own)]
+            return not rows or target in rows
+    return True
 
 
 def _without_component_prefix(adapter: Adapter, targets: Mapping[str, list[Target]]) -> dict[str, list[Target]]:

@@ -124,6 +124,12 @@ def test_names_that_could_be_of_two_families_are_those_that_comfyui_reads_in_bot
     assert (flux[0].modules.keys(), flux[1]) == (split.modules.keys(), "diffusers")
 
 
+def test_names_for_diffusers_that_depend_on_the_family_are_refused_where_it_is_not_sure() -> None:
+    adapter = Adapter({"transformer.time_in.mlp.0": part(4)})
+    with pytest.raises(SaveError, match=r"time_in.mlp.0[\s\S]*hunyuan_video or hunyuan_video15"):
+        rename_for(adapter, "diffusers")
+
+
 def test_comfyui_gets_a_file_rather_than_a_folder() -> None:
     names = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
     bare = Adapter(dict.fromkeys(names, part(4)), metadata={"ss_base_model_version": "flux1"})
