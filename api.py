@@ -189,7 +189,8 @@ def save(
     """Write a LoRA to a file (or to a PEFT folder), atomically.
 
     Args:
-        lora: A result of `merge`, whose file says how it was made, or an adapter.
+        lora: A result of `merge`, whose file says how it was made, or an adapter. If the adapter is a loaded merge,
+            another format or dtype becomes a further step of its recipe.
         path: File or folder; ``.safetensors`` is appended to a file name without it.
         format: A name in ``FORMATS``, for adapters; default the format that the adapter came in.
         dtype: Dtype of the tensors, for adapters, e.g. ``"bfloat16"`` or ``"bf16"``; default their own.

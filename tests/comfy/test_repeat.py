@@ -80,6 +80,16 @@ def test_loras_with_a_convert_rank_each(comfy: Server, files: dict, repeat: Call
     assert repeat(saved).read_bytes() == saved.read_bytes()
 
 
+def test_a_saved_merge_that_is_loaded_and_saved_in_another_form(comfy: Server, files: dict, repeat: Callable) -> None:
+    graph, other = Graph(), Graph()
+    merged = graph.merge("concat", graph.load(files["flux_kohya"]), graph.load(files["flux_kohya_2"]), with_model=False)
+    first = save(comfy, graph, merged, "first")
+    loaded = other.load(first.relative_to(comfy.loras).as_posix())
+    saved = save(comfy, other, loaded, "second", format="comfy", dtype="bfloat16")
+    assert recorded(saved)["recipe"]["conversions"] == [{"format": "comfy", "dtype": "bfloat16"}]
+    assert repeat(saved).read_bytes() == saved.read_bytes()
+
+
 def test_a_merge_with_a_model_says_what_it_needs(comfy: Server, files: dict) -> None:
     graph = Graph()
     merged = graph.lego(graph.load(files["flux_kohya"]), graph.load(files["flux_split"]))
