@@ -129,9 +129,10 @@ def _sizes(adapter: Adapter) -> Iterator[tuple[str, _Size]]:
     for name, part in adapter.modules.items():
         yield name, _Size(part.d_out, part.d_in)
     for name, tensor in adapter.diffs.items():
-        module = name.rpartition(".")[0]
+        module, _, parameter = name.rpartition(".")
         if module not in adapter.modules:
-            yield module, _Size(tensor.shape[0] if tensor.ndim == 1 else 1, None)
+            has_rows = tensor.ndim == 1 or (parameter == "weight" and tensor.ndim > 0)
+            yield module, _Size(tensor.shape[0] if has_rows else 1, None)
 
 
 def _knows(hits: Mapping[str, object], adapter: Adapter) -> bool:

@@ -82,7 +82,7 @@ def test_a_chain_of_conversions_repeats(merged, tmp_path, names, format, suffix,
     path = merged(names, format, suffix, **kind)
     assert_repeats(path)
     for number, (target, dtype) in enumerate(zip(targets, (torch.float16, None, torch.bfloat16), strict=False)):
-        converted = convert(load(path), target, dtype, keep_names)
+        converted = convert(load(path), target, dtype, rename_for_format=keep_names)
         path = save(converted, tmp_path / f"{number}-{target}", format=target)
         assert_repeats(path)
     assert [step.format for step in read_recipe(path).conversions] == targets
@@ -101,7 +101,7 @@ def test_values_and_recipe_are_those_of_the_conversion(merged, tmp_path) -> None
 
 def test_without_a_change_the_file_stays_the_same(merged, tmp_path) -> None:
     path = merged(KOHYA, "kohya")
-    copy = save(convert(load(path), "kohya", None, keep_names), tmp_path / "copy")
+    copy = save(convert(load(path), "kohya", rename_for_format=keep_names), tmp_path / "copy")
     assert copy.read_bytes() == path.read_bytes()
 
 
