@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 
 from .core import formats
 from .core.adapter import Adapter
-from .core.digest import identity
 from .core.errors import MergeError
 from .core.formats.hashes import sha256
 from .core.layers.align import align as align_adapters
@@ -19,7 +19,9 @@ from .core.merge.engine import MergeResult
 from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
-from .core.recipes.metadata import KEY
+from .core.recipes.conversion import convert
+from .core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
+from .core.recipes.metadata import KEY, NOT_REPEATABLE
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
@@ -41,8 +43,10 @@ def merge(
     module_weights: Mapping[str, float] | None = None,
     normalize: bool = False,
     convert_rank: int | None = None,
+    base: PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
+    reader: str | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     **settings: Any,
@@ -56,16 +60,22 @@ def merge(
         legomole.save(result, "both.safetensors")
 
     Args:
-        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`).
+        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`). The recipe names the file an adapter was
+            loaded from, also if the adapter was changed since.
         method: A name in ``METHODS``, or an instance of a method.
         weights: One finite number per LoRA; default 1. A negative one subtracts.
         text_encoder_weights: Weights of the text encoder modules; default `weights`.
         module_weights: Shell pattern of module names -> factor on the weights of matching modules, e.g.
             ``{"*attn2*": 0.5}``, for every LoRA that has some.
         normalize: Divide the weights by the sum of their magnitudes.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; default: refuse them.
-        dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
+            sum full differences exactly.
+        base: Base model of LoRAs that are DoRA, a checkpoint or a folder; they need a `convert_rank` too.
+        dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
+        reader: Program that shall read the result and decides the layers' names: ``"comfy"``, ``"diffusers"``,
+            ``"kohya"`` or ``"peft"``; default that of `format`, else the LoRAs' own names where they agree, and
+            ComfyUI's where they do not.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
         progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
             cancel.
@@ -91,7 +101,7 @@ def merge(
             "settings": _recipe_settings(method, settings),
             "inputs": [
                 {
-                    "path": (lora.source.path or lora.label) if isinstance(lora, Adapter) else os.fspath(lora),
+                    **_recipe_input(lora),
                     "weight": 1.0 if weights is None else float(weights[i]),
                     "text_encoder_weight": None if text_encoder_weights is None else float(text_encoder_weights[i]),
                 }
@@ -99,24 +109,31 @@ def merge(
             ],
             "module_weights": dict(module_weights or {}),
             "normalize": normalize,
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else str(dtype),
             "format": format,
+            "reader": reader,
             "convert_rank": convert_rank,
+            "base": None if base is None else os.fspath(base),
         }
     )
     in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
     if not in_memory and not isinstance(settings.get("statistics"), Statistics):
         return run(recipe, device=device, progress=progress)
     adapters = [
-        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
+        lora
+        if isinstance(lora, Adapter)
+        else formats.load(Path(lora), convert_rank=convert_rank, base=None if base is None else Path(base))
+        for lora in loras
     ]
-    adapters = [adapter.sourced(sha256=identity(adapter)) for adapter in adapters]
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
     if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
         recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
+    if obstacles := _obstacles(recipe, chosen, adapters):
+        note = f"{NOT_REPEATABLE}: {'; '.join(obstacles)}"
+        result = replace(result, report=replace(result.report, notes=(*result.report.notes, note)))
     return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
 
 
@@ -167,15 +184,16 @@ def align(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def save(
-    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: torch.dtype | None = None
+    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: str | torch.dtype | None = None
 ) -> Path:
     """Write a LoRA to a file (or to a PEFT folder), atomically.
 
     Args:
-        lora: A result of `merge`, whose file says how it was made, or an adapter.
+        lora: A result of `merge`, whose file says how it was made, or an adapter. If the adapter is a loaded merge,
+            another format or dtype becomes a further step of its recipe.
         path: File or folder; ``.safetensors`` is appended to a file name without it.
         format: A name in ``FORMATS``, for adapters; default the format that the adapter came in.
-        dtype: Dtype of the tensors, for adapters; default their own.
+        dtype: Dtype of the tensors, for adapters, e.g. ``"bfloat16"`` or ``"bf16"``; default their own.
 
     Returns:
         The path written.
@@ -194,9 +212,46 @@ def save(
                 remedy="pass them to merge(..): merge(loras, format=.., dtype=..)",
             )
         lora = lora.adapter
-    if format is not None:
-        lora = rename_for_format(lora, format)
-    return formats.save(lora, Path(path), format=format, dtype=dtype)
+    if format is not None or dtype is not None:
+        lora = convert(lora, format, _torch_dtype(dtype), rename_for_format=rename_for_format if format else None)
+    return formats.save(lora, Path(path), format=format)
+
+
+def _recipe_input(lora: Adapter | PathLike) -> dict[str, Any]:
+    """The fields of a recipe's input that say what is merged."""
+    if not isinstance(lora, Adapter):
+        return {"path": os.fspath(lora)}
+    source = lora.source
+    return {
+        "path": source.path or lora.label,
+        "sha256": source.sha256,
+        "convert_rank": source.convert_rank or None,
+        "in_memory": not source.sha256,
+    }
+
+
+def _obstacles(recipe: Recipe, method: MergeMethod, adapters: Sequence[Adapter]) -> list[str]:
+    """Why `run` cannot repeat a merge from its recipe."""
+    in_memory = [adapter.label for adapter in adapters if not adapter.source.sha256]
+    obstacles = [f"{label} was no file but an adapter in memory" for label in in_memory]
+    statistics_path = recipe.settings.get("statistics", UNSAVED_STATISTICS)
+    if getattr(method, "statistics", None) is not None and statistics_path == UNSAVED_STATISTICS:
+        obstacles.append("the statistics were not given as a file")
+    return obstacles
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by name.
+
+    Raises:
+        MergeError: An unknown name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = full_dtype_name(dtype)
+    if name not in DTYPES:
+        raise MergeError("There is no such dtype.", expected=", ".join((*DTYPES, *SHORT_NAMES)), found=dtype)
+    return getattr(torch, name)
 
 
 def _method_name(method: MergeMethod) -> str:

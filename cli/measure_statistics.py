@@ -51,7 +51,7 @@ def measure_statistics(
 
     from ..core.formats import load
     from ..core.memory import report_out_of_memory
-    from ..core.recipes.run import input_path
+    from ..core.recipes.run import input_paths
     from ..core.train.measure import CalibrationSettings
 
     concepts = parse_words(words, len(recipe.inputs))
@@ -59,8 +59,8 @@ def measure_statistics(
     texts = [] if prompts is None else read_lines(prompts)
     check_free(target, overwrite=overwrite)
     adapters = [
-        load(input_path(entry.path, folder, cached_folder), convert_rank=entry.convert_rank or recipe.convert_rank)
-        for entry in recipe.inputs
+        load(path, convert_rank=entry.convert_rank or recipe.convert_rank)
+        for entry, path in zip(recipe.inputs, input_paths(recipe, folder, cached_folder), strict=True)
     ]
     total = sum(abs(entry.weight) for entry in recipe.inputs) if recipe.normalize else 1.0
     pipe = import_host("diffusers.training").load_pipeline(

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from .arguments import parse_input, parse_layer_rules, parse_settings
-from .environment import check_device, recipe_path
+from .environment import base_path, check_device, recipe_path
 from .measure_statistics import measure_statistics
 from .options import (
     CALIBRATION,
-    GUIDANCE_HELP,
     LEGO,
     METHOD,
-    PAINT_STEPS_HELP,
-    SIZE_HELP,
+    PAINT_STEPS,
     WEIGHTS,
-    WORDS_HELP,
+    Base,
     ConvertRank,
     Device,
     Dtype,
+    For,
     Format,
     Json,
     MethodName,
@@ -29,6 +28,7 @@ from .options import (
     Overwrite,
     RankOption,
     Seed,
+    sampling_option,
 )
 from .run_recipe import check_target, run_recipe
 
@@ -137,12 +137,11 @@ def merge(
             metavar="PIPELINE",
             rich_help_panel=CALIBRATION,
             help="Measure the statistics first, on this model: a diffusers folder of the LoRAs' base model, or its "
-            "name in the local cache. Default method: calibrated; lego uses them too.",
+            "name in the local cache (OWNER/NAME or OWNER/NAME@REVISION). Default method: calibrated; lego uses them "
+            "too.",
         ),
     ] = None,
-    words: Annotated[
-        list[str] | None, typer.Option(metavar="WORDS", rich_help_panel=CALIBRATION, help=WORDS_HELP)
-    ] = None,
+    words: Annotated[list[str] | None, sampling_option("words", CALIBRATION)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -151,15 +150,9 @@ def merge(
             help="Prompts to measure on, one per line; diverse prompts are better. Missing kinds are generated.",
         ),
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=CALIBRATION, help=SIZE_HELP)] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="SCALE", rich_help_panel=CALIBRATION, help=GUIDANCE_HELP),
-    ] = None,
-    paint_steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, rich_help_panel=CALIBRATION, help=f"{PAINT_STEPS_HELP} Default 12."),
-    ] = None,
+    size: Annotated[str | None, sampling_option("size", CALIBRATION)] = None,
+    guidance: Annotated[float | None, sampling_option("guidance", CALIBRATION)] = None,
+    paint_steps: Annotated[int | None, sampling_option("paint_steps", CALIBRATION)] = None,
     seed: Seed = None,
     settings: Annotated[
         list[str] | None,
@@ -184,8 +177,10 @@ def merge(
         ),
     ] = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     dtype: Dtype = None,
     format: Format = None,
+    reader: For = None,
     device: Device = "cpu",
     ray: Annotated[
         str | None,
@@ -201,7 +196,8 @@ def merge(
     """Merge LoRAs into one.
 
     Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
-    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
+    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it: byte for byte with the same
+    versions and processor.
     """
     from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
@@ -219,9 +215,9 @@ def merge(
         statistics = statistics or output.with_name(
             f"{output.name.removesuffix('.safetensors')}.statistics.safetensors"
         )
-    base = None if config is None else _recipe_of(config)
+    previous = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
-    count = len(entries) or (0 if base is None else len(base.inputs))
+    count = len(entries) or (0 if previous is None else len(previous.inputs))
     layer_rules = parse_layer_rules(module_weight or (), count)
     typed = {
         "rank": rank,
@@ -235,7 +231,7 @@ def merge(
         "seed": None if calibrate is not None and method == "calibrated" else seed,
     }
     recipe = compose(
-        base,
+        previous,
         inputs=[{**entry, "path": recipe_path(entry["path"])} for entry in entries],
         method=method,
         settings={**typed, **parse_settings(settings or (), {name: f"--{name.replace('_', '-')}" for name in typed})},
@@ -244,7 +240,9 @@ def merge(
         normalize=normalize,
         dtype=dtype,
         format=format,
+        reader=reader,
         convert_rank=convert_rank,
+        base_model=base_path(base),
         file=config,
     )
     folder = Path() if inputs or config is None else config.parent
@@ -254,7 +252,7 @@ def merge(
         _check_settings(recipe)
         measure_statistics(
             calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
-            paint_steps=paint_steps or 12, seed=seed, device=device, overwrite=overwrite, json=json,
+            paint_steps=paint_steps or PAINT_STEPS, seed=seed, device=device, overwrite=overwrite, json=json,
         )  # fmt: skip
     run_recipe(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
 
@@ -292,8 +290,10 @@ def compress(
     ] = "svd",
     seed: Seed = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     dtype: Dtype = None,
     format: Format = None,
+    reader: For = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -307,6 +307,8 @@ def compress(
         settings={"rank": rank or "95%", "seed": seed},
         dtype=dtype,
         format=format,
+        reader=reader,
         convert_rank=convert_rank,
+        base_model=base_path(base),
     )
     run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)

@@ -34,12 +34,27 @@ class GraphLora:
     recipe: Recipe | None = None
 
 
+class StackEntry(tuple[str, float, float]):
+    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that remembers a convert rank.
+
+    The convention of other packs has no place for one. They read and pass this on as a tuple of three.
+    """
+
+    convert_rank: int = 0
+
+    @classmethod
+    def of(cls, name: str, strength_model: float, strength_clip: float, convert_rank: int) -> StackEntry:
+        entry = cls((name, strength_model, strength_clip))
+        entry.convert_rank = convert_rank
+        return entry
+
+
 def connected_loras(values: Mapping[str, object], find_file: Callable[[str], Path]) -> list[GraphLora]:
     """Return all LoRAs that a growing input received, in the order of its sockets; a stack counts as its entries.
 
     Args:
         values: Socket name (``lora0``, ``lora1`` ..) -> `GraphLora`, state dict of a trained LoRA, or stack: a list of
-            ``(file name, strength_model, strength_clip)``.
+            ``(file name, strength_model, strength_clip)`` or `StackEntry`.
         find_file: Returns the path of a LoRA's file name.
 
     Raises:
@@ -77,4 +92,5 @@ def _from_stack(entry: object, socket: str, find_file: Callable[[str], Path]) ->
             expected="(file name, strength_model, strength_clip)",
             found=repr(entry)[:200],
         ) from None
-    return GraphLora(find_file(name), Path(name).stem, *strengths)
+    convert_rank = entry.convert_rank if isinstance(entry, StackEntry) else 0
+    return GraphLora(find_file(name), Path(name).stem, *strengths, convert_rank)

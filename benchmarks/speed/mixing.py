@@ -191,18 +191,19 @@ def _merged(model: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
 def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None) -> Step:
     model = _sharing(case.model)
     step = _step(model, case.inputs)
-    attachment: Attachment = attach(model, Mixture(tuple(adapters), gate_set(case, len(adapters), settings)))
+    gates = untrained_gates(case, len(adapters), settings)
+    attachment: Attachment = attach(model, Mixture(tuple(adapters), gates))
     if settings is not None:
         standardise_features(attachment, step)  # type: ignore[arg-type] # sets the size of the gates, which stay at one
     return step
 
 
-def gate_set(case: Case, n: int, settings: GateSettings | None) -> GateSet:
-    """Return untrained gates for `n` LoRAs, with a random detector of their concepts if they read the text."""
+def untrained_gates(case: Case, n: int, settings: GateSettings | None) -> GateSet:
+    """Return gates of `n` LoRAs, with a random concept detector if they read the text."""
     detector = None
     if settings is not None and settings.reads == "text":
-        features = case.inputs["encoder_hidden_states"].shape[-1]
-        detector = ConceptDetector(torch.randn(n, features), torch.zeros(n), [[f"word {i}"] for i in range(n)])
+        text = case.inputs["encoder_hidden_states"]
+        detector = ConceptDetector(torch.randn(n, text.shape[-1]), torch.zeros(n), [()] * n).to(text.device)
     return GateSet(n, settings, detector=detector)
 
 

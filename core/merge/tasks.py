@@ -78,7 +78,16 @@ class BatchMerger:
             if self.cache is not None:
                 self.cache.store(batch, pool)
             modules = dict(_updates(adapters, pool, merged, self.dtype))
-            return BatchResult(modules, tuple(_module_reports(pool, merged, self.dtype)), dict(merged.remarks))
+            lost = self._lost(adapters, batch)
+            return BatchResult(modules, tuple(_module_reports(pool, merged, self.dtype, lost)), dict(merged.remarks))
+
+    def _lost(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> torch.Tensor | None:
+        """Energy that approximations at reading cut off from each module's deltas, ``(M, N)``; ``None`` for nothing."""
+        lost = [
+            [self.weights[i][name] ** 2 * adapters[i].modules[name].lost for i in batch.adapters]
+            for name in batch.names
+        ]
+        return torch.tensor(lost, dtype=torch.float64) if any(map(any, lost)) else None
 
     def _merge(self, pool: Pool) -> Merged:
         try:
@@ -189,9 +198,11 @@ def overflow_error(module: str, dtype: torch.dtype, largest: float) -> MergeErro
     )
 
 
-def _module_reports(pool: Pool, merged: Merged, dtype: torch.dtype) -> Iterator[ModuleReport]:
-    errors = relative_error(pool, merged, dtype).tolist()
-    norms, cosine = (table.tolist() for table in overlap(pool))
+def _module_reports(
+    pool: Pool, merged: Merged, dtype: torch.dtype, lost: torch.Tensor | None
+) -> Iterator[ModuleReport]:
+    errors = relative_error(pool, merged, dtype, None if lost is None else lost.sum(1)).tolist()
+    norms, cosine = (table.tolist() for table in overlap(pool, lost))
     clusters: list[list[list[int]]] | None = None
     if merged.labels is not None:  # the units of each adapter in each cluster, (M, k, N)
         k, n = merged.A.shape[1], len(pool.ranks)

@@ -117,6 +117,13 @@ def _check(
             "Gates that read the text need a concept detector.",
             remedy="fit one with core.train.fit_detector and build the mixture with GateSet(.., detector=..)",
         )
+    if settings.objective == "router" and mixture.gates.settings.reads not in READS_TEXT:
+        raise MergeError(
+            "The router is for gates that read the text.",
+            expected="reads=text",
+            found=mixture.gates.settings.reads,
+            remedy="choose gates that read text, or the objective distil",
+        )
     if settings.objective == "denoise" and images is None:
         raise MergeError(
             "The denoising objective needs images.",

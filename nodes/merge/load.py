@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..comfy import folders
-from ..graph_lora import GraphLora
+from ..graph_lora import GraphLora, StackEntry
 from ..sockets import CATEGORY, LORA_STACK, lora_output, strength_input
 
 
@@ -64,4 +64,5 @@ class LoadLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         path = folders.lora_path(lora_name)
         lora = GraphLora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank)
-        return io.NodeOutput(lora, [*(lora_stack or []), (lora_name, strength_model, strength_clip)])
+        entry = StackEntry.of(lora_name, strength_model, strength_clip, convert_rank)
+        return io.NodeOutput(lora, [*(lora_stack or []), entry])

@@ -68,7 +68,8 @@ class LegoMerge(io.ComfyNode):
         module_weights: str | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
-        return _merge(loras, {**settings, "method": "lego"}, model, clip, statistics, module_weights)
+        widgets = {**settings, "method": "lego"}
+        return _merge(loras, widgets, model=model, clip=clip, statistics=statistics, module_weights=module_weights)
 
 
 class MergeLoRAs(io.ComfyNode):
@@ -99,16 +100,8 @@ class MergeLoRAs(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        loras: dict[str, Any],
-        method: dict[str, Any],
-        model: Any = None,
-        clip: Any = None,
-        statistics: Statistics | None = None,
-        module_weights: str | None = None,
-    ) -> io.NodeOutput:
-        return _merge(loras, method, model, clip, statistics, module_weights)
+    def execute(cls, loras: dict[str, Any], method: dict[str, Any], **optional_inputs: Any) -> io.NodeOutput:
+        return _merge(loras, method, **optional_inputs)
 
 
 def _outputs() -> list[Any]:
@@ -121,10 +114,11 @@ def _outputs() -> list[Any]:
 def _merge(
     loras: Mapping[str, Any],
     widgets: Mapping[str, Any],
-    model: Any,
-    clip: Any,
-    statistics: Statistics | None,
-    rules: str | None,
+    *,
+    model: Any = None,
+    clip: Any = None,
+    statistics: Statistics | None = None,
+    module_weights: str | None = None,
 ) -> io.NodeOutput:
     """Load and merge LoRAs, and show the report.
 
@@ -132,7 +126,7 @@ def _merge(
         loras: Values of the growing input.
         widgets: The method and its settings.
         model, clip, statistics: What is connected, if anything.
-        rules: Rules for layer weights.
+        module_weights: Rules for layer weights.
     """
     if statistics is not None and model is None:
         raise MergeError(
@@ -146,7 +140,7 @@ def _merge(
     loaded = read(values, model, clip)
     aligned_statistics = None if statistics is None else statistics.of(loaded.adapters)
     method = method_from_widgets(METHODS, widgets, aligned_statistics)
-    lora, report = merge_loaded(values, loaded, method, rules or "", display.progress_bar())
+    lora, report = merge_loaded(values, loaded, method, module_weights or "", display.progress_bar())
     if model is None and isinstance(lora.content, Adapter):
         report = replace(report, notes=(*report.notes, *_notes_for_comfyui(lora.content)))
     text = report.text()

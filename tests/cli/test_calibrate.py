@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .command import done, run, squeezed
+from .command import done, enter_copy, run, squeezed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
@@ -45,10 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pipe").symlink_to(made / "pipe")
-    for path in made.glob("*.safetensors"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    enter_copy(made, tmp_path, monkeypatch)
 
 
 def test_one_command_measures_and_merges_and_can_be_repeated():
@@ -89,7 +85,7 @@ def test_nothing_is_measured_for_an_output_that_may_not_be_written():
          "2 LoRAs and 1 times --words"),
     ],
 )  # fmt: skip
-def test_wrong_usage_is_told(arguments, words):
+def test_wrong_usage_is_an_error(arguments, words):
     result = run(*arguments)
     assert result.exit_code in (2, 3)
     assert words in squeezed(result.stderr)
@@ -120,7 +116,7 @@ def test_it_measures_with_the_weights_of_the_merge():
     assert found.strengths == pytest.approx([0.8 / 1.8, 1 / 1.8])
 
 
-def test_a_full_device_is_told(monkeypatch):
+def test_a_full_device_is_reported(monkeypatch):
     def full(*_, **__):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nDetails")
 

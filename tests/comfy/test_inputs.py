@@ -79,6 +79,15 @@ def test_stack_counts_as_its_entries(comfy: Server, files: dict[str, str]) -> No
         torch.testing.assert_close(tensor, single[key], rtol=0, atol=0)
 
 
+def test_convert_rank_stays_with_a_lora_in_a_stack(comfy: Server, files: dict[str, str]) -> None:
+    saved: list[dict[str, torch.Tensor]] = []
+    for output, prefix in ((0, "stack/socket"), (1, "stack/entry")):
+        graph = Graph()
+        node, _ = graph.load(files["loha"], convert_rank=4)
+        saved.append(merged_file(comfy, graph, graph.lego([node, output]), prefix))
+    assert all(torch.equal(tensor, saved[1][key]) for key, tensor in saved[0].items())
+
+
 def test_any_lora_may_be_muted(comfy: Server, files: dict[str, str]) -> None:
     """The page then leaves out its socket, even the first one."""
     graph = Graph()
