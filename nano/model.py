@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -65,6 +66,10 @@ class Prompts:
     any_words: bool = False
     encoder: Any = field(default_factory=text.build)
     _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
+
+    def __post_init__(self) -> None:
+        if self.any_words:  # `encode` adds tokens, and others share the encoder
+            self.encoder = copy.deepcopy(self.encoder)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
