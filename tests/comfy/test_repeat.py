@@ -86,7 +86,7 @@ def test_a_saved_merge_that_is_loaded_and_saved_in_another_form(comfy: Server, f
     first = save(comfy, graph, merged, "first")
     loaded = other.load(first.relative_to(comfy.loras).as_posix())
     saved = save(comfy, other, loaded, "second", format="comfy", dtype="bfloat16")
-    assert recorded(saved)["recipe"]["conversions"] == [{"format": "comfy", "dtype": "bfloat16"}]
+    assert recorded(saved)["recipe"]["conversions"] == [{"format": "comfy", "reader": "comfy", "dtype": "bfloat16"}]
     assert repeat(saved).read_bytes() == saved.read_bytes()
 
 
