@@ -11,6 +11,7 @@ from ..errors import LegoMoleError
 from .dtype_names import full_dtype_name
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
+ReaderName = Literal["comfy", "diffusers", "kohya", "peft"]  # `Reader` of the families, whose tables take time to load
 HUB_PREFIX = "hf://"
 """Prefix of the path of an input that is looked up in the local Hugging Face cache."""
 
@@ -57,7 +58,7 @@ class Conversion(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: str
-    reader: Literal["comfy", "diffusers", "kohya", "peft"] | None = None
+    reader: ReaderName | None = None
     dtype: DtypeName | None = None
     from_folder: bool = False
 
@@ -95,7 +96,7 @@ class Recipe(BaseModel):
     normalize: bool = False
     dtype: DtypeName | None = None
     format: str | None = None
-    reader: Literal["comfy", "diffusers", "kohya", "peft"] | None = None
+    reader: ReaderName | None = None
     convert_rank: int | None = Field(default=None, ge=1)
     base: str | None = None
     base_fingerprint: str = ""
