@@ -12,26 +12,33 @@ import torch
 
 from .core import formats
 from .core.adapter import Adapter
-from .core.digest import identity
 from .core.errors import MergeError
+from .core.formats import BaseWeights
 from .core.formats.hashes import sha256
 from .core.layers.align import align as align_adapters
 from .core.merge.engine import MergeResult
 from .core.merge.methods import METHODS, MergeMethod
 from .core.merge.statistics import Statistics
 from .core.progress import Progress
-from .core.recipes.metadata import KEY
+from .core.recipes.conversion import convert
+from .core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
+from .core.recipes.metadata import KEY, NOT_REPEATABLE
 from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings, takes_statistics
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
-from .core.recipes.run import describe, merge_aligned
+from .core.recipes.run import describe, merge_aligned, with_used_base
 from .core.recipes.run import run as run_recipe
 from .core.recipes.text import recipe_from_data
-from .hosts.calibration import KeepBase, Prompting, calibrate, load_base
+from .hosts.calibration import KeepBase, Prompting, base_path, calibrate, load_base, why_not_measured
 from .hosts.hub import cached_folder
 from .hosts.names import key_map, rename_for_format
 
 PathLike = str | os.PathLike[str]
+_HOST_FUNCTIONS: dict[str, Any] = {
+    "key_map": key_map,
+    "rename_for_format": rename_for_format,
+    "find_cached": cached_folder,
+}
 
 
 def merge(
@@ -45,9 +52,10 @@ def merge(
     convert_rank: int | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
+    reader: str | None = None,
     device: torch.device | str = "cpu",
     base: Any = None,
-    keep_base: KeepBase = "light",
+    keep_base: KeepBase | None = None,
     words: Sequence[Sequence[str]] = (),
     texts: Sequence[Sequence[str]] = (),
     instructions: Sequence[str] = (),
@@ -64,20 +72,27 @@ def merge(
         legomole.save(result, "both.safetensors")
 
     Args:
-        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`).
+        loras: Paths of LoRA files or PEFT folders, or adapters (see `load`). The recipe names the file an adapter was
+            loaded from, also if the adapter was changed since.
         method: A name in ``METHODS``, or an instance of a method.
         weights: One finite number per LoRA; default 1. A negative one subtracts.
         text_encoder_weights: Weights of the text encoder modules; default `weights`.
         module_weights: Shell pattern of module names -> factor on the weights of matching modules, e.g.
             ``{"*attn2*": 0.5}``, for every LoRA that has some.
         normalize: Divide the weights by the sum of their magnitudes.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; default: refuse them.
-        dtype: Dtype of the result, e.g. ``"float16"``; default the widest of the inputs'.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
+            sum full differences exactly.
+        dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
+        reader: Program that shall read the result and decides the layers' names: ``"comfy"``, ``"diffusers"``,
+            ``"kohya"`` or ``"peft"``; default that of `format`, else the LoRAs' own names where they agree, and
+            ComfyUI's where they do not.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
         base: The base model: a diffusers pipeline, a transformers model, or the path of either. Its layers are measured
-            first, see `hosts.calibration.calibrate`, and the merge changes little where no LoRA is asked for.
-        keep_base: ``"light"``, ``"thorough"`` (full statistics: gigabytes for large models), or ``"off"``.
+            first, see `hosts.calibration.calibrate`, and the merge changes little where no LoRA is asked for. DoRA
+            needs the path for the weights, together with a `convert_rank`; there a checkpoint is enough.
+        keep_base: ``"light"``, ``"thorough"`` (full statistics: gigabytes for large models), or ``"off"``. Default:
+            ``"light"`` for a model that can be run.
         words: Pipelines: per LoRA, the words that name its concept in a prompt; default those in its file.
         texts: Language models: per LoRA, a few texts it is for.
         instructions: Language models: per LoRA, the instruction of its task, in place of texts.
@@ -100,13 +115,18 @@ def merge(
     for name, values in (("weights", weights), ("text_encoder_weights", text_encoder_weights)):
         if values is not None and len(values) != len(loras):
             raise MergeError("Every LoRA needs one weight.", module=name, expected=len(loras), found=len(values))
+    weights_of = BaseWeights(base_path(os.fspath(base))) if isinstance(base, (str, os.PathLike)) else None
+    obstacle = why_not_measured(base if weights_of is None else weights_of.path)
+    if keep_base not in (None, "off") and (base is None or obstacle):
+        raise MergeError("keep_base needs a base model that can be run.", found=obstacle or "no base model")
+    notes = [obstacle] if obstacle and keep_base is None else []
     recipe = recipe_from_data(
         {
             "method": method if isinstance(method, str) else _method_name(method),
             "settings": _recipe_settings(method, settings),
             "inputs": [
                 {
-                    "path": (lora.source.path or lora.label) if isinstance(lora, Adapter) else os.fspath(lora),
+                    **_recipe_input(lora),
                     "weight": 1.0 if weights is None else float(weights[i]),
                     "text_encoder_weight": None if text_encoder_weights is None else float(text_encoder_weights[i]),
                 }
@@ -114,27 +134,30 @@ def merge(
             ],
             "module_weights": dict(module_weights or {}),
             "normalize": normalize,
-            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "dtype": None if dtype is None else str(dtype),
             "format": format,
+            "reader": reader,
             "convert_rank": convert_rank,
+            "base": None if weights_of is None else str(weights_of.path),
         }
     )
     in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
     if (
         not in_memory
-        and (base is None or keep_base == "off")
+        and (base is None or obstacle or keep_base == "off")
         and not isinstance(settings.get("statistics"), Statistics)
     ):
-        return run(recipe, device=device, progress=progress)
+        return run_recipe(recipe, device=device, progress=progress, notes=notes, **_HOST_FUNCTIONS)
     adapters = [
-        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank) for lora in loras
+        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank, base=weights_of)
+        for lora in loras
     ]
-    adapters = [adapter.sourced(sha256=identity(adapter)) for adapter in adapters]
-    measured, notes = None, ()
-    if base is not None and keep_base != "off":
+    recipe = with_used_base(recipe, weights_of)
+    measured = None
+    if base is not None and not obstacle and keep_base != "off":
         prompting = Prompting(words, texts=texts, instructions=instructions)
-        measured, path, note = _calibrate(base, adapters, prompting, keep_base, tokenizer, device, progress)
-        notes = (note,) if note else ()
+        measured, path, note = _calibrate(base, adapters, prompting, keep_base or "light", tokenizer, device, progress)
+        notes += [note] if note else []
         if measured is not None and "statistics" not in settings and takes_statistics(recipe.method):
             if isinstance(method, str):
                 settings["statistics"] = measured if path is None else str(path)
@@ -149,6 +172,8 @@ def merge(
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
     result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress, statistics=measured)
+    if obstacles := _obstacles(recipe, chosen, adapters):
+        notes.append(f"{NOT_REPEATABLE}: {'; '.join(obstacles)}")
     return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
 
 
@@ -196,11 +221,9 @@ def run(
     return run_recipe(
         recipe,
         folder=Path(folder or ""),
-        key_map=key_map,
-        rename_for_format=rename_for_format,
-        find_cached=cached_folder,
         device=device,
         progress=progress,
+        **_HOST_FUNCTIONS,
     )
 
 
@@ -217,15 +240,16 @@ def align(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def save(
-    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: torch.dtype | None = None
+    lora: Adapter | MergeResult, path: PathLike, *, format: str | None = None, dtype: str | torch.dtype | None = None
 ) -> Path:
     """Write a LoRA to a file (or to a PEFT folder), atomically.
 
     Args:
-        lora: A result of `merge`, whose file says how it was made, or an adapter.
+        lora: A result of `merge`, whose file says how it was made, or an adapter. If the adapter is a loaded merge,
+            another format or dtype becomes a further step of its recipe.
         path: File or folder; ``.safetensors`` is appended to a file name without it.
         format: A name in ``FORMATS``, for adapters; default the format that the adapter came in.
-        dtype: Dtype of the tensors, for adapters; default their own.
+        dtype: Dtype of the tensors, for adapters, e.g. ``"bfloat16"`` or ``"bf16"``; default their own.
 
     Returns:
         The path written.
@@ -244,9 +268,46 @@ def save(
                 remedy="pass them to merge(..): merge(loras, format=.., dtype=..)",
             )
         lora = lora.adapter
-    if format is not None:
-        lora = rename_for_format(lora, format)
-    return formats.save(lora, Path(path), format=format, dtype=dtype)
+    if format is not None or dtype is not None:
+        lora = convert(lora, format, _torch_dtype(dtype), rename_for_format=rename_for_format if format else None)
+    return formats.save(lora, Path(path), format=format)
+
+
+def _recipe_input(lora: Adapter | PathLike) -> dict[str, Any]:
+    """The fields of a recipe's input that say what is merged."""
+    if not isinstance(lora, Adapter):
+        return {"path": os.fspath(lora)}
+    source = lora.source
+    return {
+        "path": source.path or lora.label,
+        "sha256": source.sha256,
+        "convert_rank": source.convert_rank or None,
+        "in_memory": not source.sha256,
+    }
+
+
+def _obstacles(recipe: Recipe, method: MergeMethod, adapters: Sequence[Adapter]) -> list[str]:
+    """Why `run` cannot repeat a merge from its recipe."""
+    in_memory = [adapter.label for adapter in adapters if not adapter.source.sha256]
+    obstacles = [f"{label} was no file but an adapter in memory" for label in in_memory]
+    statistics_path = recipe.settings.get("statistics", UNSAVED_STATISTICS)
+    if getattr(method, "statistics", None) is not None and statistics_path == UNSAVED_STATISTICS:
+        obstacles.append("the statistics were not given as a file")
+    return obstacles
+
+
+def _torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype by name.
+
+    Raises:
+        MergeError: An unknown name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    name = full_dtype_name(dtype)
+    if name not in DTYPES:
+        raise MergeError("There is no such dtype.", expected=", ".join((*DTYPES, *SHORT_NAMES)), found=dtype)
+    return getattr(torch, name)
 
 
 def _method_name(method: MergeMethod) -> str:

@@ -27,7 +27,7 @@ class BaseOptions:
     """Options on the base model, as typed.
 
     Args:
-        base: Folder or name of the model.
+        base: Folder of the model.
         keep: Mode of the measurement.
         words, texts, instruction: ``[N:]VALUE``, see `parse_per_lora`.
         prompts: File with one prompt per line.
@@ -79,17 +79,18 @@ def calibrate_merge(
     """
     import torch
 
-    from ..core.formats import load
+    from ..core.formats import BaseWeights, load
     from ..core.memory import report_out_of_memory
-    from ..core.recipes.run import input_path
+    from ..core.recipes.run import input_paths
     from ..hosts.calibration import calibrate, load_base
 
     prompting = options.prompting(len(recipe.inputs))
     if target is not None:
         check_free(target, overwrite=overwrite)
+    weights = BaseWeights(Path(options.base))
     adapters = [
-        load(input_path(entry.path, folder, cached_folder), convert_rank=entry.convert_rank or recipe.convert_rank)
-        for entry in recipe.inputs
+        load(path, convert_rank=entry.convert_rank or recipe.convert_rank, base=weights)
+        for entry, path in zip(recipe.inputs, input_paths(recipe, folder, cached_folder), strict=True)
     ]
     import_host("api")
     base, tokenizer = load_base(options.base, device=device, dtype=getattr(torch, default_dtype(device)))

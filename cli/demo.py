@@ -54,21 +54,21 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise SaveError("The demo's folder is a file.", file=folder, remedy="name another folder") from error
-    with progress_bar("generating", quiet=json, show_step=True) as tell:
-        found, files = nano.run(folder, tell)
+    with progress_bar("generating", quiet=json, show_step=True) as progress:
+        columns, files = nano.run(folder, progress)
     if json:
-        scores = {name: dict(column.scores) for name, column in found.items()}
+        scores = {name: dict(column.scores) for name, column in columns.items()}
         print_json({"output": [str(path) for path in files], "scores": scores})
         return
     table = Table(title="Share of pictures that show what the prompt names", title_justify="left")
     table.add_column("prompt names")
-    for name in found:
+    for name in columns:
         table.add_column(name, justify="right")
     for kind in nano.ROWS:
-        table.add_row(kind, *(f"{column.scores[kind]:.0%}" for column in found.values()))
+        table.add_row(kind, *(f"{column.scores[kind]:.0%}" for column in columns.values()))
     console = out()
     console.print(table)
-    console.print(f"\nWhat you see\n{nano.summary(found)}\n", markup=False)
+    console.print(f"\nWhat you see\n{nano.summary(columns)}\n", markup=False)
     console.print(_WROTE.format(picture=files[0], merged=files[1]), markup=False)
 
 

@@ -70,6 +70,21 @@ def recipe_path(text: str) -> str:
     return text if match is None or (local and match[1] is None) else HUB_PREFIX + match[2]
 
 
+def base_path(text: str | None) -> str | None:
+    """Return the absolute path of a base model typed as a path or as a name in the Hugging Face cache.
+
+    Raises:
+        FormatError: The cache has no such name.
+    """
+    from ..core.recipes.recipe import HUB_PREFIX
+
+    if text is None:
+        return None
+    name = recipe_path(text)
+    hub = name.startswith(HUB_PREFIX)
+    return str(cached_folder(name.removeprefix(HUB_PREFIX), "base model") if hub else Path(text).absolute())
+
+
 def local_path(path: Path) -> Path:
     """Return the file or folder of an input typed as a path or as a name in the Hugging Face cache.
 

@@ -13,9 +13,9 @@ from rich.table import Table
 from ..core.errors import FormatError, name_some
 from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
-from .environment import local_path
+from .environment import base_path, local_path
 from .gates_report import gates_facts, print_gates, report_broken_record
-from .options import ConvertRank, Dtype, FormatName, Json, Output, Overwrite, check_output, size_of
+from .options import Base, ConvertRank, Dtype, For, FormatName, Json, Output, Overwrite, check_output, size_of
 from .plot_report import check_plot, print_findings, survey_files, write_plot
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ def _print_summary(summary: Summary) -> None:
         settings = ", ".join(f"{key} {value}" for key, value in recipe.settings.items())
         by = f"legomole {recipe.legomole}, {recipe.method}{f' ({settings})' if settings else ''}"
         table.add_row("merged by", plain(by))
+        if recipe.conversions:
+            steps = [" ".join(filter(None, (step.format, step.dtype))) for step in recipe.conversions]
+            table.add_row("converted to", plain(", ".join(steps)))
     out().print(table)
     out().print()
 
@@ -237,23 +240,42 @@ def convert(
         FormatName | None,
         typer.Option(metavar="NAME", help="File format: kohya, diffusers, peft or comfy. Default: keep it."),
     ] = None,
+    reader: For = None,
     dtype: Dtype = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Write a LoRA in another file format or dtype, or a LoHa or LoKr as a plain LoRA."""
+    """Write a LoRA in another file format or dtype, or a LoHa, LoKr or DoRA as a plain LoRA."""
     import torch
 
     from ..core.formats import load, save
+    from ..core.formats.loss import energy_kept
+    from ..core.recipes.conversion import convert as convert_adapter
+    from ..core.recipes.output import name_output
 
     input = local_path(input)
-    adapter = load(input, convert_rank=convert_rank)
-    format = to or adapter.source.format
+    adapter = load(input, convert_rank=convert_rank, base=base_path(base))
+    original, format = name_output(
+        adapter, first_format=adapter.source.format, format=to, reader=reader, rename_for_format=rename_for_format
+    )
     target = check_output(output, format, [input], overwrite=overwrite)
-    adapter = rename_for_format(adapter, format)
-    written = save(adapter, target, format=format, dtype=None if dtype is None else getattr(torch, dtype))
+    keep_names = to is None and reader is None and original.layers == adapter.layers
+    adapter = convert_adapter(
+        adapter,
+        None if keep_names else format,
+        None if dtype is None else getattr(torch, dtype),
+        reader=reader,
+        rename_for_format=rename_for_format,
+    )
+    written = save(adapter, target, format=format)
+    kept = energy_kept(original, load(written))
     if json:
-        print_json({"output": str(written), "format": format, "modules": len(adapter.modules)})
+        data = {"output": str(written), "format": format, "modules": len(adapter.modules), "energy_kept": kept}
+        print_json({**data, "notes": list(adapter.notes)})
     else:
+        for note in adapter.notes:
+            out().print(f"note: {note}", markup=False)
+        out().print(f"{kept:.4%} of the LoRA's energy kept", markup=False)
         out().print(f"wrote {written} ({format}, {len(adapter.modules)} modules, {size_of(written)})", markup=False)

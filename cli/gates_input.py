@@ -73,7 +73,7 @@ def read_texts(path: Path) -> list[Any]:
     Raises:
         FormatError: A line of another form; names the line.
     """
-    found: list[Any] = []
+    examples: list[Any] = []
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -89,8 +89,8 @@ def read_texts(path: Path) -> list[Any]:
                 expected='{"prompt": "..", "completion": ".."} or {"text": ".."}',
                 found=line[:80],
             )
-        found.append((entry["prompt"], entry["completion"]) if "prompt" in entry else entry["text"])
-    return found
+        examples.append((entry["prompt"], entry["completion"]) if "prompt" in entry else entry["text"])
+    return examples
 
 
 def read_lines(path: Path) -> list[str]:
@@ -108,7 +108,7 @@ def read_pictures(texts: Sequence[str], concepts: Sequence[Sequence[str]]) -> li
     """Read the pictures of every ``N:FOLDER`` with their captions; default: the first words of the N-th LoRA."""
     from PIL import Image
 
-    found: list[tuple[Any, str]] = []
+    pictures: list[tuple[Any, str]] = []
     for text in texts:
         match = re.fullmatch(r"(\d+):(.+)", text)
         if match is None or not 1 <= int(match[1]) <= len(concepts):
@@ -124,7 +124,7 @@ def read_pictures(texts: Sequence[str], concepts: Sequence[Sequence[str]]) -> li
             caption = " ".join(read_lines(described)) if described.exists() else words[0]
             try:
                 with Image.open(path) as picture:
-                    found.append((picture.convert("RGB"), caption))
+                    pictures.append((picture.convert("RGB"), caption))
             except Exception as error:  # decoders raise errors of any type
                 raise FormatError("The picture cannot be read.", file=path, found=error) from error
-    return found
+    return pictures

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from ..core.errors import FormatError, LegoMoleError, name_some
-from .console import out, plain
+from ..hosts.hub import split_revision
+from .console import out, plain, progress_bar
 from .options import size_of
 
 if TYPE_CHECKING:
     from ..core.mole.trained import TrainedGates
+    from ..core.progress import Progress
     from ..hosts.diffusers.training import PipelineTraining
 
 
@@ -41,6 +43,7 @@ def training_facts(result: PipelineTraining, labels: Sequence[str]) -> dict[str,
             for named, count, mean in mean_gates(result)
         ],
         "left_out": list(result.left_out),
+        "notes": [*result.gates.notes, *result.notes],
     }
 
 
@@ -60,6 +63,7 @@ def gates_facts(gates: TrainedGates) -> dict[str, Any]:
         "entropy": entropies[:1] + entropies[-1:],
         "steps": len(losses),
         "stopped": training.get("stopped", ""),
+        "notes": list(gates.notes),
     }
 
 
@@ -86,6 +90,8 @@ def print_training(result: PipelineTraining, labels: Sequence[str]) -> None:
         names = " and ".join(labels[i] for i in named) or "none"
         table.add_row(plain(f"{names} ({count})"), *(f"{value:.2f}" for value in mean))
     console.print(table)
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False)
 
 
 def print_course(gates: TrainedGates, examples: str) -> None:
@@ -103,10 +109,33 @@ def print_course(gates: TrainedGates, examples: str) -> None:
     out().print(line, markup=False)
     if facts["stopped"]:
         out().print(f"stopped early: {facts['stopped']}", markup=False)
+    for note in facts["notes"]:
+        out().print(f"note: {note}", markup=False)
 
 
-def cancelled_text(state: Path | None) -> str:
-    """Return what a cancelled training leaves on disk, as a sentence."""
+@contextmanager
+def report_training(state: Path | None, remedy: str, *, quiet: bool) -> Generator[Progress]:
+    """Show the progress of a training inside the block, and what is left on disk if it is cancelled.
+
+    Args:
+        state: Folder of the checkpoints.
+        remedy: What to do if memory runs out.
+        quiet: Show no progress.
+
+    Raises:
+        KeyboardInterrupt: The training was cancelled; the text says what is left.
+        MergeError: Memory ran out.
+    """
+    from ..core.memory import report_out_of_memory
+
+    with progress_bar("training", quiet=quiet, show_step=True) as progress, report_out_of_memory(remedy):
+        try:
+            yield progress
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_cancelled_text(state)) from None
+
+
+def _cancelled_text(state: Path | None) -> str:
     if state is None:
         return "Cancelled. Nothing was written. With --state FOLDER the training could be resumed."
     if not any(state.glob("*.safetensors")):
@@ -146,6 +175,8 @@ def print_gates(path: str, gates: TrainedGates) -> None:
         table.add_row("trained by", plain(how))
     if facts["stopped"]:
         table.add_row("stopped", plain(facts["stopped"]))
+    for note in facts["notes"]:
+        table.add_row("note", plain(note))
     table.add_row("size", size_of(Path(path)))
     out().print(table)
     out().print()
@@ -160,7 +191,7 @@ def pipeline_code(
         "import legomole",
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({pipeline!r})",
+        f"pipe = DiffusionPipeline.from_pretrained({_model_arguments(pipeline)})",
         *_mixture_code("pipe", loras, output),
         f"    image = pipe({prompt!r}).images[0]",
     ]
@@ -173,12 +204,18 @@ def language_model_code(model: str, loras: Sequence[tuple[str, float]], output: 
         "import legomole",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f"tokenizer = AutoTokenizer.from_pretrained({model!r})",
-        f"model = AutoModelForCausalLM.from_pretrained({model!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({_model_arguments(model)})",
+        f"model = AutoModelForCausalLM.from_pretrained({_model_arguments(model)})",
         *_mixture_code("model", loras, output),
         "    ids = model.generate(**tokenizer('..', return_tensors='pt'), max_new_tokens=40)",
     ]
     return "\n".join(lines)
+
+
+def _model_arguments(name: str) -> str:
+    """Return the arguments of ``from_pretrained`` for a folder, ``OWNER/NAME`` or ``OWNER/NAME@REVISION``."""
+    repository, revision = (name, None) if Path(name).exists() else split_revision(name)
+    return repr(repository) if revision is None else f"{repository!r}, revision={revision!r}"
 
 
 def _mixture_code(model: str, loras: Sequence[tuple[str, float]], output: Path) -> list[str]:

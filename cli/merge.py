@@ -9,16 +9,17 @@ import typer
 
 from .arguments import parse_input, parse_layer_rules, parse_settings
 from .calibrate_merge import BaseOptions, calibrate_merge
-from .environment import check_device, recipe_path
+from .environment import base_path, check_device, recipe_path
 from .options import (
     BASE,
     LEGO,
     METHOD,
-    SIZE_HELP,
     WEIGHTS,
+    Base,
     ConvertRank,
     Device,
     Dtype,
+    For,
     Format,
     Json,
     MethodName,
@@ -26,6 +27,7 @@ from .options import (
     Overwrite,
     RankOption,
     Seed,
+    sampling_option,
 )
 from .run_recipe import check_target, run_recipe
 
@@ -133,9 +135,10 @@ def merge(
         typer.Option(
             metavar="MODEL",
             rich_help_panel=BASE,
-            help="The LoRAs' base model: a diffusers pipeline or a language model, a folder or a name in the local "
-            "cache. Its layers are measured (as long as sampling one picture per LoRA takes), and the merge changes "
-            "little where no LoRA is asked for.",
+            help="The LoRAs' base model: the folder of a diffusers pipeline or a language model, or a name in the "
+            "local Hugging Face cache. Its layers are measured (as long as sampling one picture per LoRA takes), and "
+            "the merge changes little where no LoRA is asked for. DoRA needs it too (with --convert-rank), and there a "
+            "safetensors checkpoint is enough.",
         ),
     ] = None,
     keep_base: Annotated[
@@ -164,7 +167,7 @@ def merge(
             "generated.",
         ),
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=BASE, help=SIZE_HELP)] = None,
+    size: Annotated[str | None, sampling_option("size", BASE)] = None,
     texts: Annotated[
         list[str] | None,
         typer.Option(
@@ -208,6 +211,7 @@ def merge(
     convert_rank: ConvertRank = None,
     dtype: Dtype = None,
     format: Format = None,
+    reader: For = None,
     device: Device = "cpu",
     ray: Annotated[
         str | None,
@@ -223,22 +227,31 @@ def merge(
     """Merge LoRAs into one.
 
     Ranks, file formats and dtypes may differ; a layer that only some of the LoRAs have is merged from those.
-    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it, byte for byte.
+    The metadata of the result says how it was made, and [bold]--config[/bold] repeats it: byte for byte with the same
+    versions and processor.
     """
     from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
+    from ..hosts.calibration import why_not_measured
 
     if base is None and (words or prompts or size or texts or instruction or keep_base):
         raise typer.BadParameter(
             "--keep-base, --words, --prompts, --size, --texts and --instruction belong to --base MODEL."
         )
+    path_of_base = base_path(base)
+    obstacle = why_not_measured(path_of_base)
+    if obstacle and (words or prompts or size or texts or instruction or keep_base not in (None, "off")):
+        raise typer.BadParameter(
+            f"--base: {obstacle}. Give the folder of a diffusers pipeline or of a language model, or leave out "
+            "--keep-base, --words, --prompts, --size, --texts and --instruction."
+        )
     if ray is not None and device != "cpu":
         raise typer.BadParameter("--ray computes on the processors of a cluster: leave out --device.")
     if not inputs and config is None:
         raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
-    repeated = None if config is None else _recipe_of(config)
+    previous = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
-    count = len(entries) or (0 if repeated is None else len(repeated.inputs))
+    count = len(entries) or (0 if previous is None else len(previous.inputs))
     layer_rules = parse_layer_rules(module_weight or (), count)
     typed = {
         "rank": rank,
@@ -253,7 +266,7 @@ def merge(
         "seed": None if base is not None and method in ("calibrated", "ssr") else seed,
     }
     recipe = compose(
-        repeated,
+        previous,
         inputs=[{**entry, "path": recipe_path(entry["path"])} for entry in entries],
         method=method,
         settings={**typed, **parse_settings(settings or (), {name: f"--{name.replace('_', '-')}" for name in typed})},
@@ -262,17 +275,19 @@ def merge(
         normalize=normalize,
         dtype=dtype,
         format=format,
+        reader=reader,
         convert_rank=convert_rank,
+        base_model=path_of_base,
         file=config,
     )
     folder = Path() if inputs or config is None else config.parent
-    measured, notes = None, ()
-    if base is not None and keep_base != "off":
+    measured, notes = None, (obstacle,) if obstacle and keep_base is None else ()
+    if path_of_base is not None and not obstacle and keep_base != "off":
         check_target(recipe, folder, output, overwrite=overwrite)
         check_device(device)
         _check_settings(recipe)
         options = BaseOptions(
-            base, keep_base or "light", words or (), texts or (), instruction or (), prompts, size, seed
+            path_of_base, keep_base or "light", words or (), texts or (), instruction or (), prompts, size, seed
         )
         target = None if statistics is None else statistics.absolute()
         measured, path, note = calibrate_merge(
@@ -289,8 +304,8 @@ def _recipe_of(config: Path) -> Recipe:
 
     Statistics that are not beside the file may be in the cache of measured statistics.
     """
+    from ..core.merge.statistics_cache import find_cached_file
     from ..core.recipes.read import read_recipe
-    from ..hosts.statistics_cache import find_cached_file
 
     recipe = read_recipe(config)
     if "statistics" not in recipe.settings:
@@ -334,8 +349,10 @@ def compress(
     ] = "svd",
     seed: Seed = None,
     convert_rank: ConvertRank = None,
+    base: Base = None,
     dtype: Dtype = None,
     format: Format = None,
+    reader: For = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -349,6 +366,8 @@ def compress(
         settings={"rank": rank or "95%", "seed": seed},
         dtype=dtype,
         format=format,
+        reader=reader,
         convert_rank=convert_rank,
+        base_model=base_path(base),
     )
     run_recipe(recipe, Path(), output, device=device, overwrite=overwrite, json=json)

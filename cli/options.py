@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..core.errors import SaveError
+from ..core.recipes.dtype_names import full_dtype_name
 
 # repeated here rather than imported from the engine, so that --help does not load torch
 MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated", "ssr", "np"]
 FormatName = Literal["kohya", "diffusers", "peft", "comfy"]
-DtypeName = Literal["float32", "float16", "bfloat16"]
+DtypeName = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
 GATES, TRAINING = "Gates", "Training"
-WORDS_HELP = (
-    "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in order."
-)
 BASE = "Base model: merge so that it stays as it is where no LoRA is asked for"
+PAINT_STEPS = 12  # default of --paint-steps
 
-SIZE_HELP = "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is faster."
-GUIDANCE_HELP = "Guidance scale. Default: the pipeline's. 1: no guidance."
-PAINT_STEPS_HELP = "Sampling steps per picture."
+
+_SAMPLING_OPTIONS: dict[str, dict[str, Any]] = {
+    "words": {
+        "metavar": "WORDS",
+        "help": "Words or phrases by which prompts name the concept of a LoRA, separated by commas. Once per LoRA, in "
+        "order.",
+    },
+    "size": {
+        "metavar": "WxH",
+        "help": "Picture size in pixels: 512, or 768x512 for width and height. Default: the pipeline's; smaller is "
+        "faster.",
+    },
+    "guidance": {"metavar": "SCALE", "help": "Guidance scale. Default: the pipeline's. 1: no guidance."},
+    "paint_steps": {"metavar": "N", "min": 1, "help": f"Sampling steps per picture. Default {PAINT_STEPS}."},
+}
+
+
+def sampling_option(name: Literal["words", "size", "guidance", "paint_steps"], panel: str) -> Any:
+    """An option for the pictures that a pipeline samples, in a panel of the command's help."""
+    return typer.Option(rich_help_panel=panel, **_SAMPLING_OPTIONS[name])
+
 
 Output = Annotated[
     Path,
@@ -41,7 +58,9 @@ Dtype = Annotated[
     typer.Option(
         metavar="TYPE",
         rich_help_panel=OUTPUT,
-        help="Dtype of the result: float32, float16 or bfloat16. Default: the widest of the inputs.",
+        callback=lambda name: name and full_dtype_name(name),
+        help="Dtype of the result: float32, float16 or bfloat16 (or fp32, fp16, bf16). Default: the widest of the "
+        "inputs.",
     ),
 ]
 Format = Annotated[
@@ -52,12 +71,32 @@ Format = Annotated[
         help="File format: kohya, diffusers, peft or comfy. Default: that of the first LoRA if it can name all layers.",
     ),
 ]
+ReaderName = Literal["comfy", "diffusers", "kohya", "peft"]
+For = Annotated[
+    ReaderName | None,
+    typer.Option(
+        "--for",
+        metavar="PROGRAM",
+        rich_help_panel=OUTPUT,
+        help="Program that shall read the file, and decides how layers are named: comfy, diffusers, kohya or peft. "
+        "Default: that of --format; else the LoRAs' own names where they agree, and ComfyUI's where they do not.",
+    ),
+]
 ConvertRank = Annotated[
     int | None,
     typer.Option(
         min=1,
         metavar="K",
-        help="Approximate LoHa, LoKr and full deltas at this rank. Default: refuse them.",
+        help="Approximate LoHa, LoKr and full differences at this rank. Default: refuse LoHa and LoKr, sum full "
+        "differences exactly.",
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE_OR_FOLDER",
+        help="Base model of LoRAs that are DoRA: a safetensors checkpoint, a diffusers or transformers folder, or a "
+        "name in the local Hugging Face cache. Needs --convert-rank. Default: refuse DoRA.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device to compute on: cpu, cuda, cuda:1.")]
@@ -144,6 +183,7 @@ ModelDtype = Annotated[
     DtypeName | None,
     typer.Option(
         metavar="TYPE",
+        callback=lambda name: name and full_dtype_name(name),
         help="Dtype of the model: float32, bfloat16, or float16 (which loses small gradients). Default float32 on the "
         "CPU, bfloat16 elsewhere.",
     ),

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool) -> Path:
     """Return the path that will be written, see `check_output`."""
     from ..core.formats import summarise
-    from ..core.recipes.run import input_path
+    from ..core.recipes.run import input_paths
 
-    paths = [input_path(entry.path, folder, cached_folder) for entry in recipe.inputs]
-    return check_output(output, recipe.format or summarise(paths[0]).format, paths, overwrite=overwrite)
+    paths = input_paths(recipe, folder, cached_folder)
+    format = recipe.final_format or (recipe.reader if recipe.reader == "peft" else summarise(paths[0]).format)
+    return check_output(output, format, paths, overwrite=overwrite)
 
 
 def run_recipe(

@@ -14,12 +14,8 @@ from .environment import check_device, import_host
 from .gates_input import parse_expert
 from .options import (
     GATES,
-    GUIDANCE_HELP,
     OUTPUT,
-    PAINT_STEPS_HELP,
-    SIZE_HELP,
     TRAINING,
-    WORDS_HELP,
     Activation,
     Balance,
     Batch,
@@ -34,6 +30,7 @@ from .options import (
     State,
     Steps,
     TrainingSeed,
+    sampling_option,
 )
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -115,7 +112,7 @@ def train_gates(
         typer.Argument(
             metavar="MODEL",
             help="A diffusers pipeline or a language model with its tokenizer: a folder, or the name of a model in the "
-            "local cache. Nothing is downloaded.",
+            "local cache (OWNER/NAME or OWNER/NAME@REVISION). Nothing is downloaded.",
         ),
     ],
     loras: Annotated[
@@ -123,7 +120,7 @@ def train_gates(
         typer.Argument(metavar="LORA[:STRENGTH]", help="LoRA files or PEFT folders. Default strength 1."),
     ],
     output: GatesOutput,
-    words: Annotated[list[str] | None, typer.Option(metavar="WORDS", rich_help_panel=PICTURES, help=WORDS_HELP)] = None,
+    words: Annotated[list[str] | None, sampling_option("words", PICTURES)] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -151,14 +148,9 @@ def train_gates(
             "default the LoRA's first words. Repeatable.",
         ),
     ] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", rich_help_panel=PICTURES, help=SIZE_HELP)] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="SCALE", rich_help_panel=PICTURES, help=GUIDANCE_HELP)
-    ] = None,
-    paint_steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, rich_help_panel=PICTURES, help=f"{PAINT_STEPS_HELP} Default 12."),
-    ] = None,
+    size: Annotated[str | None, sampling_option("size", PICTURES)] = None,
+    guidance: Annotated[float | None, sampling_option("guidance", PICTURES)] = None,
+    paint_steps: Annotated[int | None, sampling_option("paint_steps", PICTURES)] = None,
     texts: Annotated[
         list[Path] | None,
         typer.Option(
@@ -196,12 +188,14 @@ def train_gates(
     granularity: Granularity = None,
     activation: Activation = None,
     reads: Annotated[
-        Literal["text", "hidden", "experts", "token"] | None,
+        Literal["text", "text-mean", "hidden", "experts", "token"] | None,
         typer.Option(
             metavar="NAME",
             rich_help_panel=GATES,
-            help="What gates read. Pipelines: text (the prompt, default), hidden (the block's input) or experts (the "
-            "LoRAs' outputs). Language models: hidden (the prompt, through the layer's input, default), experts, or "
+            help="What gates read. Pipelines: text (which LoRAs the prompt names, default), hidden (the block's "
+            "input), experts (the LoRAs' outputs), or text-mean (the mean of the text, which closes gates when a "
+            "prompt gets longer; only to reproduce gates of earlier versions). Language models: hidden (the prompt, "
+            "through the layer's input, default), experts, or "
             "token (every token by itself).",
         ),
     ] = None,

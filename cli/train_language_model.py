@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .console import out, print_json, progress_bar
+from .console import out, print_json
 from .environment import default_dtype, import_host, launched_devices, local_path
 from .gates_input import read_settings, read_texts
-from .gates_report import cancelled_text, gates_facts, language_model_code, print_course
+from .gates_report import gates_facts, language_model_code, print_course, report_training
 from .options import check_output, size_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ def train_language_model(run: TrainingRun, options: LanguageOptions) -> None:
     import torch
 
     from ..core.formats import load
-    from ..core.memory import report_out_of_memory
     from ..core.mole.gates import GateSet
     from ..core.mole.mixture import Mixture
 
@@ -51,17 +50,12 @@ def train_language_model(run: TrainingRun, options: LanguageOptions) -> None:
     model, tokenizer = trainer.load_model(run.model, device=device, dtype=dtype)
     adapters = import_host("transformers.mixing").experts(model, [load(path) for path in paths])
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), gates), tuple(strength for _, strength in run.loras))
-    with (
-        progress_bar("training", quiet=run.json or not first, show_step=True) as progress,
-        report_out_of_memory("try --checkpointing, a smaller --batch, or --set accumulation=4"),
-    ):
-        try:
-            result = trainer.train_gates(
-                model, mixture, examples, tokenizer, training, others=others, checkpointing=run.checkpointing,
-                folder=run.state, devices=devices, progress=progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(cancelled_text(run.state)) from None
+    remedy = "try --checkpointing, a smaller --batch, or --set accumulation=4"
+    with report_training(run.state, remedy, quiet=run.json or not first) as progress:
+        result = trainer.train_gates(
+            model, mixture, examples, tokenizer, training, others=others, checkpointing=run.checkpointing,
+            folder=run.state, devices=devices, progress=progress,
+        )  # fmt: skip
     if not first:
         return
     result.gates.save(output)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .console import out, print_json, progress_bar
+from .console import out, print_json
 from .environment import default_dtype, import_host, launched_devices
 from .gates_input import parse_size, parse_words, read_lines, read_pictures, read_settings
-from .gates_report import cancelled_text, pipeline_code, plot_training, print_training, training_facts
-from .options import check_free, check_output, size_of
+from .gates_report import pipeline_code, plot_training, print_training, report_training, training_facts
+from .options import PAINT_STEPS, check_free, check_output, size_of
 
 if TYPE_CHECKING:
     from .train_gates import PipelineOptions, TrainingRun
@@ -44,7 +44,6 @@ def train_pipeline(run: TrainingRun, options: PipelineOptions) -> None:
     import torch
 
     from ..core.formats import load
-    from ..core.memory import report_out_of_memory
     from ..core.mole.gates import GateSet
     from ..core.mole.mixture import Mixture
 
@@ -56,18 +55,13 @@ def train_pipeline(run: TrainingRun, options: PipelineOptions) -> None:
         warnings.filterwarnings("ignore", ".*belong to text encoders")  # printed below with the other left out parts
         adapters = import_host("diffusers.mixing").experts(pipe, adapters)
     mixture = Mixture(tuple(adapters), GateSet(len(adapters), gates), tuple(strength for _, strength in run.loras))
-    with (
-        progress_bar("training", quiet=run.json or not first, show_step=True) as progress,
-        report_out_of_memory("try --checkpointing, a smaller --batch or --size, or --set accumulation=4"),
-    ):
-        try:
-            result = trainer.train_gates(
-                pipe, mixture, concepts, texts, training, images=pictures, size=size, guidance=options.guidance,
-                sampling_steps=options.paint_steps or 12, checkpointing=run.checkpointing, folder=run.state,
-                devices=devices, progress=progress,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(cancelled_text(run.state)) from None
+    remedy = "try --checkpointing, a smaller --batch or --size, or --set accumulation=4"
+    with report_training(run.state, remedy, quiet=run.json or not first) as progress:
+        result = trainer.train_gates(
+            pipe, mixture, concepts, texts, training, images=pictures, size=size, guidance=options.guidance,
+            sampling_steps=options.paint_steps or PAINT_STEPS, checkpointing=run.checkpointing, folder=run.state,
+            devices=devices, progress=progress,
+        )  # fmt: skip
     if not first:
         return
     result.gates.save(output)

@@ -45,6 +45,7 @@ class Adapter:
             unchanged.
         metadata: The file's string metadata.
         source: The origin.
+        notes: Sentences for reports on anything that reading changed or assumed, e.g. what an approximation cut off.
     """
 
     modules: Converted[Mapping[str, LowRank], Mapping[str, LowRank]] = Converted(read_only)
@@ -52,6 +53,7 @@ class Adapter:
     extras: ReadOnly[str, Tensor] = Converted(read_only, None)
     metadata: ReadOnly[str, str] = Converted(read_only, None)
     source: Source = Source()
+    notes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:

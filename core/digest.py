@@ -23,12 +23,12 @@ def raw(tensor: Tensor) -> bytes:
 
 def digest(tensors: Iterable[Tensor], text: str = "") -> str:
     """SHA-256 of the shapes and values of tensors, in their order, and a text."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for tensor in tensors:
-        found.update(f"{tuple(tensor.shape)}".encode())
-        found.update(raw(tensor))
-    found.update(text.encode())
-    return found.hexdigest()
+        hasher.update(f"{tuple(tensor.shape)}".encode())
+        hasher.update(raw(tensor))
+    hasher.update(text.encode())
+    return hasher.hexdigest()
 
 
 def content_hash(tensor: Tensor) -> bytes:
@@ -38,14 +38,14 @@ def content_hash(tensor: Tensor) -> bytes:
     """
     version = None if tensor.is_inference() else tensor._version
     with _hashes_lock:
-        known = _hashes.get(tensor)
-    if known is not None and version is not None and known[0] == version:
-        return known[1]
-    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        cached = _hashes.get(tensor)
+    if cached is not None and version is not None and cached[0] == version:
+        return cached[1]
+    hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    hasher.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     with _hashes_lock:
-        _hashes[tensor] = (version, found.digest())
-    return found.digest()
+        _hashes[tensor] = (version, hasher.digest())
+    return hasher.digest()
 
 
 def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:

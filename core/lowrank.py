@@ -25,6 +25,8 @@ class LowRank:
         B: ``(d_out, r)``, same rank as `A`.
         alpha: The trainer's alpha; ``None`` means ``alpha = r``, which is scale 1.
         kernel: Kernel size of a convolution, ``()`` for a linear layer.
+        lost: Squared Frobenius norm of what an approximation at reading cut off, 0 for an exact update. The part that
+            was cut off is orthogonal to the update.
 
     Raises:
         FormatError: Factors that are not 2-D floating tensors of one rank, a kernel that does not divide ``d_in``,
@@ -35,6 +37,7 @@ class LowRank:
     B: Tensor
     alpha: float | None = None
     kernel: tuple[int, ...] = ()
+    lost: float = 0.0
 
     def __post_init__(self) -> None:
         for name, factor in (("A", self.A), ("B", self.B)):
@@ -84,6 +87,10 @@ class LowRank:
         """The dense update ``scale * B @ A``, ``(d_out, d_in)`` float32. For tests and small models."""
         return self.scale * matmul(self.B.float(), self.A.float())
 
+    def energy(self) -> float:
+        """The squared Frobenius norm of the update."""
+        return self.scale**2 * product_energy(self.A.double(), self.B.double())
+
     def rows(self, spans: Sequence[tuple[int, int]]) -> LowRank:
         """The update of some output rows, in the given order: exact, with the same `A` and rows of `B`.
 
@@ -92,11 +99,14 @@ class LowRank:
 
         Raises:
             FormatError: No span, or one that is empty or outside ``0 .. d_out``.
+
+        `lost` is divided in proportion to the number of rows.
         """
         if not spans or any(not 0 <= start < stop <= self.d_out for start, stop in spans):
             raise FormatError("Row slice out of range.", expected=f"within 0 .. {self.d_out}", found=list(spans))
         rows = [self.B[start:stop] for start, stop in spans]
-        return replace(self, B=rows[0] if len(rows) == 1 else torch.cat(rows))
+        B = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return replace(self, B=B, lost=self.lost * B.shape[0] / self.d_out)
 
     def to(self, dtype: torch.dtype) -> LowRank:
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
@@ -137,14 +147,26 @@ def concat(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     B = torch.cat(
         [math.copysign(math.sqrt(abs(c)), c) * part.B.float() for part, c in zip(parts, coefficients, strict=True)], 1
     )
-    return LowRank(A, B, kernel=max((part.kernel for part in parts), key=len))
+    lost = sum(weight**2 * part.lost for part, weight in zip(parts, weights, strict=True))
+    return LowRank(A, B, kernel=max((part.kernel for part in parts), key=len), lost=lost)
 
 
 def reduce_to_width(part: LowRank) -> LowRank:
     """The same update with one unit per direction of the layer, ``min(d_out, d_in)``; rounded to its dtype."""
     k = min(part.d_out, part.d_in)
     A, B = best_rank_k(part.B.double() @ part.A.double(), k)
-    return LowRank(A.to(part.dtype), B.to(part.dtype), part.scale * k, part.kernel)
+    return LowRank(A.to(part.dtype), B.to(part.dtype), part.scale * k, part.kernel, part.lost)
+
+
+def product_energy(A: Tensor, B: Tensor) -> float:
+    """``|B A|_F^2`` from the smaller of Gram matrices and blocks of rows; never forms ``B @ A``.
+
+    Args:
+        A: ``(P, d_in)``. B: ``(d_out, P)``; both float64.
+    """
+    if A.shape[0] <= min(A.shape[1], B.shape[0]):
+        return float(((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0))
+    return sum(float((rows @ A).square().sum()) for rows in B.split(256))
 
 
 def truncated_svd(A: Tensor, B: Tensor, k: int) -> tuple[Tensor, Tensor]:

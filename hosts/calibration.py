@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..core.errors import MergeError, name_some
+from ..core.errors import FormatError, MergeError, name_some
+from ..core.merge.statistics_cache import cached_path, load_cached, store_cached
 from .api import kind_of_folder, kind_of_model
+from .hub import cached_folder
 from .loading import import_host
-from .statistics_cache import load_cached, store_cached
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,30 @@ class Prompting:
     size: tuple[int, int] | None = None
     texts: Sequence[Sequence[str]] = ()
     instructions: Sequence[str] = ()
+
+
+def base_path(base: str | Path) -> Path:
+    """Path of a base model given as a file, a folder, or a name in the local Hugging Face cache.
+
+    Raises:
+        FormatError: The cache has no such name.
+    """
+    return Path(base) if Path(base).exists() else cached_folder(str(base), "base model")
+
+
+def why_not_measured(base: Any) -> str:
+    """Why a base model cannot be measured; ``""`` if it can.
+
+    Args:
+        base: A loaded model, or a path. A checkpoint, or a folder of one component, has weights but cannot be run.
+    """
+    if not isinstance(base, (str, Path)):
+        return ""
+    try:
+        kind_of_folder(base)
+    except FormatError as error:
+        return f"not calibrated on the base model: {base} cannot be run ({error.problem.rstrip('.')})"
+    return ""
 
 
 def load_base(base: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype) -> tuple[Any, Any]:
@@ -134,8 +159,6 @@ def calibrate(
     ]))[:32]  # fmt: skip
     cached = load_cached(key)
     if cached is not None:
-        from .statistics_cache import cached_path
-
         return Calibration(cached, cached_path(key))
     if kind == "pipeline":
         measure = import_host("diffusers.calibration", "diffusers").calibrate_pipeline
@@ -160,15 +183,12 @@ def concept_words(adapters: Sequence[Adapter], words: Sequence[Sequence[str]] = 
         MergeError: Words for another number of adapters.
     """
     from ..core.formats.file_info import file_info
+    from ..core.train.prompts import distinct_words
 
     given = [[word.strip() for word in part if word.strip()] for part in words] or [[] for _ in adapters]
     _check_count("words", given, adapters)
-    found = [part or list(file_info(adapter.metadata).words) for adapter, part in zip(adapters, given, strict=True)]
-    uses = [word.lower() for part in found for word in dict.fromkeys(part)]
-    return [
-        part if own else [word for word in part if uses.count(word.lower()) == 1]
-        for part, own in zip(found, given, strict=True)
-    ]
+    found = [file_info(adapter.metadata).words for adapter in adapters]
+    return distinct_words(given, found)
 
 
 def _check_count(name: str, values: Sequence[object], adapters: Sequence[Adapter]) -> None:

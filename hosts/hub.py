@@ -11,6 +11,18 @@ from ..core.safe_paths import is_safe_name
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model*.safetensors", "*.safetensors.index.json"]
 
 
+def split_revision(name: str) -> tuple[str, str | None]:
+    """Return repository and revision of ``owner/name`` or ``owner/name@revision``.
+
+    Raises:
+        ValueError: The revision would lead out of the cache, where huggingface_hub opens a file of its name.
+    """
+    repository, _, revision = name.partition("@")
+    if "\0" in name or (revision and not is_safe_name(revision)):
+        raise ValueError(f"{revision!r} is no branch, tag or commit")
+    return repository, revision or None
+
+
 def cached_folder(name: str, kind: str = "adapter") -> Path:
     """The folder of an adapter or model in the local cache. Downloads nothing.
 
@@ -21,16 +33,12 @@ def cached_folder(name: str, kind: str = "adapter") -> Path:
     Raises:
         FormatError: The folder is not in the cache, or huggingface_hub is not installed.
     """
-    repository, _, revision = name.partition("@")
     try:
-        if "\0" in name or (revision and not is_safe_name(revision)):  # huggingface_hub opens a file of this name
-            raise ValueError(f"{revision!r} is no branch, tag or commit")
+        repository, revision = split_revision(name)
         from huggingface_hub import snapshot_download
 
         files = _ADAPTER_FILES if kind == "adapter" else None
-        return Path(
-            snapshot_download(repository, revision=revision or None, local_files_only=True, allow_patterns=files)
-        )
+        return Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=files))
     except ImportError as error:
         raise FormatError(
             "This looks like a name on the Hugging Face Hub, and huggingface_hub is not installed.",
@@ -44,6 +52,5 @@ def cached_folder(name: str, kind: str = "adapter") -> Path:
             file=name,
             expected="a path, or OWNER/NAME or OWNER/NAME@REVISION of a download",
             found=str(error).partition(". ")[0],
-            remedy=f"check the path, or download it first: hf download {repository}"
-            + (f" --revision {revision}" if revision else ""),
+            remedy=f"check the path, or download it first: hf download {name.replace('@', ' --revision ', 1)}",
         ) from error

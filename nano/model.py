@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,10 @@ class Prompts:
     encoder: Any = field(default_factory=text.build)
     _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
 
+    def __post_init__(self) -> None:
+        if self.any_words:  # `encode` adds tokens, and others share the encoder
+            self.encoder = copy.deepcopy(self.encoder)
+
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return hidden states ``(n, 12 or 77, 768)`` and pooled states ``(n, 768)``, float32.
@@ -76,10 +81,7 @@ class Prompts:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
-            tokens = torch.tensor([words.tokens(prompt, any_words=self.any_words) for prompt in part])
-            if self.any_words:
-                text.add_tokens(self.encoder, tokens.flatten().tolist())
-            encoded = self.encoder(input_ids=tokens).last_hidden_state
+            encoded = self.encode(torch.tensor([words.tokens(prompt, any_words=self.any_words) for prompt in part]))
             if self.short and not torch.equal(encoded[:, _SHORT - 1], encoded[:, -1]):
                 raise ValueError(f"a prompt of more than {_SHORT - 2} words cannot be shortened")
             for prompt, states in zip(part, encoded, strict=True):
@@ -87,6 +89,13 @@ class Prompts:
                 self._cache[prompt] = kept.clone(), states[-1].clone()
         hidden, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(hidden), torch.stack(pooled)
+
+    @torch.no_grad()
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Return the hidden states ``(n, 77, 768)``, float32, of tokens ``(n, 77)``."""
+        if self.any_words:
+            text.add_tokens(self.encoder, tokens.flatten().tolist())
+        return self.encoder(input_ids=tokens).last_hidden_state
 
 
 @contextmanager

@@ -25,7 +25,6 @@ class LoadedLoras:
         renamed: Whether aligning them without a model renamed layers.
         connected: The connected model in words, e.g. ``Flux with CLIP``; empty without one.
         dropped: Keys of the files that the model has no layer for, with the reason, for the report.
-        notes: Other lines for the report.
         finish: Turns the merged adapter into one whose names the stock loader reads.
         slices: Module name -> its rows of a parameter of the connected model; empty without one.
         cache: Gram matrices of these adapters, for the next merge.
@@ -36,10 +35,14 @@ class LoadedLoras:
     renamed: bool = False
     connected: str = ""
     dropped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
     slices: Mapping[str, ParameterSlice] = field(default_factory=dict)
     cache: GramCache = field(default_factory=GramCache)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The notes of all LoRAs, for a report."""
+        return tuple(note for adapter in self.originals for note in adapter.notes)
 
 
 def adapter_of(lora: GraphLora) -> Adapter:

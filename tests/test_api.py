@@ -8,6 +8,7 @@ from pathlib import Path
 import legomole
 import pytest
 import torch
+from legomole.core.digest import identity
 from legomole.core.errors import FormatError, MergeError, SaveError
 from legomole.core.merge.statistics import ModuleStatistics
 from legomole.core.recipes.metadata import KEY
@@ -58,11 +59,56 @@ def test_adapters_and_instances_of_methods(folder: Path) -> None:
         assert saved == legomole.save(paths, "n.safetensors").read_bytes()
 
 
-def test_an_adapter_that_never_was_a_file_is_named_and_hashed(folder: Path) -> None:
+def test_the_recipe_says_which_input_was_no_file_and_is_refused(folder: Path) -> None:
     adapter = legomole.Adapter(dict(legomole.load("a.safetensors").modules))
-    entry = json.loads(legomole.merge([adapter], "concat").adapter.metadata[KEY])["recipe"]["inputs"][0]
-    assert entry["path"] == "adapter"
-    assert len(entry["sha256"]) == 64
+    result = legomole.merge([adapter, "b.safetensors"], "concat")
+    first, second = json.loads(result.adapter.metadata[KEY])["recipe"]["inputs"]
+    assert first == {"path": "adapter", "weight": 1.0, "in_memory": True}
+    assert second["sha256"] == legomole.load("b.safetensors").source.sha256
+    assert "in_memory" not in second
+    assert result.report.notes == (
+        "legomole cannot repeat this merge from its recipe: adapter was no file but an adapter in memory",
+    )
+    path = legomole.save(result, "m.safetensors")
+    for recipe in (path, read_recipe(path)):
+        with pytest.raises(RecipeError, match=r"no file but an adapter in memory[\s\S]*in_memory"):
+            legomole.run(recipe)
+
+
+def loha(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"w1_a": (5, 3), "w1_b": (3, 6), "w2_a": (5, 3), "w2_b": (3, 6)}
+    return {
+        f"{name}.hada_{part}": torch.randn(*shape, generator=generator)
+        for name in NAMES
+        for part, shape in shapes.items()
+    }
+
+
+def test_adapters_loaded_with_a_convert_rank_repeat_from_their_files(folder: Path) -> None:
+    for i in range(2):
+        write(folder / f"loha{i}.safetensors", loha(i))
+    loaded = [legomole.load(f"loha{i}.safetensors", convert_rank=rank) for i, rank in enumerate((2, 3))]
+    result = legomole.merge([*loaded, "loha0.safetensors"], "concat", convert_rank=4)
+    path = legomole.save(result, "m.safetensors")
+    recipe = read_recipe(path)
+    assert [entry.convert_rank for entry in recipe.inputs] == [2, 3, None]
+    assert recipe.convert_rank == 4
+    assert [entry.sha256 for entry in recipe.inputs[:2]] == [lora.source.sha256 for lora in loaded]
+    again = legomole.save(legomole.run(path), "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_adapters_loaded_with_a_convert_rank_fit_their_own_statistics(folder: Path) -> None:
+    for i in range(2):
+        write(folder / f"loha{i}.safetensors", loha(i))
+    loaded = [legomole.load(f"loha{i}.safetensors", convert_rank=2) for i in range(2)]
+    eye = torch.eye(6)
+    moments = dict.fromkeys(NAMES, ModuleStatistics({0: eye, 1: 2 * eye}, base=eye))
+    legomole.Statistics(moments, tuple(map(identity, loaded))).save("measured.safetensors")
+    result = legomole.merge(loaded, "calibrated", rank=2, statistics="measured.safetensors")
+    path = legomole.save(result, "m.safetensors")
+    assert legomole.save(legomole.run(path), "again.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_weights_of_text_encoders_and_modules(folder: Path) -> None:
@@ -106,6 +152,10 @@ def test_statistics_as_a_value_are_marked_as_not_saved(folder: Path) -> None:
         legomole.save(legomole.run("one.safetensors"), "two.safetensors").read_bytes()
         == Path("one.safetensors").read_bytes()
     )
+    assert in_memory.report.notes == (
+        "legomole cannot repeat this merge from its recipe: the statistics were not given as a file",
+    )
+    assert from_file.report.notes == ()
     with pytest.raises(FormatError, match="no such file"):
         legomole.run(legomole.save(in_memory, "three.safetensors"))
 
@@ -132,6 +182,14 @@ def test_what_does_not_fit_is_an_error(folder: Path) -> None:
         legomole.save(legomole.merge(both, "concat"), "nowhere/m")
 
 
+def test_a_loaded_merge_saved_in_another_form_repeats(folder: Path) -> None:
+    path = legomole.save(legomole.merge(["a.safetensors", "b.safetensors"], "concat"), "m.safetensors")
+    for settings in ({"dtype": torch.bfloat16}, {"format": "comfy"}, {"format": "comfy", "dtype": torch.float16}):
+        saved = legomole.save(legomole.load(path), "other.safetensors", **settings)
+        assert saved.read_bytes() != path.read_bytes()
+        assert legomole.save(legomole.run(saved), "again.safetensors").read_bytes() == saved.read_bytes()
+
+
 def test_dtype_is_part_of_the_recipe(folder: Path) -> None:
     result = legomole.merge(["a.safetensors", "b.safetensors"], "svd", rank=2, dtype=torch.float16)
     path = legomole.save(result, "half.safetensors")
@@ -146,3 +204,11 @@ def test_all_that_is_public_resolves_and_nothing_else_is_listed() -> None:
     assert not {"importlib", "Any", "annotations"} & set(names)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = legomole.nonsense
+
+
+def test_dtypes_have_short_names(tmp_path: Path) -> None:
+    adapter = legomole.Adapter({"x.y": legomole.LowRank(torch.ones(1, 2), torch.ones(2, 1))})
+    assert legomole.merge([adapter], "concat", dtype="bf16").adapter.dtype == torch.bfloat16
+    assert legomole.load(legomole.save(adapter, tmp_path / "x", dtype="fp16")).dtype == torch.float16
+    with pytest.raises(MergeError, match="no such dtype"):
+        legomole.save(adapter, tmp_path / "y", dtype="fp8")

@@ -96,7 +96,7 @@ def test_licences_of_all_that_is_installed_are_known_and_free() -> None:
     assert missing == []
     assert {"torch", "numpy", "safetensors", "pydantic-core"} <= {licence.package for licence in found}
     # NVIDIA's, which PyTorch's builds for its GPUs bring, are free of charge, not free
-    odd = [licence for licence in found if not licence.known and not licence.package.startswith(("nvidia", "cuda"))]
+    odd = [licence for licence in found if not licence.is_free and not licence.package.startswith(("nvidia", "cuda"))]
     assert odd == []
 
 
@@ -106,5 +106,5 @@ def test_licences_of_all_that_is_installed_are_known_and_free() -> None:
 )
 def test_a_licence_is_known_or_to_be_looked_at(says: str, known: bool) -> None:
     licence = licences.Licence("a", "1.0", says)
-    assert licence.known is known
+    assert licence.is_free is known
     assert ("0 to look at" in licences.text([licence], [])) is known

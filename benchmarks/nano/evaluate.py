@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ class Row:
         scale: Strength. rank: Rank of the result, see `Method`.
         concepts: Concepts of the LoRAs.
         joint, subject, style, base, kid: Scores, see `Score`.
+        tagged: Share of right joint pictures from prompts with tags, see `Task.tagged`; NaN if not measured.
         seconds: Time to combine, sample and judge.
     """
 
@@ -50,6 +52,7 @@ class Row:
     subject: float
     style: float
     base: float
+    tagged: float
     kid: float
     seconds: float
 
@@ -71,43 +74,53 @@ class Bench:
             self._loras[concepts, seed] = LoraSet.load(self.scorer.store, self.scorer.whole, concepts, seed)
         return self._loras[concepts, seed]
 
-    def row(self, name: str, method: Method, concepts: tuple[str, ...], seed: int, scale: float) -> Row:
-        """Return the row of a method, measured now or read from the log."""
+    def row(
+        self, name: str, method: Method, concepts: tuple[str, ...], seed: int, scale: float, *, tagged: bool = False
+    ) -> Row:
+        """Return the row of a method, measured now or read from the log; `tagged` measures prompts with tags too."""
         scored = task(concepts, seed=seed)
 
-        def use() -> Any:
-            return method.use(self.loras(concepts, seed), scale, scored.texts)
+        def use(texts: Sequence[str]) -> Any:
+            return method.use(self.loras(concepts, seed), scale, texts)
 
-        return self._row(name, concepts, seed, scale, method.rank, scored, use, whole=method.whole)
+        return self._row(name, concepts, seed, scale, method.rank, scored, use, whole=method.whole, tagged=tagged)
 
     def row_of_one(self, name: str, concepts: tuple[str, ...], seed: int, scored: Task, adapter: Adapter) -> Row:
         """Return the row of a single LoRA at strength 1."""
 
-        def use() -> Any:
+        def use(_: Sequence[str]) -> Any:
             return merged_in(self.scorer.store.transformer, adapter, 1.0)
 
-        return self._row(name, concepts, seed, 1.0, "-", scored, use)
+        return self._row(name, concepts, seed, 1.0, "-", scored, use, tagged=True)
 
     def _row(
         self, name: str, concepts: tuple[str, ...], seed: int, scale: float, rank: str, scored: Task,
-        use: Callable[[], Any], *, whole: bool = False,
+        use: Callable[[Sequence[str]], Any], *, whole: bool = False, tagged: bool = False,
     ) -> Row:  # fmt: skip
         key = (name, concepts, seed, scale)
         if key not in self.rows:
             began = time.monotonic()
-            with use() as model:
+            with use(scored.texts) as model:
                 score = self.scorer.score(model, scored, 1000 * seed + 7, whole=whole)
+            with_tags = self.score_with_tags(scored, seed, use) if tagged else math.nan
             row = Row(
-                name, len(concepts), seed, scale, rank, concepts,
-                score.joint, score.subject, score.style, score.base, score.kid, time.monotonic() - began,
+                name, len(concepts), seed, scale, rank, concepts, score.joint, score.subject, score.style, score.base,
+                with_tags, score.kid, time.monotonic() - began,
             )  # fmt: skip
             self.rows[key] = row
             self.log.append(asdict(row))
             self.say(
                 f"{name:18} {'+'.join(concepts):28} seed {seed} x{scale:<4g} joint {row.joint:.2f} "
-                f"subject {row.subject:.2f} style {row.style:.2f} base {row.base:.2f} {row.seconds:.1f} s"
+                f"subject {row.subject:.2f} style {row.style:.2f} base {row.base:.2f} tagged {row.tagged:.2f} "
+                f"{row.seconds:.1f} s"
             )
         return self.rows[key]
+
+    def score_with_tags(self, scored: Task, seed: int, use: Callable[[Sequence[str]], Any]) -> float:
+        """Return the share of right joint pictures from prompts with tags."""
+        tagged = scored.tagged()
+        with use(tagged.texts) as model:
+            return self.scorer.score(model, tagged, 1000 * seed + 7).joint
 
 
 def best(rows: Sequence[Row]) -> float:
@@ -157,5 +170,5 @@ def run(bench: Bench, plan: Plan) -> dict[str, float]:
         for seed in plan.seeds:
             for name in names:
                 for scale in {chosen[name], 1.0} if seed == 0 else {chosen[name]}:
-                    bench.row(name, METHODS[name], concepts, seed, scale)
+                    bench.row(name, METHODS[name], concepts, seed, scale, tagged=True)
     return chosen

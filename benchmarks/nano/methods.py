@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,7 +30,7 @@ from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, fit_detector, train
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from legomole.nano.denoiser import NanoDenoiser, NanoPromptEncoder
-from legomole.nano.model import Prompts, short_prompts
+from legomole.nano.model import Prompts
 from legomole.nano.sampling import first_half
 from legomole.nano.store import Store
 from legomole.nano.words import WORDINGS, prompt
@@ -60,11 +60,9 @@ class LoraSet(AdapterSet):
         return cls(adapters, seed, store.transformer, prompts, concepts)
 
 
-@contextmanager
-def merged_in(transformer: Any, adapter: Adapter, strength: float) -> Generator[Any]:
-    """Add a LoRA to the transformer's weights inside the block, in which it takes short prompts."""
-    with common.merged_in(transformer, adapter, strength, "transformer."), short_prompts(transformer):
-        yield transformer
+def merged_in(transformer: Any, adapter: Adapter, strength: float) -> AbstractContextManager[Any]:
+    """Add a LoRA to the transformer's weights inside the block."""
+    return common.merged_in(transformer, adapter, strength, "transformer.")
 
 
 Use = Callable[[LoraSet, float, Sequence[str]], Any]  # LoRAs, strength, prompts -> context manager
@@ -216,6 +214,7 @@ METHODS: dict[str, Method] = {
     "router": Method(_router(first_half), "-", whole=True),
     "router apart": Method(_router(None), "-", whole=True),
     "mole": Method(_mole(GateSettings(), FAST), "-", whole=True),
+    "mole mean": Method(_mole(GateSettings(reads="text-mean"), FAST), "-", whole=True),
     "mole apart": Method(_mole(GateSettings(), FAST, rows=None), "-", whole=True),
     "mole block": Method(_mole(_BLOCK, FAST), "-", whole=True),
     "mole output": Method(_mole(_BLOCK, FAST, mixing="output"), "-", whole=True),

@@ -22,8 +22,8 @@ from .scoring import Task, task
 MAIN = ("base", "sum", "normalised", "svd", "ties", "dare", "knots", "lego", "lego-paper",
         "lego calibrated", "one-step", "ssr", "np", "calibrated", "calibrated 2x", "router", "mole")  # fmt: skip
 VARIANTS = ("lego 0.5x", "lego 1.5x", "lego 80%", "lego mean", "lego reweighted", "lego-paper 1.5x", "lego-paper plain",
-            "calibrated lam 0.1", "calibrated lam 1", "lego calibrated 2x", "router apart", "mole apart", "mole block",
-            "mole output", "mole-paper", "mole-paper x N")  # fmt: skip
+            "calibrated lam 0.1", "calibrated lam 1", "lego calibrated 2x", "router apart", "mole mean", "mole apart",
+            "mole block", "mole output", "mole-paper", "mole-paper x N")  # fmt: skip
 MANY = ("sum", "svd", "ties", "lego-paper", "lego calibrated", "calibrated", "calibrated 2x", "router", "mole")
 
 PLANS = {
@@ -33,7 +33,7 @@ PLANS = {
     "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.7, 1.0, 1.3)),
 }
 _ALONE = ("subject alone", "style alone", "jointly trained")
-METRICS = ("joint", "subject", "style", "base", "kid")
+METRICS = ("joint", "subject", "style", "base", "tagged", "kid")
 
 
 def evaluate(store: Store, joint: Store, out: Path, say: Say) -> None:
@@ -96,7 +96,8 @@ def _row(method: str, rows: Sequence[Row]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "method": method, "n": first.n, "seed": first.seed, "scale": first.scale, "rank": first.rank
     }  # fmt: skip
-    return row | {metric: round(mean([getattr(r, metric) for r in rows]), 4) for metric in METRICS}
+    means = {metric: round(mean([getattr(r, metric) for r in rows]), 4) for metric in METRICS}
+    return row | {metric: value for metric, value in means.items() if not math.isnan(value)}
 
 
 def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
@@ -104,8 +105,8 @@ def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
     plan = PLANS[name]
     n = len(plan.scored[0])
     lines = [f"**{name}: {n} LoRAs, {len(plan.scored)} sets x {len(plan.seeds)} seeds**", "",
-             "| method | rank | strength | joint | subject | style | base | KID |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| method | rank | strength | joint | subject | style | base | tagged | KID |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     extra = _ALONE if name == "main" else ()
     for method in (*extra, *plan.methods):
         part = [r for r in rows if r.method == method and r.concepts in plan.scored and r.seed in plan.seeds

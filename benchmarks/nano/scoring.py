@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import torch
-from legomole.nano.model import Prompts
+from legomole.nano.model import Prompts, short_prompts
 from legomole.nano.oracle import judge
 from legomole.nano.sampling import sample
 from legomole.nano.store import Store
@@ -21,6 +22,11 @@ from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 # half of the prompts use wordings that occur neither in training nor in calibration
 _WORDINGS = (UNSEEN_WORDINGS[0], WORDINGS[0], UNSEEN_WORDINGS[1], WORDINGS[1])
 _RENDERS = 48  # renders per pair, for the distance
+# words that the model was not trained on, one each: with their commas all of them fit into 77 tokens
+TAGS = ("masterpiece", "detailed", "sharp", "cinematic", "bokeh", "4k", "elegant", "vivid", "volumetric", "hdr",
+        "moody", "dramatic", "glossy", "ethereal", "crisp", "textured", "photoreal", "surreal", "majestic", "polished",
+        "intricate", "atmospheric", "dynamic", "refined", "balanced", "stunning")  # fmt: skip
+_TAGGED = 8  # tags behind the prompts of a tagged task
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,23 @@ class Task:
     Args:
         kinds: Kind of each picture: ``joint``, ``subject``, ``style`` or ``base``.
         wanted: Subject and style that each picture should show.
+        tags: Number of tags behind each prompt.
     """
 
     kinds: tuple[str, ...]
     wanted: tuple[tuple[str, str], ...]
+    tags: int = 0
 
     @property
     def texts(self) -> list[str]:
-        return [prompt(*pair, _WORDINGS[i % len(_WORDINGS)]) for i, pair in enumerate(self.wanted)]
+        texts = [prompt(*pair, _WORDINGS[i % len(_WORDINGS)]) for i, pair in enumerate(self.wanted)]
+        return [", ".join([text, *TAGS[: self.tags]]) for text in texts]
+
+    def tagged(self) -> Task:
+        """The joint pictures, from prompts with eight tags."""
+        rows = [i for i, kind in enumerate(self.kinds) if kind == "joint"]
+        wanted = tuple(self.wanted[i] for i in rows)
+        return replace(self, kinds=("joint",) * len(rows), wanted=wanted, tags=_TAGGED)
 
 
 def task(concepts: Sequence[str], *, joint: int = 8, alone: int = 4, base: int = 6, seed: int = 0) -> Task:
@@ -93,18 +108,21 @@ class Scorer:
     def __post_init__(self) -> None:
         self.short = Prompts(short=True)
         self.whole = Prompts()
+        self.any_words = Prompts(any_words=True)
         self._renders = cache(self._render_features)
 
     def score(self, model: Any, scored: Task, seed: int, *, whole: bool = False) -> Score:
         """Sample the pictures of a task and judge them.
 
         Args:
-            model: Transformer, inside `short_prompts` unless `whole`.
+            model: Transformer, with or without a mixture attached.
             scored: Pictures to sample, see `task`.
             seed: Random seed of the noise.
-            whole: Whether prompts have all 77 tokens, as gates need them.
+            whole: Whether prompts have all 77 tokens, as gates need them. Prompts with tags always have.
         """
-        latents = sample(model, self.whole if whole else self.short, scored.texts, seed)
+        prompts = self.any_words if scored.tags else self.whole if whole else self.short
+        with short_prompts(model) if prompts.short else nullcontext():
+            latents = sample(model, prompts, scored.texts, seed)
         pictures = self.store.pictures(latents)
         verdict = judge(self.store.oracle, pictures, scored.wanted)
 

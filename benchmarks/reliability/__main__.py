@@ -68,9 +68,9 @@ def main() -> None:
     if chosen.command == "licences":
         from . import licences
 
-        found, missing = licences.licences()
-        print(licences.text(found, missing))
-        sys.exit(bool(missing) or not all(licence.known for licence in found))
+        installed, missing = licences.licences()
+        print(licences.text(installed, missing))
+        sys.exit(bool(missing) or not all(licence.is_free for licence in installed))
     if chosen.command == "hashes":
         from . import hashes
 

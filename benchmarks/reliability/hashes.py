@@ -166,7 +166,10 @@ def _gated(folder: Path) -> Iterator[tuple[str, list[str]]]:
             )
     softmax = ["--reads", "experts", "--activation", "softmax", "--balance", "0.5"]
     yield "gates/softmax", ["train-gates", str(folder / "pipe"), *loras, *words, *training, *softmax]
-    yield "gates/router", ["train-gates", str(folder / "pipe"), *loras, *words, "--paint-steps", "1", "--objective", "router"]
+    yield (
+        "gates/router",
+        ["train-gates", str(folder / "pipe"), *loras, *words, "--paint-steps", "1", "--objective", "router"],
+    )
     prompts = folder / "prompts.txt"
     prompts.write_text("heart\nembers burning\nheart in ember style\nheart burning\na dog\na cat\n")
     for method in ("lego", "calibrated"):

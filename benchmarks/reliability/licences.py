@@ -33,7 +33,7 @@ class Licence:
     text: str
 
     @property
-    def known(self) -> bool:
+    def is_free(self) -> bool:
         return bool(_FREE.search(self.text)) and not re.search(r"\bA?GPL", self.text)
 
 
@@ -43,25 +43,25 @@ def licences(extras: Iterable[str] = EXTRAS) -> tuple[list[Licence], list[str]]:
     Returns:
         Licences, and names of declared packages that are not installed.
     """
-    found: dict[str, Licence] = {}
+    by_name: dict[str, Licence] = {}
     missing: list[str] = []
     waiting = declared(extras)
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
-        if name in found or name in missing or not _applies(requirement):
+        if name in by_name or name in missing or not _applies(requirement):
             continue
         try:
             installed = distribution(name)
         except PackageNotFoundError:
             missing.append(name)
             continue
-        found[name] = Licence(name, installed.version, _stated(installed))
+        by_name[name] = Licence(name, installed.version, _stated(installed))
         for text in installed.requires or []:
             inner = Requirement(text)
             if _applies(inner, requirement.extras):
                 waiting.append(inner)
-    return [found[name] for name in sorted(found)], sorted(missing)
+    return [by_name[name] for name in sorted(by_name)], sorted(missing)
 
 
 def _applies(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
@@ -83,13 +83,13 @@ def _stated(installed: Distribution) -> str:
     return ", ".join(classifiers) or (old[0] if old else "")
 
 
-def text(found: Iterable[Licence], missing: Iterable[str]) -> str:
+def text(licences: Iterable[Licence], missing: Iterable[str]) -> str:
     """Format the packages by licence, and then those with unknown licences."""
     by_licence: dict[str, list[str]] = {}
     odd: list[str] = []
-    for licence in found:
+    for licence in licences:
         by_licence.setdefault(licence.text or "none stated", []).append(f"{licence.package} {licence.version}")
-        if not licence.known:
+        if not licence.is_free:
             odd.append(f"{licence.package} {licence.version}: {licence.text or 'none stated'}")
     lines = [f"{text}: {', '.join(packages)}" for text, packages in sorted(by_licence.items())]
     lines += [f"{sum(map(len, by_licence.values()))} packages, {len(odd)} to look at", *odd]

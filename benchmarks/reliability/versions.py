@@ -163,10 +163,10 @@ def _tested(python: Path, tree: Path, name: str) -> list[str]:
     # ruff is pinned for developers; its findings do not depend on the environment
     command += ["--deselect=tests/test_package.py::test_ruff_is_clean"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "COMFYUI"))}
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False, env=environment)
     log = Path(tempfile.gettempdir()) / f"legomole-{name}.log"
-    log.write_text(done.stdout + done.stderr, encoding="utf-8")
-    lines = done.stdout.strip().splitlines() or ["no output"]
+    log.write_text(result.stdout + result.stderr, encoding="utf-8")
+    lines = result.stdout.strip().splitlines() or ["no output"]
     counts = {what.rstrip("s"): int(number) for number, what in _COUNTS.findall(lines[-1])}
     if not counts:
         return [f"{lines[-1]} ({log})"]

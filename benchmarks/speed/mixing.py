@@ -38,6 +38,7 @@ from legomole.core.adapter import Adapter
 from legomole.core.formats import save
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import Attachment, attach
+from legomole.core.mole.concepts import ConceptDetector
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train.features import standardise_features
@@ -190,10 +191,20 @@ def _merged(model: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
 def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None) -> Step:
     model = _sharing(case.model)
     step = _step(model, case.inputs)
-    attachment: Attachment = attach(model, Mixture(tuple(adapters), GateSet(len(adapters), settings)))
+    gates = untrained_gates(case, len(adapters), settings)
+    attachment: Attachment = attach(model, Mixture(tuple(adapters), gates))
     if settings is not None:
         standardise_features(attachment, step)  # type: ignore[arg-type] # sets the size of the gates, which stay at one
     return step
+
+
+def untrained_gates(case: Case, n: int, settings: GateSettings | None) -> GateSet:
+    """Return gates of `n` LoRAs, with a random concept detector if they read the text."""
+    detector = None
+    if settings is not None and settings.reads == "text":
+        text = case.inputs["encoder_hidden_states"]
+        detector = ConceptDetector(torch.randn(n, text.shape[-1]), torch.zeros(n), [()] * n).to(text.device)
+    return GateSet(n, settings, detector=detector)
 
 
 def _peft(model: nn.Module, paths: Sequence[Path]) -> nn.Module:

@@ -17,6 +17,8 @@ from ..errors import FormatError, SaveError
 from ..memory import report_out_of_memory
 from . import files, hashes, peft_folder
 from .base import Format
+from .base_weights import BaseWeights
+from .bfl_control import comfy_tensors, is_bfl_control
 from .comfy import Comfy
 from .diffusers import Diffusers
 from .file_changes import raise_if_changed
@@ -27,13 +29,16 @@ from .suffixes import classify
 from .writing import cast_adapter, fold_scale
 
 __all__ = [
+    "BaseWeights",
     "FORMATS",
     "Format",
     "Summary",
     "detect",
     "fingerprint",
+    "format_of",
     "from_state_dict",
     "load",
+    "reread",
     "save",
     "summarise",
     "to_state_dict",
@@ -45,15 +50,24 @@ FORMATS: dict[str, Format] = {"kohya": Kohya(), "peft": _PEFT, "comfy": Comfy(),
 """In the order of detection; the last one matches everything."""
 
 
-def load(path: str | Path, *, convert_rank: int | None = None, verify: bool = True) -> Adapter:
+def load(
+    path: str | Path,
+    *,
+    convert_rank: int | None = None,
+    base: str | Path | BaseWeights | None = None,
+    verify: bool = True,
+) -> Adapter:
     """Read a LoRA: a safetensors file of any format, or a PEFT folder.
 
     The tensors keep their dtype and are views of the memory-mapped file.
 
     Args:
         path: File or folder. The weight file of a PEFT folder, or one of its shards, stands for the folder.
-        convert_rank: Convert LoHa, LoKr and full deltas to low-rank updates of this rank (exactly factorised, then the
-            best approximation of that rank). ``None`` refuses them.
+        convert_rank: Convert LoHa, LoKr and full differences of matrices to low-rank updates of this rank (exactly
+            factorised, then the best approximation of that rank). ``None`` refuses LoHa and LoKr, and reads full
+            differences as diffs.
+        base: The base model, a checkpoint or a folder, with which a DoRA becomes low-rank updates of `convert_rank`.
+            ``None`` refuses DoRA.
         verify: Check that all values are finite, and hash the file. ``False`` saves that time where the file was
             loaded before, or the caller does both.
 
@@ -63,10 +77,11 @@ def load(path: str | Path, *, convert_rank: int | None = None, verify: bool = Tr
     """
     path = Path(path)
     with raise_if_changed([path]):
-        return _load(path, convert_rank, verify)
+        weights = BaseWeights(Path(base)) if isinstance(base, (str, Path)) else base
+        return _load(path, convert_rank, weights, verify)
 
 
-def _load(path: Path, convert_rank: int | None, verify: bool) -> Adapter:
+def _load(path: Path, convert_rank: int | None, base: BaseWeights | None, verify: bool) -> Adapter:
     folder = _peft_folder(path)
     weights = _weight_files(path, folder)
     tensors, metadata = files.read_tensors(*weights)
@@ -75,7 +90,7 @@ def _load(path: Path, convert_rank: int | None, verify: bool) -> Adapter:
         folder.check_complete(tensors)
         metadata[CONFIG_KEY] = folder.config
     with report_out_of_memory(), hashes.hash_in_background([weights] if verify else []) as hashed:
-        adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank)
+        adapter = from_state_dict(tensors, metadata, source=source, convert_rank=convert_rank, base=base)
         if not verify:
             return adapter
         adapter.check_finite()
@@ -133,17 +148,15 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
             Nothing is left behind and an existing file stays as it was.
     """
     path = Path(path)
-    configured = _PEFT.name if CONFIG_KEY in adapter.metadata else ""
-    format = format or adapter.source.format or configured or detect([*adapter.modules, *adapter.diffs])
-    chosen = _format(format)
+    format = format or format_of(adapter)
     if dtype is not None:
         adapter = cast_adapter(adapter, dtype)
-    # a PEFT file that came without a configuration is written without one; its readers assume scale 1
-    single_file = format == adapter.source.format == _PEFT.name and not configured and path.suffix == ".safetensors"
+    # a PEFT file that came without a configuration is written without one
+    single_file = format != _PEFT.name or (
+        adapter.source.format == _PEFT.name and CONFIG_KEY not in adapter.metadata and path.suffix == ".safetensors"
+    )
+    state, metadata, config = _contents(adapter, format, single_file)
     if single_file:
-        adapter = replace(adapter, modules={name: fold_scale(part, name) for name, part in adapter.modules.items()})
-    state, metadata = chosen.write(adapter)
-    if single_file or format != _PEFT.name:
         if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
             raise SaveError("LoRAs are written as safetensors only.", file=path, expected="a name ending .safetensors")
         path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
@@ -153,12 +166,45 @@ def save(adapter: Adapter, path: str | Path, *, format: str | None = None, dtype
         return path
     if path.suffix == ".safetensors" or path.is_file():
         raise SaveError("A PEFT adapter is a folder, not a file.", file=path, expected="the name of a folder")
-    config = json.dumps(_PEFT.config(adapter), indent=2, sort_keys=True) + "\n"
     files.write_folder(
         path,
         {peft_folder.WEIGHTS: files.tensor_writer(state, metadata), peft_folder.CONFIG: files.text_writer(config)},
     )
     return path
+
+
+def reread(adapter: Adapter, *, folder: bool = False) -> Adapter:
+    """The adapter as `load` returns it after `save` in its own format; writes no file.
+
+    Args:
+        adapter: The LoRA.
+        folder: For ``peft``: as saved to a folder instead of a single file.
+
+    Raises:
+        SaveError: The format cannot store a name.
+    """
+    format = format_of(adapter)
+    single_file = format != _PEFT.name or not folder
+    state, metadata, config = _contents(adapter, format, single_file)
+    metadata = metadata if single_file else {**metadata, CONFIG_KEY: config}
+    # a single file is read in the format that its keys show
+    return from_state_dict(state, metadata, source=replace(adapter.source, format="" if single_file else format))
+
+
+def format_of(adapter: Adapter) -> str:
+    """The format in which an adapter is saved unless another is requested: its source's, else that of its names."""
+    configured = _PEFT.name if CONFIG_KEY in adapter.metadata else ""
+    return adapter.source.format or configured or detect([*adapter.modules, *adapter.diffs])
+
+
+def _contents(adapter: Adapter, format: str, single_file: bool) -> tuple[dict[str, Tensor], dict[str, str], str]:
+    """Tensors and metadata of the weight file, and the text of the configuration, ``""`` for a single file."""
+    chosen = _format(format)
+    if single_file and format == _PEFT.name:  # its readers assume scale 1
+        adapter = replace(adapter, modules={name: fold_scale(part, name) for name, part in adapter.modules.items()})
+    state, metadata = chosen.write(adapter)
+    config = "" if single_file else json.dumps(_PEFT.config(adapter), indent=2, sort_keys=True) + "\n"
+    return state, metadata, config
 
 
 def from_state_dict(
@@ -167,6 +213,7 @@ def from_state_dict(
     *,
     source: Source | None = None,
     convert_rank: int | None = None,
+    base: BaseWeights | None = None,
 ) -> Adapter:
     """Make an adapter from tensors by key, e.g. from what another program has loaded.
 
@@ -174,15 +221,17 @@ def from_state_dict(
         state_dict: Tensors under the keys of any format.
         metadata: The file's string metadata. A PEFT configuration is expected as JSON under ``adapter_config``.
         source: Where the tensors come from; the format is detected unless the source names one.
-        convert_rank: See `load`.
+        convert_rank, base: See `load`.
 
     Raises:
         FormatError: As `load`, but values are not checked to be finite.
     """
     source = source or Source()
+    if not source.format and is_bfl_control(state_dict):
+        state_dict, source = comfy_tensors(state_dict), replace(source, format="comfy")
     if not source.format:
         source = replace(source, format=detect(state_dict))
-    return _format(source.format).read(state_dict, dict(metadata or {}), source, convert_rank)
+    return _format(source.format).read(state_dict, dict(metadata or {}), source, convert_rank, base)
 
 
 def to_state_dict(adapter: Adapter, format: str) -> dict[str, Tensor]:

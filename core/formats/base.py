@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..adapter import Adapter, Source
+from .base_weights import BaseWeights
 
 
 class Format(Protocol):
@@ -31,9 +32,14 @@ class Format(Protocol):
         ...
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
-        """The adapter in a file's tensors. Raises: FormatError."""
+        """The adapter in a file's tensors; `base` turns DoRA into updates. Raises: FormatError."""
         ...
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from ..adapter import Adapter, Source
-from . import reading, writing
+from . import writing
+from .base_weights import BaseWeights
+from .lora_metadata import assemble_with_metadata
 
 
 class Comfy:
@@ -25,9 +27,14 @@ class Comfy:
         return self.is_native_name(module)
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
-        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank)
+        return assemble_with_metadata(tensors, metadata, source, convert_rank, base)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         return writing.state_dict_with_alpha(adapter), writing.string_metadata(adapter.metadata)

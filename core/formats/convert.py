@@ -1,18 +1,19 @@
-"""LoHa, LoKr and full deltas as low-rank updates: factorised exactly, then truncated to the requested rank.
+"""LoHa, LoKr and full differences as low-rank updates: factorised exactly, then truncated to the requested rank.
 
-All in float64; the results are float32. Neither a LoHa or LoKr delta nor a factor that is stored as a product is ever
-formed as a matrix.
+All in float64; the results are float32, and `LowRank.lost` says how much was cut off. Neither a LoHa or LoKr delta nor
+a factor that is stored as a product is ever formed as a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..lowrank import LowRank, truncated_svd
+from ..lowrank import LowRank, product_energy, truncated_svd
 
 # Elements of the factors of one module; a few times as many are in memory at once, in float64. Without a limit a file
 # of some kB could request any size: a Kronecker product, or a Tucker core, is larger than its stored factors.
@@ -54,7 +55,7 @@ def loha(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
     B = (B1[:, :, None] * B2[:, None]).flatten(1)
     rank = parts["hada_w1_b"].shape[0]
     scale = 1.0 if alpha is None else alpha / rank
-    return _lowrank(*truncated_svd(A, scale * B, k), kernel)
+    return low_rank_of_total(*truncated_svd(A, scale * B, k), kernel, product_energy(A, scale * B))
 
 
 def _hada_factors(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, tuple[int, ...]]:
@@ -91,7 +92,7 @@ def lokr(parts: Mapping[str, Tensor], alpha: float | None, k: int) -> LowRank:
     first, second = top // len(A2), top % len(A2)
     A = (A1[first][:, :, None] * A2[second][:, None]).flatten(1)
     B = (B1[:, first][:, None] * B2[:, second]).flatten(0, 1)
-    return _lowrank(A, scale * B, kernel)
+    return low_rank_of_total(A, scale * B, kernel, scale**2 * float(S.square().sum()))
 
 
 def _kron_factors(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
@@ -111,8 +112,13 @@ def _kron_factors(parts: Mapping[str, Tensor], index: int) -> tuple[Tensor, Tens
     return *truncated_svd(A, B, min(B.shape[0], *A.shape)), tuple(core.shape[2:]), b.shape[0]
 
 
+def is_matrix(difference: Tensor) -> bool:
+    """Whether a full difference can be approximated: not a vector, nor one with dimensions of size 1 (modulations)."""
+    return difference.ndim > 1 and difference.shape[0] != 1 and math.prod(difference.shape[1:]) != 1
+
+
 def full(delta: Tensor, k: int) -> LowRank:
-    """The best rank-`k` update for a full delta ``(d_out, ...)``, by the eigenvectors of its smaller Gram matrix."""
+    """The best rank-`k` update for a full difference ``(d_out, ...)``, from its smaller Gram matrix."""
     D = delta.double().flatten(1)
     tall = D.shape[0] > D.shape[1]
     gram = D.mT @ D if tall else D @ D.mT
@@ -122,11 +128,23 @@ def full(delta: Tensor, k: int) -> LowRank:
     # directions below the rounding error of the Gram matrix: zero instead of noise divided by zero
     inverse = torch.where(1e-7 * S[0] < S, 1 / root, 0)
     A, B = (root[:, None] * Q.mT, D @ Q * inverse) if tall else (inverse[:, None] * (Q.mT @ D), Q * root)
-    return _lowrank(A, B, tuple(delta.shape[2:]))
+    return low_rank_of_total(A, B, tuple(delta.shape[2:]), float(D.square().sum()))
 
 
-def _lowrank(A: Tensor, B: Tensor, kernel: tuple[int, ...]) -> LowRank:
-    return LowRank(A.float().contiguous(), B.float().contiguous(), kernel=kernel)
+def low_rank_of_total(A: Tensor, B: Tensor, kernel: tuple[int, ...], total: float) -> LowRank:
+    """The update with the energy that it lacks of `total`, that of the whole delta."""
+    lost = total - product_energy(A, B)
+    lost = lost if lost > 1e-9 * total else 0.0  # less is the rounding error of the energies
+    return LowRank(A.float().contiguous(), B.float().contiguous(), kernel=kernel, lost=lost)
+
+
+def approximation_note(label: str, kinds: Iterable[str], updates: Collection[LowRank], rank: int) -> str:
+    """A sentence for reports on updates that were approximated at a rank."""
+    kept, lost = sum(update.energy() for update in updates), sum(update.lost for update in updates)
+    return (
+        f"{label}: {len(updates)} layers ({', '.join(kinds)}) were approximated at rank {rank}, which keeps "
+        f"{kept / (kept + lost or 1):.1%} of their energy"
+    )
 
 
 def check_convert_rank(convert_rank: int | None) -> None:

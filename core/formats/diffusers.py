@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, cast
 
 from torch import Tensor
 
 from ..adapter import Adapter, Source
-from ..errors import FormatError
-from ..json_text import from_json
-from . import reading, writing
-from .peft_config import PeftScale
+from . import writing
+from .base_weights import BaseWeights
+from .lora_metadata import assemble_with_metadata
 
-_CONFIG = "lora_adapter_metadata"
 _NAME = re.compile(r"(unet|prior|(transformer|text_encoder|connectors)(_\d+)?)\..+")
 # prefixes of other dialects; any other dotted path can be stored (bare paths, base_model.model.)
 _FOREIGN_PREFIXES = ("lora_", "lycoris_", "oft_", "diffusion_model.", "text_encoders.")
@@ -35,10 +32,14 @@ class Diffusers:
         return not module.startswith(_FOREIGN_PREFIXES)
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
-        alpha_of = _alpha_lookup(metadata, source)
-        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
+        return assemble_with_metadata(tensors, metadata, source, convert_rank, base)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.check_names(
@@ -50,36 +51,5 @@ class Diffusers:
             state[down], state[up] = writing.unflatten(writing.fold_scale(part, name))
         for name, bias in writing.lora_B_biases(adapter, self.name).items():
             state[f"{name}.lora_B.bias"] = bias
-        # an input's configuration would apply its alpha a second time
-        metadata = {"format": "pt", **writing.string_metadata(adapter.metadata, _CONFIG)}
+        metadata = {"format": "pt", **writing.string_metadata(adapter.metadata)}
         return writing.add_extras(state, adapter), metadata
-
-
-def _alpha_lookup(metadata: Mapping[str, str], source: Source) -> reading.AlphaLookup | None:
-    """Alphas of the configuration that diffusers stores: one flat JSON object, keys prefixed by the component."""
-    if _CONFIG not in metadata:
-        return None
-    try:
-        flat = cast("dict[str, Any]", from_json(metadata[_CONFIG]))
-        components = {key.split(".", 1)[0] for key in flat}
-        scales = {
-            name: PeftScale.from_config(
-                {key.split(".", 1)[1]: value for key, value in flat.items() if key.startswith(f"{name}.")}, source
-            )
-            for name in components
-        }
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(
-            "The adapter configuration in the file's metadata cannot be read.",
-            file=source.path or None,
-            module=_CONFIG,
-            found=str(error),
-        ) from error
-
-    def alpha_of(module: str, rank: int) -> float | None:
-        component, _, path = module.partition(".")
-        return scales[component](path, rank) if component in scales else None
-
-    return alpha_of

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..adapter import Adapter, Source
 from . import reading, writing
+from .base_weights import BaseWeights
 
 _NAME = re.compile(r"(lora|lycoris|oft)_[^.]+")
 
@@ -28,9 +29,14 @@ class Kohya:
         return self.is_native_name(module)
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
-        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank)
+        return reading.assemble(tensors, metadata, source, convert_rank=convert_rank, base=base)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.check_names(adapter, self.name, self.is_native_name, "lora_unet_down_blocks_0_attentions_0_proj_in")

@@ -12,10 +12,23 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import CONFIG_KEY, Adapter, Source
-from ..errors import SaveError, name_some
+from ..errors import FormatError, SaveError, name_some
+from ..lowrank import LowRank
 from . import reading, writing
+from .base_weights import BaseWeights
 from .peft_config import PREFIX, PeftScale, lora_config, parse_config
-from .suffixes import role_of
+from .peft_experts import (
+    StackedUpdate,
+    equalise_ranks,
+    parameter_of,
+    parameter_ranks,
+    split_experts,
+    stack_experts,
+    stacked_parameters,
+    wrapper_names,
+)
+from .peft_folder import CONFIG
+from .suffixes import classify, role_of
 
 # settings of initialisation and training; PEFT warns where they are set without effect
 _TRAINING_SETTINGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config", "velora_config", "runtime_config")
@@ -39,43 +52,56 @@ class Peft:
         return self.is_native_name(module)
 
     def read(
-        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: Source, convert_rank: int | None
+        self,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        source: Source,
+        convert_rank: int | None,
+        base: BaseWeights | None = None,
     ) -> Adapter:
         """A single file without a configuration has scale 1, as in programs for image models."""
         unprefixed = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
         alpha_of = None
         if CONFIG_KEY in metadata:
             config = parse_config(metadata[CONFIG_KEY], source)
-            scale = PeftScale.from_config(config, source)
+            scale = PeftScale.from_config(config, source, allow_dora=base is not None)
             if config["peft_type"].upper() == "LORA":
-                alpha_of = scale
+                unprefixed = _split_parameters(unprefixed, config, scale, source)
+                alpha_of = _alpha_lookup(scale)
             else:
                 unprefixed = _fold_scales(unprefixed, scale)
                 metadata = {**metadata, CONFIG_KEY: json.dumps(lora_config(config), sort_keys=True)}
-        adapter = reading.assemble(unprefixed, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of)
+        adapter = reading.assemble(
+            unprefixed, metadata, source, convert_rank=convert_rank, alpha_of=alpha_of, base=base
+        )
         originals = {key.removeprefix(PREFIX): key for key in tensors}
         extras = {_unwrapped_key(originals[key], tensors): tensor for key, tensor in adapter.extras.items()}
-        return Adapter(adapter.modules, adapter.diffs, extras, metadata, source)
+        return replace(adapter, extras=extras)
 
     def write(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         writing.check_names(adapter, self.name, self.is_native_name, "model.layers.0.self_attn.q_proj")
+        adapter = replace(adapter, modules=equalise_ranks(adapter.modules))
+        modules, parameters = stack_experts(adapter.modules)
         state: dict[str, Tensor] = {}
-        for name, part in adapter.modules.items():
+        for name, wrapper in wrapper_names(parameters).items():
+            state[f"{PREFIX}{wrapper}.lora_A.weight"] = parameters[name].A
+            state[f"{PREFIX}{wrapper}.lora_B.weight"] = parameters[name].B
+        for name, part in modules.items():
             down, up = writing.unflatten(part)
             if name.endswith(".lora_embedding"):
                 state[f"{PREFIX}{name}_A"], state[f"{PREFIX}{name}_B"] = down, up
             else:
                 state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = down, up
         biases = writing.lora_B_biases(adapter, self.name)
-        embeddings = [name for name in biases if name.endswith(".lora_embedding")]
-        if embeddings:
+        without = [name for name in biases if name.endswith(".lora_embedding") or parameter_of(name)]
+        if without:
             raise SaveError(
-                "PEFT loads biases for all layers or none, and has none for embeddings.",
-                found=f"biases beside {name_some(embeddings, 3)}",
-                remedy="keep the embeddings out of the merge: give them the module weight 0",
+                "PEFT loads biases for all layers or none, and has none for embeddings and stacked experts.",
+                found=f"biases beside {name_some(without, 3)}",
+                remedy="keep these out of the merge: give them the module weight 0",
             )
         for name, bias in biases.items():
-            part = adapter.modules[name]
+            part = modules[name]
             state[f"{PREFIX}{name}.lora_B.bias"] = bias if part.scale == 1.0 else _unscaled(bias, part.scale)
         metadata = {"format": "pt", **writing.string_metadata(adapter.metadata, CONFIG_KEY)}
         return writing.add_extras(state, replace(adapter, extras=self._wrapped_extras(adapter))), metadata
@@ -108,10 +134,16 @@ class Peft:
         config = _input_config(adapter)
         if not any(".token_adapter." in key for key in adapter.extras):
             config.pop("trainable_token_indices", None)
-        layers = {name.removesuffix(".lora_embedding"): part for name, part in adapter.modules.items()}
-        r = _most_common(part.rank for part in layers.values())
-        alphas = {name: _alpha(part) for name, part in layers.items()}
-        lora_alpha = _most_common(alphas.values())
+        modules, parameters = stack_experts(equalise_ranks(adapter.modules))
+        layers = {name.removesuffix(".lora_embedding"): part for name, part in modules.items()}
+        ranks = {name: part.rank for name, part in {**layers, **parameters}.items()}
+        alphas = {name: _alpha(part) for name, part in {**layers, **parameters}.items()}
+        r, lora_alpha = _most_common(ranks.values()), _most_common(alphas.values())
+        # without ^ a name would also match all layers whose names end with it
+        rank_pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+        alpha_pattern = {f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != lora_alpha}
+        for pattern, (rank, alpha) in parameter_ranks(modules, r, lora_alpha).items():
+            rank_pattern[pattern], alpha_pattern[pattern] = rank, _number(alpha)
         return {
             "fan_in_fan_out": False,
             **{key: value for key, value in config.items() if key not in _TRAINING_SETTINGS},
@@ -122,10 +154,10 @@ class Peft:
             "lora_alpha": lora_alpha,
             "use_rslora": False,
             "use_dora": False,
-            # without ^ a name would also match all layers whose names end with it
-            "rank_pattern": {f"^{re.escape(name)}": part.rank for name, part in layers.items() if part.rank != r},
-            "alpha_pattern": {f"^{re.escape(name)}": a for name, a in alphas.items() if a != lora_alpha},
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
             "target_modules": sorted(layers),
+            "target_parameters": sorted(parameters) or None,
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
@@ -169,14 +201,46 @@ def _fold_scales(tensors: Mapping[str, Tensor], scale: PeftScale) -> dict[str, T
     return result
 
 
+def _split_parameters(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], scale: PeftScale, source: Source
+) -> dict[str, Tensor]:
+    """The tensors with the factors of stacked experts under one module per expert, see `split_experts`.
+
+    Raises:
+        FormatError: Factors that do not fit the configuration.
+    """
+    targets = config.get("target_parameters") or []
+    roles, _ = classify(tensors)
+    result = dict(tensors)
+    try:
+        for parameter in stacked_parameters(roles, targets):
+            keys = roles[parameter.wrapper]
+            if {"down", "up"} - set(keys):
+                continue  # reported by `assemble`
+            A, B = result.pop(keys["down"]), result.pop(keys["up"])
+            for name, (A_e, B_e) in split_experts(parameter.name, A, B, scale.rank(parameter.name)).items():
+                result[f"{name}.lora_A.weight"], result[f"{name}.lora_B.weight"] = A_e, B_e
+    except FormatError as error:
+        raise error.at(source.path or None, error.module or CONFIG) from None
+    return result
+
+
+def _alpha_lookup(scale: PeftScale) -> reading.AlphaLookup:
+    """The scales of a configuration, which names parameters where the engine has their experts."""
+    return lambda module, rank: scale(parameter_of(module) or module, rank)
+
+
 def _unscaled(bias: Tensor, scale: float) -> Tensor:
     # a scale of 0 also multiplies the bias of B, so no bias can be stored
     return bias if scale == 0.0 else (bias.float() / scale).to(bias.dtype)
 
 
-def _alpha(part: Any) -> float | int:
-    alpha = part.rank if part.alpha is None else part.alpha
-    return int(alpha) if float(alpha).is_integer() else float(alpha)
+def _alpha(part: LowRank | StackedUpdate) -> float | int:
+    return _number(part.rank if part.alpha is None else part.alpha)
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)
 
 
 def _most_common(values: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from ..adapter import CONFIG_KEY, Adapter, Source
 from ..errors import FormatError, MergeError
 from ..json_text import from_json
+from .dora import DORA_REMEDY
 from .patterns import PatternTable
 from .peft_folder import CONFIG
 
@@ -18,7 +19,6 @@ PREFIX = "base_model.model."  # every key begins with it
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # settings with which the update of a layer is not B @ A
 _OTHER_UPDATES = {
-    "target_parameters": "it adapts bare parameters (mixtures of experts), not layers",
     "use_qalora": "its A reads groups of inputs, not inputs",
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "it changes the base model and has a diagonal between its factors",
@@ -84,14 +84,21 @@ def _not_a_lora(kind: str, file: object) -> FormatError:
     )
 
 
-def _check_update(config: Mapping[str, Any], file: object) -> None:
+def _check_update(config: Mapping[str, Any], file: object, allow_dora: bool) -> None:
     """Raise unless the update is ``B @ A`` on an unchanged base model."""
-    if config.get("use_dora"):
+    if config.get("use_dora") and not allow_dora:
         raise FormatError(
             "This is a DoRA: it rescales the base model's weights, which are not in the file.",
             file=file,
             found="use_dora is true",
-            remedy="convert it in ComfyUI with the model connected, where the base weights are known",
+            remedy=DORA_REMEDY,
+        )
+    if config.get("use_dora") and config.get("fan_in_fan_out"):
+        raise FormatError(
+            "A DoRA of layers with transposed weights cannot be turned into a LoRA here.",
+            file=file,
+            found="use_dora and fan_in_fan_out are true",
+            remedy="merge it into the base model with PEFT, and extract a LoRA",
         )
     for key, reason in _OTHER_UPDATES.items():
         if config.get(key):
@@ -127,13 +134,14 @@ class PeftScale:
     alphas: PatternTable
 
     @staticmethod
-    def from_config(config: Mapping[str, Any], source: Source) -> PeftScale:
+    def from_config(config: Mapping[str, Any], source: Source, *, allow_dora: bool = False) -> PeftScale:
         """Make the scales of a configuration; in those of LoHa and LoKr the key of alpha is ``alpha``.
 
         Raises:
-            FormatError: A value is not a number, or the update is not ``B @ A`` on an unchanged base model.
+            FormatError: A value is not a number, or the update is not ``B @ A`` on an unchanged base model,
+                or, unless `allow_dora`, a DoRA.
         """
-        _check_update(config, source.path or None)
+        _check_update(config, source.path or None, allow_dora)
         try:
             r = int(config.get("r", 8))
             if r < 1:

@@ -30,9 +30,10 @@ _SUFFIXES = {
     ".lora_B.bias": "up_bias",
     ".lora_B.default.bias": "up_bias",
     ".alpha": "alpha",
-    # full deltas, added unchanged
+    # full differences, added unchanged
     ".diff": "diff",
     ".diff_b": "diff_b",
+    ".diff_m": "diff_m",  # of a parameter named modulation
     ".w_norm": "diff",
     ".b_norm": "diff_b",
     # DoRA magnitudes
@@ -54,10 +55,13 @@ _SUFFIXES = {
     **{f".{name}.weight": "GLoRA" for name in ("a1", "a2", "b1", "b2")},
     ".on_input": "IA3",
     ".ia3_l": "IA3",
+    ".lambda_layer": "T-LoRA",
+    ".q_layer.weight": "T-LoRA",
+    ".p_layer.weight": "T-LoRA",
     ".vera_lambda_b": "VeRA",
     ".vera_lambda_d": "VeRA",
 }
-UNSUPPORTED = ("OFT/BOFT", "GLoRA", "IA3", "VeRA")
+UNSUPPORTED = ("T-LoRA", "OFT/BOFT", "GLoRA", "IA3", "VeRA")
 
 _MAX_DOTS = max(suffix.count(".") for suffix in _SUFFIXES)
 _EMBEDDING = re.compile(r"(.+\.lora_embedding)_([AB])(?:\.default)?(?:\.weight)?")

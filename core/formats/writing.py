@@ -14,6 +14,16 @@ from ..adapter import Adapter
 from ..errors import SaveError, name_some
 from ..lowrank import LowRank
 
+STALE = (
+    "lora_adapter_metadata",  # its scale is in the tensors now, and would be applied a second time
+    "ss_network_dim",
+    "ss_network_alpha",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+    "modelspec.hash_sha256",
+)
+"""Metadata that describes the tensors of an input, not those of the output."""
+
 
 def cast(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """The tensor in another dtype.
@@ -64,6 +74,9 @@ def unflatten(part: LowRank) -> tuple[Tensor, Tensor]:
     return down, part.B.reshape(part.d_out, part.rank, *(1 for _ in part.kernel))
 
 
+_DIFF_KEYS = {"bias": "diff_b", "modulation": "diff_m"}  # parameter -> suffix of its difference
+
+
 def processor_keys(module: str) -> tuple[str, str] | None:
     """Keys of down and up for XLabs' attention processors, whose readers know no other keys and no alpha."""
     if re.search(r"\.processor\.\w+_lora\d?$", module) is None:
@@ -72,9 +85,16 @@ def processor_keys(module: str) -> tuple[str, str] | None:
 
 
 def state_dict_with_alpha(adapter: Adapter) -> dict[str, Tensor]:
-    """``lora_down``, ``lora_up`` and ``alpha`` of every module; diffs as ``.diff`` and ``.diff_b``."""
+    """``lora_down``, ``lora_up`` and ``alpha`` of every module; diffs as ``.diff``, ``.diff_b`` and ``.diff_m``.
+
+    A module with a full difference has no factors beside it, of which loaders would use one or the other: the update is
+    added to the difference.
+    """
     state: dict[str, Tensor] = {}
+    full = {name for name in adapter.modules if f"{name}.weight" in adapter.diffs}
     for name, part in adapter.modules.items():
+        if name in full:
+            continue
         processor = processor_keys(name)
         if processor is not None:
             state[processor[0]], state[processor[1]] = unflatten(fold_scale(part, name))
@@ -83,8 +103,21 @@ def state_dict_with_alpha(adapter: Adapter) -> dict[str, Tensor]:
         state[f"{name}.alpha"] = torch.tensor(float(part.rank if part.alpha is None else part.alpha))
     for name, tensor in adapter.diffs.items():
         module, _, parameter = name.rpartition(".")
-        state[f"{module}.diff_b" if parameter == "bias" else f"{module}.diff"] = tensor
+        if parameter == "weight" and module in full:
+            tensor = _sum_of(tensor, adapter.modules[module], module)
+        state[f"{module}.{_DIFF_KEYS.get(parameter, 'diff')}"] = tensor
     return add_extras(state, adapter)
+
+
+def _sum_of(diff: Tensor, part: LowRank, module: str) -> Tensor:
+    """A full difference of a layer's weight plus a low-rank update of the same weight."""
+    if diff.numel() != part.d_out * part.d_in or diff.shape[0] != part.d_out:
+        raise SaveError(
+            "A full difference and factors of one layer have different shapes.",
+            module=module,
+            found=f"{tuple(diff.shape)} and {(part.d_out, part.d_in)}",
+        )
+    return cast(diff.float() + part.delta().reshape(diff.shape), diff.dtype, module)
 
 
 def lora_B_biases(adapter: Adapter, format: str) -> dict[str, Tensor]:
@@ -140,5 +173,5 @@ def check_names(adapter: Adapter, format: str, can_store: Callable[[str], bool],
 
 
 def string_metadata(metadata: Mapping[str, str], *excluded: str) -> dict[str, str]:
-    """The metadata without some keys, all values as strings."""
-    return {key: str(value) for key, value in metadata.items() if key not in excluded}
+    """The metadata without some keys and without what described the tensors of the input, all values as strings."""
+    return {key: str(value) for key, value in metadata.items() if key not in (*STALE, *excluded)}

@@ -6,23 +6,32 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import combinations
 
-from ..adapter import Adapter, base_model, is_text_encoder
+from ..adapter import CONFIG_KEY, Adapter, base_model, is_text_encoder
 from ..errors import LegoMoleError, MergeError, name_some
 from ..formats.peft_config import check_compatible
+from .common_names import align_family
+from .experts import unify_experts
 from .keymap import KeyMap, apply_key_map, unmapped_modules
+from .resolve import resolve
 from .spelling import unify_spelling
+from .widen import widen_inputs
 
 KeyMapResolver = Callable[[Sequence[Adapter]], KeyMap]
 _BLOCK_NUMBER = re.compile(r"\.\d+\.")
 
 
 def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None) -> list[Adapter]:
-    """The adapters under common module names.
+    """The adapters under common module names, so that each layer, or part of a layer, has one name in all of them.
 
-    Adapters that name their layers alike are returned unchanged: their names are those of the merged file. Where two
-    adapters share no layer of the diffusion model (or of the text encoders), or each has kinds of layers that the other
-    lacks (a fused ``qkv`` here, a ``to_q`` there), names that differ in prefix and punctuation only get one spelling.
-    If that is not enough, the host's key map is used, provided that more layers are shared under its names.
+    Adapters that name their layers alike are returned unchanged: their names are those of the merged file. If the base
+    model's family is known (see `families`), layers are those of its tables: a fused ``qkv`` here and a ``to_q`` there
+    are divided at their common boundaries, and layers with several names get those of the first adapter's dialect, or
+    of one that can name all parts. Adapters of one family may change different layers of it.
+
+    In unknown families layers are compared by name. Where two adapters share no layer of the diffusion model (or of
+    the text encoders), or each has kinds of layers that the other lacks (a fused ``qkv`` here, a ``to_q`` there), names
+    that differ in prefix and punctuation only get one spelling. If that is not enough, the host's key map is used,
+    provided that more layers are shared under its names.
 
     Adapters without a common layer may be merged where they are known to change parts of one model: one adapter of the
     text encoders only and one of the diffusion model only, in one dialect; PEFT folders that name the same base model
@@ -36,9 +45,17 @@ def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None)
         The adapters, in order, renamed only where that is necessary.
 
     Raises:
-        MergeError: The adapters share no layer, or are for different base models or vocabularies.
+        MergeError: The adapters share no layer, or are for different base models or vocabularies; or a file holds two
+            different updates of one layer.
     """
-    adapters = list(adapters)
+    adapters = unify_experts(adapters)
+    resolution = resolve(adapters)
+    if resolution is not None:
+        _check_shapes(adapters)
+        result = widen_inputs(align_family(adapters, resolution))
+        _check_shapes(result)
+        check_compatible(result)
+        return result
     result = adapters
     connected = _disjoint_pair(adapters) is None
     if not connected or _differ_in_kind(adapters):
@@ -67,14 +84,24 @@ def align(adapters: Sequence[Adapter], *, key_map: KeyMapResolver | None = None)
             expected="LoRAs of the same base model",
             found=f"{first.source.format or '?'} names such as {name_some(first.modules, 2)}; "
             f"{second.source.format or '?'} names such as {name_some(second.modules, 2)}",
-            remedy="check that both are for the same base model; if they are, connect the model in ComfyUI"
-            if key_map is not None
-            else "install diffusers (pip install 'legomole[diffusers]') or connect the model in ComfyUI, "
-            "so that the names can be translated",
+            remedy=_remedy(pair, key_map is not None),
         )
+    result = widen_inputs(result)
     _check_shapes(result)
     check_compatible(result)
     return result
+
+
+def _remedy(pair: tuple[Adapter, Adapter], has_key_map: bool) -> str:
+    """What to do about two adapters without a common layer."""
+    if any(CONFIG_KEY in adapter.metadata for adapter in pair):  # ComfyUI loads no language models
+        return "check that both are for the same base model"
+    if has_key_map:
+        return "check that both are for the same base model; if they are, connect the model in ComfyUI"
+    return (
+        "install diffusers (pip install 'legomole[diffusers]') or connect the model in ComfyUI, so that the names can "
+        "be translated"
+    )
 
 
 def _components(adapter: Adapter) -> tuple[set[str], set[str]]:

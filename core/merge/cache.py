@@ -34,7 +34,7 @@ class GramCache:
         """Give a batch's pool the values that were computed from the same factors before."""
         entry = self._entries.get(batch)
         if entry is not None and entry.content == pool.content:
-            pool.values.products, pool.values.own = entry.values.products, entry.values.own
+            pool.values.products, pool.values.adapter_svds = entry.values.products, entry.values.adapter_svds
 
     def store(self, batch: Hashable, pool: Pool) -> None:
         """Keep the values of a batch's pool, in place of the batch's former entry. Thread-safe."""

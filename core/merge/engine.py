@@ -107,6 +107,7 @@ def merge(
         dropped=leftovers.dropped,
         notes=(
             *checked.notes(adapters),
+            *(note for adapter, used in zip(adapters, checked.used, strict=True) if used for note in adapter.notes),
             *_strength_notes(method, checked.model),
             *_module_notes(reports, remarks),
         ),

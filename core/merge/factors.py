@@ -49,8 +49,8 @@ class Factors(ABC):
         The next piece may overwrite the tensors of the one before.
         """
         A, B = self.whole
-        for at in self._spans():
-            yield at, A[at], B[at]
+        for span in self._spans():
+            yield span, A[span], B[span]
 
     def _spans(self) -> list[slice]:
         M, P, d_in, d_out = self.shape
@@ -112,10 +112,10 @@ class FileFactors(Factors):
             return
         spans = self._spans()
         A, B = self._allocate(spans[0].stop)
-        for at in spans:
-            A, B = A[: at.stop - at.start], B[: at.stop - at.start]
-            _read(self.parts[at], A, B)
-            yield at, A, B
+        for span in spans:
+            A, B = A[: span.stop - span.start], B[: span.stop - span.start]
+            _read(self.parts[span], A, B)
+            yield span, A, B
 
     def _allocate(self, modules: int) -> tuple[Tensor, Tensor]:
         _, P, d_in, d_out = self.shape

@@ -106,9 +106,9 @@ def best_rank_one(G_A: Tensor, G_B: Tensor, labels: Tensor, k: int) -> tuple[Ten
         both = (inside[:, :, None] & inside[:, None, :]).to(G_A)
         a, b = top_pair(*(_submatrices(G, m, units).mul_(both) for G in (G_A, G_B)))
         cluster = inside.nonzero()[:, 0]
-        at = (m[cluster], units[inside], c[cluster])
+        position = (m[cluster], units[inside], c[cluster])
         root = n[m, c, None].to(G_A).rsqrt()  # of the 1/n, half of it on each factor
-        alpha[at], beta[at] = (a * root)[inside], (b * root)[inside]
+        alpha[position], beta[position] = (a * root)[inside], (b * root)[inside]
     return alpha, beta
 
 

@@ -125,7 +125,9 @@ class Merged:
     derivation: Derivation | None = None
 
 
-def relative_error(pool: Pool, merged: Merged, dtype: torch.dtype = torch.float32) -> Tensor:
+def relative_error(
+    pool: Pool, merged: Merged, dtype: torch.dtype = torch.float32, lost: Tensor | None = None
+) -> Tensor:
     """``|merged - sum|_F / |sum|_F`` per module, ``(M,)`` float64, of the merged factors as they are stored.
 
     Where the sum is zero it is ``|merged|_F``. It follows from Gram matrices, those of the pool and of the result:
@@ -136,8 +138,12 @@ def relative_error(pool: Pool, merged: Merged, dtype: torch.dtype = torch.float3
     factors and still shows any loss of precision, in the products or in the conversion to `dtype`. Extrapolated to
     all columns and rows, ``|B' dA|^2 + |dB A'|^2`` is added.
 
+    What approximations at reading cut off belongs to the sum and is missing in the merge. It is orthogonal to the
+    update it was cut off from; its products with other updates are neglected.
+
     Args:
         pool: The merged pool. merged: The result in float32. dtype: Dtype it is stored in.
+        lost: ``(M,)``, squared norm of what was cut off from each module's sum; ``None`` for nothing.
     """
     total = pool.inner.sum((1, 2)).clamp_min(0)
     derivation = merged.derivation
@@ -154,6 +160,8 @@ def relative_error(pool: Pool, merged: Merged, dtype: torch.dtype = torch.float3
         dA, dB = computed.A.to(dtype) - exact.A, computed.B.to(dtype) - exact.B
         B_dA, dB_A = (torch.bmm(G_B, dA) * dA).sum((1, 2)), (torch.bmm(dB, G_A) * dB).sum((1, 2))
         error.add_(B_dA, alpha=merged.A.shape[2] / dA.shape[2]).add_(dB_A, alpha=merged.B.shape[1] / dB.shape[1])
+    if lost is not None:
+        error, total = error + lost.to(error), total + lost.to(total)
     return (error / torch.where(total > 0, total, 1)).sqrt()
 
 

@@ -21,15 +21,15 @@ class GramValues:
 
     Args:
         products: ``A A^T`` and ``B^T B``, ``(M, P, P)`` float64 each.
-        own: SVD of every adapter's delta without the user's weight, in terms of its own units.
+        adapter_svds: SVD of every adapter's delta without the user's weight, in terms of its own units.
     """
 
     products: tuple[Tensor, Tensor] | None = None
-    own: tuple[gram.GramSVD, ...] | None = None
+    adapter_svds: tuple[gram.GramSVD, ...] | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(value.nbytes for value in (*(self.products or ()), *(self.own or ())))
+        return sum(value.nbytes for value in (*(self.products or ()), *(self.adapter_svds or ())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +121,14 @@ class Pool:
         return self.values.products
 
     @property
-    def own(self) -> tuple[gram.GramSVD, ...]:
+    def adapter_svds(self) -> tuple[gram.GramSVD, ...]:
         """SVD of every adapter's delta without the user's weight, in terms of its own units."""
-        if self.values.own is None:
+        if self.values.adapter_svds is None:
             G_A, G_B = self._products()
-            self.values.own = tuple(gram.svd(G_A[:, at, at], G_B[:, at, at], self.scale[:, at]) for at in self.spans)
-        return self.values.own
+            self.values.adapter_svds = tuple(
+                gram.svd(G_A[:, span, span], G_B[:, span, span], self.scale[:, span]) for span in self.spans
+            )
+        return self.values.adapter_svds
 
     @cached_property
     def svd(self) -> gram.GramSVD:
@@ -154,13 +156,18 @@ class Pool:
         return replace(self, factors=InMemoryFactors(A, B), scale=scale, weights=weights)
 
 
-def overlap(pool: Pool) -> tuple[Tensor, Tensor]:
+def overlap(pool: Pool, lost: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The size of each adapter's delta, and the similarity of any two.
+
+    Args:
+        pool: The pool.
+        lost: ``(M, N)``, squared norm of what approximations at reading cut off from each delta; ``None`` for nothing.
 
     Returns:
         ``norms (M, N)``: Frobenius norms. ``cosine (M, N, N)``: ``<delta_i, delta_j> / (|delta_i| |delta_j|)``,
         0 where one is zero.
     """
-    norms = pool.inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    inner = pool.inner if lost is None else pool.inner + torch.diag_embed(lost.to(pool.inner))
+    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
-    return norms, torch.where(scale > 0, pool.inner / torch.where(scale > 0, scale, 1), 0)
+    return norms, torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1), 0)

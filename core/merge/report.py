@@ -31,7 +31,8 @@ class ModuleReport:
         norms: Frobenius norm of each adapter's delta, weight included.
         cosine: Overlap of the adapters' deltas, ``N x N``: 1 the same direction, 0 unrelated, -1 opposite.
         error: ``|merged - sum of deltas| / |sum of deltas|`` (Frobenius) of the factors as they are stored: 0 is the
-            exact sum. Rounding to the output's dtype is part of it, about 3e-4 in float16 and 2e-3 in bfloat16.
+            exact sum. Rounding to the output's dtype is part of it, about 3e-4 in float16 and 2e-3 in bfloat16, and so
+            is what was cut off when a file that is not low rank was approximated.
         clusters: For a clustering method: per merged unit, how many units came from each adapter.
     """
 

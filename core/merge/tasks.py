@@ -84,13 +84,21 @@ class BatchMerger:
             if self.cache is not None:
                 self.cache.store(batch, pool)
             modules = dict(_updates(adapters, pool, merged, self.dtype))
-            reports = tuple(_module_reports(pool, merged, self.dtype))
+            reports = tuple(_module_reports(pool, merged, self.dtype, self._lost(adapters, batch)))
             return BatchResult(modules, reports, dict(merged.remarks), tuple(self._accounts(pool, merged)))
 
     def _accounts(self, pool: Pool, merged: Merged) -> Sequence[ModuleAccount]:
         if self.statistics is None:
             return ()
         return account_batch(pool, merged, getattr(self.method, "rank", None) or Rank(1, "x"), self.statistics)
+
+    def _lost(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> torch.Tensor | None:
+        """Energy that approximations at reading cut off from each module's deltas, ``(M, N)``; ``None`` for nothing."""
+        lost = [
+            [self.weights[i][name] ** 2 * adapters[i].modules[name].lost for i in batch.adapters]
+            for name in batch.names
+        ]
+        return torch.tensor(lost, dtype=torch.float64) if any(map(any, lost)) else None
 
     def _merge(self, pool: Pool) -> Merged:
         try:
@@ -201,9 +209,11 @@ def overflow_error(module: str, dtype: torch.dtype, largest: float) -> MergeErro
     )
 
 
-def _module_reports(pool: Pool, merged: Merged, dtype: torch.dtype) -> Iterator[ModuleReport]:
-    errors = relative_error(pool, merged, dtype).tolist()
-    norms, cosine = (table.tolist() for table in overlap(pool))
+def _module_reports(
+    pool: Pool, merged: Merged, dtype: torch.dtype, lost: torch.Tensor | None
+) -> Iterator[ModuleReport]:
+    errors = relative_error(pool, merged, dtype, None if lost is None else lost.sum(1)).tolist()
+    norms, cosine = (table.tolist() for table in overlap(pool, lost))
     clusters: list[list[list[int]]] | None = None
     if merged.labels is not None:  # the units of each adapter in each cluster, (M, k, N)
         k, n = merged.A.shape[1], len(pool.ranks)

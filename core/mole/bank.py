@@ -110,7 +110,7 @@ def _find_targets(model: nn.Module, mixture: Mixture) -> dict[str, LayerSlice]:
             expected=f"layers like {name_some(sorted(_adaptable_layers(model)), 3)}",
             found=f"{len(names)} layers such as {name_some(names, 3)}",
             remedy="use the base model the LoRA was trained for; for a file with other layer names, let "
-            "`legomole.hosts.diffusers.mixing.experts` (diffusers) or the MoLE Mix node (ComfyUI) find the layers",
+            "`legomole.experts` (diffusers, transformers) or the MoLE Mix node (ComfyUI) find the layers",
         )
     return targets
 

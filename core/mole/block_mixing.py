@@ -14,7 +14,7 @@ from ..errors import MergeError
 from .forwards import ArgumentFinder, ReplacedForward
 from .gate_inputs import block_expert_features
 from .gate_values import GateScope, GateValues
-from .gates import READS_LAYER_INPUT
+from .gates import READS_LAYER_INPUT, READS_TEXT
 from .recompute import copied, recomputed
 from .stack import fit_batch
 
@@ -65,7 +65,7 @@ class BlockForward(ReplacedForward):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The block itself, without recomputation."""
         values = self.gate_values
-        if values.reads != "text":
+        if values.reads not in READS_TEXT:
             for scope in self.scopes:
                 scope.value = None
         if self.mixes_outputs:

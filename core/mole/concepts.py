@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import MergeError
 
 _TEMPERATURE = 0.5  # of the smooth maximum over tokens, in logits
-_ABSENT = -30.0  # logit of a text without tokens
 # Models' names for the mask of their text conditioning, (B, T).
 _MASK_ARGUMENTS = ("attention_mask", "encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask")
 
@@ -77,7 +76,7 @@ class ConceptDetector(nn.Module):
         square = x.square().mean(-1)
         logits = nn.functional.linear(x, self.weight.to(x)) * square.clamp_min(1e-12).rsqrt()[..., None]  # (B, T, N)
         is_token = (square > 0) if mask is None else (square > 0) & mask
-        return torch.sigmoid(smooth_maximum(logits + self.bias, is_token[..., None])).float()
+        return torch.sigmoid(smooth_maximum(logits + self.bias.to(x), is_token[..., None])).float()
 
     def select(self, keep: Sequence[int]) -> ConceptDetector:
         """The detector of these experts' concepts, in this order."""
@@ -100,12 +99,8 @@ def smooth_maximum(logits: Tensor, valid: Tensor) -> Tensor:
     Returns:
         ``(B, ..)``; a very negative number where nothing is valid.
     """
-    masked = logits.masked_fill(~valid, float("-inf"))
-    shift = masked.amax(1, keepdim=True).clamp_min(_ABSENT)  # finite where nothing is valid
-    share = ((masked - shift) / _TEMPERATURE).exp()
-    total = share.sum(1)
-    mean = (share * logits.masked_fill(~valid, 0.0)).sum(1) / total.clamp_min(1e-30)
-    return torch.where(total > 0, mean, torch.full_like(mean, _ABSENT))
+    masked = logits.masked_fill(~valid, torch.finfo(logits.dtype).min / 2)  # finite, so that its share of 0 adds 0
+    return ((masked / _TEMPERATURE).softmax(1) * masked).sum(1)
 
 
 def text_mask(arguments: Mapping[str, Any], text: Tensor) -> Tensor | None:

@@ -249,8 +249,9 @@ class GateValues:
             parts = [gates.values(gates.text_features(*part)) for part in texts]
             sharing.remember(dict(zip(gates.names, zip(*parts, strict=True), strict=True)))
         if self.input_observer is not None:
+            owner = torch.arange(gates.experts, device=f.device) if self.reads == "text" else None
             for name in self.scopes:
-                self.input_observer(name, f, None)
+                self.input_observer(name, f, owner)
         if gates.trained:
             check_size(f, gates[gates.names[0]], gates.names[0], self.reads)
             for name, value in zip(gates.names, gates.values(f), strict=True):

@@ -45,7 +45,7 @@ class PromptGateSharing:
         self._batch = 0
         self._prompt_rows: tuple[int, ...] = ()
         self._prompt_gates: dict[str, list[Tensor]] = {}  # scope -> gates of the prompt's samples, pass by pass
-        self._earlier: set[str] = set()  # scopes whose remembered gates are of an earlier step
+        self._earlier: set[str] = set()  # scopes whose remembered gates the prompt's next pass replaces
         self._prompt_passed = False
         self._indices: dict[Any, Tensor] = {}
 
@@ -78,37 +78,43 @@ class PromptGateSharing:
     def remember(self, gates: Mapping[str, Sequence[Tensor]]) -> None:
         """Use these as the prompt's gates: scope -> ``(B, N)`` of each of its parts."""
         self._prompt_gates = {scope: list(values) for scope, values in gates.items()}
+        self._earlier = set(gates)  # the prompt's own pass replaces them
 
     def __call__(self, scope: str, value: Tensor, named: Tensor | None = None) -> Tensor:
         """Gates of a scope, with the prompt's for the other samples.
 
         Args:
             scope: The scope.
-            value: ``(B, N)`` gates by each sample's own text; ``(1, N)`` is returned as it is.
-            named: ``(B, N)`` bool, whether a sample's own text names the concept; ``None`` if unknown.
+            value: ``(B, N)`` gates by each sample's own text; ``(1, N)`` is returned as it is, unless it is of another
+                prompt's pass and the prompt's gates are known.
+            named: ``(B, N)`` or ``(1, N)`` bool, whether a sample's own text names the concept; ``None`` if unknown.
         """
+        knows_prompt = self._remembers and not self._prompt_rows and scope in self._prompt_gates
+        if value.shape[0] == 1 and knows_prompt:
+            value = value.expand(self._batch, *value.shape[1:])
         if value.shape[0] != self._batch:
             return value
-        source = value
-        if self._remembers:
-            if self._prompt_rows:
-                if scope in self._earlier:
-                    self._earlier.remove(scope)
-                    del self._prompt_gates[scope]
-                rows = self._index((self._prompt_rows,), value.device)[0]
-                self._prompt_gates.setdefault(scope, []).append(value[rows])
-            elif scope in self._prompt_gates:
-                source = torch.cat(self._prompt_gates[scope]).to(value)
-        if len(self._prompt_rows) == self._batch or (not self._prompt_rows and source is value):
+        sources = [value] if self._prompt_rows else []
+        if self._remembers and self._prompt_rows:
+            if scope in self._earlier:
+                self._earlier.remove(scope)
+                del self._prompt_gates[scope]
+            rows = self._index((self._prompt_rows,), value.device)[0]
+            self._prompt_gates.setdefault(scope, []).append(value[rows])
+        elif knows_prompt:
+            sources = [part.to(value) for part in self._prompt_gates[scope]]
+        if not sources or len(self._prompt_rows) == self._batch:
             return value
-        index = self._index(_source_rows(self._prompt_rows, self._batch, len(source)), value.device)
-        shared = source[index].mean(0)
+        shared = torch.cat([part[self._source_index(len(part), value.device)] for part in sources]).mean(0)
         return shared if named is None else torch.where(named, value, shared)
 
     @property
     def _remembers(self) -> bool:
         # a compiled model keeps nothing from one pass to the next
         return self.separate_passes and not torch.compiler.is_compiling()
+
+    def _source_index(self, remembered: int, device: torch.device) -> Tensor:
+        return self._index(_source_rows(self._prompt_rows, self._batch, remembered), device)
 
     def _index(self, rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
         if torch.compiler.is_compiling():
@@ -123,7 +129,7 @@ def _source_rows(prompt_rows: tuple[int, ...], batch: int, remembered: int) -> t
     """For each part of the prompt, the row whose gates each sample gets: ``parts x batch`` positions.
 
     Args:
-        prompt_rows: Rows of the prompt in this pass; if there are none, all `remembered` rows of earlier passes are.
+        prompt_rows: Rows of the prompt in this pass; if there are none, all `remembered` rows of an earlier pass are.
     """
     sources = prompt_rows or tuple(range(remembered))
     others = [row for row in range(batch) if row not in prompt_rows]

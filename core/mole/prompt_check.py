@@ -29,15 +29,16 @@ def prompt_warnings(
         return []
     named = concepts_in([prompt], detector.words)[0].tolist()
     values = gates.values(gates.text_features(text[None], None if mask is None else mask[None]))
-    mean = torch.cat(values).mean(0) / gates.settings.even(gates.experts)
+    even, mean = gates.settings.even(gates.experts), torch.cat(values).mean(0).detach()
+    may_be_shut = gates.settings.activation != "softmax"  # which is even where no concept is named
     warnings: list[str] = []
     for label, words, is_named, value in zip(labels, detector.words, named, mean.tolist(), strict=True):
         if not words:
             continue
         found = f"its gate is {value:.2f} of 1 for the prompt {_shortened(prompt)!r}"
-        if is_named and value < _SHUT:
+        if is_named and value < _SHUT * even:
             warnings.append(f"{label} is nearly off although the prompt has its words ({', '.join(words)}): {found}")
-        elif not is_named and value > _OPEN and gates.settings.activation != "softmax":  # even where none is named
+        elif not is_named and value > _OPEN * even and may_be_shut:
             warnings.append(f"{label} is on although the prompt has none of its words ({', '.join(words)}): {found}")
     return warnings
 

@@ -143,9 +143,9 @@ class Canvas:
             self.text(x - 6, level, label, PALE, size=size, anchor="rm")
         self.rule(x, y + height, width, PALE)
         for share, label in across:
-            at = x + width * share
-            self.rule(at, y + height, 4, PALE, upright=True)
-            self.text(at, y + height + 7, label, PALE, size=size, anchor="ma")
+            tick = x + width * share
+            self.rule(tick, y + height, 4, PALE, upright=True)
+            self.text(tick, y + height + 7, label, PALE, size=size, anchor="ma")
 
     def _segment(self, start: Point, end: Point, fill: Colour, width: float) -> None:
         (x0, y0), (x1, y1) = start, end
@@ -211,11 +211,11 @@ def _dashes(start: Point, end: Point) -> Sequence[tuple[Point, Point]]:
     (x0, y0), (x1, y1) = start, end
     pieces = max(1, round(math.hypot(x1 - x0, y1 - y0) / 5))
 
-    def at(i: int) -> Point:
+    def point(i: int) -> Point:
         share = min(1.0, i / pieces)
         return x0 + (x1 - x0) * share, y0 + (y1 - y0) * share
 
-    return [(at(i), at(i + 1)) for i in range(0, pieces, 2)]
+    return [(point(i), point(i + 1)) for i in range(0, pieces, 2)]
 
 
 @lru_cache(maxsize=64)

@@ -22,12 +22,15 @@ def compose(
     normalize: bool | None = None,
     dtype: str | None = None,
     format: str | None = None,
+    reader: str | None = None,
     convert_rank: int | None = None,
+    base_model: str | None = None,
     file: object = None,
 ) -> Recipe:
     """Return a recipe: the base's fields, replaced by those that are given.
 
-    Settings of the base are kept only if the method stays the same, and the hash of its statistics only if they do.
+    Settings of the base are kept only if the method stays the same, the hash of its statistics only if they do, and its
+    conversions only if neither `dtype` nor `format` is given.
 
     Args:
         base: Recipe to start from; default an empty one of the method ``lego``.
@@ -36,8 +39,9 @@ def compose(
         settings: Settings of the method, by name; those with value ``None`` are not given.
         module_weights: Pattern -> factor for every input; replaces the base's factor of an equal pattern.
         input_module_weights: The same per input, in order; may be shorter than the inputs.
-        normalize, dtype, format: See `Recipe`; ``None`` keeps the base's.
+        normalize, dtype, format, reader: See `Recipe`; ``None`` keeps the base's.
         convert_rank: The same; also replaces those of the base's inputs.
+        base_model: `Recipe.base`; ``None`` keeps the base's.
         file: File of the base, named in errors.
 
     Raises:
@@ -56,7 +60,12 @@ def compose(
     if "statistics" in given:
         data.pop("statistics_sha256", None)
     data["settings"] = {**data.get("settings", {}), **given}
-    fields = {"normalize": normalize, "dtype": dtype, "format": format, "convert_rank": convert_rank}
+    if dtype is not None or format is not None or reader is not None:
+        data.pop("conversions", None)
+    fields = {"normalize": normalize, "dtype": dtype, "format": format, "reader": reader, "convert_rank": convert_rank}
+    if base_model is not None:
+        data |= {"base": base_model}
+        data.pop("base_fingerprint", None)
     data |= {key: value for key, value in fields.items() if value is not None}
     if module_weights:
         data["module_weights"] = {**data.get("module_weights", {}), **module_weights}

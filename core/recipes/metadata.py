@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,25 +11,29 @@ from typing import Any
 from ..adapter import CONFIG_KEY, Adapter
 from ..errors import name_some
 from ..formats.peft_config import combine_configs, labelled_configs
+from ..formats.writing import STALE
 from ..json_text import from_json
 from ..merge.account import Prediction
 from ..merge.report import MANY, MergeReport, ModuleReport
-from .recipe import HUB_PREFIX, Recipe
+from .recipe import HUB_PREFIX, Conversion, Recipe
 
 KEY = "legomole"
 """The metadata entry that holds recipe and report as JSON."""
 
-# Entries that other tools read. They are kept if all inputs that have them agree; the report names disagreements.
-_KEPT_IF_EQUAL = (
-    "ss_base_model_version",
-    "ss_v2",
-    "modelspec.sai_model_spec",
-    "modelspec.architecture",
-    "modelspec.implementation",
-    "modelspec.prediction_type",
-    "modelspec.resolution",
+NOT_REPEATABLE = "legomole cannot repeat this merge from its recipe"
+"""Beginning of the note in a report that gives the reasons."""
+
+# Entries about a training. They are kept if all inputs have them and agree: the result was trained in the same way.
+_TRAINING = re.compile(r"ss_.*|training_info")
+_BASE_MODEL = ("ss_base_model_version", "ss_v2")  # kept as entries of other kinds are
+# Entries about one file alone, and those that are made anew from all inputs.
+_REPLACED = re.compile(
+    r"ss_(tag_frequency|output_name|session_id|training_(started|finished)_at|network_.*|.*model_hash)|sshs_.*|"
+    r"modelspec\.(title|merged_from|hash_sha256|date|thumbnail|trigger_phrase)|format|name|"
+    + "|".join(map(re.escape, (KEY, CONFIG_KEY, *STALE)))
 )
 _PEFT_KEPT_IF_EQUAL = ("base_model_name_or_path", "revision", "task_type")
+_MAX_VALUE = 100  # characters of a value in a note
 _MAX_TAGS = 20  # per data set in ss_tag_frequency: enough to find a trigger word, small in the header
 
 
@@ -36,31 +41,37 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     """Return the metadata of a merged file. Equal merges give equal text.
 
     The entry `KEY` holds the recipe and a compact report as JSON. Of the paths of inputs and statistics only the file
-    names are kept, because folders are private, unlike names on the Hugging Face Hub. ``ss_base_model_version``,
-    ``modelspec.architecture`` and similar entries are kept if the inputs agree; trigger phrases are joined; of each
-    training set's tags the most frequent are kept. For PEFT configurations see `combine_configs`.
+    names are kept, because folders are private, unlike names on the Hugging Face Hub. Other entries, such as
+    ``modelspec.architecture`` or ``reference_downscale_factor``, are kept if the inputs that have them agree, and
+    entries about the training if all inputs do; trigger phrases are joined; of each training set's tags the most
+    frequent are kept. For PEFT configurations see `combine_configs`.
 
     Args:
         recipe: The merge.
         report: Its report.
-        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order.
+        inputs: The adapters as loaded, for their hashes and metadata, in the recipe's order. Those without a hash are
+            recorded as adapters in memory.
     """
     entries = [
-        entry.model_copy(update={"path": _file_name(entry.path), "sha256": adapter.source.sha256})
+        entry.model_copy(
+            update={
+                "path": _file_name(entry.path),
+                "sha256": adapter.source.sha256,
+                "in_memory": not adapter.source.sha256,
+            }
+        )
         for entry, adapter in zip(recipe.inputs, inputs, strict=True)
     ]
     settings = {key: _file_name(value) if key == "statistics" else value for key, value in recipe.settings.items()}
-    stored = recipe.model_copy(update={"inputs": entries, "settings": settings})
+    base = None if recipe.base is None else _file_name(recipe.base)
+    stored = recipe.model_copy(update={"inputs": entries, "settings": settings, "base": base})
     labels = [adapter.label for adapter in inputs]
     metadata = {
         KEY: _to_json({"recipe": stored.to_dict(), "report": compact(report)}),
         "modelspec.title": f"{' + '.join(labels)} ({report.method})",
         "modelspec.merged_from": ", ".join(labels),
     }
-    for key in _KEPT_IF_EQUAL:
-        values = {adapter.metadata[key] for adapter in inputs if adapter.metadata.get(key)}
-        if len(values) == 1:
-            metadata[key] = values.pop()
+    metadata |= _common_entries(inputs)[0]
     phrases = [phrase for adapter in inputs if (phrase := adapter.metadata.get("modelspec.trigger_phrase"))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
@@ -71,6 +82,49 @@ def file_metadata(recipe: Recipe, report: MergeReport, inputs: Sequence[Adapter]
     if config:
         metadata[CONFIG_KEY] = json.dumps(config, sort_keys=True)
     return metadata
+
+
+def with_conversion(metadata: Mapping[str, str], step: Conversion) -> dict[str, str]:
+    """Return the metadata of a merged file with a conversion added to its recipe."""
+    return _with_entry(metadata, "recipe", "conversions", step.model_dump(exclude_defaults=True))
+
+
+def with_note(metadata: Mapping[str, str], note: str) -> dict[str, str]:
+    """Return the metadata of a merged file with a note added to its report."""
+    return _with_entry(metadata, "report", "notes", note)
+
+
+def _with_entry(metadata: Mapping[str, str], part: str, field: str, entry: object) -> dict[str, str]:
+    try:
+        data = from_json(metadata[KEY])
+        changed = {**data[part], field: [*data[part].get(field, []), entry]}
+    except (ValueError, KeyError, TypeError, AttributeError):  # broken; whoever reads it gets an error
+        return dict(metadata)
+    return {**metadata, KEY: _to_json({**data, part: changed})}
+
+
+def _common_entries(inputs: Sequence[Adapter]) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]], list[str]]:
+    """The entries on which the inputs agree; those that differ, with (label, value); those about training that do."""
+    values: dict[str, list[tuple[str, str]]] = {}
+    for adapter in inputs:
+        for key, value in adapter.metadata.items():
+            if value and _REPLACED.fullmatch(key) is None:
+                values.setdefault(key, []).append((adapter.label, value))
+    common: dict[str, str] = {}
+    differing: dict[str, list[tuple[str, str]]] = {}
+    training: list[str] = []
+    for key, pairs in sorted(values.items()):
+        agree = len({value for _, value in pairs}) == 1
+        if _TRAINING.fullmatch(key) and key not in _BASE_MODEL:
+            if agree and len(pairs) == len(inputs):
+                common[key] = pairs[0][1]
+            else:
+                training.append(key)
+        elif agree:
+            common[key] = pairs[0][1]
+        else:
+            differing[key] = pairs
+    return common, differing, training
 
 
 def with_recipe_fields(metadata: Mapping[str, str], **fields: Any) -> dict[str, str]:
@@ -109,14 +163,18 @@ def disagreements(inputs: Sequence[Adapter]) -> list[str]:
         and CONFIG_KEY not in adapter.metadata
         and all(part.alpha is None for part in adapter.modules.values())
     ]
-    values = {key: [(a.label, a.metadata[key]) for a in inputs if a.metadata.get(key)] for key in _KEPT_IF_EQUAL}
+    _, values, training = _common_entries(inputs)
     values |= {
         key: [(label, str(c[key])) for label, c in labelled_configs(inputs) if c.get(key)]
         for key in _PEFT_KEPT_IF_EQUAL
     }
     for key, pairs in values.items():
         if len({value for _, value in pairs}) > 1:
-            notes.append(f"{key} differs: {name_some((f'{value} ({label})' for label, value in pairs), MANY)}")
+            shown = (f"{value[:_MAX_VALUE]} ({label})" for label, value in pairs)
+            notes.append(f"{key} differs: {name_some(shown, MANY)}")
+    if training:
+        count = f"{len(training)} {'entry' if len(training) == 1 else 'entries'}"
+        notes.append(f"{count} about the training are not kept, because the inputs differ: {name_some(training)}")
     return notes
 
 

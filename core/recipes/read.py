@@ -65,6 +65,7 @@ def _check_paths_are_names(recipe: Recipe, file: Path) -> None:
     """Raise RecipeError unless all paths of a recipe are plain file names."""
     paths = [entry.path for entry in recipe.inputs if not entry.path.startswith(HUB_PREFIX)]
     paths += [str(recipe.settings["statistics"])] if "statistics" in recipe.settings else []
+    paths += [recipe.base] if recipe.base is not None else []
     outside = [
         p for p in paths if p in ("", "..") or not p == PurePosixPath(p).name == PureWindowsPath(p).name or "\0" in p
     ]

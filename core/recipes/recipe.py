@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from .. import __version__
 from ..errors import LegoMoleError
+from .dtype_names import full_dtype_name
 
+DtypeName = Literal["float32", "float16", "bfloat16"]
+ReaderName = Literal["comfy", "diffusers", "kohya", "peft"]  # `Reader` of the families, whose tables take time to load
 HUB_PREFIX = "hf://"
 """Prefix of the path of an input that is looked up in the local Hugging Face cache."""
 
@@ -28,6 +31,7 @@ class Input(BaseModel):
         text_encoder_weight: Weight of the text encoder modules; default `weight`.
         module_weights: Pattern of module names -> factor on the weight of matching modules.
         convert_rank: As in `Recipe`, for this input alone; default the recipe's.
+        in_memory: The adapter was no file, and `path` is only its label. Such a recipe cannot be run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,6 +42,25 @@ class Input(BaseModel):
     text_encoder_weight: float | None = None
     module_weights: dict[str, float] = Field(default_factory=dict)
     convert_rank: int | None = Field(default=None, ge=1)
+    in_memory: bool = False
+
+
+class Conversion(BaseModel):
+    """A conversion of a merged file.
+
+    Args:
+        format: File format of the result.
+        reader: Program whose names the layers get; default those of the file before, or the format's if it is another.
+        dtype: Dtype of its factors and diffs; default that of the file before.
+        from_folder: The file before was a PEFT folder, which has a configuration, and not a single file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: str
+    reader: ReaderName | None = None
+    dtype: DtypeName | None = None
+    from_folder: bool = False
 
 
 class Recipe(BaseModel):
@@ -51,10 +74,16 @@ class Recipe(BaseModel):
         inputs: The adapters, at least one.
         module_weights: Pattern of module names -> factor, for every input that has matching modules.
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
-        dtype: Dtype of the result; default the widest of the inputs'.
+        dtype: Dtype of the result; default the widest of the inputs'. ``bf16``, ``fp16`` and ``fp32`` are read too.
         format: File format; default that of the first input if it can name all merged modules.
-        convert_rank: Rank at which LoHa, LoKr and full deltas are approximated; ``None`` refuses them.
+        reader: Program that shall read the file and decides the layers' names: ``comfy``, ``diffusers``, ``kohya`` or
+            ``peft``. Default: that of the format if one is given; else the inputs' names where they agree, and
+            ComfyUI's where they do not.
+        convert_rank: Rank at which LoHa, LoKr and full differences are approximated, see `load`.
+        base: The base model, a checkpoint or a folder, for inputs that are DoRA; they need a `convert_rank` too.
+        base_fingerprint: Hash of the sizes and of parts of its files; ``""`` accepts any.
         statistics_sha256: Hash of the statistics file; ``""`` accepts any.
+        conversions: Conversions of the merged file, in order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,10 +94,24 @@ class Recipe(BaseModel):
     inputs: list[Input] = Field(min_length=1)
     module_weights: dict[str, float] = Field(default_factory=dict)
     normalize: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: DtypeName | None = None
     format: str | None = None
+    reader: ReaderName | None = None
     convert_rank: int | None = Field(default=None, ge=1)
+    base: str | None = None
+    base_fingerprint: str = ""
     statistics_sha256: str = ""
+    conversions: list[Conversion] = Field(default_factory=list, max_length=100)
+
+    @property
+    def final_format(self) -> str | None:
+        """File format after all conversions; ``None`` if the recipe leaves it open."""
+        return self.conversions[-1].format if self.conversions else self.format
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _full_dtype_name(cls, value: object) -> object:
+        return full_dtype_name(value) if isinstance(value, str) else value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the fields that have their default; versions, paths and weights are always included."""

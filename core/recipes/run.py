@@ -11,25 +11,24 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..adapter import Adapter, Source
-from ..errors import name_some
-from ..formats import hashes, load, weight_files
+from ..adapter import CONFIG_KEY, Adapter, Source
+from ..errors import MergeError, name_some
+from ..formats import BaseWeights, hashes, load, weight_files
 from ..formats.file_changes import raise_if_changed
 from ..layers.align import KeyMapResolver, align
+from ..layers.resolve import copies
 from ..merge.cache import GramCache
 from ..merge.engine import BatchRunner, MergeResult, merge
 from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
 from ..merge.weights import adapters_matching
 from ..progress import Progress
+from .conversion import repeat_conversion
 from .metadata import disagreements, file_metadata
 from .method_settings import build_method, method_settings, takes_statistics
-from .output import default_format, should_have_kohya_names
+from .output import RenameForFormat, name_output
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
-
-RenameForFormat = Callable[[Adapter, str], Adapter]
-"""A host's function: returns the adapter under names that a file format can express."""
 
 
 def run(
@@ -52,9 +51,7 @@ def run(
         recipe: The merge.
         folder: Base of the recipe's relative paths.
         key_map: A host's function for inputs whose files name the same layers differently, see `align`.
-        rename_for_format: The same host's function. With it the result is ready to be saved in the recipe's format, and
-            Stable Diffusion LoRAs keep kohya names if the first input has them; without it names stay as `align` left
-            them.
+        rename_for_format: The same host's function, for LoRAs of families without a table.
         find_cached: A host's function: name of an adapter -> its folder in the local Hugging Face cache.
         device: Device to compute on, see `merge`.
         loading: Called with (inputs loaded, inputs in all, path of the last one).
@@ -68,21 +65,30 @@ def run(
         to save it in.
 
     Raises:
-        RecipeError: An input differs from the file the recipe was written for, or the method's settings are wrong.
+        RecipeError: An input differs from the file the recipe was written for, or was no file, or the method's settings
+            are wrong.
         FormatError: An input cannot be read.
         MergeError: The inputs cannot be merged.
     """
     if "statistics" not in recipe.settings and statistics is None:  # report wrong settings before large files are read
         build_method(recipe.method, recipe.settings)
-    paths = [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
+    paths = input_paths(recipe, folder, find_cached)
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
+    base: BaseWeights | None = None
+    if recipe.base is not None:
+        base = BaseWeights(folder / recipe.base)
+        if recipe.base_fingerprint:
+            _check_hash(base.path, recipe.base_fingerprint, base.fingerprint(), "base_fingerprint")
     files = paths if statistics_path is None else [*paths, statistics_path]
     with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
         adapters: list[Adapter] = []
         for entry, path in zip(recipe.inputs, paths, strict=True):
-            adapters.append(_load(entry, path, recipe.convert_rank))
+            adapters.append(_load(entry, path, recipe.convert_rank, base))
             if loading is not None:
                 loading(len(adapters), len(recipe.inputs), entry.path)
+        recipe = with_used_base(recipe, base)
+        if recipe.base is not None and remote is not None:
+            raise RecipeError("A merge of DoRA with a base model runs on this machine only.", found=recipe.base)
         # where only the metadata needs the hashes, they are awaited after the merge
         needs_hashes = any(x is not None for x in (statistics_path, statistics, remote))
         hashes_first = needs_hashes or any(entry.sha256 for entry in recipe.inputs)
@@ -108,7 +114,13 @@ def run(
         )
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-    return describe(recipe, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
+    merge_only = recipe.model_copy(update={"conversions": []})
+    result = describe(
+        merge_only, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes
+    )
+    for step in recipe.conversions:
+        result = dataclasses.replace(result, adapter=repeat_conversion(result.adapter, step, rename_for_format))
+    return result
 
 
 def merge_aligned(
@@ -160,6 +172,7 @@ def describe(
     renamed: bool,
     rename_for_format: RenameForFormat | None = None,
     notes: Sequence[str] = (),
+    named: bool = False,
 ) -> MergeResult:
     """Return a merge result whose adapter holds recipe and report in its metadata, and its file format in its source.
 
@@ -170,31 +183,73 @@ def describe(
         inputs: The inputs as loaded, with the hashes of their files.
         renamed: Whether aligning the inputs renamed modules.
         rename_for_format, notes: See `run`.
+        named: Whether the merged layers have their final names already, those of the recipe's format.
     """
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
-    notes = [*result.report.notes, *notes, *disagreements(inputs)]
-    if renamed and merged.extras:
-        notes.append(
-            f"{len(merged.extras)} tensors that are passed on keep the names of their file, unlike the layers: "
-            f"{name_some(sorted(merged.extras))}"
-        )
+    notes = [*result.report.notes, *notes, *disagreements(inputs), *copies(inputs)]
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
             'see "Results change" in the CHANGELOG'
         )
+    if named and recipe.format is not None:
+        format = recipe.format
+    else:
+        # where only PEFT folders meet, their experts alone are renamed, see `unify_experts`
+        host_names = renamed and not all(CONFIG_KEY in adapter.metadata for adapter in inputs)
+        merged, format = name_output(
+            merged,
+            first_format=inputs[0].source.format,
+            inputs=inputs,
+            renamed=host_names,
+            format=recipe.format,
+            reader=recipe.reader,
+            rename_for_format=rename_for_format,
+        )
+    _check_names_of_extras(merged)
+    kept = sorted(set(result.adapter.extras) & set(merged.extras))
+    if kept and (renamed or merged.layers != result.adapter.layers):
+        notes.append(
+            f"{len(kept)} tensors that are passed on keep the names of their file, unlike the layers: {name_some(kept)}"
+        )
     report = dataclasses.replace(result.report, notes=tuple(notes))
     metadata = file_metadata(made, report, inputs)
-    first_format, format = inputs[0].source.format, recipe.format
-    if format is None and rename_for_format is not None and should_have_kohya_names(first_format, merged):
-        format = "kohya"
-    if format is None:
-        format = default_format(first_format, merged, renamed)
-    elif rename_for_format is not None:
-        merged = rename_for_format(merged, format)
     return MergeResult(dataclasses.replace(merged, metadata=metadata, source=Source(format=format)), report)
+
+
+def input_paths(recipe: Recipe, folder: Path, find_cached: Callable[[str], Path] | None) -> list[Path]:
+    """Return the files or folders of a recipe's inputs, see `input_path`.
+
+    Raises:
+        RecipeError: An input was an adapter in memory; or see `input_path`.
+        FormatError: See the host's function.
+    """
+    for number, entry in enumerate(recipe.inputs, 1):
+        if entry.in_memory:
+            raise RecipeError(
+                "An input of this recipe was no file but an adapter in memory, so the merge cannot be repeated.",
+                module=f"input {number}",
+                expected="a file or folder",
+                found=f"{entry.path} (in_memory)",
+                remedy="save the adapter and name its file in a recipe file (see legomole inspect --recipe)",
+            )
+    return [input_path(entry.path, folder, find_cached) for entry in recipe.inputs]
+
+
+def _check_names_of_extras(merged: Adapter) -> None:
+    """Raise if ComfyUI's keys that widen or replace weights are named otherwise than the merged layers."""
+    moved = [key for key in merged.extras if key.endswith(".reshape_weight") and "diffusion_model." in key]
+    moved = [key for key in moved if key.removesuffix(".reshape_weight") not in merged.modules]
+    if moved:
+        raise MergeError(
+            "A LoRA widens a layer that the other LoRAs name otherwise.",
+            module=name_some(moved),
+            expected="layers named as in the control LoRA, diffusion_model..",
+            found=f"layers such as {name_some(merged.modules, 2)}",
+            remedy="merge them in ComfyUI with the model connected, or convert the others to ComfyUI's names first",
+        )
 
 
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:
@@ -216,8 +271,15 @@ def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | Non
     return find_cached(path.removeprefix(HUB_PREFIX))
 
 
-def _load(entry: Input, path: Path, convert_rank: int | None) -> Adapter:
-    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), verify=False)
+def with_used_base(recipe: Recipe, base: BaseWeights | None) -> Recipe:
+    """The recipe with the hash of its base model, or without the model if no input needed its weights."""
+    if base is None or not base.used:
+        return recipe.model_copy(update={"base": None, "base_fingerprint": ""})
+    return recipe.model_copy(update={"base_fingerprint": base.fingerprint()})
+
+
+def _load(entry: Input, path: Path, convert_rank: int | None, base: BaseWeights | None) -> Adapter:
+    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), base=base, verify=False)
     # a folder in the Hugging Face cache is named after a commit: keep the adapter's name
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB_PREFIX) else adapter
 
@@ -238,14 +300,14 @@ def _with_hashes(
     return hashed
 
 
-def _check_hash(path: Path, expected: str, found: str) -> None:
+def _check_hash(path: Path, expected: str, found: str, kind: str = "sha256") -> None:
     if expected and found != expected:
         raise RecipeError(
             "An input is not the file this recipe was written for.",
             file=path,
-            expected=f"sha256 {expected}",
-            found=f"sha256 {found}",
-            remedy="find the original file, or remove the sha256 from the recipe to use this one",
+            expected=f"{kind} {expected}",
+            found=f"{kind} {found}",
+            remedy=f"find the original file, or remove the {kind} from the recipe to use this one",
         )
 
 

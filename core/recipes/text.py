@@ -101,7 +101,7 @@ def recipe_from_data(data: object, file: object = None) -> Recipe:
 
 
 def _to_toml(data: Mapping[str, Any]) -> str:
-    """TOML for scalars, tables of scalars, and one array of tables: all that a recipe holds."""
+    """TOML for scalars, tables of scalars, and arrays of tables: all that a recipe holds."""
     lines = [
         f"{_toml_key(key)} = {_toml_value(value)}" for key, value in data.items() if not isinstance(value, (dict, list))
     ]

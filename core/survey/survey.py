@@ -266,8 +266,8 @@ class _MeasuringLego:
         return self.lego.rank
 
     def __call__(self, pool: Pool) -> Merged:
-        gauge = balance_units(pool)
-        G_A, G_B = transform_gram(pool, pool.G_A, gauge.R_A), transform_gram(pool, pool.G_B, gauge.R_B.mT)
+        balanced = balance_units(pool)
+        G_A, G_B = transform_gram(pool, pool.G_A, balanced.R_A), transform_gram(pool, pool.G_B, balanced.R_B.mT)
         # balanced units are orthogonal within their adapter, of length sqrt(S) on both sides
         S = (G_A.diagonal(dim1=1, dim2=2) * G_B.diagonal(dim1=1, dim2=2)).clamp_min(0).sqrt()  # (M, P)
         of_sum = pool.svd.S

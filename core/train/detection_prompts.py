@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-_NAMED, _JOINT, _NEUTRAL = 20, 12, 24  # prompts per concept, with two concepts, and without any
+_NAMED, _JOINT, _NEUTRAL = 20, 12, 24  # prompts per concept (at least), with two concepts, and without any
 _NEAR_MISSES, _PER_PROMPT = 48, 12  # near misses per concept, and how many of them stand in one prompt
 
 _TAGS = (
@@ -63,7 +63,7 @@ def detection_prompts(concepts: Sequence[Sequence[str]], seed: int = 0) -> list[
     draw = random.Random(seed)
     prompts: list[str] = []
     for words in concepts:
-        for k in range(_NAMED):
+        for k in range(max(_NAMED, len(words))):
             prompts.append(_embed(_SINGLE[k % len(_SINGLE)].format(words[k % len(words)]), k, draw))
         misses = list(_near_misses(words))
         draw.shuffle(misses)
@@ -93,7 +93,7 @@ def _embed(core: str, kind: int, draw: random.Random) -> str:
         case 1:
             return ", ".join([core, *tags(4)])
         case 2:
-            return ", ".join([*tags(6), core])
+            return ", ".join([*tags((6, 16, 28)[kind // 8 % 3]), core])  # 28: beyond 77 tokens
         case 3:
             return ", ".join([*tags(5), core, *tags(9)])
         case 4:

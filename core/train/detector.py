@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ..errors import MergeError
 from ..mole.concepts import ConceptDetector, smooth_maximum
 from ..mole.gates import feature_spread, rms_normalised
-from ..mole.router import concept_patterns, concepts_in
+from ..mole.router import concept_patterns
 from ..progress import Progress
 from .detection_prompts import detection_prompts
 
@@ -91,19 +91,30 @@ def fit_detector(
     prompts = list(dict.fromkeys([*detection_prompts([words for words in concepts if words]), *texts]))
     encoded: list[EncodedPrompt] = []
     for i, prompt in enumerate(prompts):
-        if progress is not None:
-            progress(i, len(prompts), "encoding prompts")
         encoded.append(encoder.encode(prompt))
+        if progress is not None:
+            progress(i + 1, len(prompts), "encoding prompts")
     always = torch.zeros(encoded[0].states.shape[1]), torch.tensor(_ALWAYS)
-    rows = [_fit(prompts, encoded, encoder, words) if words else always for words in concepts]
+    tokens = [_tokens(prompt, row, encoder) for prompt, row in zip(prompts, encoded, strict=True)]
+    rows: list[tuple[Tensor, Tensor]] = []
+    named: list[list[bool]] = []
+    for words in concepts:
+        occurrences = [_occurrences(*each, encoder, words) for each in zip(prompts, encoded, tokens, strict=True)]
+        rows.append(_fit(encoded, tokens, occurrences, words) if words else always)
+        named.append([bool(masks) for masks in occurrences])
     detector = ConceptDetector(torch.stack([w for w, _ in rows]), torch.stack([b for _, b in rows]), concepts)
-    return FittedDetector(detector, _notes(detector, prompts, encoded))
+    return FittedDetector(detector, _notes(detector, encoded, torch.tensor(named).T))
 
 
-def _notes(detector: ConceptDetector, prompts: Sequence[str], encoded: Sequence[EncodedPrompt]) -> tuple[str, ...]:
-    """Sentences on concepts that are not told from other words in the prompts of the fit."""
+def _notes(detector: ConceptDetector, encoded: Sequence[EncodedPrompt], named: Tensor) -> tuple[str, ...]:
+    """Sentences on concepts that are not told from other words in the prompts of the fit.
+
+    Args:
+        detector: The detector. encoded: The prompts.
+        named: ``(P, N)`` bool, the concepts that each prompt names within the text that is encoded.
+    """
     found = torch.cat([detector(row.states[None], None if row.mask is None else row.mask[None]) for row in encoded])
-    found, named = found > 0.5, concepts_in(prompts, detector.words)
+    found = found > 0.5
     notes: list[str] = []
     for i, words in enumerate(detector.words):
         if not words:
@@ -118,23 +129,34 @@ def _notes(detector: ConceptDetector, prompts: Sequence[str], encoded: Sequence[
     return tuple(notes)
 
 
+def _occurrences(
+    prompt: str, row: EncodedPrompt, is_token: Tensor, encoder: PromptEncoder, words: Sequence[str]
+) -> list[Tensor]:
+    """``(T,)`` bool per occurrence of the words: its tokens. Occurrences in a part that was cut off are left out."""
+    masks: list[Tensor] = []
+    rest = is_token
+    for start, end in [m.span() for pattern in concept_patterns(words) for m in pattern.finditer(prompt)]:
+        positions = _positions(prompt, start, end, row, encoder)
+        mask = rest.clone() if positions is None else torch.zeros_like(rest)
+        if positions is not None:
+            mask[positions] = rest[positions]
+        masks += [mask] if mask.any() else []
+        rest = rest & ~mask
+    return masks
+
+
 def _fit(
-    prompts: Sequence[str], encoded: Sequence[EncodedPrompt], encoder: PromptEncoder, words: Sequence[str]
+    encoded: Sequence[EncodedPrompt],
+    tokens: Sequence[Tensor],
+    occurrences: Sequence[Sequence[Tensor]],
+    words: Sequence[str],
 ) -> tuple[Tensor, Tensor]:
     """Weight ``(F,)`` and bias ``()`` of one concept."""
     bags: list[Tensor] = []  # states (t, F) of each occurrence
     others: list[Tensor] = []
-    for prompt, row in zip(prompts, encoded, strict=True):
-        is_token = _tokens(prompt, row, encoder)
-        spans = [m.span() for pattern in concept_patterns(words) for m in pattern.finditer(prompt)]
-        for start, end in spans:
-            positions = _positions(prompt, start, end, row, encoder)
-            inside = is_token.clone() if positions is None else torch.zeros_like(is_token)
-            if positions is not None:
-                inside[positions] = is_token[positions]
-            bags += [row.states[inside]] if inside.any() else []
-            is_token = is_token & ~inside
-        others.append(row.states[is_token])
+    for row, is_token, masks in zip(encoded, tokens, occurrences, strict=True):
+        bags += [row.states[mask] for mask in masks]
+        others.append(row.states[is_token & ~torch.stack(masks).any(0)] if masks else row.states[is_token])
     if not bags:
         raise MergeError(
             "The text encoders never get the words of a LoRA.",

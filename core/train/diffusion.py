@@ -12,7 +12,7 @@ from torch import Tensor
 from ..digest import digest
 from ..errors import MergeError
 from ..mole.attach import Attachment
-from ..mole.gates import GateSet
+from ..mole.gates import READS_TEXT, GateSet
 from ..mole.mixture import Mixture
 from ..mole.router import check_concepts, concepts_in, route_gates, route_mean_gates
 from ..progress import Progress
@@ -109,10 +109,20 @@ def _check(
 ) -> None:
     check_concepts(concepts, len(mixture.experts))
     check_trainable(mixture)
-    if mixture.gates.settings.reads == "text" and mixture.gates.detector is None:
+    reads = mixture.gates.settings.reads
+    if settings.objective == "router" and reads not in READS_TEXT:
+        raise MergeError("The router is for gates that read the text.", expected="reads=text", found=reads)
+    if reads == "text" and mixture.gates.detector is None:
         raise MergeError(
             "Gates that read the text need a concept detector.",
             remedy="fit one with core.train.fit_detector and build the mixture with GateSet(.., detector=..)",
+        )
+    if settings.objective == "router" and mixture.gates.settings.reads not in READS_TEXT:
+        raise MergeError(
+            "The router is for gates that read the text.",
+            expected="reads=text",
+            found=mixture.gates.settings.reads,
+            remedy="choose gates that read text, or the objective distil",
         )
     if settings.objective == "denoise" and images is None:
         raise MergeError(
@@ -165,7 +175,7 @@ def _router_gates(
     For gates that read ``text-mean``, pass every prompt through the model once to get its text conditioning.
     """
     bank = attachment.bank
-    if bank.gates.settings.reads == "text":
+    if bank.gates.settings.reads != "text-mean":
         assert bank.gates.detector is not None  # see _check
         names = dict.fromkeys(scope.name for scope in bank.scopes.values())
         return route_gates(bank.gates.detector, bank.gates.settings, names, compose=settings.compose).to(

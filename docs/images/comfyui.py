@@ -1,6 +1,7 @@
-"""Take the screenshots of docs/comfyui.md: `python docs/images/comfyui.py`, a few minutes.
+"""Take the screenshots of docs/comfyui.md and draw the thumbnails of templates: `python docs/images/comfyui.py`.
 
-Runs the shipped workflows in a real ComfyUI page. Needs a ComfyUI and a Chromium, as the tests in tests/page do.
+Takes some minutes. Runs the shipped workflows in a real ComfyUI page. Needs a ComfyUI and a Chromium, as the tests
+in tests/page do.
 """
 
 from __future__ import annotations
@@ -14,31 +15,74 @@ from typing import Any
 from legomole.nano.comfyui import place
 from legomole.tests.comfy.server import Server, find
 from legomole.tests.page.browser import open_workflow, opened
-from PIL import Image
+from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parents[2]
 OUT = Path(__file__).parent / "comfyui"
-WORKFLOWS = ("style_plus_subject", "compare_loras", "xy_compare", "train_gates", "mix_with_masks")
+WORKFLOWS = ("style_plus_subject", "compare_loras", "xy_compare", "mix_by_words", "train_gates", "mix_with_masks")
+# Templates whose thumbnail is drawn here -> node types between which it shows the graph, above the sampled images.
+THUMBNAILS = {
+    "style_plus_subject": ("UNETLoader", "LegoMoLE_LegoMerge"),
+    "mix_by_words": ("LegoMoLE_MoLEMix", "SaveImage"),
+    "train_gates": ("LegoMoLE_MoLEMix", "LegoMoLE_GateMap"),
+    "mix_with_masks": ("LegoMoLE_MoLEMix", "SaveImage"),
+}
+THUMBNAIL = 480  # pixels
 SIZE = (1500, 940)
 
 
-def save(page: Any, name: str) -> None:
+def screenshot(page: Any, crop: tuple[int, int, int, int] | None = None) -> Image.Image:
     page.wait_for_timeout(700)
     with Image.open(io.BytesIO(page.screenshot())) as picture:
-        picture.convert("RGB").save(OUT / f"{name}.jpg", quality=72, optimize=True)
+        return picture.crop(crop or (0, 0, *SIZE)).convert("RGB")
 
 
-def run(page: Any, comfy: Server) -> None:
-    """Press the Run button and wait until the prompt has finished."""
+def save(page: Any, name: str, crop: tuple[int, int, int, int] | None = None) -> None:
+    screenshot(page, crop).save(OUT / f"{name}.jpg", quality=72, optimize=True)
+
+
+def save_thumbnail(page: Any, comfy: Server, name: str, outputs: dict[str, Any]) -> None:
+    """Draw a part of the graph above four of its images: of each SaveImage node the first, or all of a single one."""
+    zoom_to(page, *THUMBNAILS[name])
+    canvas = Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#1e1e1e")
+    canvas.paste(ImageOps.fit(screenshot(page, (60, 75, 1060, 875)), (THUMBNAIL, THUMBNAIL * 3 // 4), centering=(0, 0)))
+    in_order = [outputs[node] for node in sorted(outputs, key=int)]
+    saved = [output["images"] for output in in_order if output.get("images", [{}])[0].get("type") == "output"]
+    chosen = [images[0] for images in saved] if len(saved) > 1 else saved[0]
+    side = THUMBNAIL // 4
+    for i, entry in enumerate(chosen[:4]):
+        with Image.open(comfy.base / "output" / entry["subfolder"] / entry["filename"]) as picture:
+            canvas.paste(picture.convert("RGB").resize((side, side)), (side * i, THUMBNAIL - side))
+    canvas.save(ROOT / "workflows" / f"{name}.jpg", quality=80, optimize=True)
+
+
+def run(page: Any, comfy: Server) -> dict[str, Any]:
+    """Press the Run button, wait until the prompt has finished, and return its outputs."""
     with page.expect_response("**/prompt") as answer:
         page.get_by_test_id("queue-button").click()
-    comfy.history(answer.value.json()["prompt_id"], timeout=600)
+    history = comfy.history(answer.value.json()["prompt_id"], timeout=600)
     page.wait_for_timeout(2500)  # for the images to load
+    return history["outputs"]
 
 
 def fit_view(page: Any) -> None:
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(800)
+
+
+def zoom_to(page: Any, first: str, last: str) -> None:
+    """Show the nodes between two corners: the first node of type `first`, top left, and of `last`, bottom right."""
+    page.evaluate(
+        """([first, last]) => {
+            const [a, b] = [first, last].map(type => app.graph.nodes.find(node => node.type === type));
+            const width = b.pos[0] + b.size[0] - a.pos[0] + 60, height = b.pos[1] + b.size[1] - a.pos[1] + 90;
+            const view = app.canvas.canvas.getBoundingClientRect();
+            app.canvas.ds.scale = Math.min((view.width - 120) / width, (view.height - 130) / height, 1);
+            app.canvas.ds.offset = [60 / app.canvas.ds.scale - a.pos[0] + 30, 90 / app.canvas.ds.scale - a.pos[1] + 50];
+            app.canvas.setDirty(true, true);
+        }""",
+        [first, last],
+    )
 
 
 def main() -> None:
@@ -70,9 +114,14 @@ def draw(page: Any, comfy: Server) -> None:
             page.wait_for_timeout(3000)  # the page restores the workflow that was open
         open_workflow(page, json.loads((ROOT / "workflows" / f"{name}.json").read_text()))
         fit_view(page)
-        run(page, comfy)
+        outputs = run(page, comfy)
         fit_view(page)
         save(page, name)
+        if name in THUMBNAILS:
+            save_thumbnail(page, comfy, name, outputs)
+        if name == "train_gates":
+            zoom_to(page, "LegoMoLE_MoLEMix", "LegoMoLE_GateMap")
+            save(page, "nodes", crop=(60, 75, 1060, 875))
     open_workflow(page, {"nodes": [], "links": [], "version": 0.4})
     page.evaluate(
         """() => {

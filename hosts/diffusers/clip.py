@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.clip.modeling_clip import CLIPModel
-from transformers.models.clip.processing_clip import CLIPProcessor
 
-from ..loading import format_errors
 from .denoiser import PipelineDenoiser
-
-
-def load_clip(path: str | Path) -> tuple[Any, Any]:
-    """Load a CLIP model and its processor from a folder, or by name from the local Hugging Face cache.
-
-    Downloads nothing.
-
-    Raises:
-        FormatError: The folder or name does not exist, or is damaged.
-    """
-    with format_errors(
-        "The CLIP model cannot be loaded.", path, expected="a folder that CLIPModel and CLIPProcessor were saved to"
-    ):
-        model = CLIPModel.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
-        return model, CLIPProcessor.from_pretrained(str(path), local_files_only=True)
 
 
 class PipelineClip:

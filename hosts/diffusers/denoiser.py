@@ -7,10 +7,13 @@ and in their noise schedule, see `schedule.noise_schedule`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import diffusers.utils
 import torch
+import transformers.utils
 from torch import Tensor
 
 from ...core.errors import MergeError
@@ -62,9 +65,13 @@ class _PipelineFamily:
         """The conditioning of the empty negative prompt."""
         return self.encode("")
 
-    def tokenizers(self) -> dict[str, int]:
-        """Name of each tokenizer of the pipeline whose tokens are in the text conditioning -> its first position."""
-        return {"tokenizer": 0}
+    def tokenizers(self) -> dict[str, range]:
+        """Name of each tokenizer whose tokens are in the text conditioning -> their positions, padding included."""
+        return {"tokenizer": range(self.pipe.tokenizer.model_max_length)}
+
+    def max_sequence_length(self) -> int:
+        """Number of tokens that the pipeline pads T5's prompts to."""
+        return inspect.signature(self.pipe.encode_prompt).parameters["max_sequence_length"].default
 
     def arguments(self, rows: dict[str, Tensor], t: Tensor) -> dict[str, Any]:
         """Arguments of the model besides the latents.
@@ -94,6 +101,9 @@ class _PipelineFamily:
 
 
 class _StableDiffusionXL(_PipelineFamily):
+    def tokenizers(self) -> dict[str, range]:
+        return {"tokenizer_2": range(self.pipe.tokenizer_2.model_max_length)}  # refiners have no other
+
     def encode(self, prompt: str) -> dict[str, Tensor]:
         text, _, pooled, _ = self.pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
@@ -123,8 +133,14 @@ class _StableDiffusion3(_PipelineFamily):
         text, _, pooled, _ = self.pipe.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
         return {"text": text, "pooled": pooled}
 
-    def tokenizers(self) -> dict[str, int]:
-        return {"tokenizer": 0, "tokenizer_2": 0, "tokenizer_3": self.pipe.tokenizer_max_length}
+    def tokenizers(self) -> dict[str, range]:
+        clip = self.pipe.tokenizer_max_length
+        positions = {
+            "tokenizer": range(clip),
+            "tokenizer_2": range(clip),
+            "tokenizer_3": range(clip, clip + self.max_sequence_length()),
+        }
+        return {name: part for name, part in positions.items() if getattr(self.pipe, name) is not None}
 
     def arguments(self, rows: dict[str, Tensor], t: Tensor) -> dict[str, Any]:
         return {"timestep": t, "encoder_hidden_states": rows["text"], "pooled_projections": rows["pooled"]}
@@ -143,8 +159,8 @@ class _Flux(_PipelineFamily):
         text, pooled, _ = self.pipe.encode_prompt(prompt)
         return {"text": text, "pooled": pooled}
 
-    def tokenizers(self) -> dict[str, int]:
-        return {"tokenizer_2": 0}
+    def tokenizers(self) -> dict[str, range]:
+        return {"tokenizer_2": range(self.max_sequence_length())}
 
     def arguments(self, rows: dict[str, Tensor], t: Tensor) -> dict[str, Any]:
         text = rows["text"]
@@ -173,7 +189,7 @@ _FAMILIES: dict[str, type[_PipelineFamily]] = {
 }
 
 
-def _family_of(pipe: Any, size: tuple[int, int] | None, guidance: float) -> _PipelineFamily:
+def _family_of(pipe: Any, size: tuple[int, int] | None, guidance: float | None) -> _PipelineFamily:
     families = [_FAMILIES[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in _FAMILIES]
     if not families:
         raise MergeError(
@@ -182,6 +198,8 @@ def _family_of(pipe: Any, size: tuple[int, int] | None, guidance: float) -> _Pip
             found=type(pipe).__name__,
             remedy="load the model's text-to-image pipeline if it is one of these; else train in ComfyUI",
         )
+    if guidance is None:
+        guidance = float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
     family = families[0](pipe, *(size or _default_size(pipe, families[0].component)), guidance)
     if family.component == "unet" and pipe.unet.config.time_cond_proj_dim is not None:
         family.guided = False
@@ -196,16 +214,35 @@ class PipelinePromptEncoder:
     """
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, self.family = pipe, _family_of(pipe, None, 1.0)
+        self.pipe, self.family = pipe, _family_of(pipe, None, None)
+        self._tokenizers = self.family.tokenizers()
 
     @torch.no_grad()
     def encode(self, prompt: str) -> EncodedPrompt:
-        offsets = {name: first for name, first in self.family.tokenizers().items() if getattr(self.pipe, name, None)}
-        return EncodedPrompt(self.family.encode(prompt)["text"][0].float().cpu(), None, offsets)
+        offsets = {name: positions.start for name, positions in self._tokenizers.items()}
+        with _without_warnings():  # that a long prompt is cut off: some prompts of the fit are long on purpose
+            return EncodedPrompt(self.family.encode(prompt)["text"][0].float().cpu(), None, offsets)
 
     def token_ids(self, prompt: str) -> Mapping[str, Sequence[int]]:
-        names = [name for name in self.family.tokenizers() if getattr(self.pipe, name, None)]
-        return {name: getattr(self.pipe, name)(prompt, truncation=True)["input_ids"] for name in names}
+        return {
+            name: getattr(self.pipe, name)(
+                prompt, truncation=True, padding="max_length", max_length=len(positions)
+            ).input_ids
+            for name, positions in self._tokenizers.items()
+        }
+
+
+@contextmanager
+def _without_warnings() -> Generator[None]:
+    """Silence diffusers' and transformers' warnings inside the block."""
+    before = [(logging, logging.get_verbosity()) for logging in (diffusers.utils.logging, transformers.utils.logging)]
+    try:
+        for logging, _ in before:
+            logging.set_verbosity_error()
+        yield
+    finally:
+        for logging, verbosity in before:
+            logging.set_verbosity(verbosity)
 
 
 class PipelineDenoiser:
@@ -235,8 +272,6 @@ class PipelineDenoiser:
         guidance: float | None = None,
         steps: int = 12,
     ) -> None:
-        if guidance is None:
-            guidance = float(inspect.signature(pipe.__call__).parameters["guidance_scale"].default)
         self.family = _family_of(pipe, size, guidance)
         tokens = self.family.height * self.family.width // self.family.patch**2
         self.pipe, self.model, self.steps = pipe, self.family.model, steps

@@ -16,14 +16,14 @@ from ...core.adapter import Adapter, is_text_encoder
 from ...core.errors import MergeError
 from ...core.layers.keymap import apply_key_map
 from ...core.mole.attach import Attachment, attach
-from ...core.mole.gates import READS_TEXT, GateSet
+from ...core.mole.gates import GateSet
 from ...core.mole.guidance import PromptGateSharing, PromptRows
 from ...core.mole.mixture import Mixture
 from ...core.mole.prompt_check import prompt_warnings
 from ...core.mole.router import check_concepts, concepts_in, routed_values
 from ...core.mole.trained import TrainedGates
 from ..base_model import base_model_name, other_base_model
-from .encoded_prompts import GuidanceRows, watch_prompts
+from .encoded_prompts import EncodedTexts, GuidanceRows, watch_prompts
 from .layer_names import key_map
 
 
@@ -96,8 +96,9 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
         with mixed(pipe, mixture):
             pipe("a heart in ember style")
 
-    Negative prompts take the gates of the prompt (see `core.mole.guidance`). A warning tells where a prompt has the
-    words of an adapter whose gates stay shut, or none of the words of one whose gates open.
+    Negative prompts take the gates of the prompt, unless they name an adapter themselves (see `core.mole.guidance`), if
+    the pipeline passes both in one batch, names its passes or encodes both at once. A warning tells where a prompt has
+    the words of an adapter whose gates stay shut, or none of the words of one whose gates open.
 
     Args:
         pipe: The pipeline.
@@ -107,30 +108,36 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
     Raises:
         MergeError: See `attach`.
     """
-    model = denoising_model(pipe)
-    rows = GuidanceRows(pipe)
+    attachment = _attached(pipe, mixture, checkpointing=checkpointing)
+    attachment.at_detach(watch_prompts(pipe, lambda encoded: _warn(encoded, attachment, mixture.labels)))
+    return attachment
+
+
+def _attached(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attachment:
+    """The mixture, attached so that negative prompts take the gates of the prompt."""
+    model, rows = denoising_model(pipe), GuidanceRows(pipe)
     sharing = PromptGateSharing(rows)
     attachment = attach(model, mixture, checkpointing=checkpointing, prompt_rows=sharing)
     attachment.at_detach(rows.watch(model, sharing))
-    gates = mixture.gates
-    if gates.trained and gates.settings.reads in READS_TEXT:
-
-        def check(texts: Sequence[str], embeddings: Tensor, negative: bool) -> None:
-            if not negative:
-                rows = dict(zip(texts, embeddings, strict=True))  # a text has as many rows as images
-                for text, row in rows.items():
-                    for warning in prompt_warnings(text, row, attachment.bank.gates, mixture.labels):
-                        warnings.warn(warning, stacklevel=4)
-
-        attachment.at_detach(watch_prompts(pipe, check))
     return attachment
+
+
+def _warn(encoded: Sequence[EncodedTexts], attachment: Attachment, labels: Sequence[str]) -> None:
+    """Warn if the words of a prompt and the gates disagree."""
+    for texts, states, mask, negative in encoded:
+        rows = {text: row for row, text in enumerate(texts)}  # a text has as many rows as images
+        for text, row in rows.items() if not negative else ():
+            row_mask = None if mask is None else mask[row]
+            for warning in prompt_warnings(text, states[row], attachment.bank.gates, labels, row_mask):
+                warnings.warn(warning, stacklevel=5)
 
 
 @contextmanager
 def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Generator[Attachment]:
     """Attach a mixture with the prompt router: each prompt gets the adapters whose words it contains. No training.
 
-    Each row of a batch follows the text it was encoded from; rows of the negative prompt follow the prompt::
+    Each row of a batch follows the text it was encoded from; rows of the negative prompt follow the prompt too, unless
+    they name an adapter themselves::
 
         with routed(pipe, mixture, [["ember style"], ["heart"]]):
             pipe("a heart in ember style")
@@ -154,7 +161,7 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
     router = _PromptRouter(mixture, concepts)
     stop = watch_prompts(pipe, router.record)
     try:
-        with mixed(pipe, mixture) as attachment, router.hold_gates(model, attachment):
+        with _attached(pipe, mixture) as attachment, router.hold_gates(model, attachment):
             yield attachment
     finally:
         stop()
@@ -168,9 +175,10 @@ class _PromptRouter:
         # conditioning (P, T, F) and gates (P, N) of the latest prompts; one call of the pipeline needs at most two
         self.encoded: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)
 
-    def record(self, texts: Sequence[str], embeddings: Tensor, negative: bool) -> None:
+    def record(self, encoded: Sequence[EncodedTexts]) -> None:
         """Implements `PromptObserver`."""
-        self.encoded.append((embeddings, routed_values(concepts_in(texts, self.concepts), self.settings)))
+        for texts in encoded:
+            self.encoded.append((texts.states, routed_values(concepts_in(texts.texts, self.concepts), self.settings)))
 
     @contextmanager
     def hold_gates(self, model: nn.Module, attachment: Attachment) -> Generator[None]:

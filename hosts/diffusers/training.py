@@ -25,6 +25,7 @@ from ...core.progress import Progress
 from ...core.train import Devices, Images, Prompt, TrainingResult, TrainSettings, fit_detector, prompts_for, train
 from ...core.train.frozen import frozen
 from ..base_model import base_model_name, weights_digest
+from ..hub import split_revision
 from ..loading import format_errors
 from .clip import PipelineClip
 from .denoiser import PipelineDenoiser, PipelinePromptEncoder
@@ -54,7 +55,7 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
     """Load a pipeline from a folder, or by its name from the local Hugging Face cache. Downloads nothing.
 
     Args:
-        path: Folder or name.
+        path: Folder, or name: ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` with a branch, tag or commit.
         device: Device the pipeline is moved to.
         dtype: Dtype of its weights.
 
@@ -73,8 +74,9 @@ def load_pipeline(path: str | Path, *, device: str = "cpu", dtype: torch.dtype =
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # later versions of diffusers rename torch_dtype
+        name, revision = (str(path), None) if Path(path).is_dir() else split_revision(str(path))
         pipe = DiffusionPipeline.from_pretrained(
-            str(path), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            name, revision=revision, torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

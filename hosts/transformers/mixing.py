@@ -10,6 +10,7 @@ from torch import nn
 
 from ...core.adapter import Adapter
 from ...core.errors import MergeError, name_some
+from ...core.formats.peft_experts import parameter_of
 from ...core.layers.keymap import MappedRows, apply_key_map
 from ...core.mole.attach import Attachment, attach
 from ...core.mole.gates import READS_TEXT, GateSet
@@ -42,6 +43,13 @@ def experts(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
                 file=adapter.source.path or adapter.label,
                 found=name_some(embeddings, 2),
                 remedy="merge these LoRAs instead, or remove the embeddings from them",
+            )
+        if experts := [name for name in adapter.modules if parameter_of(name) is not None]:
+            raise MergeError(
+                "A LoRA of stacked experts (target_parameters) cannot be mixed at run time.",
+                file=adapter.source.path or adapter.label,
+                found=name_some(experts, 2),
+                remedy="merge these LoRAs instead",
             )
         path_of = layer_paths(model, adapter.modules)
         if missing := [name for name, path in path_of.items() if path is None]:

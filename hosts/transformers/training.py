@@ -34,7 +34,7 @@ def load_model(path: str | Path, *, device: str = "cpu", dtype: torch.dtype = to
     A model that was saved quantised stays quantised. Downloads nothing.
 
     Args:
-        path: Folder or name.
+        path: Folder, or name: ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` with a branch, tag or commit.
         device: Device the model is loaded to.
         dtype: Dtype of its weights.
 

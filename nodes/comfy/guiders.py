@@ -64,7 +64,7 @@ def prompt_texts(arguments: Mapping[str, Any]) -> Sequence[tuple[Tensor, Tensor 
     texts: list[tuple[Tensor, Tensor | None]] = []
     for cond in _positive_conds():
         parts = cond.get("model_conds", {})
-        text = getattr(parts.get("c_crossattn"), "cond", None)
+        text: Any = getattr(parts.get("c_crossattn"), "cond", None)
         if isinstance(text, Tensor) and _is_active(cond, sigmas):
             on_device = text.to(context)
             mask = {"attention_mask": getattr(parts.get("attention_mask"), "cond", None)}

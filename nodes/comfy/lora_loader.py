@@ -20,6 +20,7 @@ from ...core import formats
 from ...core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
+from ...core.formats.convert import approximation_note, is_matrix, low_rank_of_total
 from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, best_rank_k
@@ -65,7 +66,6 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
         originals,
         connected=f"{base_of(model)} model{'' if clip is None else ' with CLIP'}",
         dropped=tuple(line for builder in builders for line in builder.dropped),
-        notes=tuple(line for builder in builders for line in builder.notes),
         finish=lambda adapter: fuse_unnamed(adapter, common, names, row_count),  # must not refer to the model
         slices=common.slices,
     )
@@ -168,15 +168,26 @@ class _ModelLayers:
             name = None if offset is None else self.names.of_rows(key, offset[1], offset[1] + offset[2])
             builder.extras[f"{name or self.names.of_parameter(key)}.set_weight"] = values[0]
             return True
-        if kind == "diff" and values[0].ndim < 2:
-            if values[0].shape != weight.shape:
-                raise self._wrong_shape(builder, key, tuple(weight.shape), tuple(values[0].shape))
-            builder.diffs[self._diff_name(key)] = values[0]
+        approximated = builder.convert_rank and is_matrix(values[0])
+        name = self._diff_name(target)
+        if kind == "diff" and name is not None and not approximated:
+            _, offset, _ = split_target(target)
+            shape = tuple(weight.shape) if offset is None else (offset[2], *weight.shape[1:])
+            if values[0].shape != shape:
+                raise self._wrong_shape(builder, key, shape, tuple(values[0].shape))
+            builder.diffs[name] = values[0]
             return True
         return False
 
-    def _diff_name(self, key: str) -> str:
-        """Return the name of a diff that the comfy format saves under a key that the stock loader reads."""
+    def _diff_name(self, target: Target) -> str | None:
+        """Return the name of a diff that the comfy format saves under a key that the stock loader reads.
+
+        ``None`` for rows that have no name or that the loader reorders.
+        """
+        key, offset, fn = split_target(target)
+        if offset is not None or fn is not None:
+            name = None if offset is None or fn is not None else self.names.of_rows(key, offset[1], sum(offset[1:]))
+            return None if name is None else f"{name}.weight"
         module, _, parameter = key.rpartition(".")
         if parameter == "bias":
             return f"{self.names.of_parameter(f'{module}.weight')}.bias"
@@ -196,7 +207,7 @@ class _ModelLayers:
                 found=f"{len(patches)} such layers",
                 remedy="set convert_rank on Load LoRA (e.g. 32): each becomes its best low-rank approximation",
             )
-        kept_energy = total_energy = 0.0
+        updates: list[LowRank] = []
         progress = progress_bar()
         for number, (target, patch) in enumerate(patches):
             progress(number, len(patches), split_target(target)[0])
@@ -211,14 +222,10 @@ class _ModelLayers:
                 continue
             kernel = tuple(delta.shape[2:])
             A, B = best_rank_k(delta.flatten(1), min(builder.convert_rank, *delta.flatten(1).shape))
-            kept_energy += float(A.double().square().sum(1).square().sum())  # balanced: |B A|^2 = sum_j |a_j|^4
-            total_energy += float(delta.double().square().sum())
-            builder.add(LowRank(A, B, kernel=kernel), rows)
+            updates.append(low_rank_of_total(A, B, kernel, float(delta.double().square().sum())))
+            builder.add(updates[-1], rows)
         builder.source = replace(builder.source, convert_rank=builder.convert_rank)
-        builder.notes.append(
-            f"{builder.label}: {len(patches)} layers ({', '.join(kinds)}) were approximated at rank "
-            f"{builder.convert_rank}, which keeps {kept_energy / (total_energy or 1):.1%} of their energy"
-        )
+        builder.notes.append(approximation_note(builder.label, kinds, updates, builder.convert_rank))
 
     def _delta(self, target: Target, patch: Any, file: str) -> tuple[Tensor, ParameterSlice]:
         """Return what a patch adds to the model's weight, as ComfyUI computes it: after minus before."""
@@ -315,11 +322,6 @@ def open_lora(lora: GraphLora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     if isinstance(content, Adapter):
         return formats.to_state_dict(content, "comfy"), content.metadata
     return files.read_tensors(content) if isinstance(content, Path) else (dict(content), {})
-
-
-def trigger_words(lora: GraphLora) -> str:
-    """Return the trigger words in the metadata of a LoRA's file, ``""`` if there are none."""
-    return open_lora(lora)[1].get("modelspec.trigger_phrase", "")
 
 
 def _source(lora: GraphLora, state_dict: Mapping[str, Tensor]) -> Source:

@@ -69,7 +69,7 @@ class AdapterBuilder:
         self.modules[name], self.slices[name] = update, rows
 
     def build(self) -> Adapter:
-        return Adapter(self.modules, self.diffs, self.extras, self.metadata, self.source)
+        return Adapter(self.modules, self.diffs, self.extras, self.metadata, self.source, tuple(self.notes))
 
 
 # Of several names that ComfyUI reads for one target its own is preferred, then the one that diffusers reads too.

@@ -45,6 +45,21 @@ class PreparedModel:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How the images of all cells are sampled and decoded, see `comfy.sampling`.
+
+    Args:
+        latent_scale: Factor to resize latents by before they are decoded.
+    """
+
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str
+    latent_scale: float
+
+
 class ModelPreparer:
     """Prepares a model for each setup of a comparison. The LoRAs are loaded once.
 
@@ -133,12 +148,7 @@ def sample_cells(
     models: dict[ModelSetup, PreparedModel],
     vae: Any,
     latent: Mapping[str, Any],
-    *,
-    steps: int,
-    cfg: float,
-    sampler: str,
-    scheduler: str,
-    latent_scale: float,
+    settings: SamplerSettings,
     progress: Progress,
 ) -> tuple[dict[Cell, Tensor], dict[Cell, float]]:
     """Sample every cell.
@@ -148,8 +158,7 @@ def sample_cells(
         models: The model of each setup. It is removed here once its cells are sampled, to free its memory.
         vae: A VAE.
         latent: An empty LATENT.
-        steps, cfg, sampler, scheduler: See `sampling.sample`.
-        latent_scale: Factor to resize latents by before they are decoded.
+        settings: Sampler settings.
         progress: Called with (steps done, steps in all, text), over all cells. May raise an exception to cancel.
 
     Returns:
@@ -157,7 +166,7 @@ def sample_cells(
     """
     images: dict[Cell, Tensor] = {}
     seconds: dict[Cell, float] = {}
-    count = sum(map(len, cells.values()))
+    count, steps = sum(map(len, cells.values())), settings.steps
     for setup, members in cells.items():
         prepared = models.pop(setup)
         for cell in members:
@@ -172,12 +181,12 @@ def sample_cells(
                 latent,
                 seed=cell.seed,
                 steps=steps,
-                cfg=cfg,
-                sampler=sampler,
-                scheduler=scheduler,
+                cfg=settings.cfg,
+                sampler=settings.sampler,
+                scheduler=settings.scheduler,
                 progress=report_step,
             )
-            images[cell] = decode(vae, samples, latent_scale)
+            images[cell] = decode(vae, samples, settings.latent_scale)
             seconds[cell] = time.perf_counter() - start
     return images, seconds
 

@@ -25,7 +25,7 @@ from ..comfy.sampling import SAMPLERS, SCHEDULERS
 from ..graph_lora import connected_loras
 from ..settings import RANK_HELP
 from ..sockets import CATEGORY, LEGOMOLE_GATES, LEGOMOLE_STATISTICS, loras_input, report_output, seed_input
-from .cells import ModelPreparer, sample_cells
+from .cells import ModelPreparer, SamplerSettings, sample_cells
 
 _VALUES_HELP = (
     "Separated by commas, e.g. none, concat, svd, lego, mole (method); 8, 1x, 95% (rank); 0, 0.5, 1 (strength); 1, 2, "
@@ -167,18 +167,8 @@ class XYCompare(io.ComfyNode):
         models = preparer.prepare(cells)
         remarks = {setup: prepared.remark for setup, prepared in models.items()}
         warnings = dict.fromkeys(line for prepared in models.values() for line in prepared.warnings)
-        images, seconds = sample_cells(
-            cells,
-            models,
-            vae,
-            latent_image,
-            steps=steps,
-            cfg=cfg,
-            sampler=sampler_name,
-            scheduler=scheduler,
-            latent_scale=latent_scale,
-            progress=progress,
-        )
+        settings = SamplerSettings(steps, cfg, sampler_name, scheduler, latent_scale)
+        images, seconds = sample_cells(cells, models, vae, latent_image, settings, progress)
         labels = [lora.label for lora in values]
         drawn = comparison_sheet(
             [[torch.cat([*images[cell]], 1) for cell in row] for row in grid],  # a cell's batch, side by side

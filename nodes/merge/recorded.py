@@ -10,19 +10,18 @@ import torch
 
 from ...core import formats
 from ...core.adapter import Adapter, Source
-from ...core.errors import name_some
 from ...core.merge.layer_rules import parse_layer_rules
 from ...core.merge.methods import METHODS, MergeMethod
 from ...core.merge.report import MergeReport
+from ...core.merge.statistics import Statistics
 from ...core.progress import Progress
-from ...core.recipes.metadata import KEY, with_recipe_fields
+from ...core.recipes.conversion import convert
+from ...core.recipes.metadata import KEY, NOT_REPEATABLE, with_recipe_fields
 from ...core.recipes.method_settings import method_settings
 from ...core.recipes.recipe import Input, Recipe
 from ...core.recipes.run import describe, merge_aligned, run
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, adapter_of, file_key_map, read_files
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def merge_loaded(
@@ -31,6 +30,8 @@ def merge_loaded(
     method: MergeMethod,
     rules: str = "",
     progress: Progress | None = None,
+    *,
+    statistics: Statistics | None = None,
 ) -> tuple[GraphLora, MergeReport]:
     """Merge LoRAs that have been loaded.
 
@@ -39,7 +40,7 @@ def merge_loaded(
         loaded: The same LoRAs as the engine merges them.
         method: The merge method.
         rules: Weights per layer, see `core.merge.layer_rules`.
-        progress: See `core.merge.engine.merge`.
+        progress, statistics: See `core.merge.engine.merge`.
 
     Returns:
         The merged LoRA, with its recipe in the metadata, and the report. Why a recipe cannot be repeated from files is
@@ -64,43 +65,42 @@ def merge_loaded(
             for lora, adapter, weights in zip(loras, loaded.originals, tables, strict=True)
         ],
     )
-    result = merge_aligned(recipe, method, loaded.adapters, progress=progress, cache=loaded.cache)
+    result = merge_aligned(
+        recipe, method, loaded.adapters, progress=progress, cache=loaded.cache, statistics=statistics
+    )
     merged = loaded.finish(result.adapter)
-    format = "comfy" if loaded.connected else formats.detect([*merged.modules])
-    recipe = recipe.model_copy(update={"format": format})
-    obstacles = [*_obstacles(loras, loaded, method, merged, format)]
-    hidden_notes = (f"{_NOT_REPEATABLE}: {'; '.join(obstacles)}",) if obstacles else ()
+    if loaded.connected:
+        recipe = recipe.model_copy(update={"format": "comfy"})
+    obstacles = [*_obstacles(loras, loaded, method)]
+    hidden_notes = (f"{NOT_REPEATABLE}: {'; '.join(obstacles)}",) if obstacles else ()
     report = replace(
         result.report,
         dropped=(*result.report.dropped, *loaded.dropped),
-        notes=(*result.report.notes, *loaded.notes, *hidden_notes),
+        notes=(*result.report.notes, *hidden_notes),
     )
     described = describe(
-        recipe, method, replace(result, adapter=merged, report=report), loaded.originals, renamed=loaded.renamed
+        recipe,
+        method,
+        replace(result, adapter=merged, report=report),
+        loaded.originals,
+        renamed=loaded.renamed,
+        named=bool(loaded.connected),
     )
     label = f"{recipe.method}({', '.join(report.inputs)})"
-    adapter = replace(described.adapter, source=Source(label, format=format))
+    adapter = replace(described.adapter, source=Source(label, format=described.adapter.source.format))
     shown = tuple(note for note in described.report.notes if note not in hidden_notes)
     return GraphLora(adapter, label, recipe=None if obstacles else recipe), replace(described.report, notes=shown)
 
 
-_NOT_REPEATABLE = "legomole merge --config cannot repeat this merge from the files alone"
-
-
-def _obstacles(
-    loras: Sequence[GraphLora], loaded: LoadedLoras, method: MergeMethod, merged: Adapter, format: str
-) -> Iterator[str]:
+def _obstacles(loras: Sequence[GraphLora], loaded: LoadedLoras, method: MergeMethod) -> Iterator[str]:
     """Why the recipe of a merge does not give the same file again, and what to do about it."""
     if loaded.connected:
         yield f"layers were matched and named through the connected {loaded.connected}, which is needed again"
     if getattr(method, "statistics", None) is not None:
-        yield "Calibrate's statistics are not saved, measure them again with the same settings"
+        yield "the statistics of the base model are not saved, measure them again with the same settings"
     for lora in loras:
         if not isinstance(lora.content, Path):
             yield f"{lora.label} was made in the graph, save it with Save LoRA and load that file instead"
-    unusual = [name for name in merged.layers if not formats.FORMATS[format].is_native_name(name)]
-    if unusual:
-        yield f"layers such as {name_some(unusual, 1)} would be renamed"
 
 
 def save_lora(
@@ -108,13 +108,16 @@ def save_lora(
 ) -> Path:
     """Write a LoRA to a file. If it was merged, its recipe names the format and dtype it is saved in.
 
+    The recipe in a file that was loaded gets another format or dtype as a conversion, see `core.recipes.conversion`.
+
     To save a merge of files in another dtype than its own, it is merged again from the files, because repeating the
     recipe gives those values and not the ones that are rounded twice.
 
     Args:
         lora: The LoRA. With a strength other than 1 the file becomes a merge of this one LoRA.
         path: The file to write.
-        format: Name in ``FORMATS``; default that of the LoRA, or comfy if it has none for a single file.
+        format: Name in ``FORMATS``, whose program shall read the file; default the LoRA's names in its format, or in
+            one that is detected from them if it has none for a single file.
         dtype: ``float16``, ``bfloat16`` or ``float32``; default its own.
         progress: See `core.merge.engine.merge`.
 
@@ -122,25 +125,26 @@ def save_lora(
         The path written.
 
     Raises:
-        SaveError: See `core.formats.save`.
+        SaveError: The format's program has no names for some layers; and see `core.formats.save`.
         FormatError: A file that cannot be read.
         RecipeError: An input has changed since it was merged.
     """
     adapter = adapter_of(lora)
-    format = format or _file_format(adapter)
     if (lora.strength_model, lora.strength_clip) != (1.0, 1.0):
         lora, _ = merge_loaded([lora], read_files([lora]), METHODS["concat"]())
         adapter = adapter_of(lora)
-    cast_to = None if dtype is None else DTYPES[dtype]
-    fields = {"format": format} | ({} if dtype is None else {"dtype": dtype})
+    cast_to = None if dtype is None else getattr(torch, dtype)
+    fields = {"format": format or _file_format(adapter)} | ({} if dtype is None else {"dtype": dtype})
     if lora.recipe is not None and cast_to not in (None, adapter.dtype):
-        again = run(lora.recipe.model_copy(update=fields), key_map=file_key_map(), progress=progress)
-        return formats.save(again.adapter, path, format=format)
+        chosen = lora.recipe.model_copy(update=fields if format is not None else {"dtype": dtype})
+        again = run(chosen, key_map=file_key_map(), progress=progress).adapter
+        return formats.save(again, path, format=format or _file_format(again))
     if isinstance(lora.content, Adapter) and KEY in adapter.metadata:
         adapter = replace(adapter, metadata=with_recipe_fields(adapter.metadata, **fields))
-    return formats.save(adapter, path, format=format, dtype=cast_to)
+        return formats.save(adapter, path, format=format or _file_format(adapter), dtype=cast_to)
+    return formats.save(convert(adapter, format, cast_to), path, format=format or _file_format(adapter))
 
 
 def _file_format(adapter: Adapter) -> str:
     format = adapter.source.format
-    return format if format in formats.FORMATS and format != "peft" else "comfy"
+    return format if format in formats.FORMATS and format != "peft" else formats.detect(adapter.layers)

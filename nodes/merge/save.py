@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ...core import formats
+from ...core.recipes.dtype_names import DTYPES, full_dtype_name
 from ..comfy import display, folders
 from ..graph_lora import GraphLora
 from ..sockets import CATEGORY, LEGOMOLE_LORA, filename_input, path_output
-from .recorded import DTYPES, save_lora
+from .recorded import save_lora
 
 _AS_IS, _AUTO = "as is", "auto"
 
@@ -33,8 +34,9 @@ class SaveLoRA(io.ComfyNode):
                     options=[_AUTO, *(name for name in formats.FORMATS if name != "peft")],
                     default=_AUTO,
                     advanced=True,
-                    tooltip="How the keys are named. auto: ComfyUI's names if a model was connected to the merge, "
-                    "otherwise those of the LoRAs.",
+                    tooltip="The program that shall read the file, which decides how the keys are named. auto: "
+                    "ComfyUI's names if a model was connected to the merge or the LoRAs' names differ, otherwise those "
+                    "of the LoRAs.",
                 ),
                 io.Combo.Input(
                     "dtype",
@@ -49,12 +51,18 @@ class SaveLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, dtype: str | None = None) -> bool | str:
+        """Accept short names of dtypes, which ComfyUI's own check of the options would refuse."""
+        valid = dtype is None or full_dtype_name(dtype) in (_AS_IS, *DTYPES)
+        return valid or f"There is no dtype {dtype!r}. Options: {', '.join((_AS_IS, *DTYPES))}"
+
+    @classmethod
     def execute(cls, lora: GraphLora, filename_prefix: str, format: str, dtype: str) -> io.NodeOutput:
         path = save_lora(
             lora,
             folders.new_path(filename_prefix),
             None if format == _AUTO else format,
-            None if dtype == _AS_IS else dtype,
+            None if dtype == _AS_IS else full_dtype_name(dtype),
             display.progress_bar(),
         )
         return io.NodeOutput(str(path), ui=display.show_text(str(path)))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from legomole.core.mole.attach import attach
-from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.core.mole.gates import GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train.features import standardise_features
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -92,7 +92,7 @@ def test_a_mixed_layer_runs_two_products_and_one_scaling_without_synchronising(m
     settings = GateSettings(reads=reads, granularity="block")
     with torch.no_grad():
         plain = copy.deepcopy(model).to("meta")
-        attachment = attach(model, Mixture(tuple(adapters), GateSet(3, settings)))
+        attachment = attach(model, Mixture(tuple(adapters), mixing.untrained_gates(case, 3, settings)))
         gates = standardise_features(attachment, lambda: model(**case.inputs))
         model.to("meta")
         attachment.bank.to("meta")
@@ -105,7 +105,8 @@ def test_a_mixed_layer_runs_two_products_and_one_scaling_without_synchronising(m
     assert not [name for name in more if "copy" in name], more
     assert more["addmm_"] == layers == 44, more
     # beyond two products and a scaling per layer: operations shared by all gates, and those of each gate
-    shared, each = {"text": (12, 1), "hidden": (0, 12), "experts": (0, 20)}[reads]
+    # (of the text: 12 for all gates at once, and 15 for the scores of its tokens and their maximum)
+    shared, each = {"text": (12 + 15, 1), "hidden": (0, 12), "experts": (0, 20)}[reads]
     assert more.total() <= 3 * layers + shared + each * len(gates.names), more
 
 

@@ -141,6 +141,17 @@ def test_more_loras_are_combined_in_all_pairs():
     assert all(pairs.count(pair) == 4 for pair in pairs)
 
 
+def test_tagged_pictures_are_the_joint_ones_with_eight_tags():
+    scored = scoring.task(("heart", "ember"), joint=4, alone=2, base=3)
+    tagged = scored.tagged()
+    assert tagged.kinds == ("joint",) * 4
+    assert tagged.wanted == (("heart", "ember"),) * 4
+    assert [text.split(", masterpiece")[0] for text in tagged.texts] == scored.texts[:4]
+    assert all(text.count(",") - plain.count(",") == 8 for text, plain in zip(tagged.texts, scored.texts, strict=False))
+    longest = words.prompt("heart", "ember", words.WORDINGS[4]) + ", " + ", ".join(scoring.TAGS)
+    assert words.tokens(longest, any_words=True)[-2:] == [words.END] * 2
+
+
 def test_distance_by_hand():
     # F = 1, k(a, b) = (ab + 1)^3; x = {0, 1}, y = {1, 1}: k(0, 1) = 1, k(1, 1) = 8, k(0, 0) = 1
     # among x: k(0, 1) = 1; among y: 8; between: mean of (1, 1, 8, 8) = 4.5; 1 + 8 - 9 = 0
@@ -154,7 +165,7 @@ def test_distance_by_hand():
 
 
 def row(scale: float, joint: float, preserved: float, *, seed: int = 0, concepts=("heart", "ember")) -> evaluate.Row:
-    return evaluate.Row("sum", 2, seed, scale, "N r", concepts, joint, preserved, preserved, preserved, 0.0, 1.0)
+    return evaluate.Row("sum", 2, seed, scale, "N r", concepts, joint, preserved, preserved, preserved, 0.5, 0.0, 1.0)
 
 
 def test_the_best_strength_has_the_best_joint_score_then_keeps_most():
@@ -170,6 +181,12 @@ def test_logged_rows_are_not_measured_again(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps(dataclasses.asdict(logged)) + "\n")
     bench = evaluate.Bench(object(), tmp_path / "rows.jsonl", print)
     assert bench.row("sum", methods.METHODS["sum"], ("heart", "ember"), 0, 1.0) == logged
+
+
+def test_results_hold_no_scores_that_were_not_measured():
+    measured = row(1.0, 0.8, 0.3)
+    assert report._row("sum", [measured])["tagged"] == 0.5
+    assert "tagged" not in report._row("sum", [dataclasses.replace(measured, tagged=math.nan)])
 
 
 def test_spread_is_over_loras_not_pictures():
@@ -188,5 +205,5 @@ def test_the_table_has_every_method_at_its_strength():
     text = report.table(rows, "main", dict.fromkeys(plan.methods, 1.0))
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     assert [line.split("|")[1].strip() for line in lines] == list(plan.methods)
-    assert all("0.50 ±0.00 | 0.25 ±0.00" in line for line in lines)
+    assert all("| 0.50 ±0.00 | 0.25 ±0.00 | 0.25 ±0.00 | 0.25 ±0.00 | 0.50 ±0.00 |" in line for line in lines)
     assert not math.isnan(report.spread(rows, "kid"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from legomole.cli import app
 from legomole.core.adapter import Adapter
@@ -21,6 +23,14 @@ def write(path: Path, rank: int = 2, seed: int = 0, *, names=NAMES, d_in: int = 
     g = torch.Generator().manual_seed(seed)
     modules = {n: LowRank(torch.randn(rank, d_in, generator=g), torch.randn(5, rank, generator=g)) for n in names}
     return save(Adapter(modules, metadata=metadata), path, format="kohya")
+
+
+def enter_copy(made: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work in a folder with a link to the pipeline in `made` and copies of the LoRA files there."""
+    (folder / "pipe").symlink_to(made / "pipe")
+    for path in made.glob("*.safetensors"):
+        shutil.copy(path, folder)
+    monkeypatch.chdir(folder)
 
 
 def run(*arguments: str) -> Result:

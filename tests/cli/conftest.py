@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from legomole.cli import gates_report
 
 from .command import write
 
@@ -16,3 +20,21 @@ def folder(tmp_path, monkeypatch) -> Path:
     write(Path("a.safetensors"), 4, 1, ss_base_model_version="sd_v1")
     write(Path("b.safetensors"), 2, 2)
     return tmp_path
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Raises Ctrl-C after so many steps of training (0: while images are sampled; -1: never), or another exception."""
+
+    def at(step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        @contextlib.contextmanager
+        def bar(*_: Any, **__: Any) -> Generator[Any]:
+            def progress(number: int, total: int, what: str) -> None:
+                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
+                    raise error
+
+            yield progress
+
+        monkeypatch.setattr(gates_report, "progress_bar", bar)
+
+    return at

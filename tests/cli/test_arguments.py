@@ -12,6 +12,7 @@ from legomole.cli.arguments import parse_input, parse_setting
 from legomole.cli.options import DtypeName, FormatName, MethodName
 from legomole.core.formats import FORMATS
 from legomole.core.merge.methods import METHODS
+from legomole.core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
 
 
 @pytest.mark.parametrize(
@@ -48,4 +49,5 @@ def test_the_choices_are_those_of_the_tables():
     """The command line names them itself so that --help needs no torch."""
     assert list(get_args(MethodName)) == list(METHODS)
     assert set(get_args(FormatName)) == set(FORMATS)
-    assert all(getattr(torch, name).is_floating_point for name in get_args(DtypeName))
+    assert all(getattr(torch, full_dtype_name(name)).is_floating_point for name in get_args(DtypeName))
+    assert set(get_args(DtypeName)) == {*DTYPES, *SHORT_NAMES}

@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from legomole.core.formats import load, save
+from legomole.core.merge import statistics_cache
 from legomole.core.merge.statistics import Statistics
-from legomole.hosts import calibration, statistics_cache
+from legomole.hosts import calibration
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from ..hosts.diffusers import tiny_pipelines as tiny
 from ..hosts.transformers import tiny_language
-from .command import done, run, squeezed
+from .command import done, enter_copy, run, squeezed
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
@@ -44,13 +45,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pipe", "llama"):
-        (tmp_path / name).symlink_to(made / name)
-    for path in made.glob("*.safetensors"):
-        shutil.copy(path, tmp_path)
+    enter_copy(made, tmp_path, monkeypatch)
+    (tmp_path / "llama").symlink_to(made / "llama")
     for name in ("sums", "poems"):
         shutil.copytree(made / name, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -159,7 +157,7 @@ def test_nothing_is_measured_for_an_output_that_may_not_be_written():
          "not for a language model"),
     ],
 )  # fmt: skip
-def test_wrong_usage_is_refused(arguments, words):
+def test_wrong_usage_is_an_error(arguments, words):
     result = run(*arguments)
     assert result.exit_code in (2, 3)
     assert words in squeezed(result.stderr)
@@ -214,3 +212,30 @@ def test_language_models_are_measured_on_texts_and_instructions():
     assert set(load("both").modules) == set(statistics.modules)
     done(*adapters, "--texts", "1:sums.jsonl", "--texts", "2:sums.txt", "-o", "other")
     assert "no texts for poems" in squeezed(done(*adapters, "--texts", "1:sums.txt", "-o", "plain"))
+
+
+def test_a_checkpoint_gives_weights_but_cannot_be_measured() -> None:
+    """One option for the base model: DoRA needs its weights, and a file of weights cannot be run."""
+    from safetensors.torch import save_file
+
+    save_file({"a.weight": torch.zeros(2, 2)}, "weights.safetensors")
+    result = run(*LORAS, "--base", "weights.safetensors", "--words", "a", "--words", "b", "-o", "o")
+    assert result.exit_code == 2
+    assert "cannot be run" in squeezed(result.stderr)
+    text = squeezed(done(*LORAS, "--base", "weights.safetensors", "-o", "o"))
+    assert "not calibrated on the base model" in text
+    assert "base:" not in done("inspect", "o.safetensors", "--recipe")  # no LoRA needed its weights
+
+
+def test_dora_is_merged_and_measured_with_the_same_base() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights=False)
+    peft.get_peft_model(tiny_language.llama(), config).save_pretrained("dora")
+    Path("sums.txt").write_text("w1 w2\nw3 w4\n")
+    words = ("--texts", "1:sums.txt", "--instruction", "2:w7 w8", "--convert-rank", "4")
+    text = squeezed(done("merge", "dora", "poems", "--base", "llama", *words, "-o", "both"))
+    assert "predicted errors" in text
+    done("merge", "--config", "both", "-o", "again")
+    assert load("again").modules.keys() == load("both").modules.keys()
+    assert all(torch.equal(part.B, load("again").modules[name].B) for name, part in load("both").modules.items())

@@ -60,8 +60,8 @@ def test_metadata_and_names_are_shown_not_obeyed() -> None:
     assert f"sd {MARKUP}" in shown
     assert "\\x1b]0;owned\\x07[/]" in shown
     error = run("merge", str(path), "y.safetensors", "--method", "concat", "-o", "z.safetensors", code=3)
-    told = "no layer in common" if find_spec("diffusers") else "layer names must be translated"
-    assert told in " ".join(error.replace("│", " ").split())
+    problem = "no layer in common" if find_spec("diffusers") else "layer names must be translated"
+    assert problem in " ".join(error.replace("│", " ").split())
     assert "\x1b]" not in error
     report = run("merge", str(path), "--method", "concat", "-o", "z.safetensors")
     assert "\x1b]" not in report
@@ -89,8 +89,8 @@ def test_a_progress_bar_shows_names_and_does_not_obey_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal then
-    with progress_bar("training", quiet=False, show_step=True) as tell:
-        tell(1, 2, TITLE + MARKUP)
+    with progress_bar("training", quiet=False, show_step=True) as progress:
+        progress(1, 2, TITLE + MARKUP)
     shown = capsys.readouterr().err
     assert "\\x1b]0;owned\\x07[/] [bold]x[/bold]" in shown
     assert "\x1b]0;" not in shown
@@ -151,7 +151,7 @@ def test_yaml_of_nonsense(value: str) -> None:
 
 @pytest.mark.parametrize("kind", ["yaml", "toml"])
 @pytest.mark.parametrize("key", ["normalize", "dtype", "rank"])
-def test_numbers_too_long_to_be_told(kind: Literal["yaml", "toml"], key: str) -> None:
+def test_numbers_too_long_to_print(kind: Literal["yaml", "toml"], key: str) -> None:
     """Written in base 16 they are read, but could not be shown in the error."""
     number = "0x" + "f" * 5000
     if kind == "toml":
@@ -199,7 +199,7 @@ def test_recipes_that_are_too_long_or_too_deep(folder: Path) -> None:
 )
 @pytest.mark.parametrize("place", ["input", "statistics"])
 def test_a_recipe_inside_a_file_names_no_other_folder(path: str, place: str, folder: Path) -> None:
-    """Nobody has seen it: opening a path of a stranger's choice may reach another machine, with the user's password."""
+    """Opening a path from an untrusted file may reach another machine, with the user's password."""
     recipe = {"method": "lego", "inputs": [{"path": "a.safetensors"}], "settings": {"rank": 2}}
     if place == "input":
         recipe["inputs"] = [{"path": path}]

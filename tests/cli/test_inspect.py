@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from .command import NAMES, done, run, squeezed, write
 
 
-def test_inspect_tells_what_is_inside():
+def test_inspect_shows_the_contents():
     text = squeezed(done("inspect", "a.safetensors"))
     assert "format kohya" in text
     assert "base model sd_v1" in text
@@ -38,7 +38,7 @@ def test_inspect_works_on_files_that_cannot_be_merged():
     assert "lokr_w1" in done("inspect", "lokr.safetensors")
 
 
-def test_inspect_of_a_merged_file_tells_how():
+def test_inspect_of_a_merged_file_shows_the_merge():
     done("merge", "a.safetensors:0.5", "b.safetensors", "-o", "out.safetensors")
     text = squeezed(done("inspect", "out.safetensors"))
     assert "merged from a.safetensors:0.5, b.safetensors:1" in text

@@ -13,7 +13,7 @@ from legomole.core.formats import load
 from .command import done, process, run, squeezed, write
 
 
-def test_an_existing_output_is_kept_unless_told_otherwise():
+def test_an_existing_output_is_kept_unless_overwrite_is_given():
     Path("out.safetensors").write_bytes(b"precious")
     result = run("merge", "a.safetensors", "-o", "out.safetensors")
     assert result.exit_code == 4

@@ -16,7 +16,6 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import legomole
-from legomole.cli import train_language_model
 from legomole.cli.gates_input import read_texts
 from legomole.core.mole.trained import TrainedGates
 
@@ -102,8 +101,8 @@ def test_two_processes_of_accelerate_launch_reach_what_one_reaches() -> None:
     env = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    told = json.loads(ran.stdout)  # of one of the two
-    assert (told["steps"], told["texts"]) == (6, [3, 3, 0])
+    facts = json.loads(ran.stdout)  # of one of the two
+    assert (facts["steps"], facts["texts"]) == (6, [3, 3, 0])
     alone, together = (weights(f"{name}.safetensors") for name in ("alone", "together"))
     assert alone.keys() == together.keys()
     assert max(float(value.abs().max()) for name, value in alone.items() if name.endswith("weight")) > 0.05
@@ -163,21 +162,11 @@ def test_what_cannot_be_trained_with_is_refused_first() -> None:
         assert (problem in error["problem"], error["file"]) == (True, model)
 
 
-def test_an_interrupted_training_goes_on_to_the_same_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
-    @contextlib.contextmanager
-    def bar(*_: Any, **__: Any) -> Any:
-        def progress(number: int, total: int, what: str) -> None:
-            if number == 3:
-                raise KeyboardInterrupt
-
-        yield progress
-
+def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> None:
     done(*TRAIN, *FAST, "-o", "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(train_language_model, "progress_bar", bar)
-        result = run(*TRAIN, *FAST, "--state", "state", "-o", "gates")
+    interrupt(3)
+    result = run(*TRAIN, *FAST, "--state", "state", "-o", "gates")
     assert (result.exit_code, "A checkpoint is kept in state" in squeezed(result.output)) == (130, True)
+    interrupt(-1)
     done(*TRAIN, *FAST, "--state", "state", "-o", "gates")
     assert Path("gates.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()

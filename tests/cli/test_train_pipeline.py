@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,19 @@ pytest.importorskip("peft")
 
 import diffusers
 import legomole
-from legomole.cli import train_pipeline
 from legomole.cli.gates_input import read_pictures
 from legomole.core.errors import FormatError
 from legomole.core.formats import save
-from legomole.core.mole.router import concepts_in, route_gates
+from legomole.core.formats.files import read_tensors, write_tensors
+from legomole.core.mole.router import concepts_in, route_gates, route_mean_gates
 from legomole.core.mole.trained import TrainedGates
+from legomole.core.train import fit_detector
+from legomole.hosts.diffusers.denoiser import PipelinePromptEncoder
 from legomole.hosts.diffusers.layer_names import to_kohya
 from PIL import Image
 
 from ..hosts.diffusers import tiny_pipelines as tiny
-from .command import done, run, squeezed
+from .command import done, enter_copy, run, squeezed
 
 # the libraries' own affairs
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
@@ -55,11 +55,28 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "pipe").symlink_to(made / "pipe")
-    for path in made.glob("*.safetensors"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.chdir(tmp_path)
+    enter_copy(made, tmp_path, monkeypatch)
     return tmp_path
+
+
+def test_a_pipeline_of_the_local_cache_may_have_a_revision(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "cache" / "models--me--pipe"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cached.parent))
+    for commit, branch in (("1" * 40, "main"), ("2" * 40, "v1")):
+        shutil.copytree(made / "pipe", cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / branch).write_text(commit)
+    (cached / "snapshots" / ("1" * 40) / "unet" / "config.json").unlink()  # only v1 can be loaded
+    arguments = ("train-gates", "me/pipe@v1", *LORAS, *WORDS, "--objective", "router", *SMALL, "-o", "gates")
+    assert "DiffusionPipeline.from_pretrained('me/pipe', revision='v1')" in done(*arguments)
+    result = run("train-gates", "me/pipe", *arguments[2:], "--overwrite")
+    assert (result.exit_code, "The pipeline cannot be loaded" in squeezed(result.output)) == (3, True)
+    calibrate = ("merge", "style.safetensors", "heart.safetensors", *WORDS, "--size", "16", "-o", "both")
+    done(*calibrate, "--base", "me/pipe@v1")
+    result = run(*calibrate, "--overwrite", "--base", "me/pipe@../v1")
+    assert (result.exit_code, "no branch, tag or commit" in squeezed(result.output)) == (3, True)
 
 
 def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:
@@ -91,7 +108,7 @@ def test_training_writes_gates_and_says_how_to_use_them(folder: Path) -> None:
     assert found["mixture"].gates.names == trained.gates.names
 
 
-def test_inspect_tells_about_gates() -> None:
+def test_inspect_shows_gates() -> None:
     done(*TRAIN, "--steps", "2", "--granularity", "block", "-o", "gates")
     text = squeezed(done("inspect", "gates.safetensors"))
     trained = TrainedGates.load("gates.safetensors")
@@ -137,17 +154,58 @@ def test_every_option_reaches_the_training() -> None:
 
 
 def test_the_router_needs_no_steps() -> None:
-    """The gates are those of the engine's least squares on the pipeline's own encodings."""
+    """The gates are the router's, with a detector fitted on the pipeline's own encodings."""
     text = done(*TRAIN, "--objective", "router", "-o", "gates")
     assert "router on UNet2DConditionModel: 8 gates, 35 prompts\n" in text
+    trained = TrainedGates.load("gates.safetensors")
+    concepts = [["ember style", "burning"], ["heart"]]
+    prompts = trained.training["prompts"]
+    detector, notes = fit_detector(concepts, PipelinePromptEncoder(tiny.build("SD 1.5")), prompts)
+    expected = route_gates(detector, trained.gates.settings, trained.gates.names)
+    torch.testing.assert_close(trained.gates.state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)
+    assert trained.gates.detector is not None
+    assert trained.gates.detector.words == (("ember style", "burning"), ("heart",))
+    assert notes  # of random encoders
+    for note in notes:
+        assert f"note: {note}" in " ".join(text.split())
+
+
+def test_notes_are_in_the_facts_too() -> None:
+    data = json.loads(done(*TRAIN, "--objective", "router", "--json", "-o", "gates"))
+    assert any("hardly tell 'heart' from other words" in note for note in data["notes"])
+
+
+def test_gates_that_read_the_mean_of_the_text_as_earlier_versions_did() -> None:
+    text = done(*TRAIN, "--objective", "router", "--reads", "text-mean", "-o", "gates")
+    note = "read the mean of the text over all tokens and close when a prompt gets longer"
+    assert squeezed(text).count(note) == 1
     trained = TrainedGates.load("gates.safetensors")
     pipe = tiny.build("SD 1.5")
     prompts = trained.training["prompts"]
     encoded = torch.cat([pipe.encode_prompt(prompt, "cpu", 1, False)[0].mean(1) for prompt in prompts])
     asked = concepts_in(prompts, [["ember style", "burning"], ["heart"]])
-    expected = route_gates(encoded.detach(), asked, trained.gates.settings, ["x"])["x"]
+    expected = route_mean_gates(encoded.detach(), asked, trained.gates.settings, ["x"])["x"]
     for scope in trained.gates.names:
         torch.testing.assert_close(trained.gates[scope].state_dict(), expected.state_dict(), rtol=1e-3, atol=1e-3)
+    assert note in squeezed(done("inspect", "gates.safetensors"))
+    (fact,) = json.loads(done("inspect", "--json", "gates.safetensors"))["files"]
+    assert len(fact["notes"]) == 1
+    assert note in fact["notes"][0]
+
+
+def test_inspect_tells_about_gates_of_the_first_version() -> None:
+    done(*TRAIN, "--objective", "router", "--reads", "text-mean", "-o", "gates")
+    tensors, header = read_tensors(Path("gates.safetensors"))
+    header = {key: value for key, value in header.items() if key != "words"}
+    header |= {"kind": "legomole.gates.1", "settings": header["settings"].replace("text-mean", "text")}
+    write_tensors(Path("old.safetensors"), {name: tensor.clone() for name, tensor in tensors.items()}, header)
+    text = squeezed(done("inspect", "old.safetensors"))
+    assert "gates per layer, sigmoid, read text-mean" in text
+    assert "close when a prompt gets longer" in text
+    pipe = tiny.build("SD 1.5")
+    loras = legomole.experts(pipe, [legomole.load(path) for path in ("style.safetensors", "heart.safetensors")])
+    with pytest.warns(UserWarning, match=r"old\.safetensors: these gates read the mean"):
+        assert legomole.load_gates(pipe, "old.safetensors", loras).settings.reads == "text-mean"
 
 
 def test_pictures_come_from_folders() -> None:
@@ -178,24 +236,6 @@ def test_pictures_that_are_broken(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 # ---- interruptions
 
 
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes Ctrl-C come after so many steps of training (0: while the examples are made), or another exception."""
-
-    def at(step: int, what_comes: type[BaseException] = KeyboardInterrupt) -> None:
-        @contextlib.contextmanager
-        def bar(*_: Any, **__: Any) -> Generator[Any]:
-            def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "predicting"):
-                    raise what_comes
-
-            yield progress
-
-        monkeypatch.setattr(train_pipeline, "progress_bar", bar)
-
-    return at
-
-
 def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> None:
     options = ("--steps", "8", "--state", "state", "-o", "gates")
     interrupt(5)
@@ -213,7 +253,7 @@ def test_an_interrupted_training_goes_on_to_the_same_file(interrupt: Any) -> Non
     assert Path("gates.safetensors").read_bytes() == Path("whole.safetensors").read_bytes()
 
 
-def test_a_cancel_says_what_became_of_it(interrupt: Any) -> None:
+def test_a_cancel_says_what_is_left(interrupt: Any) -> None:
     interrupt(0)
     result = run(*TRAIN, "--state", "state", "-o", "gates")
     assert result.exit_code == 130
@@ -291,4 +331,4 @@ def test_outputs_are_not_replaced_by_accident() -> None:
     assert not Path("other.safetensors").exists()
     assert Path("gates.safetensors").read_bytes() == b"precious"
     done(*TRAIN, "--steps", "1", "-o", "gates", "--overwrite")
-    assert torch.isfinite(TrainedGates.load("gates.safetensors").gates.values(torch.zeros(1, 8))[0]).all()
+    assert torch.isfinite(TrainedGates.load("gates.safetensors").gates.values(torch.zeros(1, 2))[0]).all()

@@ -30,8 +30,11 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 from comfy_api.torch_helpers import set_torch_compile_wrapper  # noqa: E402
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG, Guider_DualModel  # noqa: E402
+from comfy_extras.nodes_perpneg import Guider_PerpNeg  # noqa: E402
 from legomole.core.mole.attach import attach  # noqa: E402
 from legomole.core.mole.bank import Bank  # noqa: E402
+from legomole.core.mole.concepts import ConceptDetector  # noqa: E402
 from legomole.core.mole.gates import Gate, GateSet, GateSettings  # noqa: E402
 from legomole.core.mole.guidance import PromptGateSharing  # noqa: E402
 from legomole.core.mole.recompute import exact_gradients  # noqa: E402
@@ -67,10 +70,14 @@ def conditioning(base: str, seed: int, **more: Any) -> Any:
     return [[states, {"pooled_output": torch.randn(1, pooled, generator=generator), **more}]]
 
 
+def starting_noise(base: str) -> Tensor:
+    return torch.randn(1, CHANNELS[base], 8, 8, generator=torch.Generator().manual_seed(7))
+
+
 def sample(model: Any, base: str, cfg: float = 2.0, prompt: int = 1, hooks: Any = None) -> Tensor:
     """Return the latent after two steps of the stock sampler."""
-    latent = torch.zeros(1, CHANNELS[base], 8, 8)
-    start = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
+    start = starting_noise(base)
+    latent = torch.zeros_like(start)
     positive = conditioning(base, prompt, **({} if hooks is None else {"hooks": hooks}))
     return comfy.sample.sample(
         model, start, 2, cfg, "euler", "simple", positive, conditioning(base, 2), latent, disable_pbar=True, seed=7
@@ -101,18 +108,24 @@ def replaced_forwards(model: Any) -> int:
     return sum("forward" in module.__dict__ for module in model.model.diffusion_model.modules())
 
 
-def random_gates(model: Any, loras: list[GraphLora], **settings: Any) -> TrainedGates:
-    """Return gates with random weights for every scope of the LoRAs, reading the text."""
+def detector_of(base: str, experts: int, seed: int = 1) -> ConceptDetector:
+    """A detector whose concepts are the first tokens of the prompt of this seed, one each."""
+    tokens = conditioning(base, seed)[0][0][0, :experts]
+    weight = 6 * tokens / tokens.norm(dim=1, keepdim=True) / tokens.shape[1] ** 0.5
+    return ConceptDetector(weight, torch.full((experts,), -3.0), [[f"concept {i}"] for i in range(experts)])
+
+
+def random_gates(model: Any, base: str, loras: list[GraphLora], **settings: Any) -> TrainedGates:
+    """Return gates with random weights for every scope of the LoRAs, reading the text of `conditioning(base, 1)`."""
     mix = mixture.build_mixture(loras, model, None, settings=GateSettings(**settings))
     generator = torch.Generator().manual_seed(3)
-    width = 4096 if mix.base == "SD3" else 768
     gates: dict[str, Gate] = {}
     for scope in sorted({scope.name for scope in mix.bank.scopes.values()}):
-        gate = Gate(width, len(loras), mix.mixture.gates.settings)
-        torch.nn.init.normal_(gate.weight, std=0.2, generator=generator)
-        gates[scope] = gate
+        gates[scope] = gate = Gate(len(loras), len(loras), mix.mixture.gates.settings, owner=torch.arange(len(loras)))
+        torch.nn.init.normal_(gate.weight, generator=generator)
     experts = tuple(Expert.of(adapter) for adapter in mix.mixture.experts)
-    return TrainedGates(GateSet(len(loras), mix.mixture.gates.settings, gates), experts, mix.base)
+    gate_set = GateSet(len(loras), mix.mixture.gates.settings, gates, detector_of(base, len(loras)))
+    return TrainedGates(gate_set, experts, mix.base)
 
 
 def pair(base: str) -> Callable[[], Any]:
@@ -138,7 +151,7 @@ def pair(base: str) -> Callable[[], Any]:
         )
         measured["base after"] = float((sample(model, base) - plain).abs().max())
         measured["left on base"] = replaced_forwards(model)
-        gates = random_gates(model, [a, b], granularity="layer")
+        gates = random_gates(model, base, [a, b], granularity="layer")
         gated = sample(mixed(model, a, b, gates=gates), base)
         measured["gates matter"] = distance(gated, latent, plain)
         swapped = mixed(model, b, a, gates=gates)  # gates go by the LoRAs' hashes, not by their order
@@ -202,7 +215,7 @@ def compiled() -> Any:
     base = "flux"
     a, b = lora("flux_kohya"), lora("flux_split")
     model = load(base)
-    gates = random_gates(model, [a, b], granularity="block")
+    gates = random_gates(model, base, [a, b], granularity="block")
     plain, eager = sample(model, base), sample(mixed(model, a, b, gates=gates), base)
     first = model.clone()
     set_torch_compile_wrapper(first, backend="eager")
@@ -221,7 +234,7 @@ def recorded() -> Any:
     base = "flux"
     model = load(base)
     a, b = lora("flux_kohya"), lora("flux_split")
-    mix = mixed(model, a, b, gates=random_gates(model, [a, b], granularity="block"))
+    mix = mixed(model, a, b, gates=random_gates(model, base, [a, b], granularity="block"))
     sample(mix, base, cfg=1.0)
     alone = mixture.mixtures_of(mix)[0].record.mean()
     sample(mix, base, cfg=3.0)
@@ -235,51 +248,114 @@ def recorded() -> Any:
 
 
 def guided(base: str) -> Callable[[], Any]:
-    """The negative prompt uses the prompt's gates, in one batch and in two; not under guidance with three conds."""
+    """Other prompts use the positive prompt's gates: the same as with constant gates, whoever asks for predictions."""
 
     def case() -> Any:
         model = load(base)
         pair = [lora(name) for name in PAIRS[base][:2]]
-        gates = random_gates(model, pair, granularity="block")
+        gates = random_gates(model, base, pair, granularity="block")
         plain, mix = sample(model, base), mixed(model, *pair, gates=gates)
         latent = sample(mix, base)
         mean_gates = mixture.mixtures_of(mix)[0].record.mean()
         fixed = mixed(model, *pair, gates=replace(gates, gates=constant(gates.gates, mean_gates)))
         with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):  # forces two batches
             two_batches = sample(mix, base)
-        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value: value):
+        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value, named=None: value):
             own_gates = sample(mix, base)
-        three = mixed(model, *pair, gates=gates)
-        three.set_model_sampler_calc_cond_batch_function(perpendicular)
-        three_conds = sample(three, base)
-        with patch.object(PromptGateSharing, "__call__", lambda _, scope, value: value):
-            three_conds_own_gates = sample(three, base)
-        return {
+        measured = {
             "one batch": distance(latent, sample(fixed, base), plain),
             "two passes": distance(two_batches, latent, plain),
             "it matters": distance(own_gates, latent, plain),
-            "three predictions": float((three_conds - three_conds_own_gates).abs().max()),
         }
+        for name, guide in GUIDERS.items():
+            expected = guide(fixed, base)
+            measured[name] = distance(guide(mix, base), expected, plain)
+            with patch.object(type(mix), "get_free_memory", lambda *_: 0.0):
+                measured[f"{name}, one by one"] = distance(guide(mix, base), expected, plain)
+        both = mixed(model, *pair, gates=replace(gates, gates=naming(gates.gates, base)))
+        measured["negative prompt names a LoRA"] = distance(sample(both, base), latent, plain)
+        return measured
 
     return case
 
 
-def perpendicular(arguments: Any) -> Any:
-    """Guidance with three conds, like PerpNeg's."""
-    conds = arguments["conds"]
-    return comfy.samplers.calc_cond_batch(
-        arguments["model"], [*conds, conds[1]], arguments["input"], arguments["sigma"], arguments["model_options"]
-    )[:2]
+def _run_guider(guider: Any, base: str) -> Tensor:
+    start = starting_noise(base)
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.get_model_object("model_sampling"), "simple", 2)
+    sampler = comfy.samplers.sampler_object("euler")
+    return guider.sample(start, torch.zeros_like(start), sampler, sigmas, disable_pbar=True, seed=7)
+
+
+def perpendicular(model: Any, base: str) -> Tensor:
+    guider = Guider_PerpNeg(model)
+    guider.set_conds(conditioning(base, 1), conditioning(base, 2), conditioning(base, 4))
+    guider.set_cfg(2.0, 1.0)
+    return _run_guider(guider, base)
+
+
+def dual_cfg(nested: bool) -> Callable[[Any, str], Tensor]:
+    def sampled(model: Any, base: str) -> Tensor:
+        guider = Guider_DualCFG(model)
+        guider.set_conds(conditioning(base, 1), conditioning(base, 2), conditioning(base, 4))
+        guider.set_cfg(2.0, 1.5, nested=nested)
+        return _run_guider(guider, base)
+
+    return sampled
+
+
+def dual_model(model: Any, base: str) -> Tensor:
+    """The negative prompt on a model of its own, with the same mix."""
+    guider = Guider_DualModel(model, model.clone())
+    guider.set_conds(conditioning(base, 1), conditioning(base, 2))
+    guider.set_cfg(2.0)
+    return _run_guider(guider, base)
+
+
+def three_predictions(model: Any, base: str) -> Tensor:
+    """A function that replaces the stock one and asks for the negative prompt first, then for both and an empty one."""
+
+    def predict(arguments: Any) -> Any:
+        run = (arguments["model"], arguments["input"], arguments["sigma"], arguments["model_options"])
+        positive, negative = arguments["conds"]
+
+        def of(conds: list[Any]) -> list[Tensor]:
+            return comfy.samplers.calc_cond_batch(run[0], conds, *run[1:])
+
+        (first,) = of([negative])
+        second, third, _ = of([positive, negative, None])
+        return [second, (first + third) / 2]
+
+    patched = model.clone()
+    patched.set_model_sampler_calc_cond_batch_function(predict)
+    return sample(patched, base)
+
+
+GUIDERS: dict[str, Callable[[Any, str], Tensor]] = {
+    "PerpNeg": perpendicular,
+    "DualCFG": dual_cfg(nested=False),
+    "DualCFG nested": dual_cfg(nested=True),
+    "DualModel": dual_model,
+    "negative prompt first": three_predictions,
+}
 
 
 def constant(gates: GateSet, values: dict[str, Tensor]) -> GateSet:
     """Return gates with constant values."""
     made: dict[str, Gate] = {}
     for scope in gates.names:
-        made[scope] = gate = Gate(gates[scope].features, gates.experts, gates.settings)
+        made[scope] = gate = Gate(gates[scope].features, gates.experts, gates.settings, owner=gates[scope].owner)
         torch.nn.init.zeros_(gate.weight)
         gate.bias.copy_(torch.logit(values[scope] / gates.settings.ceiling))
-    return GateSet(gates.experts, gates.settings, made)
+    return GateSet(gates.experts, gates.settings, made, gates.detector)
+
+
+def naming(gates: GateSet, base: str) -> GateSet:
+    """Return the same gates with a detector that finds the second LoRA's concept in the negative prompt too."""
+    assert gates.detector is not None
+    other = detector_of(base, 2, seed=2)
+    weight = torch.stack([gates.detector.weight[0], gates.detector.weight[1] + other.weight[1]])
+    named = ConceptDetector(weight, gates.detector.bias, gates.detector.words)
+    return GateSet(gates.experts, gates.settings, {name: gates[name] for name in gates.names}, named)
 
 
 def lengths() -> Any:

@@ -91,7 +91,7 @@ class Server:
                 *("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"),
             ],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "", "XDG_CACHE_HOME": str(base / "cache")},
             stdout=self._out,
             stderr=subprocess.STDOUT,
         )
@@ -227,10 +227,22 @@ class Server:
                 if size > 125:
                     size = struct.unpack(">H" if size == 126 else ">Q", self._stream.read(2 if size == 126 else 8))[0]
                 payload = self._stream.read(size)
-                if opcode & 15 == 1:
-                    message = json.loads(payload)
+                message = self._parsed(opcode & 15, payload)
+                if message is not None:
                     with self._new_message:
-                        self.messages.append((message["type"], message["data"]))
+                        self.messages.append(message)
                         self._new_message.notify_all()
         except (ValueError, OSError):  # closed
             return
+
+    def _parsed(self, opcode: int, payload: bytes) -> tuple[str, dict[str, Any]] | None:
+        """Kind and data of a message. A text on a node (``progress_text``) counts to the prompt that runs."""
+        if opcode == 1:
+            message = json.loads(payload)
+            return message["type"], message["data"]
+        if opcode != 2 or payload[:4] != struct.pack(">I", 3):  # 3: ComfyUI's BinaryEventTypes.TEXT
+            return None
+        end = 8 + struct.unpack(">I", payload[4:8])[0]
+        running = [data["prompt_id"] for _, data in self.messages if data.get("prompt_id")] or [""]
+        text = {"node": payload[8:end].decode(), "text": payload[end:].decode(), "prompt_id": running[-1]}
+        return "progress_text", text

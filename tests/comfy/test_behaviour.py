@@ -306,7 +306,7 @@ def test_bad_setting_has_its_own_error(comfy: Server, files: dict[str, str], cas
     assert message in comfy.fail(graph.nodes)
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "dora", "full"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
 def test_other_adapters_are_refused_without_convert_rank(comfy: Server, files: dict[str, str], kind: str) -> None:
     graph = Graph()
     graph.save(graph.lego(graph.load(files["flux_kohya"]), graph.load(files[kind])), "bad/merged")

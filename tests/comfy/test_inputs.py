@@ -79,6 +79,15 @@ def test_stack_counts_as_its_entries(comfy: Server, files: dict[str, str]) -> No
         torch.testing.assert_close(tensor, single[key], rtol=0, atol=0)
 
 
+def test_convert_rank_stays_with_a_lora_in_a_stack(comfy: Server, files: dict[str, str]) -> None:
+    saved: list[dict[str, torch.Tensor]] = []
+    for output, prefix in ((0, "stack/socket"), (1, "stack/entry")):
+        graph = Graph()
+        node, _ = graph.load(files["loha"], convert_rank=4)
+        saved.append(merged_file(comfy, graph, graph.lego([node, output]), prefix))
+    assert all(torch.equal(tensor, saved[1][key]) for key, tensor in saved[0].items())
+
+
 def test_any_lora_may_be_muted(comfy: Server, files: dict[str, str]) -> None:
     """The page then leaves out its socket, even the first one."""
     graph = Graph()
@@ -247,11 +256,13 @@ def test_files_of_one_dialect_merge_without_a_model(comfy: Server, files: dict[s
     assert "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight" in state
 
 
-def test_files_of_two_dialects_need_a_model(comfy: Server, files: dict[str, str]) -> None:
-    """ComfyUI's environment has no diffusers to translate the names."""
-    graph = Graph()
+def test_files_of_two_dialects_need_no_model(comfy: Server, files: dict[str, str], sample: Callable) -> None:
+    """The tables of the family translate the names, without diffusers; the stock loader reads the result."""
+    graph, ours, stock = Graph(), Graph(), Graph()
     loaded = [graph.load(files[name]) for name in ("flux_kohya", "flux_split")]
-    graph.save(graph.lego(*loaded, with_model=False), "no_model/mixed")
-    error = comfy.fail(graph.nodes)
-    assert "Two LoRAs have no layer in common." in error
-    assert "connect the model" in error
+    graph.save(graph.merge("concat", *loaded, with_model=False), "no_model/mixed")
+    comfy.run(graph.nodes)
+    same(
+        sample(ours, ours.picture(*ours.stock("no_model/mixed_00001_.safetensors"))),
+        sample(stock, stock.picture(*stock.stock(files["flux_kohya"], files["flux_split"]))),
+    )

@@ -90,7 +90,21 @@ def test_the_negative_prompt_uses_the_gates_of_the_prompt(measured: dict[str, An
     assert case["one batch"] < ROUNDING
     assert case["two passes"] < ROUNDING
     assert case["it matters"] > 0.02
-    assert case["three predictions"] == 0
+
+
+@pytest.mark.parametrize("base", ["flux", "sd15"])
+@pytest.mark.parametrize("guider", ["PerpNeg", "DualCFG", "DualCFG nested", "DualModel", "negative prompt first"])
+def test_all_prompts_of_a_guider_use_the_gates_of_the_positive_one(
+    measured: dict[str, Any], base: str, guider: str
+) -> None:
+    case = measured[f"guided {base}"]
+    assert case[guider] < ROUNDING
+    assert case[f"{guider}, one by one"] < ROUNDING
+
+
+@pytest.mark.parametrize("base", ["flux", "sd15"])
+def test_a_negative_prompt_that_names_a_lora_uses_its_own_gate(measured: dict[str, Any], base: str) -> None:
+    assert measured[f"guided {base}"]["negative prompt names a LoRA"] > 100 * ROUNDING
 
 
 def test_prompts_of_different_lengths_have_their_own_gates(measured: dict[str, Any]) -> None:

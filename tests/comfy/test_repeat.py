@@ -53,7 +53,7 @@ def test_a_merge_with_strengths_layer_rules_and_another_dtype(comfy: Server, fil
     loaded = [graph.load(files["flux_kohya"], 0.7, 0.2), graph.load(files["flux_kohya_2"], -1.3)]
     rules = "*double* = 0.3\n1: *double* = 0.7\n1: *qkv = 1.1"
     merged = graph.lego(*loaded, with_model=False, rank="4", module_weights=rules)
-    saved = save(comfy, graph, merged, "lego", dtype="bfloat16")
+    saved = save(comfy, graph, merged, "lego", dtype="bf16")
     assert recorded(saved)["recipe"]["dtype"] == "bfloat16"
     assert repeat(saved).read_bytes() == saved.read_bytes()
 
@@ -77,6 +77,16 @@ def test_loras_with_a_convert_rank_each(comfy: Server, files: dict, repeat: Call
     loaded.append(graph.load(files["lokr"], convert_rank=6))
     saved = save(comfy, graph, graph.merge("concat", *loaded, with_model=False), "converted", format="comfy")
     assert [entry.get("convert_rank") for entry in recorded(saved)["recipe"]["inputs"]] == [2, None, 6]
+    assert repeat(saved).read_bytes() == saved.read_bytes()
+
+
+def test_a_saved_merge_that_is_loaded_and_saved_in_another_form(comfy: Server, files: dict, repeat: Callable) -> None:
+    graph, other = Graph(), Graph()
+    merged = graph.merge("concat", graph.load(files["flux_kohya"]), graph.load(files["flux_kohya_2"]), with_model=False)
+    first = save(comfy, graph, merged, "first")
+    loaded = other.load(first.relative_to(comfy.loras).as_posix())
+    saved = save(comfy, other, loaded, "second", format="comfy", dtype="bfloat16")
+    assert recorded(saved)["recipe"]["conversions"] == [{"format": "comfy", "reader": "comfy", "dtype": "bfloat16"}]
     assert repeat(saved).read_bytes() == saved.read_bytes()
 
 

@@ -42,6 +42,13 @@ def test_other_adapters_at_full_rank_equal_comfyuis_own(measured: dict[str, Any]
     assert "100.0%" in measured[kind]["notes"][0]
 
 
+def test_full_differences_are_summed_with_their_strengths(measured: dict[str, Any]) -> None:
+    case = measured["summed differences"]
+    assert case["difference"] < ROUNDING
+    assert len(case["diffs"]) == 2
+    assert not case["notes"]
+
+
 def test_every_key_is_merged_passed_on_or_listed(measured: dict[str, Any]) -> None:
     case = measured["everything"]
     assert case["difference"] < ROUNDING

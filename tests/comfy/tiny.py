@@ -132,8 +132,8 @@ def sd3() -> dict[str, Tensor]:
 def clip_l() -> dict[str, Tensor]:
     """Return a CLIP-L text encoder in float16."""
     w, c = Weights(3), CONTEXT
-    w["text_model.embeddings.token_embedding.weight"] = w.noise(49408, c, scale=0.02)
-    w["text_model.embeddings.position_embedding.weight"] = w.noise(77, c, scale=0.02)
+    w["text_model.embeddings.token_embedding.weight"] = w.noise(49408, c)  # tokens dominate, as in trained encoders
+    w["text_model.embeddings.position_embedding.weight"] = w.noise(77, c, scale=0.2)
     for i in range(CLIP_LAYERS):
         layer = f"text_model.encoder.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):

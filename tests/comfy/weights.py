@@ -106,6 +106,15 @@ def converted(name: str, rank: int) -> Callable[[], Any]:
     return case
 
 
+def summed_differences() -> Any:
+    """Full differences at half strength beside low-rank updates of the same layers, without an approximation."""
+    loras = [lora("full", 0.5), lora("flux_kohya", 2.0), lora("full", -0.25)]
+    adapter, loaded = merged(loras, FLUX, None, "concat")
+    ours, _ = lora_loader.apply(GraphLora(adapter, "merged"), FLUX, None, 1.0, 1.0)
+    stock, _ = stock_chain(loras, FLUX, None)
+    return {"difference": difference(ours, stock, FLUX), "notes": loaded.notes, "diffs": sorted(adapter.diffs)}
+
+
 def everything() -> Any:
     """Bias and norm differences, replaced values and unusable keys, in a file as the stock trainer writes it."""
     base = model("sd3_nano")
@@ -193,6 +202,7 @@ print(
             "lokr": converted("lokr", 128)(),
             "dora": converted("dora", 128)(),
             "full": converted("full", 128)(),
+            "summed differences": summed_differences(),
             "glora": converted("glora", 128)(),
             "oft": converted("oft", 128)(),
             "boft": converted("boft", 128)(),

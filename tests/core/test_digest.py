@@ -61,7 +61,7 @@ def lora(A: tuple[int, int] = (2, 3), B: tuple[int, int] = (3, 2), **kw) -> LowR
     return LowRank(torch.arange(6.0).reshape(A), torch.arange(6.0).reshape(B), **kw)
 
 
-def test_an_adapter_without_a_file_is_told_by_its_updates() -> None:
+def test_an_adapter_without_a_file_is_identified_by_its_updates() -> None:
     adapters = [
         Adapter({"x": part})
         for part in (

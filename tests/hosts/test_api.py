@@ -219,7 +219,7 @@ def test_recognising_a_model_imports_no_host() -> None:
 # ---- kinds of folders
 
 
-def test_folders_are_told_apart(tmp_path: Path) -> None:
+def test_kinds_of_folders(tmp_path: Path) -> None:
     tiny.build("SD 1.5").save_pretrained(tmp_path / "pipeline")
     language.llama().save_pretrained(tmp_path / "model")
     assert api.kind_of_folder(tmp_path / "pipeline") == "pipeline"
@@ -228,7 +228,7 @@ def test_folders_are_told_apart(tmp_path: Path) -> None:
         api.kind_of_folder(tmp_path / "pipeline" / "unet")
 
 
-def test_names_in_the_cache_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_names_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     for name, file, commit in (("pipe", "model_index.json", "1" * 40), ("llama", "config.json", "2" * 40)):

@@ -13,11 +13,10 @@ import torch
 pytest.importorskip("diffusers")
 
 from legomole.core.errors import FormatError
-from legomole.hosts.diffusers.clip import load_clip
 from legomole.hosts.diffusers.training import load_pipeline
 from legomole.hosts.transformers.training import load_model
 
-from .diffusers.tiny_pipelines import build, clip
+from .diffusers.tiny_pipelines import build
 from .transformers.tiny_language import llama, tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # within the libraries
@@ -34,16 +33,9 @@ def pipeline(folder: Path) -> Path:
     return folder / "unet"
 
 
-def critic(folder: Path) -> Path:
-    for part in clip():
-        part.save_pretrained(folder)
-    return folder
-
-
 KINDS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
     "language model": (language, load_model),
     "pipeline": (pipeline, load_pipeline),
-    "CLIP": (critic, load_clip),
 }
 EACH = pytest.mark.parametrize("kind", KINDS)
 

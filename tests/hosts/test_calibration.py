@@ -10,9 +10,9 @@ import pytest
 import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
+from legomole.core.merge import statistics_cache
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
-from legomole.hosts import statistics_cache
 from legomole.hosts.calibration import Prompting, calibrate, concept_words
 
 pytest.importorskip("transformers")
@@ -34,7 +34,7 @@ def file_with(**metadata: str) -> Adapter:
 
 def test_words_of_the_user_go_before_those_of_the_file():
     style = file_with(modelspec__trigger_phrase="ember, fire")
-    tags = file_with(ss_tag_frequency='{"a": {"heart": 9, "fire": 3}}')
+    tags = file_with(ss_tag_frequency='{"a": {"heart": 9, "fire": 8}}')
     assert concept_words([style, tags]) == [["ember"], ["heart"]]  # "fire" names both
     assert concept_words([style, tags], [[], ["bolt", " "]]) == [["ember", "fire"], ["bolt"]]
     assert concept_words([style, file_with()]) == [["ember", "fire"], []]
@@ -58,7 +58,7 @@ def test_merge_calibrates_on_a_model_and_again_from_the_cache(cache: Path):
     again = legomole.merge(adapters, rank=2, **options)
     other = legomole.merge(adapters, "calibrated", weights=[0.5, 2.0], rank=3, **options)
     assert "measuring" not in passes
-    assert not other.report.notes
+    assert not [note for note in other.report.notes if "calibrated" in note]
     plain = legomole.merge(adapters, rank=2)
     for name, part in first.adapter.modules.items():
         assert torch.equal(part.A, again.adapter.modules[name].A)
@@ -89,7 +89,7 @@ def test_without_texts_it_says_so(cache: Path):
     model = tiny.llama()
     adapters = [tiny.lora(model, 1), tiny.lora(model, 2)]
     result = legomole.merge(adapters, rank=2, base=model)
-    assert result.report.notes == ("not calibrated on the base model: no texts for adapter, adapter",)
+    assert "not calibrated on the base model: no texts for adapter, adapter" in result.report.notes
     assert not cache.exists()
     off = legomole.merge(adapters, rank=2, base=model, keep_base="off")
     assert not off.report.notes

@@ -321,10 +321,10 @@ def test_loha_and_lokr_as_peft_converts_them(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     theirs = peft.get_peft_model(small(), config)
     theirs.save_pretrained(str(tmp_path / "x"))
-    told, state = peft.convert_to_lora(theirs, rank=2)
+    converted, state = peft.convert_to_lora(theirs, rank=2)
     run("convert", str(tmp_path / "x"), "--convert-rank", "2", "-o", str(tmp_path / "y"))
     ours = load(tmp_path / "y")
-    assert told.lora_alpha == told.r
+    assert converted.lora_alpha == converted.r
     assert len(ours.modules) == 4
     for name, part in ours.modules.items():
         A, B = (state[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")

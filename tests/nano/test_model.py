@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
+from legomole.core.errors import MergeError
 from legomole.nano import model
 
 TEXTS = ["a heart in ember style", "the mushroom, drawn in blueprint style", ""]
@@ -93,3 +94,22 @@ def test_each_prompt_is_encoded_once():
     assert calls == [2, 1]
     assert torch.equal(hidden[0], hidden[2])
     assert torch.equal(hidden[1], again[0])
+
+
+class TestAnyWords:
+    def test_known_prompts_are_encoded_as_before(self):
+        for one, other in zip(model.Prompts(any_words=True)(TEXTS), model.Prompts()(TEXTS), strict=True):
+            assert torch.equal(one, other)
+
+    def test_unknown_words_have_states_of_their_own(self):
+        with pytest.raises(MergeError, match="zebra"):
+            model.Prompts()(["a zebra"])
+        hidden, _ = model.Prompts(any_words=True)(["a zebra", "a quagga", "a heart"])
+        token = hidden[:, 2]
+        assert (token[0] - token[1]).abs().max() > 0.1
+        assert (token[0] - token[2]).abs().max() > 0.1
+        assert torch.equal(hidden[0, 1], hidden[1, 1])  # the words before are the same
+
+    def test_long_prompts_are_cut(self):
+        hidden, _ = model.Prompts(any_words=True)(["zebra " * 75, "zebra " * 75 + "heart"])
+        assert torch.equal(hidden[0], hidden[1])

@@ -92,3 +92,19 @@ def test_the_file_for_comfyui_has_every_token_and_layer():
     assert {w.dtype for w in state.values()} == {torch.float16}
     layers = {name.split(".")[3] for name in state if ".layers." in name}
     assert layers == {str(i) for i in range(12)}
+
+
+def test_tokens_of_other_words_are_added_to_the_encoder():
+    """As `embedding` gives them, without a change to the others."""
+    build: Any = text.build.__wrapped__
+    encoder = build()
+    table = (encoder if hasattr(encoder, "embeddings") else encoder.text_model).embeddings.token_embedding.weight
+    before = table.clone()
+    assert not before[5000].any()
+    for _ in range(2):  # the second time they are there
+        text.add_tokens(encoder, [5000, 6001, words.IDS["heart"], words.END])
+        torch.testing.assert_close(table[5000], torch.from_numpy(text.embedding(5000)).float())
+        assert not torch.equal(table[5000], table[6001])
+        table[[5000, 6001]] = table[[5000, 6001]].clone()
+    rest = [i for i in range(len(table)) if i not in (5000, 6001)]
+    assert torch.equal(table[rest], before[rest])

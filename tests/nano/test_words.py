@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 from legomole.core.errors import MergeError
@@ -80,3 +81,34 @@ def test_75_words_fit_and_76_do_not():
     assert words.tokens("a " * 75)[-2:] == [320, 49407]
     with pytest.raises(MergeError, match=re.compile("too long.*75.*76", re.DOTALL)):
         words.tokens("a " * 76)
+
+
+class TestAnyWords:
+    def test_known_words_keep_their_tokens(self):
+        for text in ("A heart, drawn in ember style.", ""):
+            assert words.tokens(text, any_words=True) == words.tokens(text)
+
+    def test_unknown_words_get_tokens_that_stand_for_no_known_word(self):
+        names = [f"word{i}" for i in range(2000)]
+        found = [words.tokens(name, any_words=True)[1] for name in names]
+        assert all(512 <= token < words.START for token in found)
+        assert not set(found) & set(words.IDS.values())
+        assert len(set(found)) > 0.95 * len(names)  # of 48894
+
+    def test_a_token_depends_on_the_letters_only(self):
+        one, other = words.tokens("a zebra", any_words=True), words.tokens("the Zebra, in velvet", any_words=True)
+        assert one[2] == other[2]
+        assert other[5] != other[2]
+        # its checksum, folded into 512 .. 49405
+        assert one[2] == 512 + crc32(b"zebra") % 48894
+
+    def test_a_token_of_a_known_word_is_passed_over(self, monkeypatch):
+        taken = words.tokens("zebra", any_words=True)[1]
+        monkeypatch.setattr(words, "_KNOWN_IDS", frozenset({taken, taken + 1}))
+        assert words.tokens("zebra", any_words=True)[1] == taken + 2
+
+    def test_what_does_not_fit_is_left_out(self):
+        found = words.tokens("zebra " * 75 + "heart", any_words=True)
+        assert len(found) == words.LENGTH
+        assert words.IDS["heart"] not in found
+        assert found[-1] == words.END

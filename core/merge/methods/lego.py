@@ -142,15 +142,15 @@ def balance_units(pool: Pool) -> LinearCombination:
     the delta itself defines. The SVD is one, unique where the singular values differ.
     """
     R_A, R_B = torch.zeros_like(pool.G_A), torch.zeros_like(pool.G_B)
-    for at, svd, weight in zip(pool.spans, pool.own, pool.weights.mT[:, :, None, None], strict=True):
+    for span, svd, weight in zip(pool.spans, pool.adapter_svds, pool.weights.mT[:, :, None, None], strict=True):
         root = weight.abs().sqrt()
-        R_A[:, at, at], R_B[:, at, at] = root * svd.R_A, root * weight.sign() * svd.R_B
+        R_A[:, span, span], R_B[:, span, span] = root * svd.R_A, root * weight.sign() * svd.R_B
     return LinearCombination(R_A, R_B, torch.full((pool.batch,), pool.size))
 
 
 def transform_gram(pool: Pool, G: Tensor, R: Tensor) -> Tensor:
     """``R G R^T`` for an ``R (M, P, P)`` that combines only units of the same adapter."""
-    blocks = [R[:, at, at] for at in pool.spans]
+    blocks = [R[:, span, span] for span in pool.spans]
     G = torch.cat([block @ part for block, part in zip(blocks, pool.split(G, 1), strict=True)], 1)
     return torch.cat([part @ block.mT for block, part in zip(blocks, pool.split(G, 2), strict=True)], 2)
 

@@ -47,7 +47,7 @@ class NP:
         if self.protect - 1 not in pool.adapters:  # a module that the protected LoRA does not have
             return SVD(self.rank)(pool)
         p = pool.adapters.index(self.protect - 1)
-        at, svd = pool.spans[p], pool.own[p]
+        at, svd = pool.spans[p], pool.adapter_svds[p]
         # sqrt(S) V^T = R_A A_p, so V V^T = A_p^T N A_p with N = R_A^T S^-1 R_A; directions that are noise are zero
         inverse = torch.where(svd.S > 0, 1 / torch.where(svd.S > 0, svd.S, 1), 0)
         N = svd.R_A.mT @ (inverse[:, :, None] * svd.R_A)

@@ -158,9 +158,9 @@ CONTENT = {
     "peft dora": (put(lora_magnitude_vector=torch.ones(4)), "DoRA"),
     "oft": (put(oft_blocks=torch.ones(2, 2, 2)), "OFT/BOFT"),
     "glora": (put(a1__weight=torch.ones(2, 2)), "GLoRA"),
+    "t-lora": (put(lambda_layer=torch.ones(1, 4)), "T-LoRA: its rank depends on the timestep"),
     "ia3": (put(on_input=torch.ones(1)), "IA3"),
-    "loha": (put(hada_w1_a=torch.ones(2, 2)), "LoHa, LoKr or full"),
-    "full": (put(diff=torch.ones(4, 3)), "LoHa, LoKr or full"),
+    "loha": (put(hada_w1_a=torch.ones(2, 2)), "LoHa or LoKr"),
 }
 
 

@@ -65,7 +65,6 @@ def test_other_kinds_of_adapter_are_refused_with_the_reason(kind: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
         ("kasa_config", {"beta": 1}),

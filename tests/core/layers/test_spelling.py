@@ -65,13 +65,6 @@ def test_two_names_of_a_layer_in_one_file_are_not_changed() -> None:
     assert unify_spelling([both, lora("diffusion_model.a.q")])[0] is both
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("transformer.blocks.0.attn1.to_q", "diffusion_model.blocks.0.self_attn.q"),
-        ("unet.down_blocks.0.attn1.to_q", "lora_unet_down_blocks_0_attn1_to_q"),
-    ],
-)
-def test_other_differences_are_for_a_host(names: tuple[str, str]) -> None:
+def test_other_differences_are_for_a_host() -> None:
     with pytest.raises(MergeError, match="no layer in common"):
-        align([lora(name) for name in names])
+        align([lora("unet.some_blocks.0.attn1.to_q"), lora("lora_unet_some_blocks_0_attn1_to_k")])

@@ -70,7 +70,7 @@ class TestLloyd:
             # both may refill an empty cluster on the way, after which the paths may part
             assert float(found) <= theirs.inertia_ * (1 + 1e-6) or _refilled(X[0], start, k)
 
-    def test_a_tie_moves_nobody(self):
+    def test_a_tie_moves_no_point(self):
         # the middle point is as far from either centre of {-1, 0} (-0.5) and {0.5, ..} as it can be
         X = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64)[None, :, None]
         start = torch.tensor([[0, 0, 1]])  # centres -0.5 and 0.5: the point 0 is 0.5 from each

@@ -73,7 +73,7 @@ def test_a_share_of_energy_by_hand():
 
 
 @pytest.mark.parametrize(("S", "percent"), [((4, 3), 64), ((3, 1), 90), ((2, 1), 80), ((7, 1), 98), ((1, 1), 50)])
-def test_a_share_met_exactly_is_met_despite_rounding(S, percent):
+def test_a_share_reached_exactly_counts_despite_rounding(S, percent):
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         # turned units round differently, the share stays S_1^2 / (S_1^2 + S_2^2)

@@ -70,7 +70,7 @@ def test_text_says_what_an_overlap_means(cosine, words):
     assert f"overlap [1] and [2]: {cosine:+.3f} ({words})" in report(module(cosine=cosine)).text()
 
 
-def test_text_tells_everything_that_was_not_merged():
+def test_text_lists_everything_that_was_not_merged():
     text = report(
         module(rank_out=4, error=0.1),
         passed_on=tuple(f"k{i}" for i in range(25)),
@@ -102,7 +102,7 @@ def many(n: int = MANY + 1) -> MergeReport:
     return report(replace(row, cosine=tuple(map(tuple, table))), inputs=tuple(f"lora{i + 1}" for i in range(n)))
 
 
-def test_of_many_adapters_the_pairs_that_overlap_most_are_told():
+def test_of_many_adapters_the_pairs_that_overlap_most_are_listed():
     lines = [line.strip() for line in many().text().splitlines() if "overlap" in line]
     assert lines[:3] == [
         "overlap [3] and [5]: -0.500 (they work against each other)",

@@ -8,7 +8,7 @@ from legomole.core.mole.gates import GateSettings
 from .models import InPlace, Transformer, UNet
 
 MODELS = {"transformer": lambda: Transformer(1), "u-net": UNet, "in place": lambda: InPlace(1)}
-READS = ("text", "hidden", "experts", "flat")
+READS = ("text", "text-mean", "hidden", "experts", "flat")
 GRANULARITIES = ("network", "block", "layer", "matrix")
 KINDS = [(reads, "delta", granularity) for reads in READS for granularity in GRANULARITIES] + [
     (reads, "output", "block") for reads in READS

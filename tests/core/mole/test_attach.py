@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..merge.pools import close
 from .kinds import settings
-from .mixtures import Values, lora, merged, random_gates, trained, untouched
+from .mixtures import Values, lora, merged, random_detector, random_gates, trained, untouched
 from .models import FEATURES, D, Transformer, inputs
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -122,12 +122,20 @@ class TestErrors:
     def test_gates_for_features_of_another_size(self):
         model = Transformer()
         x, _ = inputs(model)
-        gates = GateSet(1, settings("text"), {"blocks.0.ff": Gate(FEATURES + 1, 1, settings("text"))})
+        mean = settings("text-mean")
+        gates = GateSet(1, mean, {"blocks.0.ff": Gate(FEATURES + 1, 1, mean)})
         with (
             attach(model, Mixture((lora(model, 1),), gates)),
             pytest.raises(
                 MergeError, match=r"another size[\s\S]*blocks\.0\.ff[\s\S]*7 features[\s\S]*found: +6[\s\S]*base model"
             ),
+        ):
+            model(*inputs(model))
+        gate = Gate(1, 1, settings("text"))
+        gates = GateSet(1, settings("text"), {"blocks.0.ff": gate}, random_detector(1, FEATURES + 1))
+        with (
+            attach(model, Mixture((lora(model, 1),), gates)),
+            pytest.raises(MergeError, match=r"another width[\s\S]*7 features[\s\S]*found: +6[\s\S]*text encoders"),
         ):
             model(*inputs(model))
         gates = GateSet(1, settings("hidden"), {"blocks.0.ff": Gate(D + 1, 1, settings("hidden"))})

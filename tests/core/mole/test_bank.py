@@ -15,7 +15,7 @@ from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from torch import nn
 
-from .mixtures import lora
+from .mixtures import lora, random_detector
 from .models import InPlace, Transformer, UNet
 
 
@@ -47,7 +47,8 @@ def test_another_architecture():
     model = Transformer()
     foreign = renamed(lora(UNet(), 0, names=["conv_in", "conv_out"]), "", "folder/style.safetensors")
     with pytest.raises(
-        MergeError, match=r"No layer of the LoRA[\s\S]*folder/style[\s\S]*blocks\.0\.attn[\s\S]*2 layers"
+        MergeError,
+        match=r"No layer of the LoRA[\s\S]*folder/style[\s\S]*blocks\.0\.attn[\s\S]*2 layers[\s\S]*`legomole\.experts`",
     ):
         Bank(model, Mixture((foreign,)))
     deeper = renamed(lora(Transformer(3), 0), "", "deep.safetensors")
@@ -83,7 +84,7 @@ def test_parts_that_cannot_be_mixed_are_listed():
 
 
 class TestGates:
-    settings = GateSettings(granularity="block")
+    settings = GateSettings(granularity="block", reads="hidden")
 
     def gates(self, *names: str) -> GateSet:
         return GateSet(1, self.settings, {name: Gate(2, 1, self.settings) for name in names})
@@ -110,6 +111,17 @@ class TestGates:
         with torch.no_grad():
             bank.gates["blocks.0"].bias.fill_(7.0)
         assert mixture.gates["blocks.0"].bias.tolist() != [7.0]
+
+    def test_the_detector_is_copied_and_moves_with_them(self):
+        model, detector = Transformer(), random_detector(1, 6)
+        settings = GateSettings(granularity="block")
+        gates = GateSet(1, settings, {"blocks.0": Gate(1, 1, settings, owner=torch.arange(1))}, detector)
+        bank = Bank(model, Mixture((lora(model, 0),), gates))
+        assert bank.gates.detector is not None
+        assert bank.gates.detector is not detector
+        assert torch.equal(bank.gates.detector.weight, detector.weight)
+        assert bank.to("meta").gates.detector.weight.device.type == "meta"
+        assert detector.weight.device.type == "cpu"
 
     def test_are_the_only_parameters_with_gradients(self):
         model = Transformer()

@@ -12,23 +12,63 @@ from torch import Tensor, nn
 
 from ..merge.pools import close
 from .kinds import READS, settings
-from .mixtures import Values, lora, merged, rms_normalised, trained, untouched
-from .models import InPlace, Transformer, UNet, call, inputs
+from .mixtures import Values, lora, merged, random_detector, rms_normalised, trained, untouched
+from .models import FEATURES, InPlace, Transformer, UNet, call, inputs
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
+def presence(mixture: Mixture, text: Tensor) -> Tensor:
+    """What text gates read, computed literally: each token's score, weighted by softmax(scores / 0.5)."""
+    detector = mixture.gates.detector
+    scores = rms_normalised(text) @ detector.weight.mT + detector.bias
+    return torch.sigmoid((torch.softmax(scores / 0.5, 1) * scores).sum(1))
+
+
+class Masked(Transformer):
+    """Takes the mask of its text, and ignores it."""
+
+    def forward(self, x: Tensor, context: Tensor, encoder_attention_mask: object = None) -> Tensor:
+        return super().forward(x, context)
+
+
 class TestGatesByHand:
-    def test_text_gates_read_the_text(self):
+    @pytest.mark.parametrize("reads", ["text", "text-mean"])
+    def test_text_gates_read_the_text(self, reads):
         model = Transformer()
         x, text = inputs(model)
-        mixture = trained(model, (lora(model, 1), lora(model, 2)), settings("text"))
+        mixture = trained(model, (lora(model, 1), lora(model, 2)), settings(reads))
         observed = Values()
         with attach(model, mixture) as at, at.watch(observed):
             model(x, text)
         assert set(observed.values) == {"", "blocks.0.attn", "blocks.0.ff", "blocks.1.attn", "blocks.1.ff"}
+        f = presence(mixture, text) if reads == "text" else text.mean(1)
         for name, value in observed.values.items():
-            assert torch.allclose(value, mixture.gates[name](text.mean(1)), atol=1e-6)
+            assert torch.allclose(value, mixture.gates[name](f), atol=1e-6)
+
+    def test_text_gates_leave_out_the_tokens_that_the_models_mask_leaves_out(self):
+        model = Masked()
+        x, text = inputs(model)
+        mixture = trained(model, (lora(model, 1), lora(model, 2)), settings("text", "network"))
+        observed = Values()
+        with attach(model, mixture) as at, at.watch(observed):
+            model(x, text, encoder_attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]]))
+        f = torch.cat([presence(mixture, text[:1, :2]), presence(mixture, text[1:])])
+        assert torch.allclose(observed.values[""], mixture.gates[""](f), atol=1e-6)
+
+    def test_watched_text_features_belong_to_the_experts_in_their_order(self):
+        """So that gates of fewer experts can drop those of the others."""
+        model = Transformer(1)
+        x, text = inputs(model)
+        pair = lora(model, 1), lora(model, 2)
+        owners: list[Tensor | None] = []
+        for reads in ("text", "text-mean"):
+            mixture = Mixture(pair, GateSet(2, settings(reads, "network"), detector=random_detector(2, FEATURES)))
+            with attach(model, mixture) as at, at.watch_inputs(lambda scope, f, owner: owners.append(owner)):
+                model(x, text)
+        assert owners[0] is not None
+        assert owners[0].tolist() == [0, 1]
+        assert owners[1] is None
 
     def test_gates_of_a_block_read_its_input(self):
         """The mean of the hidden states over positions; images have channels first."""
@@ -100,8 +140,9 @@ class TestGatesByHand:
             return model.get_submodule(name)(x) + g[:, 0] * deltas[0] + g[:, 1] * deltas[1]
 
         gates = mixture.gates
-        if reads == "text":
-            outside = gates[""](text.mean(1))
+        read_text = presence(mixture, text) if reads == "text" else text.mean(1)
+        if reads in ("text", "text-mean"):
+            outside = gates[""](read_text)
         elif reads == "hidden":
             outside = gates[""](rms_normalised(x).mean(1))
         else:
@@ -114,9 +155,8 @@ class TestGatesByHand:
             F, Fs = model.blocks[i](h), [m.blocks[i](h) for m in single]
             E = torch.cat([F_i - F for F_i in Fs], -1)
             E = E / E.square().mean(-1, keepdim=True).sqrt()
-            features = {"text": text, "hidden": rms_normalised(h), "experts": E}
-            read = E.flatten(1) if reads == "flat" else features[reads].mean(1)
-            g = gates[f"blocks.{i}"](read)
+            features = {"hidden": rms_normalised(h).mean(1), "experts": E.mean(1), "flat": E.flatten(1)}
+            g = gates[f"blocks.{i}"](features.get(reads, read_text))
             h = F + sum(g[:, j, None, None] * (F_i - F) for j, F_i in enumerate(Fs))
         assert close(found, layer("final", h, outside))
 
@@ -165,8 +205,8 @@ class TestGatesByHand:
             found = model(x, text)
         assert untouched(model)
         for row in range(2):
-            f = text[row : row + 1].mean(1)
-            gates = [*first.gates[""](f)[0].tolist(), *second.gates[""](f)[0].tolist()]
+            one = text[row : row + 1]
+            gates = [g for m in (first, second) for g in m.gates[""](presence(m, one))[0].tolist()]
             assert close(found[row : row + 1], merged(model, experts, gates)(x[row : row + 1], text[row : row + 1]))
 
 

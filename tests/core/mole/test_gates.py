@@ -13,6 +13,8 @@ from legomole.core.errors import MergeError
 from legomole.core.mole.gates import Gate, GateSet, GateSettings, balance_loss, entropy, feature_spread, rms_normalised
 from pydantic import ValidationError
 
+from .mixtures import random_detector
+
 ACTIVATIONS = ("sigmoid", "softmax", "softmax-null")
 seeds = st.integers(0, 10_000)
 
@@ -149,7 +151,7 @@ class TestSelect:
         assert gate.select([1]).features == 4
 
     def test_a_selection_is_independent(self):
-        gates = GateSet(3, GateSettings(), {"a": random_gate("sigmoid")})
+        gates = GateSet(3, GateSettings(reads="hidden"), {"a": random_gate("sigmoid")})
         copy, f = gates.copy(), torch.randn(2, 5)
         before = gates["a"](f)
         with torch.no_grad():
@@ -162,13 +164,14 @@ class TestGateSet:
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_all_gates_at_once_equal_each_alone(self, activation):
         gates = {name: random_gate(activation, seed=i) for i, name in enumerate(("", "blocks.0", "blocks.1.attn"))}
-        together, f = GateSet(3, GateSettings(activation=activation), gates), torch.randn(4, 5)
+        settings = GateSettings(activation=activation, reads="hidden")
+        together, f = GateSet(3, settings, gates), torch.randn(4, 5)
         for value, gate in zip(together.values(f), gates.values(), strict=True):
             assert torch.allclose(value, gate(f), atol=1e-6)
 
     def test_gates_by_name(self):
         gate = random_gate("sigmoid")
-        gates = GateSet(3, GateSettings(), {"blocks.0": gate})
+        gates = GateSet(3, GateSettings(reads="hidden"), {"blocks.0": gate})
         assert gates["blocks.0"] is gate
         assert gates.get("blocks.1") is None
         assert gates.trained
@@ -179,6 +182,38 @@ class TestGateSet:
     def test_a_gate_of_another_number_of_experts_is_refused(self):
         with pytest.raises(MergeError, match=r"another number[\s\S]*blocks\.0[\s\S]*expected: +2[\s\S]*found: +3"):
             GateSet(2, GateSettings(), {"blocks.0": random_gate("sigmoid")})
+
+    def test_gates_that_read_text_need_a_detector_of_as_many_experts(self):
+        with pytest.raises(MergeError, match=r"need a concept detector[\s\S]*fit a detector"):
+            GateSet(3, GateSettings(), {"": random_gate("sigmoid", 3)})
+        with pytest.raises(
+            MergeError, match=r"detector was made for another number[\s\S]*expected: +3[\s\S]*found: +2"
+        ):
+            GateSet(3, GateSettings(), {}, random_detector(2, 5))
+        assert not GateSet(3, GateSettings()).trained  # untrained gates read nothing
+
+    def test_what_they_read_of_a_text(self):
+        text = torch.tensor([[[1.0, 3.0], [5.0, 7.0]]])
+        detector = random_detector(3, 2)
+        assert torch.equal(GateSet(3, GateSettings(), {}, detector).text_features(text, None), detector(text))
+        mask = torch.tensor([[True, False]])
+        found = GateSet(3, GateSettings(), {}, detector).text_features(text, mask)
+        assert torch.allclose(found, detector(text[:, :1]))
+        assert GateSet(3).text_features(text, None).tolist() == [[0.0, 0.0, 0.0]]  # no detector yet
+        mean = GateSet(3, GateSettings(reads="text-mean"))
+        for any_mask in (None, mask):  # as these gates always did
+            assert mean.text_features(text, any_mask).tolist() == [[3.0, 5.0]]
+        assert mean.text_features(text.half(), None).dtype == torch.float32
+
+    def test_a_selection_has_the_detector_of_its_experts(self):
+        text = torch.randn(2, 4, 5)
+        detector = random_detector(3, 5, words=[["a"], ["b", "bb"], []])
+        gates = GateSet(3, GateSettings(), {"": random_gate("sigmoid", 3, owner=torch.arange(3))}, detector)
+        left = gates.select([2, 1])
+        assert left.detector.words == ((), ("b", "bb"))
+        f = left.text_features(text, None)
+        assert torch.allclose(f, detector(text)[:, [2, 1]])
+        assert left[""].features == 2
 
     def test_half_precision_features_are_widened(self):
         gate, f = random_gate("softmax"), torch.randn(4, 5).bfloat16()

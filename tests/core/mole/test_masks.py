@@ -9,6 +9,7 @@ from legomole.core.layers.keymap import ParameterSlice
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import attach
 from legomole.core.mole.bank import Bank
+from legomole.core.mole.concepts import ConceptDetector
 from legomole.core.mole.gates import Gate, GateSet
 from legomole.core.mole.mixture import Mixture
 from torch import Tensor
@@ -49,7 +50,12 @@ class TestMasks:
             gate.weight.copy_(whole.weight[rows][:, columns])
             gate.bias.copy_(whole.bias[rows])
             gate.log_temperature.copy_(whole.log_temperature)
-        without = Mixture((experts[0], experts[2]), GateSet(2, mixture.gates.settings, gates), mixing=mixing)
+        detector = mixture.gates.detector
+        if detector is not None:
+            rows = [0, 2]
+            detector = ConceptDetector(detector.weight[rows], detector.bias[rows], [detector.words[i] for i in rows])
+        left = GateSet(2, mixture.gates.settings, gates, detector)
+        without = Mixture((experts[0], experts[2]), left, mixing=mixing)
         with attach(model, without):
             expected = call(model, x, text)
         with attach(model, mixture.without(1)):

@@ -44,10 +44,10 @@ def test_bad_input(experts):
 
 
 def test_switching_off(experts):
-    gate = Gate(2, 3, GateSettings())
+    gate = Gate(2, 3, GateSettings(reads="hidden"))
     with torch.no_grad():
         gate.bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    whole = Mixture(experts, GateSet(3, GateSettings(), {"": gate}), strengths=(1, 2, 3), scale=0.5)
+    whole = Mixture(experts, GateSet(3, gate.settings, {"": gate}), strengths=(1, 2, 3), scale=0.5)
     left = whole.without(1)
     assert left.experts == (experts[0], experts[2])
     assert left.strengths == (1, 3)
@@ -63,7 +63,7 @@ def test_switching_off(experts):
 
 
 def test_one_left_under_softmax_has_all(experts):
-    gate = Gate(2, 3, GateSettings(activation="softmax"))
+    gate = Gate(2, 3, GateSettings(activation="softmax", reads="hidden"))
     left = Mixture(experts, GateSet(3, gate.settings, {"": gate})).without(0, 2)
     assert torch.equal(left.gates[""](torch.randn(4, 2)), torch.ones(4, 1))
     # also without training: the share of one expert is 1

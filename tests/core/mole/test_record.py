@@ -83,5 +83,7 @@ def test_of_a_running_model():
     assert set(made.scopes) == set(mixture.gates.names)
     for i, sign in enumerate((1, -1)):
         for scope, value in zip(made.scopes, made.table()[i], strict=True):
-            assert torch.allclose(value, mixture.gates[scope](sign * text.mean(1)).mean(0).detach(), atol=1e-6)
+            assert torch.allclose(
+                value, mixture.gates[scope](mixture.gates.detector(sign * text)).mean(0).detach(), atol=1e-6
+            )
     assert not made.table().requires_grad

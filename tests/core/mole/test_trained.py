@@ -15,13 +15,14 @@ from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, MergeError, SaveError
 from legomole.core.formats.files import read_tensors, write_tensors
 from legomole.core.mole.attach import attach
-from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.trained import Expert, TrainedGates
 
 from ..merge.pools import close
-from .mixtures import lora, trained
-from .models import InPlace, Transformer, call, inputs
+from .kinds import READS
+from .mixtures import Values, lora, random_detector, trained
+from .models import FEATURES, InPlace, Transformer, call, inputs
 
 
 def file_of(model: torch.nn.Module, seed: int, **kw) -> Adapter:
@@ -46,7 +47,7 @@ def made(model, experts, reads="experts", granularity="layer", activation="softm
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("reads", ["text", "hidden", "experts", "flat"])
+    @pytest.mark.parametrize("reads", READS)
     @pytest.mark.parametrize("granularity", ["network", "layer"])
     def test_is_bit_equal(self, model, experts, reads, granularity, tmp_path):
         before = made(model, experts, reads, granularity)
@@ -64,6 +65,22 @@ class TestRoundTrip:
             assert bool(one.layer) == (reads == "hidden")
             assert one.state_dict().keys() == other.state_dict().keys()
             assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in one.state_dict().items())
+        detector, read = before.gates.detector, after.gates.detector
+        assert (detector is None) == (read is None) == (reads != "text")
+        if detector is not None and read is not None:
+            assert read.words == detector.words == (("w0",), ("w1",), ("w2",))
+            assert torch.equal(read.weight, detector.weight)
+            assert torch.equal(read.bias, detector.bias)
+
+    def test_words_of_all_kinds(self, model, experts, tmp_path):
+        words = (("ember style", 'a "quoted" word'), (), ("猫", "café/(x)"))
+        settings = GateSettings(granularity="network")
+        gate = Gate(3, 3, settings, owner=torch.arange(3))
+        gates = GateSet(3, settings, {"": gate}, random_detector(3, FEATURES, words=words))
+        TrainedGates(gates, tuple(map(Expert.of, experts))).save(tmp_path / "g")
+        read = TrainedGates.load(tmp_path / "g").gates.detector
+        assert read is not None
+        assert read.words == words
 
     def test_the_same_gates_give_the_same_bytes(self, model, experts, tmp_path):
         for name in ("a", "b"):
@@ -88,7 +105,7 @@ class TestRoundTrip:
 
 
 class TestOf:
-    @pytest.mark.parametrize("reads", ["text", "hidden", "experts", "flat"])
+    @pytest.mark.parametrize("reads", READS)
     def test_reorders_by_hash(self, experts, reads):
         model = InPlace(1)
         experts = [file_of(model, seed, rank=1 + seed) for seed in range(3)]
@@ -130,6 +147,53 @@ class TestOf:
             gates.of(experts, "Flux")
         assert gates.of(experts, "").experts == 3
         assert replace(gates, base="").of(experts, "Flux").experts == 3
+
+
+def first_kind(trained_gates: TrainedGates, path: Path) -> Path:
+    """Write a file as the first version did: gates that read ``text`` read its mean, and there is no detector."""
+    tensors, header = trained_gates.to_tensors()
+    settings = json.loads(header["settings"])
+    settings["reads"] = settings["reads"].removesuffix("-mean")
+    del header["words"]
+    write_tensors(path, tensors, {**header, "kind": "legomole.gates.1", "settings": json.dumps(settings)})
+    return path
+
+
+class TestFirstKind:
+    def test_gates_that_read_text_act_as_before(self, model, experts, tmp_path):
+        before = made(model, experts, "text-mean", activation="sigmoid")
+        after = TrainedGates.load(first_kind(before, tmp_path / "g.safetensors"))
+        assert after.gates.settings.reads == "text-mean"
+        assert after.gates.detector is None
+        x, text = inputs(model)
+        observed = Values()
+        with torch.no_grad(), attach(model, Mixture(tuple(experts), after.of(experts))) as at, at.watch(observed):
+            model(x, text)
+        for scope, value in observed.values.items():
+            assert torch.allclose(value, before.gates[scope](text.mean(1)), atol=1e-6)
+
+    def test_gates_that_read_text_have_a_note(self, model, experts, tmp_path):
+        after = TrainedGates.load(first_kind(made(model, experts, "text-mean"), tmp_path / "g"))
+        (note,) = after.notes
+        assert "read the mean of the text over all tokens and close when a prompt gets longer" in note
+        assert "trained again" in note
+        after.save(tmp_path / "again")  # as the present kind, with the same note
+        again = TrainedGates.load(tmp_path / "again")
+        assert again.gates.settings == after.gates.settings
+        assert again.notes == after.notes
+
+    @pytest.mark.parametrize("reads", ["hidden", "experts", "flat"])
+    def test_other_gates_are_the_same(self, model, experts, reads, tmp_path):
+        before = made(model, experts, reads)
+        after = TrainedGates.load(first_kind(before, tmp_path / "g"))
+        assert after.gates.settings == before.gates.settings
+        assert after.notes == before.notes == ()
+        for name in before.gates.names:
+            one, other = before.gates[name].state_dict(), after.gates[name].state_dict()
+            assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+    def test_gates_that_read_token_by_token_have_no_note(self, model, experts):
+        assert made(model, experts, "text").notes == ()
 
 
 class TestHashes:
@@ -185,7 +249,7 @@ class TestBadFiles:
 
     def test_a_lora(self, path):
         write_tensors(path, {"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, {"ss_network_dim": "2"})
-        with pytest.raises(FormatError, match=r"holds no gates[\s\S]*legomole\.gates\.1[\s\S]*none[\s\S]*Save Gates"):
+        with pytest.raises(FormatError, match=r"holds no gates[\s\S]*legomole\.gates\.2[\s\S]*none[\s\S]*Save Gates"):
             TrainedGates.load(path)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -216,6 +280,36 @@ class TestBadFiles:
     def test_damaged(self, path, change: Callable[[Path], Path]):
         with pytest.raises(FormatError, match=r"could not be read[\s\S]*g\.safetensors[\s\S]*train and save"):
             TrainedGates.load(change(path))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda p: damage(p, drop=["(detector)/weight"]),
+            lambda p: damage(p, {"(detector)/bias": torch.zeros(2)}),
+            lambda p: damage(p, {"(detector)/weight": torch.zeros(3)}),
+            lambda p: damage(p, words="null"),
+            lambda p: damage(p, words='[["a"], ["b"]]'),
+            lambda p: damage(p, words='{"a": 1}'),
+            lambda p: damage(p, words="[1, 2, 3]"),
+            lambda p: damage(p, words="[["),
+        ],
+    )
+    def test_a_damaged_detector(self, model, experts, path, change: Callable[[Path], Path]):
+        made(model, experts, "text").save(path)
+        with pytest.raises(FormatError, match=r"could not be read[\s\S]*g\.safetensors[\s\S]*train and save"):
+            TrainedGates.load(change(path))
+
+    @pytest.mark.parametrize("name", ["(detector)/weight", "(detector)/bias"])
+    def test_a_detector_that_is_not_finite(self, model, experts, path, name):
+        made(model, experts, "text").save(path)
+        damage(path, {name: torch.full(read_tensors(path)[0][name].shape, float("nan"))})
+        with pytest.raises(FormatError, match=r"NaN or infinite[\s\S]*detector"):
+            TrainedGates.load(path)
+
+    def test_a_later_kind(self, path):
+        damage(path, kind="legomole.gates.3")
+        with pytest.raises(FormatError, match=r"holds no gates[\s\S]*gates\.2[\s\S]*gates\.3"):
+            TrainedGates.load(path)
 
     def test_a_failed_save_leaves_the_old_file(self, path, model, experts, monkeypatch):
         before = path.read_bytes()

@@ -35,7 +35,7 @@ EXTRA = st.one_of(
             ".alpha",
         ]
     ),
-    # keys nobody knows; half an update (one that has a role) is refused, which tells of it too
+    # unknown keys; half an update (one that has a role) is refused, which reports it too
     st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=300)
     .map("odd/{}".format)
     .filter(lambda key: role_of(key) is None),
@@ -49,22 +49,22 @@ FILE = st.tuples(
 def state(chosen: set[str], extras: dict[str, int], seed: int) -> dict[str, Tensor]:
     layers = files.state_dict({name: LAYERS[name] for name in sorted(chosen)}, seed=seed)
     fresh = {key: torch.full((4,), float(value)) for key, value in extras.items() if key not in layers}
-    # the bias of factors that are not there would be refused, which tells of it too
+    # the bias of factors that are not there would be refused, which reports it too
     return layers | {key: value for key, value in fresh.items() if "lora_B.bias" not in key or "lora_unet_a" in chosen}
 
 
 def unaccounted(keys: list[str], result: MergeResult) -> list[str]:
     report = result.report
     merged = {module.name for module in report.modules}
-    told = [*report.passed_on, *report.dropped]
+    listed = [*report.passed_on, *report.dropped]
 
     def known(key: str) -> bool:
-        if any(line.startswith((f"{key} (", f"{key} of ")) for line in told):
+        if any(line.startswith((f"{key} (", f"{key} of ")) for line in listed):
             return True
         module, role = role_of(key) or ("", "")
-        parameter = {"diff": "weight", "diff_b": "bias", "up_bias": "bias"}.get(role)
+        parameter = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation", "up_bias": "bias"}.get(role)
         if parameter is not None:
-            return any(line.startswith(f"{module}.{parameter} (added") for line in told)
+            return any(line.startswith(f"{module}.{parameter} (added") for line in listed)
         return role in ("down", "up", "alpha") and module in merged
 
     return [key for key in keys if not known(key)]

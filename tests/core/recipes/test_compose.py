@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from legomole.core.recipes.compose import compose
-from legomole.core.recipes.recipe import Input, Recipe, RecipeError
+from legomole.core.recipes.recipe import Conversion, Input, Recipe, RecipeError
 
 A, B = {"path": "a.safetensors"}, {"path": "b.safetensors", "weight": 0.5}
 
@@ -55,6 +55,13 @@ def test_other_statistics_drop_the_hash_of_the_old_ones() -> None:
         2,
         "",
     )
+
+
+def test_conversions_are_kept_unless_dtype_or_format_are_given() -> None:
+    converted = base(conversions=[Conversion(format="comfy", dtype="float16")])
+    assert compose(converted, settings={"rank": 4}, inputs=[B]).conversions == converted.conversions
+    for fields in ({"dtype": "float32"}, {"format": "kohya"}):
+        assert compose(converted, **fields).conversions == []
 
 
 def test_module_weights_replace_equal_patterns_and_join_the_others() -> None:

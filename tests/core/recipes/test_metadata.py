@@ -144,3 +144,26 @@ def test_the_row_of_many_adapters_names_those_in_a_cluster():
     row = dict(zip(data["columns"], data["modules"]["m"], strict=True))
     assert (row["overlap"], row["clusters"]) == ([], "1x1@1+2@17 1x1@9")
     assert len(data["overlap"]) == n
+
+
+def test_entries_that_programs_act_on_are_kept_where_the_inputs_that_have_them_agree():
+    factor = {"reference_downscale_factor": "2"}
+    control = adapter("control", **factor, sshs_model_hash="1", lora_adapter_metadata="{}", ss_output_name="control")
+    metadata = metadata_of(control, adapter("style"), adapter("other", **factor))
+    assert metadata["reference_downscale_factor"] == "2"
+    assert {"sshs_model_hash", "lora_adapter_metadata", "ss_output_name"}.isdisjoint(metadata)
+    assert disagreements([control, adapter("style")]) == []
+    other = adapter("other", reference_downscale_factor="3" * 200)
+    assert "reference_downscale_factor" not in metadata_of(control, other)
+    assert disagreements([control, other]) == [f"reference_downscale_factor differs: 2 (control), {'3' * 100} (other)"]
+
+
+def test_entries_about_the_training_are_kept_where_all_inputs_agree():
+    a, b = adapter("a", ss_steps="100", ss_clip_skip="2"), adapter("b", ss_steps="200", ss_clip_skip="2")
+    assert metadata_of(a, b)["ss_clip_skip"] == "2"
+    assert metadata_of(a)["ss_steps"] == "100"
+    assert "ss_steps" not in metadata_of(a, b)
+    assert "ss_clip_skip" not in metadata_of(a, adapter("c"))
+    text = "about the training are not kept, because the inputs differ: "
+    assert disagreements([a, b]) == [f"1 entry {text}ss_steps"]
+    assert disagreements([a, adapter("c")]) == [f"2 entries {text}ss_clip_skip, ss_steps"]

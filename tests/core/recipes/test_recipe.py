@@ -15,7 +15,7 @@ from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
 from legomole.core.recipes.method_settings import build_method, method_settings
-from legomole.core.recipes.recipe import Input, Recipe, RecipeError
+from legomole.core.recipes.recipe import Conversion, Input, Recipe, RecipeError
 from legomole.core.recipes.text import recipe_from_text, recipe_to_text
 
 if sys.version_info >= (3, 11):
@@ -29,12 +29,14 @@ FULL = Recipe(
     inputs=[
         Input(path="style.safetensors", sha256="ab" * 32, weight=0.8, text_encoder_weight=0.5),
         Input(path="C:\\loras\\subject.safetensors", weight=-1, module_weights={"*attn2*": 0.5}),
+        Input(path="adapter", in_memory=True, convert_rank=4),
     ],
     module_weights={"*single_blocks*": 0.25},
     normalize=True,
     dtype="float16",
     format="kohya",
     convert_rank=32,
+    conversions=[Conversion(format="peft", dtype="float16"), Conversion(format="comfy", from_folder=True)],
 )
 
 
@@ -97,7 +99,7 @@ def test_the_error_points_at_the_entry():
     assert "weight" in str(caught.value.remedy)
 
 
-def test_toml_errors_are_told_too():
+def test_toml_errors_are_reported_too():
     with pytest.raises(RecipeError, match="not valid TOML"):
         recipe_from_text("method = ", "toml")
 

@@ -72,7 +72,7 @@ def test_patterns_for_all_reach_layers_that_only_have_a_diff(folder):
     torch.testing.assert_close(merged.diffs["lora_unet_norm.weight"], torch.full((4,), 0.5))  # 0.25 + 0.25
 
 
-def test_a_pattern_nobody_has_is_an_error(folder):
+def test_a_pattern_without_a_match_is_an_error(folder):
     with pytest.raises(MergeError, match="matches nothing"):
         run(recipe(module_weights={"*nowhere*": 2}), folder=folder)
 
@@ -115,7 +115,7 @@ def test_an_input_that_is_gone_is_named(folder):
     assert caught.value.file == str(folder / "a.safetensors")
 
 
-def test_wrong_settings_are_told_before_a_file_is_read(tmp_path):
+def test_wrong_settings_are_reported_before_a_file_is_read(tmp_path):
     with pytest.raises(RecipeError, match="no such setting"):
         run(recipe(settings={"rank": 3, "colour": "red"}), folder=tmp_path)
 

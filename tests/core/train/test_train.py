@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from legomole.core.train import Images, TrainingResult, TrainSettings, prompts_f
 from ..merge.pools import close
 from ..mole.mixtures import Values, lora
 from ..mole.models import FEATURES, Transformer
-from .toy import ToyDenoiser
+from .toy import ToyDenoiser, word_detector
 
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])
@@ -40,8 +41,11 @@ class ToyClip:
         return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
-def mixture(model, strengths=(), n: int = 2, **settings) -> Mixture:
-    return Mixture(tuple(lora(model, 1 + i) for i in range(n)), GateSet(n, GateSettings(**settings)), strengths)
+def mixture(model, strengths=(), n: int = 2, mixing="delta", **settings) -> Mixture:
+    chosen = GateSettings(**settings)
+    detector = word_detector().select(range(n)) if chosen.reads == "text" else None
+    gates = GateSet(n, chosen, detector=detector)
+    return Mixture(tuple(lora(model, 1 + i) for i in range(n)), gates, strengths, mixing=mixing)
 
 
 def run(model, mixed: Mixture, settings: TrainSettings = SETTINGS, *, concepts=WORDS, **kw) -> TrainingResult:
@@ -55,13 +59,15 @@ def equal(one: GateSet, other: GateSet) -> bool:
 
 
 class TestObjectives:
-    def test_distilled_text_gates_open_for_the_words(self):
+    # gates with a detector start where the router ends, near the goal
+    @pytest.mark.parametrize(("reads", "left"), [("text", 0.5), ("text-mean", 0.1)])
+    def test_distilled_text_gates_open_for_the_words(self, reads, left):
         """After training, gates are open for the LoRAs a prompt names and closed for the others."""
         model = Transformer(1)
         weights = copy.deepcopy(model.state_dict())
-        mixed = mixture(model, granularity="network")
+        mixed = mixture(model, granularity="network", reads=reads)
         done = run(model, mixed, SETTINGS.model_copy(update={"steps": 80, "learning_rate": 0.1}))
-        assert done.fit.losses[-1] < 0.1 * done.fit.losses[0]
+        assert done.fit.losses[-1] < left * done.fit.losses[0]
         observed = Values()
         denoiser = ToyDenoiser(model, PROMPTS)
         with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(observed):
@@ -97,15 +103,44 @@ class TestObjectives:
 
     def test_output_mixing(self):
         model = Transformer(1)
-        experts = (lora(model, 1), lora(model, 2))
-        mixed = Mixture(experts, GateSet(2, GateSettings(granularity="block")), mixing="output")
+        mixed = mixture(model, granularity="block", mixing="output")
         done = run(model, mixed, SETTINGS.model_copy(update={"steps": 10}))
         assert done.fit.losses[-1] < 0.9 * done.fit.losses[0]
 
-    def test_distilled_text_gates_start_where_the_router_puts_them(self):
-        """Also if prompts differ little from each other, and the empty prompt differs from all."""
+    @pytest.mark.parametrize("objective", ["distil", "denoise"])
+    def test_text_gates_start_where_the_router_puts_them(self, objective):
         model = Transformer(1)
         mixed = mixture(model, granularity="network")
+        images = Images(torch.randn(4, 5, 4, generator=torch.Generator().manual_seed(0)), [0, 0, 1, 1])
+        settings = SETTINGS.model_copy(update={"objective": objective, "steps": 1, "learning_rate": 1e-6})
+        gates = run(model, mixed, settings, images=images if objective == "denoise" else None).gates.gates
+        routed = run(model, mixed, TrainSettings(objective="router")).gates.gates
+        for name, tensor in gates.state_dict().items():
+            torch.testing.assert_close(tensor, routed.state_dict()[name], rtol=0, atol=1e-5)
+
+    def test_text_gates_keep_the_mixtures_detector(self):
+        model = Transformer(1)
+        mixed = mixture(model)
+        for objective in ("distil", "router"):
+            gates = run(model, mixed, SETTINGS.model_copy(update={"objective": objective, "steps": 2})).gates.gates
+            assert gates.detector is not None
+            assert gates.detector.words == (("ember",), ("heart",))
+            assert torch.equal(gates.detector.weight, mixed.gates.detector.weight)
+            assert all(gates[name].owner.tolist() == [0, 1] for name in gates.names)
+
+    def test_the_router_of_gates_that_read_the_mean(self):
+        model = Transformer(1)
+        gates = run(model, mixture(model, reads="text-mean"), TrainSettings(objective="router")).gates.gates
+        assert gates.detector is None
+        text = ToyDenoiser(model, PROMPTS).text.mean(1)
+        wanted = torch.tensor([[1.0, 0], [0, 1], [1, 1], [0, 0], [0, 0]])
+        for value in gates.values(text):
+            assert ((value > 0.5) == (wanted > 0.5)).all(), value
+
+    def test_distilled_gates_that_read_the_mean_start_where_the_router_puts_them(self):
+        """Also if prompts differ little from each other, and the empty prompt differs from all."""
+        model = Transformer(1)
+        mixed = mixture(model, granularity="network", reads="text-mean")
 
         def opened(objective: str, steps: int) -> torch.Tensor:
             with attach(model, mixed) as at:
@@ -253,7 +288,7 @@ class TestBadInput:
     @pytest.mark.parametrize(("strengths", "scale"), [((1.0, 0.0), 1.0), ((1.0, 1.0), 0.0)])
     def test_strength_0(self, strengths, scale):
         model = Transformer(1)
-        mixed = Mixture((lora(model, 1), lora(model, 2)), strengths=strengths, scale=scale)
+        mixed = replace(mixture(model), strengths=strengths, scale=scale)
         with pytest.raises(MergeError, match=r"strength 0 adds nothing[\s\S]*file: +adapter"):
             run(model, mixed)
 
@@ -262,6 +297,13 @@ class TestBadInput:
         model = Transformer(1)
         with pytest.raises(MergeError, match=rf"{message}[\s\S]*distil"):
             run(model, mixture(model), SETTINGS.model_copy(update={"objective": objective}))
+
+    @pytest.mark.parametrize("objective", ["distil", "router"])
+    def test_text_gates_without_a_detector(self, objective):
+        model = Transformer(1)
+        mixed = Mixture((lora(model, 1), lora(model, 2)))
+        with pytest.raises(MergeError, match=r"need a concept detector[\s\S]*fit_detector"):
+            run(model, mixed, SETTINGS.model_copy(update={"objective": objective}))
 
     def test_the_router_for_gates_that_do_not_read_text(self):
         model = Transformer(1)
@@ -290,7 +332,12 @@ def test_in_bfloat16_the_gates_stay_in_float32():
     denoiser.text = denoiser.text.bfloat16()
     with attach(model, mixed) as at:
         done = train(at, mixed, denoiser, PROMPTS, WORDS, SETTINGS)
-    assert {tensor.dtype for tensor in done.gates.gates.state_dict().values()} == {torch.float32}
-    assert done.fit.losses[-1] < 0.8 * done.fit.losses[0]
+    tensors = {name: tensor for name, tensor in done.gates.gates.state_dict().items() if not name.endswith("owner")}
+    assert "detector.weight" in tensors
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    with attach(model, hidden := mixture(model, reads="hidden")) as at:  # these start far from their goal
+        losses = train(at, hidden, denoiser, PROMPTS, WORDS, SETTINGS).fit.losses
+    assert losses[-1] < 0.8 * losses[0]
     in_full = Transformer(1)
-    assert close(torch.tensor(done.fit.losses), torch.tensor(run(in_full, mixture(in_full)).fit.losses), 0.1)
+    expected = run(in_full, mixture(in_full, reads="hidden")).fit.losses
+    assert close(torch.tensor(losses), torch.tensor(expected), 0.1)

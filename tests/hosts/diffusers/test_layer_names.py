@@ -82,6 +82,8 @@ def converted_by_diffusers(loader: str, state: dict[str, Tensor]) -> dict[str, T
 def test_kohya_meets_diffusers(first: files.Shapes, second: files.Shapes, loader: str) -> None:
     state = files.state_dict(first)
     a, b = align([from_state_dict(state), split(second)], key_map=key_map)
+    assert a.modules.keys() == b.modules.keys()
+    a, b = to_diffusers(a), to_diffusers(b)
     assert a.modules.keys() == b.modules.keys() == second.keys()
     expected = converted_by_diffusers(loader, state)
     # the Flux loader forgets the component and the alpha of these
@@ -270,15 +272,16 @@ def test_a_merge_with_layers_without_a_diffusers_name_can_be_saved(swap: bool, t
     assert load(save(merged, tmp_path / "x")).modules.keys() == {*files.AI_TOOLKIT_FLUX, t5}
 
 
-def test_translated_layers_are_saved_in_the_format_whose_names_they_have(tmp_path: Path) -> None:
-    """No reader accepts lora_down under Wan's diffusers names."""
+def test_inputs_that_disagree_are_saved_under_the_names_of_comfyui(tmp_path: Path) -> None:
+    """It does not read Wan's names of diffusers."""
     shapes: files.Shapes = {"transformer.blocks.0.attn1.to_q": (512, 512)}
     paths = [
         files.write(tmp_path / "native.safetensors", files.state_dict(files.WAN)),
         files.write(tmp_path / "diffusers.safetensors", files.state_dict(shapes, files.PEFT, alpha=None)),
     ]
     merged = run(Recipe(method="concat", inputs=[Input(path=str(path)) for path in paths]), key_map=key_map).adapter
-    assert merged.source.format == "diffusers"
+    assert merged.source.format == "comfy"
+    assert merged.modules.keys() == files.WAN.keys()
 
 
 # --- tiny models ------------------------------------------------------------------------------------------------------

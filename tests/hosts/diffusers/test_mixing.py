@@ -27,7 +27,7 @@ from legomole.hosts.diffusers.layer_names import to_kohya
 from legomole.hosts.diffusers.mixing import denoising_model, experts, load_gates, mixed, prompt_rows, routed
 from torch import Tensor
 
-from ...core.mole.mixtures import gradients
+from ...core.mole.mixtures import gradients, random_detector
 from . import tiny_pipelines as tiny
 
 # deprecations inside the libraries, and PEFT's notice that `proj_out` also matches the end of another layer's name
@@ -119,19 +119,30 @@ def test_a_lora_for_another_model_is_refused(wrong: str) -> None:
         experts(pipe, [lora])
 
 
-def text_gates(features: int, **settings: Any) -> GateSet:
-    """One random gate for the whole model, reading the text conditioning."""
+def text_gates(features: int, quiet: bool = False, **settings: Any) -> GateSet:
+    """One random gate for the whole model, reading the text conditioning.
+
+    Args:
+        features: Width of the text conditioning.
+        quiet: Whether its detector finds no concept (a presence of at most 0.5) in any of the prompts of these tests.
+        settings: Settings of the gates.
+    """
     chosen = GateSettings(granularity="network", **settings)
-    gate = Gate(features, 2, chosen)
+    detector = random_detector(2, features) if chosen.reads == "text" else None
+    if detector is not None and quiet:
+        detector.bias.sub_(4.5)
+    gate = Gate(features if detector is None else 2, 2, chosen)
     with torch.no_grad():
         gate.weight.copy_(torch.randn(gate.weight.shape, generator=torch.Generator().manual_seed(0)))
-    return GateSet(2, chosen, {"": gate})
+        gate.weight.mul_(10 if detector is not None and quiet else 1)
+    return GateSet(2, chosen, {"": gate}, detector)
 
 
-def test_each_row_of_a_guided_batch_has_its_own_gates() -> None:
+@pytest.mark.parametrize("reads", ["text", "text-mean"])
+def test_each_row_of_a_guided_batch_has_its_own_gates(reads: str) -> None:
     """Negative prompts come first in the batch. Without `prompt_rows` each row's gates read its own conditioning."""
     pipe = tiny.build("SD 1.5")
-    mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8))
+    mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)], text_gates(8, quiet=True, reads=reads))
     whole, positive = Record(), Record(rows=prompt_rows(pipe))
     with attach(pipe.unet, mixture) as attachment:
         with attachment.watch(whole):
@@ -139,7 +150,11 @@ def test_each_row_of_a_guided_batch_has_its_own_gates() -> None:
         with attachment.watch(positive):
             sample(pipe, ["a heart", "ember"])
         texts = torch.cat([pipe.encode_prompt(p, "cpu", 1, False)[0] for p in ("blur", "x", "a heart", "ember")])
-        expected = mixture.gates[""](texts.mean(1))
+        f = texts.mean(1) if mixture.gates.detector is None else mixture.gates.detector(texts)
+        assert (
+            reads == "text-mean" or float(f.detach().max()) < 0.5
+        )  # no concept is named, not by the negative prompts either
+        expected = mixture.gates[""](f)
         for one in whole.passes:
             torch.testing.assert_close(one[""], expected)
         assert all(torch.equal(one[""], whole.passes[0][""][2:]) for one in positive.passes)
@@ -192,11 +207,13 @@ OFF, EMBER, HEART, BOTH = [0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 def test_the_router_opens_the_gates_each_prompt_names(name: str) -> None:
     pipe = tiny.build(name)
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)])
+    assert recorded(pipe, mixture, "a heart", negative_prompt="ember, x") == [[BOTH, HEART]] * 2  # it names the other
     rows = recorded(pipe, mixture, ["a Heart", "ember hearts", "hearts"], num_images_per_prompt=2)
     passes = [HEART, HEART, EMBER, EMBER, OFF, OFF] * 2  # negative prompts, which follow the prompts, then the prompts
     assert rows == [passes] * 2
     assert recorded(pipe, mixture, "burning heart", guidance_scale=1.0) == [[BOTH]] * 2
-    assert recorded(pipe, mixture, "x", negative_prompt="heart") == [[OFF, OFF]] * 2
+    assert recorded(pipe, mixture, "x", negative_prompt="heart") == [[HEART, OFF]] * 2  # it names the LoRA itself
+    assert recorded(pipe, mixture, "heart", negative_prompt="x") == [[HEART, HEART]] * 2
     assert "encode_prompt" not in pipe.__dict__
     assert not denoising_model(pipe)._forward_pre_hooks
 
@@ -204,7 +221,8 @@ def test_the_router_opens_the_gates_each_prompt_names(name: str) -> None:
 def test_the_router_with_guidance_in_two_passes() -> None:
     pipe = tiny.build("Flux")
     mixture = Mixture([tiny.lora(pipe, 1), tiny.lora(pipe, 2)])
-    assert recorded(pipe, mixture, "a heart", negative_prompt="", true_cfg_scale=2.0) == [[HEART], [OFF]] * 2
+    assert recorded(pipe, mixture, "a heart", negative_prompt="", true_cfg_scale=2.0) == [[HEART], [HEART]] * 2
+    assert recorded(pipe, mixture, "a heart", negative_prompt="ember", true_cfg_scale=2.0) == [[HEART], [BOTH]] * 2
 
 
 def test_the_router_equals_held_gates() -> None:

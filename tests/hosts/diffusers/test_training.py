@@ -22,6 +22,7 @@ from legomole.hosts.diffusers.training import train_gates
 from PIL import Image
 from torch import Tensor, nn
 
+from ...core.mole.mixtures import random_detector
 from . import tiny_pipelines as tiny
 
 # deprecations inside the libraries
@@ -174,14 +175,18 @@ def test_training_lowers_the_loss_and_changes_nothing_but_gates(name: str) -> No
     assert all(torch.equal(a, b) for a, b in zip(now, factors, strict=True))
 
 
-def test_values_are_the_gates_outputs_per_prompt() -> None:
+@pytest.mark.parametrize("reads", ["text", "text-mean"])
+def test_values_are_the_gates_outputs_per_prompt(reads: str) -> None:
     pipe = tiny.build("SD 1.5")
     settings = TrainSettings(**FEW, steps=3)
-    result = train_gates(pipe, mixed(pipe), WORDS, ["ember and heart"], settings, size=(16, 16), sampling_steps=1)
+    result = train_gates(
+        pipe, mixed(pipe, reads=reads), WORDS, ["ember and heart"], settings, size=(16, 16), sampling_steps=1
+    )
     for prompt, values in zip(result.prompts, result.values, strict=True):
-        text = pipe.encode_prompt(prompt.text, "cpu", 1, False)[0].mean(1)
+        text = pipe.encode_prompt(prompt.text, "cpu", 1, False)[0]
+        f = text.mean(1) if reads == "text-mean" else result.gates.gates.detector(text)
         for scope, value in zip(result.scopes, values, strict=True):
-            torch.testing.assert_close(result.gates.gates[scope](text)[0], value)
+            torch.testing.assert_close(result.gates.gates[scope](f)[0], value)
     assert result.prompts[0].named == (0, 1)
 
 
@@ -228,6 +233,31 @@ def test_the_models_dtype_is_kept() -> None:
     assert pipe.unet.dtype == torch.bfloat16
     assert {p.dtype for p in result.gates.gates.parameters()} == {torch.float32}
     assert torch.isfinite(torch.tensor(result.fit.losses)).all()
+
+
+def test_words_that_the_text_encoders_hardly_know_have_a_note() -> None:
+    pipe = tiny.build("SD 1.5")  # with random text encoders
+    settings = TrainSettings(objective="router")
+    result = train_gates(pipe, mixed(pipe), WORDS, settings=settings, size=(16, 16), sampling_steps=1)
+    assert any("hardly tell 'heart' from other words" in note for note in result.notes)
+    assert result.gates.gates.detector is not None
+    assert result.gates.gates.detector.words == (("ember",), ("heart",))
+    others = train_gates(pipe, mixed(pipe, reads="text-mean"), WORDS, settings=settings, size=(16, 16))
+    assert others.notes == ()
+    assert others.gates.gates.detector is None
+
+
+def test_a_detector_that_the_mixture_has_is_used() -> None:
+    pipe = tiny.build("SD 1.5")
+    detector = random_detector(2, 8, words=[["ember"], ["love"]])
+    loras = [tiny.lora(pipe, 1), tiny.lora(pipe, 2)]
+    mixture = Mixture(loras, GateSet(2, GateSettings(), detector=detector))
+    result = train_gates(pipe, mixture, WORDS, settings=TrainSettings(objective="router"), size=(16, 16))
+    found = result.gates.gates.detector
+    assert found is not None
+    assert found.words == (("ember",), ("love",))
+    assert torch.equal(found.weight, detector.weight)
+    assert result.notes == ()
 
 
 def test_every_lora_needs_words() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import diffusers
+import tokenizers
 import torch
 import transformers
 from legomole.core.adapter import Adapter
@@ -106,14 +107,64 @@ def _flux(scheduler: Any) -> Any:
     )  # fmt: skip
 
 
+def word_tokenizer(*special: str) -> Any:
+    """A tokenizer whose tokens are words and punctuation marks; unknown words share one."""
+    names = ["<pad>", "<unk>", *special, "a", "heart", "ember", "burning", "style", "in", "on", "the", "x", "blur", ","]
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", unk_token="<unk>")
+
+
+def _lumina2() -> Any:
+    """A language model's states with padding and a mask; two passes without names, encoded at once."""
+    config = transformers.Gemma2Config(
+        vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=4,
+        num_key_value_heads=1, query_pre_attn_scalar=4, pad_token_id=0,
+    )  # fmt: skip
+    transformer = diffusers.Lumina2Transformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=2, num_refiner_layers=1,
+        num_attention_heads=3, num_kv_heads=1, multiple_of=2, scaling_factor=1.0, axes_dim_rope=(4, 2, 2),
+        axes_lens=(128, 128, 128), cap_feat_dim=8,
+    )  # fmt: skip
+    pipe = diffusers.Lumina2Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae(4),
+        text_encoder=transformers.Gemma2Model(config), tokenizer=word_tokenizer(),
+    )  # fmt: skip
+    pipe.system_prompt = "a style"
+    return pipe
+
+
+def _qwen() -> Any:
+    """A language model's states without those of a template, with a mask; the passes have names."""
+    config = transformers.Qwen2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0,
+    )  # fmt: skip
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    coder = diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+    )  # fmt: skip
+    pipe = diffusers.QwenImagePipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=coder,
+        text_encoder=transformers.Qwen2Model(config), tokenizer=word_tokenizer("<system>", "<user>", "<assistant>"),
+    )  # fmt: skip
+    pipe.prompt_template_encode, pipe.prompt_template_encode_start_idx = "system a style user {} assistant", 4
+    return pipe
+
+
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PIPELINES = {"SD 1.5": _sd15, "SDXL": _sdxl, "SD3": _sd3, "Flux": _flux}
+OF_LANGUAGE_MODELS = {"Lumina2": _lumina2, "Qwen-Image": _qwen}  # gates cannot be trained on these
 
 
 def build(name: str, scheduler: Any = None) -> Any:
-    """Build one of `PIPELINES`, always with the same weights."""
+    """Build one of `PIPELINES` or `OF_LANGUAGE_MODELS`, always with the same weights."""
     torch.manual_seed(0)
-    pipe = PIPELINES[name](scheduler)
+    pipe = OF_LANGUAGE_MODELS[name]() if name in OF_LANGUAGE_MODELS else PIPELINES[name](scheduler)
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

@@ -15,12 +15,20 @@ from legomole.hosts.transformers.mixing import mixed
 from torch import Tensor
 
 from ...core.mole.mixtures import gradients
-from .tiny_language import CAUSAL, MODELS, READS, GateRecorder, gate_settings, llama, mixture, padded, prompts
+from .tiny_language import (
+    CAUSAL,
+    MODELS,
+    READS,
+    WITHOUT_GRADIENTS,
+    GateRecorder,
+    gate_settings,
+    llama,
+    mixture,
+    padded,
+    prompts,
+)
 
-pytestmark = [
-    pytest.mark.usefixtures("no_gradients"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers' own
-]
+pytestmark = WITHOUT_GRADIENTS
 
 
 def checkpointed(model: Any, how: str) -> Any:

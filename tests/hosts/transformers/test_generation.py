@@ -16,6 +16,7 @@ from .tiny_language import (
     CAUSAL,
     MODELS,
     READS,
+    WITHOUT_GRADIENTS,
     gate_settings,
     gate_values,
     generate,
@@ -27,10 +28,7 @@ from .tiny_language import (
     prompts,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("no_gradients"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers' own
-]
+pytestmark = WITHOUT_GRADIENTS
 
 
 class TestGenerate:

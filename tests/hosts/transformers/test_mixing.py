@@ -24,12 +24,13 @@ from legomole.core.mole.record import Record
 from legomole.hosts.transformers.mixing import experts, mixed
 from torch import Tensor, nn
 
-from ...core.mole.mixtures import untouched
+from ...core.mole.mixtures import random_detector, untouched
 from ...core.mole.test_tokens import Loop
 from .tiny_language import (
     CAUSAL,
     MODELS,
     READS,
+    WITHOUT_GRADIENTS,
     close,
     gate_settings,
     generate,
@@ -43,10 +44,7 @@ from .tiny_language import (
     prompts,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("no_gradients"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers' own
-]
+pytestmark = WITHOUT_GRADIENTS
 
 
 class TestHeldGates:
@@ -235,6 +233,8 @@ class TestExperts:
             experts(model, [Adapter({"model.layers.7.mlp.up_proj": part})])
         with pytest.raises(MergeError, match="embedding"):
             experts(model, [Adapter({"model.embed_tokens.lora_embedding": part})])
+        with pytest.raises(MergeError, match="stacked experts"):
+            experts(model, [Adapter({"model.layers.0.mlp.experts.down_proj.0of2": part})])
         partly = Adapter(lora(model, 1).modules, diffs={"model.layers.0.self_attn.q_proj.bias": torch.ones(16)})
         with pytest.warns(UserWarning, match=r"1 parts such as .*q_proj\.bias"):
             experts(model, [partly])
@@ -242,8 +242,9 @@ class TestExperts:
     def test_gates_without_inputs_in_language_models(self):
         model = llama()
         pair = lora(model, 1), lora(model, 2)
-        for reads in ("text", "flat"):
-            gates = GateSet(2, gate_settings(reads), {"model.layers.0.mlp": Gate(16, 2, gate_settings(reads))})
+        for reads in ("text", "text-mean", "flat"):
+            gate = Gate(16, 2, gate_settings(reads))
+            gates = GateSet(2, gate_settings(reads), {"model.layers.0.mlp": gate}, random_detector(2, 16))
             with pytest.raises(MergeError, match=rf"reads={reads}[\s\S]*hidden"):
                 mixed(model, Mixture(pair, gates))
 

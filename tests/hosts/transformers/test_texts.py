@@ -13,6 +13,7 @@ from legomole.hosts.transformers.texts import _without_padding
 from .tiny_language import (
     MODELS,
     READS,
+    WITHOUT_GRADIENTS,
     GateRecorder,
     close,
     gate_settings,
@@ -24,10 +25,7 @@ from .tiny_language import (
     prompts,
 )
 
-pytestmark = [
-    pytest.mark.usefixtures("no_gradients"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers' own
-]
+pytestmark = WITHOUT_GRADIENTS
 
 
 class TestPadding:

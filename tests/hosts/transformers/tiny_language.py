@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from legomole.core.adapter import Adapter
@@ -20,6 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 WORDS = 40
 READS = ("hidden", "experts", "token")
+WITHOUT_GRADIENTS = [
+    pytest.mark.usefixtures("no_gradients"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # transformers' own
+]
 # the argument for a key-value cache: since transformers 5.24, and before
 CACHE = "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
 

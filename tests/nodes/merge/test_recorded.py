@@ -137,6 +137,14 @@ def test_two_dialects_meet_under_diffusers_names(write, repeats, tmp_path) -> No
     assert any("passed on" in note for note in information(saved)[KEY]["report"]["notes"])
 
 
+def test_names_without_a_prefix_are_replaced_by_those_that_all_programs_read(write, repeats, tmp_path) -> None:
+    bare = [name.removeprefix("unet.") for name in DIFFUSERS]
+    loras = [write(x, factors(bare, 2, i, ("lora_A", "lora_B"))) for i, x in enumerate("ab")]
+    saved = save_lora(merge(loras), tmp_path / "merged.safetensors")
+    repeats(saved)
+    assert load(saved).layers == sorted(KOHYA)
+
+
 def test_contradicting_metadata(write, repeats, tmp_path) -> None:
     loras = [
         write("a", kohya(4, 0), metadata={"ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": "ember"}),
@@ -209,6 +217,16 @@ def test_a_file_saved_at_another_strength_is_a_merge_of_one(write, repeats, tmp_
         torch.testing.assert_close(scaled.modules[name].delta(), 0.5 * whole.modules[name].delta())
 
 
+def test_a_loaded_merge_saved_in_another_format_and_dtype(write, repeats, tmp_path) -> None:
+    merged = save_lora(merge([write("a", kohya(4, 0)), write("b", kohya(2, 100))]), tmp_path / "merged.safetensors")
+    copy = save_lora(GraphLora(merged, "merged"), tmp_path / "copy.safetensors")
+    assert copy.read_bytes() == merged.read_bytes()
+    saved = save_lora(GraphLora(merged, "merged"), tmp_path / "half.safetensors", format="comfy", dtype="float16")
+    repeats(saved)
+    assert load(saved).dtype == torch.float16
+    assert [(step.format, step.dtype) for step in read_recipe(saved).conversions] == [("comfy", "float16")]
+
+
 # ---- what cannot be repeated says so
 
 
@@ -244,9 +262,3 @@ def test_a_merge_of_a_trained_lora_says_so(write, tmp_path) -> None:
 def test_statistics_that_are_no_file_are_named(write, tmp_path) -> None:
     loras = [write("a", kohya(4, 0)), write("b", kohya(2, 100))]
     assert "statistics" in why(merge(loras, statistics=Statistics({})), tmp_path)
-
-
-def test_names_that_the_command_line_would_change_are_named(write, tmp_path) -> None:
-    bare = [name.removeprefix("unet.") for name in DIFFUSERS]
-    loras = [write(x, factors(bare, 2, i, ("lora_A", "lora_B"))) for i, x in enumerate("ab")]
-    assert f"layers such as {min(bare)} and 3 more would be renamed" in why(merge(loras), tmp_path)

@@ -188,7 +188,7 @@ def test_a_module_without_statistics_gets_the_svd_of_the_sum_and_a_remark():
     assert set(merged.remarks) == {"m0", "m2"}
 
 
-def test_the_report_tells_which_modules_had_no_statistics():
+def test_the_report_lists_which_modules_had_no_statistics():
     g = torch.Generator().manual_seed(0)
     modules = {name: LowRank(torch.randn(2, 4, generator=g), torch.randn(3, 2, generator=g)) for name in "abc"}
     statistics = Statistics({"b": ModuleStatistics({0: torch.eye(4)})})

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..core.errors import LegoMoleError
-from ..core.merge.statistics import Statistics
+from ..errors import LegoMoleError
+from .statistics import Statistics
 
 LIMIT = 2 << 30
 """Bytes of statistics that are kept; the least recently used files are removed first."""
