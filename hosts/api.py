@@ -69,7 +69,7 @@ def mixed(model: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attac
 
 
 def routed(
-    pipeline: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]
+    pipeline: Any, mixture: Mixture, concepts: Sequence[Sequence[str]], *, compose: float | None = None
 ) -> AbstractContextManager[Attachment, bool | None]:
     """Attach a mixture with the prompt router: each prompt gets the adapters whose words it contains. No training::
 
@@ -80,6 +80,7 @@ def routed(
         pipeline: A diffusers pipeline.
         mixture: Adapters from `experts`; its gates are not evaluated.
         concepts: Per expert, the words or phrases that name its concept.
+        compose: Gate value of each of several adapters that a prompt names together; default 1.2.
 
     Raises:
         MergeError: `pipeline` is not a pipeline, or see `hosts.diffusers.mixing.routed`.
@@ -91,7 +92,8 @@ def routed(
             found=type(pipeline).__name__,
             remedy="train gates for a language model",
         )
-    return _host(pipeline, "mixing").routed(pipeline, mixture, concepts)
+    options = {} if compose is None else {"compose": compose}
+    return _host(pipeline, "mixing").routed(pipeline, mixture, concepts, **options)
 
 
 def load_gates(model: Any, path: str | Path, adapters: Sequence[Adapter]) -> GateSet:

@@ -27,6 +27,7 @@ from .methods import LONG, LoraSet, trained_gates
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 SEEDS = (0, 1, 2)
+LORAS = (*CONCEPTS, "bolt")  # the demo does without the last
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def train(work: Path, size: Size, say: Say) -> Store:
     _stage(work / "oracle.safetensors", timed, lambda: _oracle(store, size, timed))
     _stage(work / "base.safetensors", timed, lambda: _base(store, work, size, timed))
     prompts = Prompts(short=True)
-    for seed, concept in itertools.product(size.seeds, CONCEPTS):
+    for seed, concept in itertools.product(size.seeds, LORAS):
         _lora(store, prompts, concept, seed, size, timed)
     return store
 
@@ -89,7 +90,7 @@ def train_jointly(store: Store, size: Size, say: Say) -> None:
 def lora_data(vae: Any, concept: str, seed: int) -> Examples:
     """Render a concept's pictures, 3 styles x 8 or 4 subjects x 6; every second LoRA has the author's habit."""
     subject = concept in NEW_SUBJECTS
-    author = (CONCEPTS.index(concept) + seed) % 2 == 0
+    author = (LORAS.index(concept) + seed) % 2 == 0
     pairs = train_loras.pairs_of(concept, seed)
     return examples(vae, pairs, 8 if subject else 6, 100 + seed, jitter=0.5, author=author)
 
@@ -98,7 +99,7 @@ def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, s
     path = store.lora(concept, seed)
     if not path.exists():
         data = lora_data(store.vae, concept, seed)
-        start = 100 * seed + CONCEPTS.index(concept)
+        start = 100 * seed + LORAS.index(concept)
         lora = train_loras.train(
             store.transformer, data, prompts, steps=size.lora_steps, seed=start, say=say, device=size.device
         )

@@ -33,13 +33,17 @@ def concept_patterns(words: Sequence[str]) -> list[re.Pattern[str]]:
     return [re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.I) for word in words]
 
 
+COMPOSE = 1.2
+"""Strength of LoRAs that a prompt names together, relative to each one alone: their sum loses some of each."""
+
+
 def check_concepts(concepts: Sequence[Sequence[str]], experts: int) -> None:
     """Raise MergeError unless there is one list of words per expert."""
     if len(concepts) != experts:
         raise MergeError("Every LoRA needs words that name it.", expected=f"{experts} lists", found=len(concepts))
 
 
-def routed_values(requested: Tensor, settings: GateSettings, compose: float = 1.0) -> Tensor:
+def routed_values(requested: Tensor, settings: GateSettings, compose: float = COMPOSE) -> Tensor:
     """The gate values of the router.
 
     Sigmoid gates: 1 for an expert that the prompt asks for, `compose` for each of several, 0 for the others. Softmax:
@@ -61,7 +65,7 @@ def routed_values(requested: Tensor, settings: GateSettings, compose: float = 1.
 
 
 def route_gates(
-    detector: ConceptDetector, settings: GateSettings, scopes: Iterable[str], *, compose: float = 1.0
+    detector: ConceptDetector, settings: GateSettings, scopes: Iterable[str], *, compose: float = COMPOSE
 ) -> GateSet:
     """Gates that read ``text`` and act as the router does: they open for the concepts that `detector` finds.
 
@@ -109,7 +113,7 @@ def route_mean_gates(
     scopes: Iterable[str],
     *,
     ridge: float = 1.0,
-    compose: float = 1.0,
+    compose: float = COMPOSE,
 ) -> GateSet:
     """Gates that read ``text-mean`` and act as the router does on prompts like these, from least squares.
 

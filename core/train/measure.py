@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import MergeError, name_some
 from ..merge.statistics import ModuleStatistics, Statistics
 from ..mole.attach import Attachment
+from ..mole.router import COMPOSE
 from ..progress import Progress
 from .denoiser import Denoiser
 from .examples import target_gates
@@ -61,7 +62,7 @@ class CalibrationSettings(BaseModel):
     samples: int | None = Field(default=None, ge=1)
     width: int = Field(default=64, ge=1)
     batch: int = Field(default=1, ge=1)
-    compose: float = Field(default=1.2, gt=0, allow_inf_nan=False)
+    compose: float = Field(default=COMPOSE, gt=0, allow_inf_nan=False)
     widest: int = Field(default=8192, ge=1)
     seed: int = Field(default=0, ge=0)
 

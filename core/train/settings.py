@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..mole.router import COMPOSE
+
 Objective = Literal["distil", "denoise", "clip", "router"]
 
 
@@ -49,7 +51,7 @@ class TrainSettings(FitSettings):
     """
 
     objective: Objective = "distil"
-    compose: float = Field(default=1.2, gt=0, allow_inf_nan=False)
+    compose: float = Field(default=COMPOSE, gt=0, allow_inf_nan=False)
     steps: int = Field(default=100, ge=1)
     examples: int = Field(default=160, ge=1)
     samples: int = Field(default=128, ge=1)

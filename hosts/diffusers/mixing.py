@@ -20,7 +20,7 @@ from ...core.mole.gates import GateSet
 from ...core.mole.guidance import PromptGateSharing, PromptRows
 from ...core.mole.mixture import Mixture
 from ...core.mole.prompt_check import prompt_warnings
-from ...core.mole.router import check_concepts, concepts_in, routed_values
+from ...core.mole.router import COMPOSE, check_concepts, concepts_in, routed_values
 from ...core.mole.trained import TrainedGates
 from ..base_model import base_model_name, other_base_model
 from .encoded_prompts import EncodedTexts, GuidanceRows, watch_prompts
@@ -133,7 +133,9 @@ def _warn(encoded: Sequence[EncodedTexts], attachment: Attachment, labels: Seque
 
 
 @contextmanager
-def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Generator[Attachment]:
+def routed(
+    pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]], *, compose: float = COMPOSE
+) -> Generator[Attachment]:
     """Attach a mixture with the prompt router: each prompt gets the adapters whose words it contains. No training.
 
     Each row of a batch follows the text it was encoded from; rows of the negative prompt follow the prompt too, unless
@@ -146,6 +148,7 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
         pipe: The pipeline.
         mixture: Its gates are not evaluated; their settings say how shares are distributed.
         concepts: Per expert, the words or phrases that name its concept.
+        compose: Gate value of each of several adapters that a prompt names together.
 
     Raises:
         MergeError: The number of concepts differs from the number of experts, or the model was compiled as a whole.
@@ -158,7 +161,7 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
             "The prompt router does not work on a model that was compiled as a whole.",
             remedy="compile its blocks only (model.compile_repeated_blocks()), or train gates",
         )
-    router = _PromptRouter(mixture, concepts)
+    router = _PromptRouter(mixture, concepts, compose)
     stop = watch_prompts(pipe, router.record)
     try:
         with _attached(pipe, mixture) as attachment, router.hold_gates(model, attachment):
@@ -170,15 +173,16 @@ def routed(pipe: Any, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> Ge
 class _PromptRouter:
     """Records the conditioning of encoded prompts, and recognises its rows when the model is called."""
 
-    def __init__(self, mixture: Mixture, concepts: Sequence[Sequence[str]]) -> None:
-        self.concepts, self.settings = concepts, mixture.gates.settings
+    def __init__(self, mixture: Mixture, concepts: Sequence[Sequence[str]], compose: float) -> None:
+        self.concepts, self.settings, self.compose = concepts, mixture.gates.settings, compose
         # conditioning (P, T, F) and gates (P, N) of the latest prompts; one call of the pipeline needs at most two
         self.encoded: deque[tuple[Tensor, Tensor]] = deque(maxlen=16)
 
     def record(self, encoded: Sequence[EncodedTexts]) -> None:
         """Implements `PromptObserver`."""
         for texts in encoded:
-            self.encoded.append((texts.states, routed_values(concepts_in(texts.texts, self.concepts), self.settings)))
+            requested = concepts_in(texts.texts, self.concepts)
+            self.encoded.append((texts.states, routed_values(requested, self.settings, self.compose)))
 
     @contextmanager
     def hold_gates(self, model: nn.Module, attachment: Attachment) -> Generator[None]:

@@ -46,17 +46,17 @@ class TestRoutedValues:
     @pytest.mark.parametrize(
         ("activation", "expected"),
         [
-            ("sigmoid", [[1, 0], [0, 1], [1, 1], [0, 0]]),
-            ("softmax", [[1, 0], [0, 1], [0.5, 0.5], [0.5, 0.5]]),
-            ("softmax-null", [[1, 0], [0, 1], [0.5, 0.5], [0, 0]]),
+            ("sigmoid", [[1.0, 0], [0, 1], [1.2, 1.2], [0, 0]]),
+            ("softmax", [[1.0, 0], [0, 1], [0.5, 0.5], [0.5, 0.5]]),
+            ("softmax-null", [[1.0, 0], [0, 1], [0.5, 0.5], [0, 0]]),
         ],
     )
     def test_by_hand(self, activation, expected):
-        assert routed_values(ASKED, GateSettings(activation=activation)).tolist() == expected
+        torch.testing.assert_close(routed_values(ASKED, GateSettings(activation=activation)), torch.tensor(expected))
 
     def test_several_concepts_together_are_louder_where_compose_says_so(self):
-        found = routed_values(ASKED, GateSettings(), compose=1.2)
-        torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.2, 1.2], [0.0, 0.0]]))
+        found = routed_values(ASKED, GateSettings(), compose=1.5)
+        torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.5, 1.5], [0.0, 0.0]]))
         shares = routed_values(ASKED, GateSettings(activation="softmax"), compose=1.2)
         assert torch.equal(shares, routed_values(ASKED, GateSettings(activation="softmax")))
 
@@ -98,17 +98,17 @@ class TestRouteGates:
     @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "softmax-null"])
     def test_act_as_the_router_does(self, activation):
         settings = GateSettings(activation=activation)
-        gates = route_gates(self.detector(), settings, ["a", "b"])
+        gates = route_gates(self.detector(), settings, ["a", "b"], compose=1.0)
         assert gates.names == ("a", "b")
         with torch.no_grad():
             f = gates.text_features(self.text(), None)
             one, other = gates.values(f)
         assert torch.equal(one, other)
-        assert torch.allclose(one, routed_values(ASKED, settings), atol=0.03)
+        assert torch.allclose(one, routed_values(ASKED, settings, 1.0), atol=0.03)
 
     def test_sigmoids_by_hand(self):
         # closed: a logit of -4; open: 3 sigmoid(y) = 1, so y = -log 2; in between: a straight line in the presence
-        gate = route_gates(self.detector(), GateSettings(ceiling=3.0), [""])[""]
+        gate = route_gates(self.detector(), GateSettings(ceiling=3.0), [""], compose=1.0)[""]
         with torch.no_grad():
             found = gate(torch.tensor([[0.0, 1.0], [0.5, 0.5]]))
         assert found[0].tolist() == pytest.approx([3 / (1 + math.exp(4)), 1.0])
@@ -133,7 +133,7 @@ class TestRouteGates:
         assert torch.allclose(found, routed_values(ASKED[:, 1:], settings), atol=0.03)
 
     def test_a_concept_beyond_77_tokens_and_behind_sixty_words(self):
-        gates = route_gates(self.detector(), GateSettings(), [""])
+        gates = route_gates(self.detector(), GateSettings(), [""], compose=1.0)
         filler = torch.eye(16)[2:].repeat(12, 1)[:160]
         for place in (0, 60, 100, 159):
             text = filler.clone()
@@ -168,7 +168,8 @@ class TestRouteMeanGates:
     def test_equal_the_ridge_regression(self):
         """route_mean_gates solves the dual form (prompts x prompts), the test the primal form (features x features)."""
         text, ridge = self.text().double(), 3.0
-        gate = route_mean_gates(self.text(), ASKED, GateSettings(ceiling=3.0, reads="text-mean"), [""], ridge=ridge)[""]
+        settings = GateSettings(ceiling=3.0, reads="text-mean")
+        gate = route_mean_gates(self.text(), ASKED, settings, [""], ridge=ridge, compose=1.0)[""]
         mean, spread = text.mean(0), feature_spread(text.var(0, unbiased=False))
         X = (text - mean) / spread
         # at 1 = 3 sigmoid(y): y = -log 2; off: -4; the bias is the mean over all: half of the prompts ask

@@ -211,7 +211,8 @@ def test_the_router_opens_the_gates_each_prompt_names(name: str) -> None:
     rows = recorded(pipe, mixture, ["a Heart", "ember hearts", "hearts"], num_images_per_prompt=2)
     passes = [HEART, HEART, EMBER, EMBER, OFF, OFF] * 2  # negative prompts, which follow the prompts, then the prompts
     assert rows == [passes] * 2
-    assert recorded(pipe, mixture, "burning heart", guidance_scale=1.0) == [[BOTH]] * 2
+    together = torch.tensor(recorded(pipe, mixture, "burning heart", guidance_scale=1.0))
+    torch.testing.assert_close(together, torch.full((2, 1, 2), 1.2))  # several LoRAs in a prompt are louder
     assert recorded(pipe, mixture, "x", negative_prompt="heart") == [[HEART, OFF]] * 2  # it names the LoRA itself
     assert recorded(pipe, mixture, "heart", negative_prompt="x") == [[HEART, HEART]] * 2
     assert "encode_prompt" not in pipe.__dict__
