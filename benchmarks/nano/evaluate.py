@@ -24,6 +24,7 @@ TUNING: tuple[LoraKey, ...] = (
     (("heart", "wood"), 0), (("heart", "wood"), 1), (("heart", "wood"), 2), (("fish", "ember"), 2),
 )  # fmt: skip
 SCORED = (("heart", "ember"), ("fish", "wood"), ("heart", "shadow"), ("house", "wood"))
+WIDE = (*SCORED, ("fish", "shadow"), ("house", "ember"), ("house", "shadow"), ("bolt", "ember"))
 LARGER = {3: ("heart", "fish", "ember"), 4: ("heart", "fish", "ember", "wood")}
 LARGER_TUNING: dict[int, LoraKey] = {3: (("heart", "house", "wood"), 0), 4: (("heart", "house", "shadow", "wood"), 0)}
 SCALES = (1.0, 1.15, 1.3, 1.6)
@@ -144,6 +145,7 @@ class Plan:
         methods: Names of the methods. tuning: Sets on which each method's strength is chosen.
         scored: Concepts of the sets that are scored at that strength, for all `seeds`.
         scales: Strengths to try.
+        tagged: Whether prompts with tags are scored too.
     """
 
     methods: tuple[str, ...]
@@ -151,6 +153,7 @@ class Plan:
     scored: tuple[tuple[str, ...], ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     scales: tuple[float, ...] = SCALES
+    tagged: bool = True
 
     def strengths(self, method: Method) -> tuple[float, ...]:
         """Return the strengths to try."""
@@ -170,5 +173,5 @@ def run(bench: Bench, plan: Plan) -> dict[str, float]:
         for seed in plan.seeds:
             for name in names:
                 for scale in {chosen[name], 1.0} if seed == 0 else {chosen[name]}:
-                    bench.row(name, METHODS[name], concepts, seed, scale, tagged=True)
+                    bench.row(name, METHODS[name], concepts, seed, scale, tagged=plan.tagged)
     return chosen

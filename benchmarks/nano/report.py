@@ -15,12 +15,14 @@ from legomole.nano.store import Store
 from PIL import Image
 
 from ..common import Say, mean, write
-from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, Bench, Plan, Row, run
+from .evaluate import LARGER, LARGER_TUNING, SCORED, TUNING, WIDE, Bench, Plan, Row, run
 from .methods import METHODS
+from .prediction import correlations
 from .scoring import Task, task
 
 MAIN = ("base", "sum", "normalised", "svd", "ties", "dare", "knots", "lego", "lego-paper",
-        "lego calibrated", "one-step", "ssr", "np", "calibrated", "calibrated 2x", "router", "mole")  # fmt: skip
+        "lego calibrated", "calibrated", "calibrated 2x", "router", "mole")  # fmt: skip
+ONE_FILE = ("sum", "svd", "ties", "lego", "ssr", "np", "calibrated", "lego calibrated", "one-step")
 VARIANTS = ("lego 0.5x", "lego 1.5x", "lego 80%", "lego mean", "lego reweighted", "lego-paper 1.5x", "lego-paper plain",
             "calibrated lam 0.1", "calibrated lam 1", "lego calibrated 2x", "router apart", "mole mean", "mole apart",
             "mole block", "mole output", "mole-paper", "mole-paper x N")  # fmt: skip
@@ -28,6 +30,7 @@ MANY = ("sum", "svd", "ties", "lego-paper", "lego calibrated", "calibrated", "ca
 
 PLANS = {
     "main": Plan(MAIN, TUNING, SCORED),
+    "wide": Plan(ONE_FILE, TUNING, WIDE, tagged=False),
     "variants": Plan(VARIANTS, TUNING[:1], SCORED[:2], seeds=(0,), scales=(0.8, 1.0, 1.3)),
     "three": Plan(MANY, (LARGER_TUNING[3],), (LARGER[3],), scales=(0.7, 1.0, 1.3)),
     "four": Plan(MANY, (LARGER_TUNING[4],), (LARGER[4],), scales=(0.7, 1.0, 1.3)),
@@ -68,23 +71,29 @@ def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> Non
     """Write all files; `chosen` holds the strengths by plan and method."""
     rows = list(bench.rows.values())
     means: list[dict[str, Any]] = []
+    wide: list[dict[str, Any]] = []
     at_one: list[dict[str, Any]] = []
     for name, strengths in chosen.items():
         plan = PLANS[name]
         for method in plan.methods:
             for seed in plan.seeds:
                 part = [r for r in rows if r.method == method and r.seed == seed and r.concepts in plan.scored]
-                means.append(_row(method, [r for r in part if r.scale == strengths[method]]))
-                if seed == 0:
-                    at_one.append(_row(method, [r for r in part if r.scale == 1.0]))
+                row = _row(method, [r for r in part if r.scale == strengths[method]])
+                if name == "wide":
+                    wide.append(row)
+                if name != "wide" or method not in MAIN:
+                    means.append(row)
+                    at_one += [_row(method, [r for r in part if r.scale == 1.0])] if seed == 0 else []
     for method in _ALONE:
         for seed in PLANS["main"].seeds:
             part = [r for r in rows if r.method == method and r.seed == seed]
             means += [_row(method, part)] if part else []
     tuned = [r for r in rows if (r.concepts, r.seed) in TUNING]
     sweep = [_row(m, [r for r in tuned if r.method == m and r.scale == s])
-             for m in MAIN for s in sorted({r.scale for r in tuned if r.method == m})]  # fmt: skip
-    write(out / "results.json", {"rows": means, "at_strength_one": at_one, "tuning": sweep})
+             for m in dict.fromkeys((*MAIN, *ONE_FILE))
+             for s in sorted({r.scale for r in tuned if r.method == m})]  # fmt: skip
+    results = {"rows": means, "wide": wide, "prediction": correlations(bench), "at_strength_one": at_one}
+    write(out / "results.json", {**results, "tuning": sweep})
     tables = [table(rows, name, strengths) for name, strengths in chosen.items()]
     (out / "table.md").write_text("\n\n".join(tables) + "\n")
     _pareto(sweep, out / "pareto.png")
@@ -94,7 +103,8 @@ def publish(bench: Bench, chosen: dict[str, dict[str, float]], out: Path) -> Non
 def _row(method: str, rows: Sequence[Row]) -> dict[str, Any]:
     first = rows[0]
     row: dict[str, Any] = {
-        "method": method, "n": first.n, "seed": first.seed, "scale": first.scale, "rank": first.rank
+        "method": method, "n": first.n, "seed": first.seed, "scale": first.scale, "rank": first.rank,
+        "sets": len(rows),
     }  # fmt: skip
     means = {metric: round(mean([getattr(r, metric) for r in rows]), 4) for metric in METRICS}
     return row | {metric: value for metric, value in means.items() if not math.isnan(value)}
@@ -112,9 +122,14 @@ def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
         part = [r for r in rows if r.method == method and r.concepts in plan.scored and r.seed in plan.seeds
                 and r.scale == chosen.get(method, 1.0)]  # fmt: skip
         if part:
-            cells = [f"{mean([getattr(r, m) for r in part]):.2f} ±{spread(part, m):.2f}" for m in METRICS]
+            cells = [_cell(part, m) for m in METRICS]
             lines.append(f"| {method} | {part[0].rank} | {part[0].scale:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Row], metric: str) -> str:
+    value = mean([getattr(r, metric) for r in rows])
+    return "-" if math.isnan(value) else f"{value:.2f} ±{spread(rows, metric):.2f}"
 
 
 def spread(rows: Sequence[Row], metric: str, times: int = 400) -> float:
