@@ -33,7 +33,7 @@ EVALUATIONS = 40
 MAX_MOMENT_BYTES = 2 << 30  # moments on the model's device at a time; if more, the passes are repeated
 _MIN_TIME = 0.05  # times are drawn from here to 1: closer to 0 there is almost no noise to predict
 _SPARE = 2  # directions that are measured for each that is kept
-_WEIGHTS = {"own": 1.0, "joint": 3.0, "base": 0.3}  # of the kinds in the basis: those of the calibrated merge
+_WEIGHTS = {"own": 1.0, "joint": 3.0, "base": 0.3}  # of the kinds in the choice of directions
 
 ForwardPass = Callable[[], Any]
 """Runs the model once."""

@@ -23,7 +23,7 @@ from . import mixture
 from .training import SamplingSetup, calibrate
 
 KeepBase = Literal["off", "light", "thorough"]
-_LATENT = (64, 64)  # as many tokens as an image of 512 x 512; the layers' inputs hardly depend on the size
+_LATENT_SIZE = 64  # as many tokens as an image of 512 x 512; the layers' inputs hardly depend on the size
 _KEPT = 2  # statistics in memory, of those that are too large for the folder
 _recent: OrderedDict[str, Statistics] = OrderedDict()
 
@@ -82,6 +82,14 @@ def _setup(
     plain = [replace(lora, strength_model=1.0, strength_clip=1.0) for lora in loras]
     mix = mixture.build_mixture(plain, model, clip, loaded=loaded)
     encoders = mixture.apply_to_clip(mix, model, clip)
-    latent = torch.zeros(1, 4, *_LATENT)
+    size = _latent_size(model)
+    latent = torch.zeros(1, 4, size, size)
     # the guidance scale and the number of steps are of sampling, and nothing is sampled
     return SamplingSetup(mix, model, encoders, latent, prompts_for(words), words, cfg=1.0, steps=1)
+
+
+def _latent_size(model: Any) -> int:
+    """Height and width of the latents; a model of SD3's kind has positions up to a largest size only."""
+    network = model.model.diffusion_model
+    largest = getattr(network, "pos_embed_max_size", None)
+    return _LATENT_SIZE if largest is None else min(_LATENT_SIZE, largest * network.patch_size)

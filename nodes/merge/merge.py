@@ -54,8 +54,10 @@ class LegoMerge(io.ComfyNode):
             inputs=[
                 loras_input(),
                 *(setting_input(s, advanced=s.name not in _BASIC_SETTINGS) for s in settings_of(_LEGO)),
-                *_base_model_inputs(),
+                *model_inputs(),
+                statistics_input(),
                 module_weights_input(),
+                *_keep_base_inputs(),  # last, because workflows hold the values of widgets by position
             ],
             outputs=_outputs(),
         )
@@ -97,8 +99,10 @@ class MergeLoRAs(io.ComfyNode):
                     "to the sum. linear, ties, dare, knots, np: published heuristics. calibrated, ssr: fitted to what "
                     "is measured on the model.",
                 ),
-                *_base_model_inputs(),
+                *model_inputs(),
+                statistics_input(),
                 module_weights_input(),
+                *_keep_base_inputs(),  # last, because workflows hold the values of widgets by position
             ],
             outputs=_outputs(),
         )
@@ -136,7 +140,7 @@ class BaseModel:
     words: str
 
 
-def _base_model_inputs() -> list[Any]:
+def _keep_base_inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "keep_base",
@@ -149,8 +153,6 @@ def _base_model_inputs() -> list[Any]:
             "more exact, needs gigabytes of memory for large models. off: do not measure.",
         ),
         words_input("To keep the base model.", optional=True),
-        *model_inputs(),
-        statistics_input(),
     ]
 
 

@@ -51,7 +51,7 @@ class Calibrated:
     rank: RankField = rank_field()
     statistics: Statistics = REQUIRED
     lam: float = 0.3
-    mu: float = 3.0
+    mu: float = 10.0
     joint_scale: float = 1.2
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class Calibrated:
 
 
 def calibrate_units(
-    pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 3.0, joint_scale: float = 1.2
+    pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 10.0, joint_scale: float = 1.2
 ) -> tuple[Pool, list[str]]:
     """Units that respond to their LoRA's concept: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
 
