@@ -125,7 +125,7 @@ def test_equals_dense_least_squares(seed, lam, mu, joint_scale, n):
 def test_white_inputs_scale_every_adapter_by_hand():
     # C = I everywhere, N = 2, one joint term: G = (2 + mu + lam)(1 + 1e-3) I and
     # M_i = (1 + mu s + tau) I with tau = 1e-3 (2 + mu + lam). With lam = 0.3, mu = 10, s = 1.2:
-    # tau = 0.0053, W = (1 + 3.6 + 0.0053) / 5.3053 (delta_1 + delta_2)
+    # tau = 0.0123, W = (1 + 12 + 0.0123) / 12.3123 (delta_1 + delta_2)
     pool = random_pool((3, 2), weights=[0.7, -1.5])
     eye = torch.eye(12)
     statistics = everywhere(pool, ModuleStatistics({0: eye, 1: eye}, {(0, 1): eye}, eye))
