@@ -8,11 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapter import base_model
+from ..adapter import CONFIG_KEY, base_model
 from ..json_text import from_json
 from .files import read_header
 
 _MAX_TAGS = 5
+# an entry that only files of that program have -> its name
+_PROGRAMS = {
+    "ss_sd_scripts_commit_hash": "sd-scripts",
+    "ss_network_module": "sd-scripts",
+    "ot_revision": "OneTrainer",
+    "ot_config": "OneTrainer",
+    "lora_adapter_metadata": "diffusers",
+    CONFIG_KEY: "PEFT",
+}
 _MAX_LENGTH = 200  # characters of a trigger word or a name
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=\s]+")
 _MAX_THUMBNAIL = 500_000  # characters
@@ -46,9 +55,35 @@ def file_info(metadata: Mapping[str, str]) -> FileInfo:
     return FileInfo(
         metadata.get("modelspec.title", "")[:_MAX_LENGTH],
         _short_base(base_model(metadata) or ""),
-        _trigger_phrases(metadata) or _frequent_tags(metadata),
+        _trigger_phrases(metadata) or frequent_tags(metadata, _MAX_TAGS),
         thumbnail if valid else "",
     )
+
+
+def trainer(metadata: Mapping[str, str]) -> str:
+    """The program that made a file, ``""`` where its metadata does not show it.
+
+    Source: ``software`` of AI Toolkit, ``ss_*`` of sd-scripts, ``ot_*`` of OneTrainer, ``lora_adapter_metadata`` of
+    diffusers.
+    """
+    try:
+        software = from_json(metadata.get("software") or "{}")
+        name = " ".join(str(software[key]) for key in ("name", "version") if key in software)
+    except (ValueError, TypeError):
+        name = metadata.get("software", "")
+    return name[:_MAX_LENGTH] or next((program for key, program in _PROGRAMS.items() if key in metadata), "")
+
+
+def frequent_tags(metadata: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """The most frequent tags of the training images, as sd-scripts writes them (``ss_tag_frequency``)."""
+    counts: Counter[str] = Counter()
+    try:
+        for table in from_json(metadata.get("ss_tag_frequency") or "{}").values():
+            for tag, number in table.items():
+                counts[str(tag).strip()[:_MAX_LENGTH]] += int(number)
+    except (ValueError, AttributeError, TypeError, OverflowError):  # not what sd-scripts writes
+        return ()
+    return tuple(tag for tag, _ in counts.most_common(count) if tag)
 
 
 def read_file_info(path: Path) -> FileInfo:
@@ -68,14 +103,3 @@ def _short_base(base: str) -> str:
 def _trigger_phrases(metadata: Mapping[str, str]) -> tuple[str, ...]:
     phrases = [part.strip()[:_MAX_LENGTH] for part in metadata.get("modelspec.trigger_phrase", "").split(",")]
     return tuple(dict.fromkeys(phrase for phrase in phrases if phrase))
-
-
-def _frequent_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    counts: Counter[str] = Counter()
-    try:
-        for table in from_json(metadata.get("ss_tag_frequency") or "{}").values():
-            for tag, count in table.items():
-                counts[str(tag).strip()[:_MAX_LENGTH]] += int(count)
-    except (ValueError, AttributeError, TypeError, OverflowError):  # not what kohya writes
-        return ()
-    return tuple(tag for tag, _ in counts.most_common(_MAX_TAGS) if tag)
