@@ -33,7 +33,6 @@ class LoraList {
       this.clicked = target.closest(".lm-row")?.entry; // for the menu that this event opens
       setTimeout(() => (this.clicked = null), 500);
     }, true);
-    this.scroller.dataset.captureWheel = "true"; // Nodes 2.0: scrolls only while it has the focus, else the wheel zooms
     this.draw();
   }
 
@@ -81,6 +80,7 @@ class LoraList {
     this.drawSwitches();
     if (focus) this.rows.children[focus.index]?.querySelector(focus.part)?.focus();
     setHeight(this.element, this.height);
+    this.scroller.dataset.captureWheel = this.entries.length > MOST_ROWS; // scrolls while it has the focus, else zooms
     fit(this.node);
   }
 
@@ -188,9 +188,10 @@ class LoraList {
       type: "number", className: `lm-${key}`, min: -100, max: 100, step: 0.05, value: entry[key] ?? entry.strength,
       title: label, aria: { label },
       on: {
-        input: ({ target }) => set(target.valueAsNumber),
+        input: ({ target }) => document.activeElement === target && set(target.valueAsNumber), // not by Ctrl+Z elsewhere
         change: ({ target }) => { target.value = entry[key]; this.commit(); },
         pointerdown: (event) => this.scrub(event, set),
+        wheel: ({ target }) => target.blur(), // else the wheel would change the strength
       },
     });
     return input;

@@ -66,6 +66,7 @@ export class LoraSearch {
   }
 
   onInput() {
+    if (document.activeElement !== this.input) return; // Ctrl+Z elsewhere also undoes what was typed here
     if (!this.onText(this.input.value)) return this.show();
     this.close();
   }

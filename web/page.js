@@ -73,7 +73,7 @@ function shield(node, element) {
   });
   element.addEventListener("wheel", (event) => {
     if (LiteGraph.vueNodesMode) return; // Nodes 2.0 decide by themselves, by data-capture-wheel
-    const scroller = event.target.closest("[data-capture-wheel]");
+    const scroller = event.target.closest("[data-capture-wheel=true]");
     const scrolls = scroller?.contains(document.activeElement) && scroller.scrollHeight > scroller.clientHeight;
     if (scrolls && !event.ctrlKey) return event.stopPropagation();
     event.preventDefault();
