@@ -1,4 +1,4 @@
-// The widget of LoRA List. Its value is a JSON text, see nodes/merge/lora_list.py.
+// The widget of LoRA List. Its value is a JSON text, see nodes/lora_list.py.
 import { app } from "../../scripts/app.js";
 import { LoraSearch, describe, fetchNames, matchTags } from "./lora_search.js";
 import { showInfo } from "./lora_info.js";

@@ -7,13 +7,13 @@ from typing import Any
 from comfy_api.latest import io
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ...core.errors import FormatError, MergeError
-from ...core.formats.sidecar import trigger_words
-from ..comfy import display, folders, lora_loader
-from ..graph_lora import connected_loras
-from ..mole.mole import MoLEMix
-from ..sockets import CATEGORY, LORA_STACK
-from .merge import LegoMerge
+from ..core.errors import FormatError, MergeError
+from ..core.formats.sidecar import trigger_words
+from .comfy import display, folders, lora_loader
+from .graph_lora import connected_loras
+from .merge.merge import LegoMerge
+from .mole.mole import MoLEMix
+from .sockets import CATEGORY, LORA_STACK
 
 _LIST = io.Custom("LEGOMOLE_LORA_LIST")  # a widget, drawn by web/lora_list.js
 Stack = list[tuple[str, float, float]]
@@ -158,7 +158,7 @@ def _mix(stack: Stack, model: Any, clip: Any) -> tuple[Any, Any, Any]:
 
 def _merge(stack: Stack, model: Any, clip: Any) -> tuple[Any, Any, Any]:
     """Merge a stack as LEGO Merge does with its defaults, and apply the result."""
-    output = LegoMerge.execute({"stack": stack}, model, clip)
+    output = LegoMerge.execute({"stack": stack}, model=model, clip=clip)
     return *lora_loader.apply(output.args[0], model, clip, 1.0, 1.0), output.ui
 
 
