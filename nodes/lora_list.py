@@ -78,6 +78,7 @@ class LoRAList(io.ComfyNode):
                 *("lora loader", "lora stack", "power lora loader", "multi lora", "multiple loras", "lora manager"),
                 *("lora stacker", "regional lora", "legomole"),
             ],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 _LIST.Input("loras", tooltip="The LoRAs, in order. Those switched off are not used."),
                 LORA_STACK.Input(

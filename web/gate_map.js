@@ -155,7 +155,7 @@ app.registerExtension({
     const map = new LiveMap(node);
     maps.add(map);
     mount(node, "live", "LEGOMOLE_GATE_MAP", map.element, { serialize: false, getMinHeight: () => 190 });
-    widen(node, 280, 0);
+    widen(node, 460, 0); // the labelled picture below is 660 pixels wide
     const { onRemoved } = node;
     node.onRemoved = function () {
       onRemoved?.apply(this, arguments);
