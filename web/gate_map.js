@@ -1,7 +1,7 @@
 // The live map on Gate Map: how strongly each LoRA is used, per part of the model, while the sampler runs.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { h, mount, text, widen } from "./page.js";
+import { MARGIN, h, mount, text, widen } from "./page.js";
 import { source } from "./sources.js";
 
 const SCALE = [[48, 18, 80], [50, 90, 142], [32, 146, 140], [94, 201, 98], [253, 231, 37]]; // as HEAT in core/pictures/canvas.py
@@ -10,6 +10,7 @@ const LINE_COLORS = ["#4c9be8", "#e8913c", "#55b06b", "#e0607e", "#a58be0", "#b9
 const CHART_HEIGHT = 56; // of the lines over the passes
 const TOP = 16; // of the map, below the names of the LoRAs
 const NAME_HEIGHT = 11; // of the name of a row
+const MIN_HEIGHT = 190, MAX_HEIGHT = 300; // of the widget; the picture below it gets the rest
 const SCALE_WIDTH = 34; // of the bar of colours with its numbers
 
 /** The colour of a value in 0 .. 1. */
@@ -38,6 +39,7 @@ class LiveMap {
     this.node = node;
     this.canvas = h("canvas", { aria: { role: "img", label: text("waiting") } });
     this.element = h("div", { className: "lm" }, this.canvas);
+    this.element.style.maxHeight = `${MAX_HEIGHT - MARGIN}px`; // for Nodes 2.0, which do not ask the widget
     this.draw = this.draw.bind(this);
     new ResizeObserver(this.draw).observe(this.canvas);
   }
@@ -96,7 +98,7 @@ class LiveMap {
     const rowHeight = height / names.length;
     pen.textAlign = "right";
     for (let i = 0; i < names.length; i += step)
-      pen.fillText(names[i], left - 6, TOP + rowHeight * i + Math.min((rowHeight * step) / 2 + 4, NAME_HEIGHT), left - 8);
+      pen.fillText(names[i], left - 6, TOP + rowHeight * (i + 0.5) + 4, left - 8);
     pen.textAlign = "left";
     return left;
   }
@@ -154,7 +156,9 @@ app.registerExtension({
     if (node.comfyClass !== "LegoMoLE_GateMap") return;
     const map = new LiveMap(node);
     maps.add(map);
-    mount(node, "live", "LEGOMOLE_GATE_MAP", map.element, { serialize: false, getMinHeight: () => 190 });
+    mount(node, "live", "LEGOMOLE_GATE_MAP", map.element, {
+      serialize: false, getMinHeight: () => MIN_HEIGHT, getMaxHeight: () => MAX_HEIGHT,
+    });
     widen(node, 460, 0); // the labelled picture below is 660 pixels wide
     const { onRemoved } = node;
     node.onRemoved = function () {
