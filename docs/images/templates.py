@@ -1,8 +1,8 @@
 """Bring the shipped workflows up to date after the inputs of nodes changed: `python docs/images/templates.py`.
 
 Opens each workflow in a real ComfyUI page, and writes the values of widgets and the sizes of nodes as the page saves
-them. Values are taken by the names of widgets; new widgets have their default. Needs a ComfyUI and a Chromium, as the
-tests in tests/page do.
+them. Values are taken by the names of widgets; new widgets have their default. Nodes get room for their reports, groups
+for their nodes. Needs a ComfyUI and a Chromium, as the tests in tests/page do.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from legomole.tests.comfy.server import Server, find, lay_out
 from legomole.tests.page.browser import open_workflow, opened
 
 ROOT = Path(__file__).parents[2]
+# Nodes that show a report of several lines, which takes as much height (MAX_HEIGHT in web/report.js).
+REPORTING = ("LegoMoLE_LegoMerge", "LegoMoLE_MergeLoRAs", "LegoMoLE_MoLEMix", "LegoMoLE_TrainGates")
+REPORT_HEIGHT, TITLE, MARGIN = 168, 30, 24  # pixels
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def main() -> None:
@@ -56,6 +61,7 @@ def update(page: Any, path: Path) -> None:
         }""",
         {str(node["id"]): node.get("widgets_values_named") for node in workflow["nodes"]},
     )
+    least = page.evaluate("() => Object.fromEntries(app.graph.nodes.map(node => [node.id, node.computeSize()[1]]))")
     saved = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize())).nodes")
     by_id = {node["id"]: node for node in saved}
     for node in workflow["nodes"]:
@@ -65,9 +71,57 @@ def update(page: Any, path: Path) -> None:
                 node[key] = again[key]
         if [round(x) for x in again["size"]] != [round(x) for x in node["size"]]:
             node["size"] = again["size"]
+        if node["type"] in REPORTING:
+            node["size"][1] = max(node["size"][1], least[str(node["id"])] + REPORT_HEIGHT)
+    separate(workflow["nodes"])
+    for i in range(len(workflow.get("groups", []))):
+        make_room(workflow, i)
     if json.dumps(workflow) != before:
         path.write_text(json.dumps(workflow, ensure_ascii=False, indent=2) + "\n")
         print(f"{path.name} updated")
+
+
+def separate(nodes: list[dict[str, Any]]) -> None:
+    """Move nodes down that others have grown into."""
+    for upper in sorted(nodes, key=lambda node: node["pos"][1]):
+        left, top, right, bottom = box(upper)
+        for node in nodes:
+            x, y, end, _ = box(node)
+            if top < y < bottom + TITLE and x < right and left < end:
+                node["pos"][1] = bottom + TITLE + MARGIN
+
+
+def make_room(workflow: dict[str, Any], i: int) -> None:
+    """Extend a group to the bottom of its nodes, and move down what lies below it."""
+    group = workflow["groups"][i]
+    frame = box(group)
+    bottom = max((box(node)[3] for node in inside(workflow["nodes"], frame)), default=0.0) + MARGIN
+    delta = bottom - frame[3]
+    if delta <= 0:
+        return
+    below = [other for other in workflow["groups"] if is_below(box(other), frame)]
+    nodes = [node for node in workflow["nodes"] if is_below(box(node), frame)]
+    nodes += [node for other in below for node in inside(workflow["nodes"], box(other))]
+    for item in below:
+        item["bounding"][1] += delta
+    for node in {node["id"]: node for node in nodes}.values():
+        node["pos"][1] += delta
+    group["bounding"][3] += delta
+
+
+def box(item: dict[str, Any]) -> Box:
+    """Return the rectangle of a node or a group."""
+    x, y, width, height = item["bounding"] if "bounding" in item else (*item["pos"], *item["size"])
+    return x, y, x + width, y + height
+
+
+def inside(nodes: list[dict[str, Any]], frame: Box) -> list[dict[str, Any]]:
+    """Return the nodes whose upper left corner is in a rectangle."""
+    return [n for n in nodes if frame[0] <= n["pos"][0] < frame[2] and frame[1] <= n["pos"][1] < frame[3]]
+
+
+def is_below(other: Box, frame: Box) -> bool:
+    return other[1] >= frame[3] and other[0] < frame[2] and frame[0] < other[2]
 
 
 if __name__ == "__main__":

@@ -70,6 +70,21 @@ class Run:
     answer: dict[str, Any]
     history: dict[str, Any]
     texts: dict[str, list[str]]
+    collisions: list[list[str]]
+
+
+# Pairs of nodes that overlap, and nodes that reach out of the group that their upper left corner is in.
+COLLISIONS = """() => {
+    const box = ({ pos: [x, y], size: [width, height] }, title = 30) => [x, y - title, x + width, y + height];
+    const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+    const nodes = app.graph.nodes.map(node => [node.title, box(node)]);
+    const pairs = nodes.flatMap(([name, a], i) => nodes.slice(i + 1).filter(([, b]) => meet(a, b)).map(
+        ([other]) => [name, other]));
+    const out = app.graph.groups.flatMap(group => {
+        const frame = box(group, 0);
+        return nodes.filter(([, a]) => a[0] >= frame[0] && a[0] < frame[2] && a[1] >= frame[1] && a[1] < frame[3]
+            && (a[2] > frame[2] || a[3] > frame[3])).map(([name]) => [name, group.title]); });
+    return [...pairs, ...out]; }"""
 
 
 def run(page: Any, comfy: Server, path: Path) -> Run:
@@ -81,7 +96,9 @@ def run(page: Any, comfy: Server, path: Path) -> Run:
     body = answer.value.json()
     history = comfy.history(body["prompt_id"]) if body.get("node_errors") == {} else {}
     settle(page)
-    return Run(unknown, nodes, links, body, history, {kind: texts_on(page, kind) for kind in TEXTS})
+    return Run(
+        unknown, nodes, links, body, history, {kind: texts_on(page, kind) for kind in TEXTS}, page.evaluate(COLLISIONS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +140,7 @@ def test_workflow_opens_completely_and_runs(comfy: Server, page: Any, trained: R
     for kind, text in TEXTS.items():
         for shown in result.texts[kind]:
             assert text in shown
+    assert result.collisions == []  # with the reports that the nodes show now
     if path.stem in LEGO:
         images = torch.stack([pixels(comfy, entry) for entry in history["outputs"][LEGO[path.stem]]["images"]])
         assert judge(Store().oracle, images, [("heart", "ember")] * 4).both.sum() >= 3
