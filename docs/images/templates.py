@@ -18,8 +18,11 @@ from legomole.tests.page.browser import open_workflow, opened
 
 ROOT = Path(__file__).parents[2]
 # Nodes that show a report of several lines, which takes as much height (MAX_HEIGHT in web/report.js).
-REPORTING = ("LegoMoLE_LegoMerge", "LegoMoLE_MergeLoRAs", "LegoMoLE_MoLEMix", "LegoMoLE_TrainGates")
+REPORTING = ("LegoMoLE_LegoMerge", "LegoMoLE_MoLEMix", "LegoMoLE_TrainGates")
+RESIZED = ("LegoMoLE_MergeLoRAs",)  # also one, but the page makes it as small as it can when it loads its method
 REPORT_HEIGHT, TITLE, MARGIN = 168, 30, 24  # pixels
+
+NODES = "() => JSON.parse(JSON.stringify(app.graph.serialize())).nodes"
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -61,16 +64,17 @@ def update(page: Any, path: Path) -> None:
         }""",
         {str(node["id"]): node.get("widgets_values_named") for node in workflow["nodes"]},
     )
-    least = page.evaluate("() => Object.fromEntries(app.graph.nodes.map(node => [node.id, node.computeSize()[1]]))")
-    saved = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize())).nodes")
-    by_id = {node["id"]: node for node in saved}
+    values = {node["id"]: node for node in page.evaluate(NODES)}
     for node in workflow["nodes"]:
-        again = by_id[node["id"]]
         for key in ("widgets_values", "widgets_values_named"):
-            if key in node and key in again:
-                node[key] = again[key]
-        if [round(x) for x in again["size"]] != [round(x) for x in node["size"]]:
-            node["size"] = again["size"]
+            if key in node and key in values[node["id"]]:
+                node[key] = values[node["id"]][key]
+    open_workflow(page, workflow)  # again: the page sizes nodes when it loads their values
+    least = page.evaluate("() => Object.fromEntries(app.graph.nodes.map(node => [node.id, node.computeSize()[1]]))")
+    sizes = {node["id"]: node["size"] for node in page.evaluate(NODES)}
+    for node in workflow["nodes"]:
+        if [*map(round, sizes[node["id"]])] != [*map(round, node["size"])]:
+            node["size"] = sizes[node["id"]]
         if node["type"] in REPORTING:
             node["size"][1] = max(node["size"][1], least[str(node["id"])] + REPORT_HEIGHT)
     separate(workflow["nodes"])
@@ -110,9 +114,9 @@ def make_room(workflow: dict[str, Any], i: int) -> None:
 
 
 def box(item: dict[str, Any]) -> Box:
-    """Return the rectangle of a node or a group."""
+    """Return the rectangle of a node, with its report, or of a group."""
     x, y, width, height = item["bounding"] if "bounding" in item else (*item["pos"], *item["size"])
-    return x, y, x + width, y + height
+    return x, y, x + width, y + height + REPORT_HEIGHT * (item.get("type") in RESIZED)
 
 
 def inside(nodes: list[dict[str, Any]], frame: Box) -> list[dict[str, Any]]:

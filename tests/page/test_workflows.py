@@ -153,11 +153,11 @@ def pixels(comfy: Server, entry: dict[str, str]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_is_the_same_when_saved_again(page: Any, path: Path) -> None:
+def test_workflow_is_the_same_when_saved_again(nano: Path, tab: Any, path: Path) -> None:
     """Values of widgets and sizes of nodes do not change when a workflow is opened and saved."""
     workflow = shortened(path)
-    open_workflow(page, workflow)
-    again = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    open_workflow(tab, workflow)
+    again = tab.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
     saved, expected = (
         {
             node["id"]: (node["type"], node.get("widgets_values", []), [*map(round, node["size"])])
@@ -177,9 +177,9 @@ def test_workflows_are_offered_as_templates(comfy: Server) -> None:
             assert response.headers["Content-Type"] == "image/jpeg"
 
 
-def test_row_of_loras_grows(page: Any) -> None:
+def test_row_of_loras_grows(tab: Any) -> None:
     """Connecting the last socket adds another one."""
-    counts = page.evaluate(
+    counts = tab.evaluate(
         """async () => {
             app.graph.clear();
             const merge = LiteGraph.createNode('LegoMoLE_LegoMerge');
@@ -198,12 +198,12 @@ def test_row_of_loras_grows(page: Any) -> None:
     assert counts[1:] == [2, 3]
 
 
-def test_choosing_a_method_shows_its_widgets(comfy: Server, page: Any) -> None:
+def test_choosing_a_method_shows_its_widgets(comfy: Server, tab: Any) -> None:
     """The page's prompt then has their values."""
     info = comfy.get("/object_info/LegoMoLE_MergeLoRAs")["LegoMoLE_MergeLoRAs"]
     for option in info["input"]["required"]["method"][1]["options"]:
         wanted = {f"method.{name}" for name in option["inputs"]["required"]}
-        sent = page.evaluate(
+        sent = tab.evaluate(
             """async method => {
                 app.graph.clear();
                 const merge = LiteGraph.createNode('LegoMoLE_MergeLoRAs');
