@@ -12,9 +12,10 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
+            from . import lora_list
             from .comfy import routes
             from .compare import report, xy
-            from .merge import apply, load, lora_list, merge, save
+            from .merge import apply, load, merge, save
             from .mole import calibrate, gates, mole, train_gates
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI logs one line without the traceback

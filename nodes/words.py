@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 from ..core.adapter import Adapter
 from ..core.errors import MergeError
-from ..core.formats.file_info import file_info, read_file_info
+from ..core.formats.file_info import file_info
+from ..core.formats.sidecar import trigger_words
 from ..core.train.prompts import distinct_words
 from .graph_lora import GraphLora
 
@@ -60,5 +61,5 @@ def split_words(text: str) -> list[str]:
 
 def _words_in_file(lora: GraphLora) -> tuple[str, ...]:
     if isinstance(lora.content, Path):
-        return read_file_info(lora.content).words
+        return trigger_words(lora.content)
     return file_info(lora.content.metadata).words if isinstance(lora.content, Adapter) else ()

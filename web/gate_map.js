@@ -1,11 +1,17 @@
 // The live map on Gate Map: how strongly each LoRA is used, per part of the model, while the sampler runs.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { h, mount, source, text, widen } from "./page.js";
+import { MARGIN, h, mount, text, widen } from "./page.js";
+import { source } from "./sources.js";
 
 const SCALE = [[48, 18, 80], [50, 90, 142], [32, 146, 140], [94, 201, 98], [253, 231, 37]]; // as HEAT in core/pictures/canvas.py
 const LINE_COLORS = ["#4c9be8", "#e8913c", "#55b06b", "#e0607e", "#a58be0", "#b98a66"];
-const CHART_HEIGHT = 56; // pixels, of the lines over the passes
+// pixels
+const CHART_HEIGHT = 56; // of the lines over the passes
+const TOP = 16; // of the map, below the names of the LoRAs
+const NAME_HEIGHT = 11; // of the name of a row
+const MIN_HEIGHT = 190, MAX_HEIGHT = 300; // of the widget; the picture below it gets the rest
+const SCALE_WIDTH = 34; // of the bar of colours with its numbers
 
 /** The colour of a value in 0 .. 1. */
 function color(value) {
@@ -14,23 +20,26 @@ function color(value) {
   return `rgb(${SCALE[i].map((low, k) => Math.round(low + (SCALE[i + 1][k] - low) * (position - i))).join(",")})`;
 }
 
-/** The ids of all nodes upstream of a node's model input. */
-function upstreamIds(node, ids = new Set()) {
-  for (const [slot, input] of (node.inputs ?? []).entries()) {
-    if (input.type !== "MODEL" && input.name !== "model") continue;
-    const from = source(node, slot);
-    if (!from || ids.has(from.id)) continue;
-    ids.add(from.id);
-    upstreamIds(from, ids);
-  }
-  return ids;
+/** Whether a node gets its model from a node, directly or through others. */
+function isAfter(node, id, visited = new Set()) {
+  return (node.inputs ?? []).some((input, slot) => {
+    if (input.type !== "MODEL" && input.name !== "model") return false;
+    const from = source(node, slot)?.node;
+    if (!from || visited.has(from)) return false;
+    visited.add(from);
+    return String(from.id) === id || isAfter(from, id, visited);
+  });
 }
+
+/** A scope of gates as a row's name: double_blocks.0 -> double 0. */
+const rowName = (scope) => scope.replace(/^(diffusion_model|model)\./, "").replace(/_?blocks?\./, " ").replaceAll("_", " ") || "model";
 
 class LiveMap {
   constructor(node) {
     this.node = node;
     this.canvas = h("canvas", { aria: { role: "img", label: text("waiting") } });
     this.element = h("div", { className: "lm" }, this.canvas);
+    this.element.style.maxHeight = `${MAX_HEIGHT - MARGIN}px`; // for Nodes 2.0, which do not ask the widget
     this.draw = this.draw.bind(this);
     new ResizeObserver(this.draw).observe(this.canvas);
   }
@@ -58,45 +67,72 @@ class LiveMap {
     const textColor = getComputedStyle(this.element).color;
     pen.fillStyle = textColor;
     if (!this.latest) return pen.fillText(text("waiting"), 6, 18, width - 12);
-    this.#drawMap(pen, width, height - CHART_HEIGHT - 18);
-    this.#drawLines(pen, width, height - CHART_HEIGHT, CHART_HEIGHT - 4);
-    this.#drawTitle(pen, width, textColor);
+    const mapHeight = height - CHART_HEIGHT - TOP - 4;
+    const left = this.#drawNames(pen, width, mapHeight);
+    const mapWidth = width - left - SCALE_WIDTH;
+    const largest = Math.max(1, ...this.latest.gates.flat());
+    this.#drawMap(pen, left, mapWidth, mapHeight, largest);
+    this.#drawScale(pen, width - SCALE_WIDTH, mapHeight, largest, textColor);
+    this.#drawLines(pen, left, mapWidth, height - CHART_HEIGHT, CHART_HEIGHT - 4);
+    this.#drawTitle(pen, left, mapWidth, textColor);
   }
 
-  #drawTitle(pen, width, textColor) {
+  #drawTitle(pen, left, width, textColor) {
     const { labels, pass } = this.latest;
-    const labelWidth = (width - 70) / labels.length;
+    const labelWidth = width / labels.length;
     labels.forEach((label, j) => {
       pen.fillStyle = LINE_COLORS[j % LINE_COLORS.length];
-      pen.fillText(label, 6 + labelWidth * j, 11, labelWidth - 6);
+      pen.fillText(label, left + labelWidth * j, 11, labelWidth - 6);
     });
     pen.fillStyle = textColor;
     pen.textAlign = "right";
-    pen.fillText(text("pass", { pass }), width - 4, 11);
+    pen.fillText(text("pass", { pass }), left - 6, 11, left - 8);
     pen.textAlign = "left";
   }
 
-  #drawMap(pen, width, height) {
+  /** Draw the names of rows, of as many as there is room for. Returns the width they take. */
+  #drawNames(pen, width, height) {
+    const names = this.latest.scopes.map(rowName);
+    const step = Math.ceil((NAME_HEIGHT * names.length) / height);
+    const left = Math.min(Math.max(50, ...names.map((name) => pen.measureText(name).width + 8)), width * 0.35);
+    const rowHeight = height / names.length;
+    pen.textAlign = "right";
+    for (let i = 0; i < names.length; i += step)
+      pen.fillText(names[i], left - 6, TOP + rowHeight * (i + 0.5) + 4, left - 8);
+    pen.textAlign = "left";
+    return left;
+  }
+
+  #drawMap(pen, left, width, height, largest) {
     const { gates, labels } = this.latest;
-    const largest = Math.max(1, ...gates.flat());
     const rowHeight = height / gates.length;
     const columnWidth = width / labels.length;
     gates.forEach((values, i) => values.forEach((value, j) => {
       pen.fillStyle = color(value / largest);
       pen.fillRect(
-        columnWidth * j, 16 + rowHeight * i, columnWidth - 1, Math.max(rowHeight - (rowHeight > 4 ? 1 : 0), 1),
+        left + columnWidth * j, TOP + rowHeight * i, columnWidth - 1, Math.max(rowHeight - (rowHeight > 4 ? 1 : 0), 1),
       );
     }));
   }
 
-  #drawLines(pen, width, top, height) {
+  #drawScale(pen, left, height, largest, textColor) {
+    for (let y = 0; y < height; y++) {
+      pen.fillStyle = color(1 - y / height);
+      pen.fillRect(left + 4, TOP + y, 7, 1);
+    }
+    pen.fillStyle = textColor;
+    pen.fillText(largest.toFixed(largest < 10 ? 1 : 0), left + 14, TOP + 9);
+    pen.fillText("0", left + 14, TOP + height - 1);
+  }
+
+  #drawLines(pen, left, width, top, height) {
     const largest = Math.max(1, ...this.history.flat());
     this.latest.labels.forEach((_, j) => {
       pen.strokeStyle = LINE_COLORS[j % LINE_COLORS.length];
       pen.lineWidth = 2;
       pen.beginPath();
       this.history.forEach((means, i) => {
-        const x = 2 + ((width - 4) * i) / Math.max(this.history.length - 1, 1);
+        const x = left + 2 + ((width - 4) * i) / Math.max(this.history.length - 1, 1);
         const y = top + height - (height - 2) * (means[j] / largest);
         pen.lineTo(x, y);
         if (this.history.length === 1) pen.lineTo(x + 4, y); // a single point would be invisible
@@ -113,16 +149,17 @@ app.registerExtension({
   setup() {
     api.addEventListener("legomole.gates", ({ detail }) => {
       const id = String(detail.node).split(":").at(-1); // inside subgraphs, their ids come first
-      for (const map of maps)
-        if ([...upstreamIds(map.node)].some((upstream) => String(upstream) === id)) map.update(detail);
+      for (const map of maps) if (isAfter(map.node, id)) map.update(detail);
     });
   },
   nodeCreated(node) {
     if (node.comfyClass !== "LegoMoLE_GateMap") return;
     const map = new LiveMap(node);
     maps.add(map);
-    mount(node, "live", "LEGOMOLE_GATE_MAP", map.element, { serialize: false, getMinHeight: () => 190 });
-    widen(node, 280, 0);
+    mount(node, "live", "LEGOMOLE_GATE_MAP", map.element, {
+      serialize: false, getMinHeight: () => MIN_HEIGHT, getMaxHeight: () => MAX_HEIGHT,
+    });
+    widen(node, 460, 0); // the labelled picture below is 660 pixels wide
     const { onRemoved } = node;
     node.onRemoved = function () {
       onRemoved?.apply(this, arguments);

@@ -1,33 +1,30 @@
 // The switches on MoLE Mix, one per incoming LoRA. They read and write the widget switched_off.
 import { app } from "../../scripts/app.js";
-import { changed, h, mount, short, source, text } from "./page.js";
+import { MARGIN, changed, fit, h, mount, onChanged, text } from "./page.js";
+import { incomingLoras, signature } from "./sources.js";
 
-const HEIGHT = 60; // pixels, for two lines of switches. It is constant: a node that grows later makes a step for undo
+const HEIGHT = 60; // pixels, for two lines of switches
 const POLL_INTERVAL = 500; // milliseconds; there is no event for changed widgets of the nodes before ours
 
-/** The labels of the incoming LoRAs in order, or null with a stack whose length is not known before a run. */
-function incomingLabels(node) {
-  const labels = [];
-  for (const [slot, input] of (node.inputs ?? []).entries()) {
-    if (!input.name.startsWith("loras.")) continue;
-    const from = source(node, slot);
-    if (!from || from.mode === 2 || from.mode === 4) continue; // not connected, muted or bypassed
-    const value = (name) => from.widgets?.find((widget) => widget.name === name)?.value;
-    const isStack = from.outputs?.[node.graph.getLink?.(input.link)?.origin_slot]?.type === "LORA_STACK";
-    if (isStack && from.inputs?.some(({ name, link }) => name === "lora_stack" && link != null)) return null;
-    if (from.type === "LegoMoLE_LoadLoRA") labels.push(short(value("lora_name") ?? ""));
-    else if (from.type === "LegoMoLE_LoRAList")
-      labels.push(...JSON.parse(value("loras") || "[]").filter(({ on }) => on).map(({ name }) => short(name)));
-    else if (isStack) return null;
-    else labels.push(from.title);
-  }
-  return labels;
+/** Names without the words that all of them begin or end with: a_b_ember, a_b_heart -> ember, heart. */
+function distinct(names) {
+  if (new Set(names).size < 2) return names;
+  const words = names.map((name) => name.split(/(?<=[_\-. ])/));
+  const shortest = Math.min(...words.map(({ length }) => length)) - 1;
+  const shared = (at) => {
+    let count = 0;
+    while (count < shortest && words.every((parts) => parts.at(at(count)) === words[0].at(at(count)))) count++;
+    return count;
+  };
+  const first = shared((i) => i), last = Math.min(shared((i) => -1 - i), shortest - first);
+  return words.map((parts) => parts.slice(first, parts.length - last).join("").replace(/[_\-. ]$/, ""));
 }
 
 class MaskStrip {
   constructor(node) {
     this.node = node;
-    this.buttons = null;
+    this.height = HEIGHT;
+    this.buttons = [];
     this.chips = h("div", { className: "lm-strip", title: text("experts"), aria: { role: "group", label: text("experts") } });
     this.element = h("div", { className: "lm" }, this.chips);
     this.refresh();
@@ -37,24 +34,43 @@ class MaskStrip {
     return this.node.widgets?.find((widget) => widget.name === "switched_off");
   }
 
+  /** The names of the LoRAs: by the links, else those of the last run if nothing before the node has changed since. */
+  get labels() {
+    const run = this.lastRun;
+    return incomingLoras(this.node) ?? (run && run.signature === signature(this.node) ? run.labels : null);
+  }
+
   refresh() {
-    const labels = incomingLabels(this.node) ?? this.labelsOfLastRun ?? [];
+    const labels = this.labels;
     const value = this.switchedOff?.value ?? "";
     const state = JSON.stringify([labels, value]);
     if (state === this.state) return;
     this.state = state;
     const words = String(value).split(",").map((word) => word.trim());
-    this.off = labels.map((label, i) => words.includes(label) || words.includes(String(i + 1)));
-    if (labels.length !== this.buttons?.length) {
+    this.off = (labels ?? []).map((label, i) => words.includes(label) || words.includes(String(i + 1)));
+    if (!labels?.length) {
+      this.buttons = [];
+      return this.chips.replaceChildren(h("span", { className: "lm-note" }, text(labels ? "noExperts" : "runOnce")));
+    }
+    if (labels.length !== this.buttons.length) {
       this.buttons = labels.map((_, i) => h("button", { type: "button", className: "lm-chip", on: { click: () => this.toggle(i) } }));
       this.chips.replaceChildren(...this.buttons);
-      if (!labels.length) this.chips.append(h("span", { className: "lm-note" }, text("noExperts")));
     }
+    const names = distinct(labels);
     this.buttons.forEach((button, i) => {
-      button.textContent = `${i + 1} ${labels[i]}`;
+      button.textContent = `${i + 1} ${names[i]}`;
       button.title = labels[i];
       button.setAttribute("aria-pressed", String(!this.off[i]));
     });
+  }
+
+  /** Refresh after a change by the user, and make room for all switches in the same step for undo. */
+  refreshAndFit() {
+    if (!this.node.graph) return;
+    this.refresh();
+    const last = this.chips.lastElementChild;
+    if (last?.offsetHeight) this.height = Math.max(HEIGHT, last.offsetTop + last.offsetHeight - this.chips.offsetTop + MARGIN);
+    fit(this.node);
   }
 
   toggle(i) {
@@ -74,18 +90,24 @@ app.registerExtension({
     const strip = new MaskStrip(node);
     // not serialized, because switched_off holds the value
     mount(node, "experts", "LEGOMOLE_MASK_STRIP", strip.element, {
-      serialize: false, getMinHeight: () => HEIGHT,
+      serialize: false, getMinHeight: () => strip.height,
     });
     const timer = setInterval(() => node.graph && strip.refresh(), POLL_INTERVAL);
-    const { onExecuted, onRemoved } = node;
+    const stop = onChanged(() => strip.refreshAndFit());
+    const { onConnectionsChange, onExecuted, onRemoved } = node;
+    node.onConnectionsChange = function () {
+      onConnectionsChange?.apply(this, arguments);
+      requestAnimationFrame(() => node.graph && strip.refresh());
+    };
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      if (output?.experts) strip.labelsOfLastRun = output.experts;
+      if (output?.experts) strip.lastRun = { labels: output.experts, signature: signature(node) };
       strip.refresh();
     };
     node.onRemoved = function () {
       onRemoved?.apply(this, arguments);
       clearInterval(timer);
+      stop();
     };
   },
 });

@@ -30,23 +30,56 @@ export function h(tag, { aria = {}, on = {}, ...properties } = {}, ...children) 
 
 const tracker = () => app.extensionManager?.workflow?.activeWorkflow?.changeTracker;
 
+const watchers = new Set();
+
+/** Call a function after every change by the user, before the page saves the step for undo. Returns how to stop. */
+export function onChanged(watcher) {
+  watchers.add(watcher);
+  return () => watchers.delete(watcher);
+}
+
 /** Report that the user changed a widget: the page marks the workflow as modified and adds a step for undo. */
 export function changed(node) {
   node.graph?.setDirtyCanvas(true, true);
+  for (const watcher of watchers) watcher();
   tracker()?.captureCanvasState?.();
 }
 
-/** Stop key and pointer events of a widget before they reach the canvas, which would delete or drag nodes. */
-function shield(element) {
+const isTextInput = (element) => element.matches("input[type=search], input[type=number]");
+
+/** Stop events of a widget that would delete or drag nodes, and give the canvas those that move it or open a menu. */
+function shield(node, element) {
   element.addEventListener("keydown", (event) => {
     const isCommand = event.ctrlKey || event.metaKey;
-    const isTextInput = event.target.matches("input[type=search], input[type=number]");
     // the page lets every input undo by itself, also sliders and check boxes, which cannot
-    if (event.target.matches("input") && !isTextInput) tracker()?.undoRedo?.(event);
-    if (!isCommand || isTextInput) event.stopPropagation();
+    if (event.target.matches("input") && !isTextInput(event.target)) tracker()?.undoRedo?.(event);
+    if (!isCommand || isTextInput(event.target)) event.stopPropagation();
   });
-  for (const name of ["pointerdown", "mousedown", "dblclick", "contextmenu"])
+  const isMiddle = { pointerdown: ({ button }) => button === 1, pointermove: ({ buttons }) => buttons & 4, pointerup: ({ button }) => button === 1 };
+  const forward = { pointerdown: "processMouseDown", pointermove: "processMouseMove", pointerup: "processMouseUp" };
+  for (const [name, method] of Object.entries(forward))
+    element.addEventListener(name, (event) => isMiddle[name](event) && app.canvas[method](event));
+  for (const name of ["pointerdown", "mousedown", "dblclick"])
     element.addEventListener(name, (event) => event.stopPropagation());
+  element.addEventListener("contextmenu", (event) => {
+    if (isTextInput(event.target)) event.stopPropagation(); // the browser's menu, to paste
+    else if (!LiteGraph.vueNodesMode) {
+      event.preventDefault();
+      event.stopPropagation();
+      app.canvas.adjustMouseEvent(event);
+      app.canvas.selectNode(node);
+      app.canvas.processContextMenu(node, event);
+    }
+  });
+  element.addEventListener("wheel", (event) => {
+    if (LiteGraph.vueNodesMode) return; // Nodes 2.0 decide by themselves, by data-capture-wheel
+    const scroller = event.target.closest("[data-capture-wheel=true]");
+    const scrolls = scroller?.contains(document.activeElement) && scroller.scrollHeight > scroller.clientHeight;
+    if (scrolls && !event.ctrlKey) return event.stopPropagation();
+    event.preventDefault();
+    event.stopPropagation();
+    app.canvas.processMouseWheel(event);
+  }, { passive: false });
 }
 
 /**
@@ -54,7 +87,7 @@ function shield(element) {
  * they are replaced by the new node's here.
  */
 export function mount(node, name, type, element, options) {
-  shield(element);
+  shield(node, element);
   const widget = node.addDOMWidget(name, type, element, { hideOnZoom: false, ...options });
   if (options.serialize === false) widget.serialize = false; // for the workflow; the option of that name is for the prompt
   const { onRemoved } = node;
@@ -71,6 +104,13 @@ export function mount(node, name, type, element, options) {
   return widget;
 }
 
+export const MARGIN = 20; // pixels that the page leaves above and below a widget, together
+
+/** Give the element of a widget its least height, for Nodes 2.0, which do not ask the widget. */
+export function setHeight(element, height) {
+  element.style.minHeight = `${height - MARGIN}px`;
+}
+
 /** Make a node large enough for its widgets. */
 export function fit(node) {
   widen(node, ...node.computeSize());
@@ -81,13 +121,6 @@ export function widen(node, width, height) {
   if (node.size[0] >= width && node.size[1] >= height) return;
   node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
   node.graph?.setDirtyCanvas(true, true);
-}
-
-/** The node at the other end of an input's link, through reroutes; null if nothing is connected. */
-export function source(node, slot) {
-  const id = node.inputs?.[slot]?.link;
-  const link = id == null ? null : node.graph?.getLink?.(id) ?? node.graph?.links?.[id];
-  return link ? node.graph.getNodeById(link.origin_id) : null;
 }
 
 /** The name of a LoRA file without folder and extension. */

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ..adapter import base_model
+from ..adapter import CONFIG_KEY, base_model
 from ..json_text import from_json
 from .files import read_header
 
@@ -20,6 +20,15 @@ _GENERIC_TAGS = frozenset((
     "1girl", "1boy", "2girls", "2boys", "solo", "no humans", "looking at viewer", "simple background", "standing",
     "white background", "smile", "upper body", "masterpiece", "best quality", "highres", "general", "safe",
 ))  # fmt: skip
+# an entry that only files of that program have -> its name
+_PROGRAMS = {
+    "ss_sd_scripts_commit_hash": "sd-scripts",
+    "ss_network_module": "sd-scripts",
+    "ot_revision": "OneTrainer",
+    "ot_config": "OneTrainer",
+    "lora_adapter_metadata": "diffusers",
+    CONFIG_KEY: "PEFT",
+}
 _MAX_LENGTH = 200  # characters of a trigger word or a name
 _THUMBNAIL = re.compile(r"data:image/(?:png|jpeg|webp);base64,[A-Za-z0-9+/=\s]+")
 _MAX_THUMBNAIL = 500_000  # characters
@@ -59,6 +68,25 @@ def file_info(metadata: Mapping[str, str]) -> FileInfo:
     )
 
 
+def trainer(metadata: Mapping[str, str]) -> str:
+    """The program that made a file, ``""`` where its metadata does not show it.
+
+    Source: ``software`` of AI Toolkit, ``ss_*`` of sd-scripts, ``ot_*`` of OneTrainer, ``lora_adapter_metadata`` of
+    diffusers.
+    """
+    try:
+        software = from_json(metadata.get("software") or "{}")
+        name = " ".join(str(software[key]) for key in ("name", "version") if key in software)
+    except (ValueError, TypeError):
+        name = metadata.get("software", "")
+    return name[:_MAX_LENGTH] or next((program for key, program in _PROGRAMS.items() if key in metadata), "")
+
+
+def frequent_tags(metadata: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """The most frequent tags of the training images, as sd-scripts writes them (``ss_tag_frequency``)."""
+    return tuple(tag for tag, _ in _tag_counts(metadata).most_common(count) if tag)
+
+
 def read_file_info(path: Path) -> FileInfo:
     """Read `file_info` from a file; reads no tensor.
 
@@ -91,13 +119,19 @@ def _common_tags(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
     ai-toolkit stores its trigger word as the only tag.
     """
+    counts = _tag_counts(metadata)
+    ranked = [(tag, count) for tag, count in counts.most_common() if tag and tag.lower() not in _GENERIC_TAGS]
+    least = _NEARLY_ALL * max(counts.values(), default=0)
+    return tuple(tag for tag, count in ranked if count >= least)[:_MAX_TAGS]
+
+
+def _tag_counts(metadata: Mapping[str, str]) -> Counter[str]:
+    """Tag -> number of training images; empty where the metadata is not what sd-scripts writes."""
     counts: Counter[str] = Counter()
     try:
         for table in from_json(metadata.get("ss_tag_frequency") or "{}").values():
             for tag, count in table.items():
                 counts[str(tag).strip()[:_MAX_LENGTH]] += int(count)
-    except (ValueError, AttributeError, TypeError, OverflowError):  # not what kohya writes
-        return ()
-    ranked = [(tag, count) for tag, count in counts.most_common() if tag and tag.lower() not in _GENERIC_TAGS]
-    least = _NEARLY_ALL * max(counts.values(), default=0)
-    return tuple(tag for tag, count in ranked if count >= least)[:_MAX_TAGS]
+    except (ValueError, AttributeError, TypeError, OverflowError):
+        return Counter()
+    return counts

@@ -22,7 +22,7 @@ _LEGEND_ROW = 32
 
 
 def curves(series: Mapping[str, Sequence[float]], title: str = "", *, width: int = 640, height: int = 360) -> Image:
-    """Draw values over training steps, each series on a scale of its own.
+    """Draw values over training steps, each series on a scale of its own; the first is drawn over the others.
 
     Args:
         series: Name -> values. Values that are not finite are left out of the line. The legend holds the first and the
@@ -35,7 +35,7 @@ def curves(series: Mapping[str, Sequence[float]], title: str = "", *, width: int
     left, right, bottom = 20, width - 150, height - _BOTTOM
     steps = max((len(values) for values in series.values()), default=0)
     canvas.axes(left, _TOP, right - left, bottom - _TOP, (), [(i / 4, "") for i in range(5)])
-    for n, (name, values) in enumerate(series.items()):
+    for n, (name, values) in reversed([*enumerate(series.items())]):
         finite = [value for value in values if math.isfinite(value)]
         low, high = min(finite, default=0.0), max(finite, default=0.0)
         points = [
@@ -47,7 +47,7 @@ def curves(series: Mapping[str, Sequence[float]], title: str = "", *, width: int
             if math.isfinite(value)
         ]
         colour, y = SERIES[n % len(SERIES)], _TOP + 46 * n
-        canvas.line(points, colour, 2)
+        canvas.line(points, colour, 1 if n else 3)
         canvas.text(right + 14, y, canvas.fitted(name, 132), colour)
         if finite:
             canvas.text(right + 14, y + 15, f"{finite[0]:.4g} to {finite[-1]:.4g}")

@@ -40,6 +40,7 @@ class LoRAReport(io.ComfyNode):
                 "legomole",
             ],
             is_output_node=True,  # it shows its own image
+            has_intermediate_output=True,  # also when its result is cached
             inputs=[
                 loras_input(),
                 *(setting_input(setting) for setting in settings_of(METHODS["lego"]) if setting.name == "rank"),

@@ -22,6 +22,7 @@ class ApplyLoRA(io.ComfyNode):
             category=CATEGORY,
             description="Applies a LoRA without saving it, with the same result as loading its saved file.",
             search_aliases=["lora loader", "patch lora", "legomole"],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to patch."),
                 LEGOMOLE_LORA.Input("lora", tooltip="A merged or loaded LoRA."),

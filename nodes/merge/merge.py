@@ -50,7 +50,8 @@ class LegoMerge(io.ComfyNode):
             display_name="LEGO Merge",
             category=CATEGORY,
             description="Merges LoRAs of any ranks into one, by clustering their rank-one units (LoRA-LEGO).",
-            search_aliases=["merge lora", "combine loras", "lora lego", "legomole", "lora merger"],
+            search_aliases=["merge lora", "combine loras", "lora lego", "block weight", "legomole", "lora merger"],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 loras_input(),
                 *(setting_input(s, advanced=s.name not in _BASIC_SETTINGS) for s in settings_of(_LEGO)),
@@ -90,7 +91,20 @@ class MergeLoRAs(io.ComfyNode):
             category=CATEGORY,
             description="Merges LoRAs by a method other than LEGO: their exact sum (concat), its best low-rank "
             "approximation (svd), published heuristics (linear, TIES, DARE, KnOTS), or calibrated on the model.",
-            search_aliases=["merge lora", "combine loras", "ties", "dare", "knots", "svd", "legomole", "lora merger"],
+            search_aliases=[
+                *(
+                    "merge lora",
+                    "combine loras",
+                    "ties",
+                    "dare",
+                    "knots",
+                    "svd",
+                    "block weight",
+                    "legomole",
+                    "lora merger",
+                ),
+            ],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 loras_input(),
                 method_input(

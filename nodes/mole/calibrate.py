@@ -26,6 +26,7 @@ class Calibrate(io.ComfyNode):
             "statistics LEGO Merge and Merge LoRAs (calibrated) make a LoRA that acts like each LoRA where a prompt "
             "asks for it, and changes little elsewhere.",
             search_aliases=["calibrated merge", "regmean", "merge lora", "legomole"],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 *model_and_prompt_inputs(),
                 io.Int.Input(

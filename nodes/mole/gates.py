@@ -49,6 +49,7 @@ class LoadGates(io.ComfyNode):
             category=CATEGORY,
             description="Loads trained gates for MoLE Mix. Connect the LoRAs they were trained with, in any order.",
             search_aliases=["open gates", "legomole"],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 io.Combo.Input(
                     "gates_name",

@@ -51,10 +51,15 @@ class MoLEMix(io.ComfyNode):
                 "mixture of lora experts",
                 "mole",
                 "gated lora",
+                "moe lora",
+                "x-lora",
+                "regional lora",
+                "lora schedule",
                 "combine loras",
                 "lora loader",
                 "legomole",
             ],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, without the LoRAs."),
                 loras_input(),
@@ -195,6 +200,7 @@ class FreezeToLoRA(io.ComfyNode):
             description="Samples once with a mix, and makes one ordinary LoRA of it with each gate at its mean. The "
             "LoRA no longer follows the prompt, but any tool can load it.",
             search_aliases=["mole to lora", "bake gates", "export mix", "legomole"],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 io.Model.Input("model", tooltip="A model with a mix (of several, the last is frozen)."),
                 io.Conditioning.Input("positive", tooltip="The prompt to freeze the gates for."),
@@ -258,6 +264,7 @@ class GateMap(io.ComfyNode):
             "step.",
             search_aliases=["mole heat map", "gate heatmap", "expert weights", "legomole"],
             is_output_node=True,  # it shows its own image
+            has_intermediate_output=True,  # also when its result is cached
             inputs=[
                 io.Model.Input("model", tooltip="The model with the mix that was sampled with."),
                 io.MultiType.Input(

@@ -30,7 +30,8 @@ class TrainGates(io.ComfyNode):
             category=CATEGORY,
             description="Trains gates for MoLE Mix, so that a prompt uses the LoRAs it asks for and no others. Takes a "
             "minute or two and needs no images: the model samples its own.",
-            search_aliases=["mole training", "train mixture of lora experts", "legomole"],
+            search_aliases=["mole training", "train mixture of lora experts", "x-lora", "moe lora", "legomole"],
+            has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 *model_and_prompt_inputs(),
                 io.Combo.Input(

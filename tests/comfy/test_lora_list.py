@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import quote
 
 import pytest
@@ -39,6 +41,44 @@ def test_list_gives_the_same_image_as_single_loaders(files: dict[str, str], samp
     assert torch.equal(from_list[1], expected[1])
 
 
+@pytest.mark.parametrize("way", ["chain", "mix", "merge"])
+def test_list_is_a_loader(comfy: Server, files: dict[str, str], sample: Callable, way: str) -> None:
+    """With a model it gives the image of stock loaders, of MoLE Mix, or of LEGO Merge, with the same LoRAs; exactly."""
+    a, b, c = files["flux_kohya"], files["flux_split"], files["flux_kohya_2"]
+    graph, other = Graph(), Graph()
+    node, _ = graph.add(
+        "LegoMoLE_LoRAList",
+        loras=rows({**row(b, -0.7), "clip": 0.4}, row(c, on=False)),
+        lora_stack=graph.add("LegoMoLE_LoRAList", loras=rows(row(a, 0.5))),
+        model=graph.model,
+        clip=graph.clip,
+        apply=way,
+    )
+    if way == "chain":
+        model, clip = other.stock(a, strengths=[0.5])
+        loader, _ = other.add("LoraLoader", model=model, clip=clip, lora_name=b, strength_model=-0.7, strength_clip=0.4)
+        model, clip = [loader, 0], [loader, 1]
+    elif way == "mix":
+        mix, _ = other.mix(other.load(a, 0.5, 0.5), other.load(b, -0.7, 0.4), clip=other.clip)
+        model, clip = [mix, 0], [mix, 1]
+    else:
+        inputs = comfy.get("/object_info/LegoMoLE_LegoMerge")["LegoMoLE_LegoMerge"]["input"]["required"]
+        defaults = {name: options["default"] for name, (_, options) in inputs.items() if "default" in options}
+        model, clip = other.apply(other.lego(other.load(a, 0.5, 0.5), other.load(b, -0.7, 0.4), **defaults))
+    from_list = sample(graph, graph.picture([node, 2], [node, 3]))
+    expected = sample(other, other.picture(model, clip))
+    assert torch.equal(from_list[1], expected[1])
+
+
+def test_list_without_loras_passes_the_model_through(files: dict[str, str], sample: Callable) -> None:
+    graph, plain = Graph(), Graph()
+    node, _ = graph.add(
+        "LegoMoLE_LoRAList", loras=rows(row(files["flux_kohya"], on=False)), model=graph.model, clip=graph.clip
+    )
+    latent = sample(graph, graph.picture([node, 2], [node, 3]))[1]
+    assert torch.equal(latent, sample(plain, plain.picture(plain.model, plain.clip))[1])
+
+
 def test_trigger_words_one_line_per_lora(comfy: Server, files: dict[str, str]) -> None:
     tensors = load_file(comfy.loras / files["flux_kohya"])
     for name, phrase in (("with_words", "ember style, burning"), ("without", "")):
@@ -57,6 +97,7 @@ def test_trigger_words_one_line_per_lora(comfy: Server, files: dict[str, str]) -
         ('[{"on": true}]', "loras 0.name"),
         ('[{"name": "a", "strength": 1e400}]', "loras 0.strength"),
         ('[{"name": "a", "strength": 101}]', "loras 0.strength"),
+        ('[{"name": "a", "clip": "x"}]', "loras 0.clip"),
         ('[{"name": "../../x.safetensors"}]', "There is no such LoRA"),
         ('[{"name": "gone.safetensors"}]', "gone.safetensors"),
     ],
@@ -93,6 +134,39 @@ def test_page_gets_names_and_descriptions_of_files(comfy: Server, files: dict[st
     assert "described.safetensors" in comfy.get("/legomole/lora?name=described.safetensors")["error"]
     for name in ("gone.safetensors", "../checkpoints/sd15_nano.safetensors", "/etc/passwd", ""):
         assert "There is no such LoRA" in comfy.get(f"/legomole/lora?name={quote(name)}")["error"]
+
+
+def test_page_gets_what_lies_beside_a_file(comfy: Server) -> None:
+    """A preview and descriptions, but no other files."""
+    file = comfy.loras / "beside.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"ot_revision": "1", "ss_tag_frequency": '{"a": {"fire": 3, "night": 5}}'})
+    details = comfy.get(f"/legomole/lora/details?name={file.name}")
+    assert (details["trainer"], details["tags"], details["preview"]) == ("OneTrainer", ["night", "fire"], False)
+    assert details["bytes"] == file.stat().st_size
+    hashed = comfy.get(f"/legomole/lora/hash?name={file.name}")
+    assert hashed == {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    preview = f"/legomole/lora/preview?name={file.name}"
+    with pytest.raises(HTTPError, match="404") as error:
+        comfy.text(preview)
+    error.value.close()
+    file.with_name("beside.preview.png").write_text("a picture")
+    described = {"model_name": "Beside", "base_model": "Pony", "civitai": {"trainedWords": ["moon, night"]}}
+    file.with_name("beside.metadata.json").write_text(json.dumps(described))
+    assert comfy.text(preview) == "a picture"
+    details = comfy.get(f"/legomole/lora/details?name={file.name}")
+    assert [details[key] for key in ("title", "base", "words", "preview")] == [
+        "Beside",
+        "Pony",
+        ["moon", "night"],
+        True,
+    ]
+    assert comfy.get(f"/legomole/lora?name={file.name}")["words"] == ["moon", "night"]
+    graph = Graph()
+    node, _ = graph.add("LegoMoLE_LoRAList", loras=rows(row(file.name)))
+    graph.add("PreviewAny", source=[node, 1])
+    assert comfy.run(graph.nodes).outputs["PreviewAny0"]["text"] == ["moon, night"]
+    for kind in ("details", "hash"):
+        assert "There is no such LoRA" in comfy.get(f"/legomole/lora/{kind}?name=../x.safetensors")["error"]
 
 
 def test_mix_sends_its_gates_to_the_page_while_it_samples(comfy: Server, files: dict[str, str]) -> None:

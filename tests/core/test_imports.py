@@ -100,7 +100,7 @@ NODE_FLOORS: Floors = (
     ("nodes.sockets",),
     ("nodes.merge",),
     ("nodes.mole",),
-    ("nodes.compare",),
+    ("nodes.compare", "nodes.lora_list"),
     ("nodes.extension",),
 )
 

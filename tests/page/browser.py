@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ def opened(comfy: Server, size: tuple[int, int] = (1280, 720)) -> Iterator[Any]:
         tab.route("**/*", lambda route: route.continue_() if local.match(route.request.url) else route.abort())
         tab.goto(comfy.url)
         wait_until_ready(tab)
+        tab.set_default_timeout(10_000)
         yield tab
         browser.close()
 
@@ -44,6 +46,47 @@ def wait_until_ready(page: Any) -> None:
     page.wait_for_timeout(300)
 
 
+def settle(page: Any) -> None:
+    """Wait for what the page does in the next frames: it adds and removes sockets, and draws widgets."""
+    page.evaluate(
+        """async () => { for (let i = 0; i < 6; i++) await new Promise(next => requestAnimationFrame(next)); }"""
+    )
+
+
 def open_workflow(page: Any, workflow: dict[str, Any]) -> None:
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
-    page.wait_for_timeout(300)  # the page adds sockets of growing rows a moment later
+    settle(page)
+
+
+def open_empty(page: Any) -> None:
+    """Open an empty workflow, with a new id, because the page identifies widgets by the ids of graph and node."""
+    page.evaluate("() => app.canvas.setGraph(app.graph.rootGraph)")  # out of subgraphs
+    open_workflow(page, {"id": str(uuid.uuid4()), "nodes": [], "links": [], "version": 0.4})
+
+
+def setting(page: Any, name: str, value: Any) -> None:
+    page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
+    settle(page)
+
+
+def sent(page: Any, kind: str) -> dict[str, Any]:
+    """Return the inputs of the only node of a kind in the prompt that the page would send to the server."""
+    prompt = page.evaluate("async () => (await app.graphToPrompt()).output")
+    (node,) = (node for node in prompt.values() if node["class_type"] == kind)
+    return node["inputs"]
+
+
+def run(page: Any, comfy: Server) -> None:
+    """Queue the workflow, and wait until it has succeeded and the page has heard of it."""
+    page.evaluate(
+        """() => { window.isDone = false;
+            app.api.addEventListener('execution_success', () => (window.isDone = true), { once: true }); }"""
+    )
+    with page.expect_response("**/prompt") as answer:
+        page.evaluate("() => app.queuePrompt(0, 1)")
+    body = answer.value.json()
+    assert body.get("node_errors") == {}, body
+    status = comfy.history(body["prompt_id"])["status"]
+    assert status["status_str"] == "success", status
+    page.wait_for_function("() => window.isDone")
+    settle(page)

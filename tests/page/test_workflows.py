@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,18 @@ pytest.importorskip("diffusers")
 from legomole.nano.oracle import judge
 from legomole.nano.store import Store
 
-from ..comfy.nano import EMBER, HEART, NanoGraph
 from ..comfy.server import Server
-from .browser import open_workflow, opened
+from .browser import open_workflow, settle
 
 pytestmark = [pytest.mark.comfy, pytest.mark.page]
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+TRAINING = ROOT / "workflows" / "train_gates.json"
 
 # Smaller values for widgets with which a run would take a minute.
 SIZES = {
-    "LegoMoLE_TrainGates": {200: 8, 256: 16, 32: 8},  # steps, examples, pictures
+    "LegoMoLE_TrainGates": {200: 8, 256: 16, 32: 8, 12: 2},  # steps, examples, pictures, sampling steps
     "LegoMoLE_XYCompare": {12: 2},  # steps
 }
 
@@ -42,7 +42,7 @@ TEXTS = {
     "LegoMoLE_TrainGates": "gates for legomole_nano_ember, legomole_nano_heart",
     "LegoMoLE_MoLEMix": "mix of ",
     "LegoMoLE_SaveGates": ".safetensors",
-    "LegoMoLE_LoadGates": "gates per block",
+    "LegoMoLE_LoadGates": "gates per layer",
     "LegoMoLE_XYCompare": "20 cells, 20 sampled in ",
 }
 
@@ -60,21 +60,60 @@ def shortened(path: Path) -> dict[str, Any]:
     return workflow
 
 
+@dataclass
+class Run:
+    """A workflow opened and run in the page: what was seen of it."""
+
+    unknown: list[str]
+    nodes: int
+    links: int
+    answer: dict[str, Any]
+    history: dict[str, Any]
+    texts: dict[str, list[str]]
+    collisions: list[list[str]]
+
+
+# Pairs of nodes that overlap, and nodes that reach out of the group that their upper left corner is in.
+COLLISIONS = """() => {
+    const box = ({ pos: [x, y], size: [width, height] }, title = 30) => [x, y - title, x + width, y + height];
+    const meet = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
+    const nodes = app.graph.nodes.map(node => [node.title, box(node)]);
+    const pairs = nodes.flatMap(([name, a], i) => nodes.slice(i + 1).filter(([, b]) => meet(a, b)).map(
+        ([other]) => [name, other]));
+    const out = app.graph.groups.flatMap(group => {
+        const frame = box(group, 0);
+        return nodes.filter(([, a]) => a[0] >= frame[0] && a[0] < frame[2] && a[1] >= frame[1] && a[1] < frame[3]
+            && (a[2] > frame[2] || a[3] > frame[3])).map(([name]) => [name, group.title]); });
+    return [...pairs, ...out]; }"""
+
+
+def run(page: Any, comfy: Server, path: Path) -> Run:
+    open_workflow(page, shortened(path))
+    unknown = page.evaluate("() => app.graph.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
+    nodes, links = page.evaluate("() => [app.graph.nodes.length, Object.keys(app.graph.links).length]")
+    with page.expect_response("**/prompt") as answer:
+        page.evaluate("() => app.queuePrompt(0, 1)")
+    body = answer.value.json()
+    history = comfy.history(body["prompt_id"]) if body.get("node_errors") == {} else {}
+    settle(page)
+    return Run(
+        unknown, nodes, links, body, history, {kind: texts_on(page, kind) for kind in TEXTS}, page.evaluate(COLLISIONS)
+    )
+
+
 @pytest.fixture(scope="module")
-def gates(comfy: Server, nano: Path) -> None:
-    """The gates that a workflow loads; they must exist before the page reads the combo's options."""
+def trained(comfy: Server, nano: Path, tab: Any) -> Run:
+    """The run of the template that trains gates; another template loads the file that it saves."""
     for path in (comfy.base / "models" / "legomole_gates").glob("gates_*"):
         path.unlink()
-    graph = NanoGraph()
-    trained = graph.train(graph.load(EMBER), graph.load(HEART), objective="router", latent_image=graph.empty(128))
-    graph.add("LegoMoLE_SaveGates", gates=trained, filename_prefix="gates")
-    comfy.run(graph.nodes)
+    result = run(tab, comfy, TRAINING)
+    tab.evaluate("() => app.refreshComboInNodes()")
+    return result
 
 
 @pytest.fixture(scope="module")
-def page(comfy: Server, gates: None) -> Iterator[Any]:
-    with opened(comfy) as tab:
-        yield tab
+def page(tab: Any, trained: Run) -> Any:
+    return tab
 
 
 def texts_on(page: Any, kind: str) -> list[str]:
@@ -87,26 +126,21 @@ def texts_on(page: Any, kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_opens_completely_and_runs(comfy: Server, page: Any, path: Path) -> None:
+def test_workflow_opens_completely_and_runs(comfy: Server, page: Any, trained: Run, path: Path) -> None:
     workflow = shortened(path)
-    open_workflow(page, workflow)
-    unknown = page.evaluate("() => app.graph.nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
-    assert unknown == []
-    assert page.evaluate("() => app.graph.nodes.length") == len(workflow["nodes"])
-    assert page.evaluate("() => Object.keys(app.graph.links).length") == len(workflow["links"])
-
-    with page.expect_response("**/prompt") as answer:
-        page.evaluate("() => app.queuePrompt(0, 1)")
-    body = answer.value.json()
-    assert body.get("node_errors") == {}, body
-    history = comfy.history(body["prompt_id"])
+    result = trained if path == TRAINING else run(page, comfy, path)
+    assert result.unknown == []
+    assert (result.nodes, result.links) == (len(workflow["nodes"]), len(workflow["links"]))
+    assert result.answer.get("node_errors") == {}, result.answer
+    history = result.history
     assert history["status"]["status_str"] == "success", history["status"]
     shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap", "LegoMoLE_LoRAReport", "LegoMoLE_XYCompare")
     pictures = [str(node["id"]) for node in workflow["nodes"] if node["type"] in shows_pictures]
     assert {node for node, output in history["outputs"].items() if output.get("images")} == set(pictures)
     for kind, text in TEXTS.items():
-        for shown in texts_on(page, kind):
+        for shown in result.texts[kind]:
             assert text in shown
+    assert result.collisions == []  # with the reports that the nodes show now
     if path.stem in LEGO:
         images = torch.stack([pixels(comfy, entry) for entry in history["outputs"][LEGO[path.stem]]["images"]])
         assert judge(Store().oracle, images, [("heart", "ember")] * 4).both.sum() >= 3
@@ -119,11 +153,11 @@ def pixels(comfy: Server, entry: dict[str, str]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_is_the_same_when_saved_again(page: Any, path: Path) -> None:
+def test_workflow_is_the_same_when_saved_again(nano: Path, tab: Any, path: Path) -> None:
     """Values of widgets and sizes of nodes do not change when a workflow is opened and saved."""
     workflow = shortened(path)
-    open_workflow(page, workflow)
-    again = page.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    open_workflow(tab, workflow)
+    again = tab.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
     saved, expected = (
         {
             node["id"]: (node["type"], node.get("widgets_values", []), [*map(round, node["size"])])
@@ -143,9 +177,9 @@ def test_workflows_are_offered_as_templates(comfy: Server) -> None:
             assert response.headers["Content-Type"] == "image/jpeg"
 
 
-def test_row_of_loras_grows(page: Any) -> None:
+def test_row_of_loras_grows(tab: Any) -> None:
     """Connecting the last socket adds another one."""
-    counts = page.evaluate(
+    counts = tab.evaluate(
         """async () => {
             app.graph.clear();
             const merge = LiteGraph.createNode('LegoMoLE_LegoMerge');
@@ -164,12 +198,12 @@ def test_row_of_loras_grows(page: Any) -> None:
     assert counts[1:] == [2, 3]
 
 
-def test_choosing_a_method_shows_its_widgets(comfy: Server, page: Any) -> None:
+def test_choosing_a_method_shows_its_widgets(comfy: Server, tab: Any) -> None:
     """The page's prompt then has their values."""
     info = comfy.get("/object_info/LegoMoLE_MergeLoRAs")["LegoMoLE_MergeLoRAs"]
     for option in info["input"]["required"]["method"][1]["options"]:
         wanted = {f"method.{name}" for name in option["inputs"]["required"]}
-        sent = page.evaluate(
+        sent = tab.evaluate(
             """async method => {
                 app.graph.clear();
                 const merge = LiteGraph.createNode('LegoMoLE_MergeLoRAs');

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from legomole.core.errors import FormatError
-from legomole.core.formats.file_info import FileInfo, file_info, read_file_info
+from legomole.core.formats.file_info import FileInfo, file_info, frequent_tags, read_file_info, trainer
 from safetensors.torch import save_file
 
 PICTURE = "data:image/png;base64,iVBORw0KGgo="
@@ -89,3 +89,25 @@ def test_read_file_info(tmp_path: Path) -> None:
     file.write_bytes(b"no")
     with pytest.raises(FormatError):
         read_file_info(file)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "name"),
+    [
+        ({"software": '{"name": "ai-toolkit", "version": "0.5.2"}', "ss_network_module": "x"}, "ai-toolkit 0.5.2"),
+        ({"software": "some trainer"}, "some trainer"),
+        ({"software": "[1]"}, ""),
+        ({"ss_network_module": "networks.lora"}, "sd-scripts"),
+        ({"ot_config": "{}"}, "OneTrainer"),
+        ({"format": "pt"}, ""),
+    ],
+)
+def test_trainers(metadata: dict[str, str], name: str) -> None:
+    assert trainer(metadata) == name
+
+
+def test_frequent_tags_include_generic_ones() -> None:
+    assert frequent_tags({"ss_tag_frequency": '{"a": {"1girl": 9, "fire": 4, "b": 5}, "c": {"fire": 2}}'}, 2) == (
+        "1girl",
+        "fire",
+    )

@@ -54,3 +54,9 @@ def test_curves_fall_from_left_to_right():
     picture = curves({"loss": [2.0, 1.0]})
     heights = {x: next(y for y in range(40, 330) if picture.getpixel((x, y)) == (31, 119, 180)) for x in (30, 480)}
     assert heights[30] < heights[480]
+
+
+def test_first_curve_is_drawn_over_the_others():
+    """Where two lines cross, the first is seen."""
+    picture = curves({"loss": [0.0, 1.0], "entropy": [1.0, 0.0]})
+    assert picture.getpixel(((20 + 490) // 2, (44 + 326) // 2)) == (31, 119, 180)
