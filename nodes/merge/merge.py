@@ -14,7 +14,7 @@ from ...core.errors import MergeError
 from ...core.merge.methods import METHODS
 from ...core.merge.statistics import Statistics
 from ..comfy import display, folders
-from ..graph_lora import connected_loras
+from ..graph_lora import GraphLora, connected_loras
 from ..settings import method_from_widgets, settings_of
 from ..sockets import (
     CATEGORY,
@@ -23,6 +23,7 @@ from ..sockets import (
     method_input,
     model_inputs,
     module_weights_input,
+    refuse_unknown,
     report_output,
     setting_input,
     statistics_input,
@@ -68,6 +69,7 @@ class LegoMerge(io.ComfyNode):
         module_weights: str | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
+        refuse_unknown(settings, [setting.name for setting in settings_of(_LEGO)])
         widgets = {**settings, "method": "lego"}
         return _merge(loras, widgets, model=model, clip=clip, statistics=statistics, module_weights=module_weights)
 
@@ -101,6 +103,7 @@ class MergeLoRAs(io.ComfyNode):
 
     @classmethod
     def execute(cls, loras: dict[str, Any], method: dict[str, Any], **optional_inputs: Any) -> io.NodeOutput:
+        refuse_unknown(optional_inputs, ("model", "clip", "statistics", "module_weights"))
         return _merge(loras, method, **optional_inputs)
 
 
@@ -135,7 +138,10 @@ def _merge(
             found="nothing connected to model",
             remedy="connect the same model (and clip) here",
         )
-    values = connected_loras(loras, folders.lora_path)
+    values = connected_loras(loras, folders.lora_path, may_be_none=True)
+    if not values:
+        text = "no LoRA is connected or switched on: there is nothing to merge, and Apply LoRA changes nothing"
+        return io.NodeOutput(GraphLora.empty(), text, ui=display.show_text(text))
     method_from_widgets(METHODS, widgets, statistics)  # report wrong settings before large files are read
     loaded = read(values, model, clip)
     aligned_statistics = None if statistics is None else statistics.of(loaded.adapters)
