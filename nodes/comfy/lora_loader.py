@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_patcher
 import comfy.sd
 import comfy.weight_adapter
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...core import formats
@@ -125,9 +126,17 @@ class _ModelLayers:
                 file=source.path,
                 expected="a LoRA of the model's architecture",
                 found=builder.dropped[0] if patches else f"keys like {name_some(state_dict, 3)}",
-                remedy="connect the base model the LoRA was trained for (and its CLIP)",
+                remedy=self.remedy(),
             )
         return builder
+
+    def remedy(self) -> str:
+        if any(key.endswith(".qweight") for key in self._weights):  # Nunchaku's
+            return (
+                "the layers of this model have no weights that LoRAs are added to: load it in another format, or use "
+                "the LoRA loader of the pack that loaded the model, with a file from Save LoRA"
+            )
+        return "connect the base model the LoRA was trained for (and its CLIP)"
 
     def readable_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename keys that ComfyUI does not read: ``unet.<path>`` becomes ``lora_unet_<path with _>`` where it can."""
@@ -254,13 +263,28 @@ class _ModelLayers:
         return (after[start : start + size] - before).float(), ParameterSlice(key, start, start + size)
 
     def _unpatched_weight(self, key: str) -> Tensor:
-        """Return the weight without patched-in LoRAs, in float64 to keep the precision of after minus before."""
-        weight, convert = self._originals[key]
-        return convert(weight.detach().to(device="cpu", dtype=torch.float64, copy=True), inplace=True)
+        """Return the weight without patched-in LoRAs, in float64 to keep the precision of after minus before.
 
-    @cached_property
-    def _originals(self) -> dict[str, tuple[Tensor, Callable[..., Tensor]]]:
-        return {key: entry[0] for patcher in self._patchers for key, entry in patcher.get_key_patches().items()}
+        A quantised weight is dequantised. `ModelPatcher.get_key_patches` would do, but fails for the scales of those.
+        """
+        patcher = next(patcher for patcher in self._patchers if key in patcher.model_state_dict())
+        with patcher.use_ejected():
+            weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        if key in patcher.backup:
+            weight = patcher.backup[key].weight
+        if key in patcher.hook_backup:
+            weight = patcher.hook_backup[key][0]
+        if isinstance(weight, QuantizedTensor):
+            return weight.detach().dequantize().to(device="cpu", dtype=torch.float64)
+        if not weight.is_floating_point():  # e.g. the packed blocks of a GGUF file
+            raise MergeError(
+                "The update of the LoRA depends on the weights of the model, and only another pack can unpack those.",
+                module=self.names.of_parameter(key),
+                found=f"{type(weight).__name__} of {weight.dtype}",
+                remedy="connect the same model from a file that ComfyUI's own loader reads",
+            )
+        weight = weight.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        return weight if convert is None else convert(weight, inplace=True)
 
     def unread_keys(
         self, lora: GraphLora, state_dict: Mapping[str, Tensor], patches: Mapping[Target, Any]
@@ -400,7 +424,7 @@ def apply_with_dropped(
             file=lora.label,
             expected="a LoRA of the model's architecture",
             found=f"keys like {name_some(state_dict, 3)}",
-            remedy="connect the base model the LoRA was made for",
+            remedy=layers.remedy(),
         )
     return *applied, layers.not_applied(lora, state_dict)
 

@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_management
 import comfy.sample
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 from torch import Tensor
 
 from ...core.digest import digest, identity, some_of
@@ -212,6 +213,7 @@ def _trainable(model: Any) -> Generator[Any]:
         patcher.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
     patcher.model.requires_grad_(False)
     comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
+    _dequantise_without_backward(patcher.model)
     comfy.model_management.in_training = True  # without it ComfyUI uses kernels that have no backward pass
     try:
         with torch.enable_grad():
@@ -219,6 +221,18 @@ def _trainable(model: Any) -> Generator[Any]:
     finally:
         comfy.model_management.in_training = False
         patcher.detach()
+
+
+def _dequantise_without_backward(model: torch.nn.Module) -> None:
+    """Let layers dequantise their weights before use if ComfyUI's kernel for their format has no backward pass.
+
+    These are the formats that quantise weights but not inputs: int8, and packed int4. A layer dequantises its weight
+    if it has a function to apply to it.
+    """
+    for module in model.modules():
+        format = QUANT_ALGOS.get(getattr(module, "quant_format", ""), {})
+        if not format.get("quantize_input", True):
+            module.weight_function = [*module.weight_function, lambda weight: weight]  # type: ignore[assignment,misc]
 
 
 def _images_with_prompts(
