@@ -64,8 +64,9 @@ def test_blueprint_is_listed_and_runs(comfy: Server, files: dict[str, str], path
     graph.nodes[stack[0]]["inputs"]["lora_stack"] = [first[0], 1]
     given = {"model": graph.model, "clip": graph.clip, "lora0": first, "lora1": second, "loras": stack}
     given["latent_image"] = graph.empty()
-    short = {"steps": 2, "pictures": 4, "examples": 8, "sampling_steps": 1, "words": "ember style\nheart"}
-    prompt = flattened(subgraph, given, {**short, "prompts": "ember style\nheart\nheart in ember style\na dog"})
+    short = {"steps": 2, "pictures": 4, "examples": 8, "sampling_steps": 1, "reads": "hidden"}
+    texts = {"words": "ember style\nheart", "prompts": "ember style\nheart\nheart in ember style\na dog"}
+    prompt = flattened(subgraph, given, {**short, **texts})
     (model,) = [link for link in subgraph["links"] if link["target_id"] == -20 and link["target_slot"] == 0]
     graph.picture([f"inner{model['origin_id']}", model["origin_slot"]])
     run = comfy.run(graph.nodes | prompt)
