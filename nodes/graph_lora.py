@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -25,6 +25,7 @@ class GraphLora:
         convert_rank: Rank at which updates that are not low rank are approximated; 0 refuses them.
         recipe: How to repeat a merged LoRA from files; ``None`` for other LoRAs and where that is impossible.
         note: A sentence for reports, e.g. that the file was found in another folder.
+        words: Words that call for it in a prompt, in place of those in its file.
     """
 
     content: Path | Mapping[str, Tensor] | Adapter
@@ -33,6 +34,7 @@ class GraphLora:
     strength_clip: float = 1.0
     convert_rank: int = 0
     recipe: Recipe | None = None
+    words: tuple[str, ...] = ()
     note: str = ""
 
     @classmethod
@@ -42,19 +44,25 @@ class GraphLora:
 
     @classmethod
     def of_file(
-        cls, name: str, path: Path, strength_model: float, strength_clip: float, convert_rank: int = 0
+        cls,
+        name: str,
+        path: Path,
+        strength_model: float,
+        strength_clip: float,
+        convert_rank: int = 0,
+        words: tuple[str, ...] = (),
     ) -> GraphLora:
         """A LoRA file that a graph names.
 
         Args:
             name: The file's name in the graph, with ``/`` or ``\\``.
             path: Where the file was found.
-            strength_model, strength_clip, convert_rank: See the class.
+            strength_model, strength_clip, convert_rank, words: See the class.
         """
         parts = PureWindowsPath(name).parts  # divides at both kinds of slashes
         moved = path.parts[-len(parts) :] != parts
         note = f"{name} is not in the loras folder: {path} is used, the only file of that name" if moved else ""
-        return cls(path, path.stem, strength_model, strength_clip, convert_rank, note=note)
+        return cls(path, path.stem, strength_model, strength_clip, convert_rank, words=words, note=note)
 
     @property
     def is_empty(self) -> bool:
@@ -64,17 +72,20 @@ class GraphLora:
 
 
 class StackEntry(tuple[str, float, float]):
-    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that remembers a convert rank.
+    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that keeps a convert rank and words.
 
-    The convention of other packs has no place for one. They read and pass this on as a tuple of three.
+    The convention of other packs has no place for them. They read and pass this on as a tuple of three.
     """
 
     convert_rank: int = 0
+    words: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, strength_model: float, strength_clip: float, convert_rank: int) -> StackEntry:
+    def of(
+        cls, name: str, strength_model: float, strength_clip: float, convert_rank: int, words: Sequence[str] = ()
+    ) -> StackEntry:
         entry = cls((name, strength_model, strength_clip))
-        entry.convert_rank = convert_rank
+        entry.convert_rank, entry.words = convert_rank, tuple(words)
         return entry
 
 
@@ -130,5 +141,5 @@ def _from_stack(entry: object, socket: str, find_file: Callable[[str], Path]) ->
             expected="(file name, strength_model, strength_clip)",
             found=repr(entry)[:200],
         ) from None
-    convert_rank = entry.convert_rank if isinstance(entry, StackEntry) else 0
-    return GraphLora.of_file(name, find_file(name), *strengths, convert_rank)
+    convert_rank, words = (entry.convert_rank, entry.words) if isinstance(entry, StackEntry) else (0, ())
+    return GraphLora.of_file(name, find_file(name), *strengths, convert_rank, words)
