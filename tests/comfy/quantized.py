@@ -125,7 +125,9 @@ def setup(model: Any, reads: str) -> training.SamplingSetup:
 
 
 def statistics(model: Any) -> dict[str, Tensor]:
-    measured = training.calibrate(setup(model, "hidden"), CalibrationSettings(samples=2, batch=2), lambda *_: None)
+    measured = training.calibrate(
+        setup(model, "hidden"), CalibrationSettings(mode="thorough", samples=2, batch=2), lambda *_: None
+    )
     return {name: torch.cat([m.flatten() for m in _tensors(module)]) for name, module in measured.modules.items()}
 
 

@@ -228,7 +228,7 @@ def test_a_file_that_holds_no_gates_is_refused(comfy: Server, pair: Callable) ->
 
 def test_cancelled_training_is_resumed(comfy: Server, pair: Callable) -> None:
     """With the same gates in the end as from a training that was not cancelled."""
-    steps, prepared = 60, 40  # training steps; images and examples that are sampled before
+    steps, prepared = 60, 32  # training steps; examples that are predicted before
 
     def graph(prefix: str) -> Graph:
         one = Graph()
