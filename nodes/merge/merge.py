@@ -55,8 +55,8 @@ class LegoMerge(io.ComfyNode):
             inputs=[
                 loras_input(),
                 *(setting_input(s, advanced=s.name not in _BASIC_SETTINGS) for s in settings_of(_LEGO)),
-                module_weights_input(),  # before newer widgets: workflows store the values by position
                 *_base_model_inputs(),
+                module_weights_input(),
             ],
             outputs=_outputs(),
         )
@@ -99,8 +99,8 @@ class MergeLoRAs(io.ComfyNode):
                     "to the sum. linear, ties, dare, knots, np: published heuristics. calibrated, ssr: fitted to what "
                     "is measured on the model.",
                 ),
-                module_weights_input(),  # before newer widgets: workflows store the values by position
                 *_base_model_inputs(),
+                module_weights_input(),
             ],
             outputs=_outputs(),
         )
