@@ -48,6 +48,11 @@ _PUBLIC = {
     "mixed": "hosts.api",
     "routed": "hosts.api",
     "train_gates": "hosts.api",
+    # errors
+    "FormatError": "core.errors",
+    "LegoMoleError": "core.errors",
+    "MergeError": "core.errors",
+    "SaveError": "core.errors",
     "__version__": "core",
 }
 

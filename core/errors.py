@@ -69,6 +69,11 @@ class SaveError(LegoMoleError, OSError):
     """An output that could not be written. Nothing is left behind."""
 
 
+for _class in (LegoMoleError, FormatError, MergeError, SaveError):
+    # programs show the module with the name: without this ComfyUI shows the path of this folder
+    _class.__module__ = "legomole"
+
+
 def _short(text: str) -> str:
     return text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}.. ({len(text)} characters)"
 

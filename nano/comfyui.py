@@ -33,7 +33,7 @@ def place(comfyui: Path, store: Store | None = None, say: Callable[[str], None] 
     Existing files with the same tensors are not written again.
 
     Args:
-        comfyui: Folder that contains ComfyUI's ``models`` folder.
+        comfyui: ComfyUI's folder, or a base directory that it has been started with.
         store: Model weights; default the shipped ones.
         say: Called with a message for each file.
 
@@ -44,11 +44,11 @@ def place(comfyui: Path, store: Store | None = None, say: Callable[[str], None] 
         SaveError: If this is not a ComfyUI folder, or it is not writable.
     """
     models = comfyui / "models"
-    if not models.is_dir():
+    if not models.is_dir() and not (comfyui / "custom_nodes").is_dir():  # a base directory may have no models yet
         raise SaveError(
             "This is not ComfyUI's folder.",
             file=comfyui,
-            expected="a folder that contains a folder named models",
+            expected="a folder that contains a folder named models or custom_nodes",
             remedy="give the folder of ComfyUI's main.py, or its --base-directory",
         )
     written: list[Path] = []
@@ -58,7 +58,7 @@ def place(comfyui: Path, store: Store | None = None, say: Callable[[str], None] 
             say(f"{path} exists")
             continue
         say(f"writing {path}")
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {})
         written.append(path)
     return written

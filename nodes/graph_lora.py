@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class GraphLora:
         strength_clip: Strength on the text encoders.
         convert_rank: Rank at which updates that are not low rank are approximated; 0 refuses them.
         recipe: How to repeat a merged LoRA from files; ``None`` for other LoRAs and where that is impossible.
+        note: A sentence for reports, e.g. that the file was found in another folder.
         words: Words that call for it in a prompt, in place of those in its file.
     """
 
@@ -34,6 +35,40 @@ class GraphLora:
     convert_rank: int = 0
     recipe: Recipe | None = None
     words: tuple[str, ...] = ()
+    note: str = ""
+
+    @classmethod
+    def empty(cls) -> GraphLora:
+        """A LoRA that changes nothing: the result of a merge of no LoRAs."""
+        return cls(Adapter({}), "no LoRA")
+
+    @classmethod
+    def of_file(
+        cls,
+        name: str,
+        path: Path,
+        strength_model: float,
+        strength_clip: float,
+        convert_rank: int = 0,
+        words: tuple[str, ...] = (),
+    ) -> GraphLora:
+        """A LoRA file that a graph names.
+
+        Args:
+            name: The file's name in the graph, with ``/`` or ``\\``.
+            path: Where the file was found.
+            strength_model, strength_clip, convert_rank, words: See the class.
+        """
+        parts = PureWindowsPath(name).parts  # divides at both kinds of slashes
+        moved = path.parts[-len(parts) :] != parts
+        note = f"{name} is not in the loras folder: {path} is used, the only file of that name" if moved else ""
+        return cls(path, path.stem, strength_model, strength_clip, convert_rank, words=words, note=note)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether this LoRA changes nothing."""
+        content = self.content
+        return isinstance(content, Adapter) and not (content.modules or content.diffs or content.extras)
 
 
 class StackEntry(tuple[str, float, float]):
@@ -54,30 +89,39 @@ class StackEntry(tuple[str, float, float]):
         return entry
 
 
-def connected_loras(values: Mapping[str, object], find_file: Callable[[str], Path]) -> list[GraphLora]:
+def connected_loras(
+    values: Mapping[str, object], find_file: Callable[[str], Path], *, may_be_none: bool = False
+) -> list[GraphLora]:
     """Return all LoRAs that a growing input received, in the order of its sockets; a stack counts as its entries.
+
+    Merges of no LoRAs are left out.
 
     Args:
         values: Socket name (``lora0``, ``lora1`` ..) -> `GraphLora`, state dict of a trained LoRA, or stack: a list of
             ``(file name, strength_model, strength_clip)`` or `StackEntry`.
         find_file: Returns the path of a LoRA's file name.
+        may_be_none: Return an empty list where there are no LoRAs.
 
     Raises:
-        MergeError: Nothing is connected, or a value of another type.
+        MergeError: There are no LoRAs, or a value of another type.
     """
     loras: list[GraphLora] = []
     for socket in sorted(values, key=lambda name: (len(name), name)):
         value = values[socket]
         if isinstance(value, GraphLora):
-            loras.append(value)
+            loras += [] if value.is_empty else [value]
         elif isinstance(value, Mapping):
             loras.append(GraphLora(value, f"{socket} (trained)"))
         elif isinstance(value, (list, tuple)):
             loras += [_from_stack(entry, socket, find_file) for entry in value if not _is_blank(entry)]
         elif value is not None:
             raise MergeError("This is not a LoRA.", module=socket, found=type(value).__name__)
-    if not loras:
-        raise MergeError("No LoRA is connected.", expected="at least one on the loras inputs", found="none")
+    if not loras and not may_be_none:
+        raise MergeError(
+            "No LoRA is connected.",
+            expected="at least one on the loras inputs",
+            found="none, or only lists without a LoRA that is switched on",
+        )
     return loras
 
 
@@ -98,4 +142,4 @@ def _from_stack(entry: object, socket: str, find_file: Callable[[str], Path]) ->
             found=repr(entry)[:200],
         ) from None
     convert_rank, words = (entry.convert_rank, entry.words) if isinstance(entry, StackEntry) else (0, ())
-    return GraphLora(find_file(name), Path(name).stem, *strengths, convert_rank, words=words)
+    return GraphLora.of_file(name, find_file(name), *strengths, convert_rank, words)

@@ -24,6 +24,7 @@ class LoadedLoras:
         originals: The same under the names of their own files.
         renamed: Whether aligning them without a model renamed layers.
         connected: The connected model in words, e.g. ``Flux with CLIP``; empty without one.
+        file_notes: Sentences on files that were found under other names.
         dropped: Keys of the files that the model has no layer for, with the reason, for the report.
         finish: Turns the merged adapter into one whose names the stock loader reads.
         slices: Module name -> its rows of a parameter of the connected model; empty without one.
@@ -34,6 +35,7 @@ class LoadedLoras:
     originals: list[Adapter]
     renamed: bool = False
     connected: str = ""
+    file_notes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     finish: Callable[[Adapter], Adapter] = lambda adapter: adapter
     slices: Mapping[str, ParameterSlice] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class LoadedLoras:
     @property
     def notes(self) -> tuple[str, ...]:
         """The notes of all LoRAs, for a report."""
-        return tuple(note for adapter in self.originals for note in adapter.notes)
+        return (*self.file_notes, *(note for adapter in self.originals for note in adapter.notes))
 
 
 def adapter_of(lora: GraphLora) -> Adapter:
@@ -69,7 +71,12 @@ def read_files(loras: Sequence[GraphLora]) -> LoadedLoras:
     originals = [adapter_of(lora) for lora in loras]
     adapters = align(originals, key_map=file_key_map())
     renamed = any(before is not after for before, after in zip(originals, adapters, strict=True))
-    return LoadedLoras(adapters, originals, renamed)
+    return LoadedLoras(adapters, originals, renamed, file_notes=file_notes(loras))
+
+
+def file_notes(loras: Sequence[GraphLora]) -> tuple[str, ...]:
+    """The notes on the files of LoRAs; they are shown, but not stored in a merged file, which names the files used."""
+    return tuple(dict.fromkeys(lora.note for lora in loras if lora.note))
 
 
 def file_key_map() -> KeyMapResolver | None:

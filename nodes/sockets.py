@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..core.errors import MergeError
 from ..core.merge.methods import MergeMethod
 from .settings import Setting, settings_of
 
@@ -39,6 +40,26 @@ def loras_input() -> Any:
         template=io.Autogrow.TemplatePrefix(socket, prefix="lora", min=0, max=50),
         tooltip="The LoRAs. A new socket appears when you connect the last one.",
     )
+
+
+def refuse_unknown(inputs: Mapping[str, Any], known: Collection[str] = ()) -> None:
+    """Raise if a prompt links an input that the node does not have, which ComfyUI passes on.
+
+    Args:
+        inputs: The inputs that `execute` received beyond its own parameters.
+        known: Names that are valid.
+
+    Raises:
+        MergeError: Another name.
+    """
+    unknown = sorted(set(inputs) - set(known))
+    if unknown:
+        raise MergeError(
+            "The node has no such input.",
+            expected="loras.lora0, loras.lora1 .. for the sockets of LoRAs, and the names in /object_info",
+            found=", ".join(unknown),
+            remedy="change the name in the prompt that was sent to the server",
+        )
 
 
 def seed_input(tooltip: str, largest: int = 2**31 - 1, **options: Any) -> Any:

@@ -65,6 +65,7 @@ def test_the_wheel_holds_nothing_else(built):
         "hosts",
         "nano",
         "nodes",
+        "subgraphs",
         "web",
         "workflows",
         "locales",

@@ -266,7 +266,7 @@ _WRONG: dict[str, tuple[Callable[[Graph], Link], str]] = {
     "NaN mixed": (lambda g: g.mix(g.load("nan.safetensors")), "NaN or infinite"),
     "cut off": (lambda g: g.apply(g.lego(g.load("cut.safetensors")))[0], "The file is cut off"),
     "other model": (lambda g: g.mix(g.load("sd15_kohya.safetensors")), "ComfyUI finds nothing in this LoRA"),
-    "no LoRA": (lambda g: g.mix(), "No LoRA is connected."),
+    "switch": (lambda g: g.mix(g.load("flux_kohya.safetensors"), switched_off="2"), "no such LoRA to switch off"),
     "no such file": (lambda g: g.apply(g.load("nowhere.safetensors"))[0], "nowhere.safetensors"),
     "rank": (lambda g: g.apply(g.lego(g.load("flux_kohya.safetensors"), rank="0"))[0], "This is not a rank."),
     "strength": (lambda g: g.mix(g.load("flux_kohya.safetensors", float("nan"))), "not a finite number"),

@@ -99,8 +99,8 @@ def _remedy(pair: tuple[Adapter, Adapter], has_key_map: bool) -> str:
     if has_key_map:
         return "check that both are for the same base model; if they are, connect the model in ComfyUI"
     return (
-        "install diffusers (pip install 'legomole[diffusers]') or connect the model in ComfyUI, so that the names can "
-        "be translated"
+        "check that both are for the same base model; if they are, connect the model in ComfyUI, or install diffusers "
+        "(pip install 'legomole[diffusers]'), so that the names can be translated"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .denoiser import Denoiser
 from .detector import EncodedPrompt, FittedDetector, PromptEncoder, fit_detector
-from .diffusion import train
+from .diffusion import check_training, train
 from .examples import Images
 from .fit import Devices
 from .objectives import Clip
@@ -15,6 +15,6 @@ from .training import TrainingResult
 
 __all__ = [
     "Clip", "Denoiser", "Devices", "EncodedPrompt", "FitSettings", "FittedDetector", "Images", "Prompt",
-    "PromptEncoder", "Text", "TrainSettings", "TrainingResult", "fit_detector", "prompts_for", "train",
-    "train_on_texts",
+    "PromptEncoder", "Text", "TrainSettings", "TrainingResult", "check_training", "fit_detector", "prompts_for",
+    "train", "train_on_texts",
 ]  # fmt: skip

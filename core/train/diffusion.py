@@ -65,7 +65,12 @@ def train(
         MergeError: Missing images, CLIP model or LoRA, or values that are not finite.
         FormatError: `folder` holds another training.
     """
-    _check(mixture, concepts, settings, images, clip)
+    check_training(mixture, concepts, settings, has_images=images is not None, has_clip=clip is not None)
+    if mixture.gates.settings.reads == "text" and mixture.gates.detector is None:
+        raise MergeError(
+            "Gates that read the text need a concept detector.",
+            remedy="fit one with core.train.fit_detector and build the mixture with GateSet(.., detector=..)",
+        )
     record = {
         "settings": settings.model_dump(),
         "prompts": [prompt.text for prompt in prompts],
@@ -100,23 +105,27 @@ def train(
     return run.fit(objective, key)
 
 
-def _check(
+def check_training(
     mixture: Mixture,
     concepts: Sequence[Sequence[str]],
     settings: TrainSettings,
-    images: Images | None,
-    clip: Clip | None,
+    *,
+    has_images: bool = False,
+    has_clip: bool = False,
 ) -> None:
+    """Raise if gates cannot be trained in this way; before anything is encoded or sampled.
+
+    Args:
+        mixture: The mixture; its gates need no concept detector yet.
+        concepts, settings: See `train`.
+        has_images: Whether there are images for the objective ``denoise``.
+        has_clip: Whether there is a CLIP model for the objective ``clip``.
+
+    Raises:
+        MergeError: Concepts that do not fit, or missing images, CLIP model or LoRA.
+    """
     check_concepts(concepts, len(mixture.experts))
     check_trainable(mixture)
-    reads = mixture.gates.settings.reads
-    if settings.objective == "router" and reads not in READS_TEXT:
-        raise MergeError("The router is for gates that read the text.", expected="reads=text", found=reads)
-    if reads == "text" and mixture.gates.detector is None:
-        raise MergeError(
-            "Gates that read the text need a concept detector.",
-            remedy="fit one with core.train.fit_detector and build the mixture with GateSet(.., detector=..)",
-        )
     if settings.objective == "router" and mixture.gates.settings.reads not in READS_TEXT:
         raise MergeError(
             "The router is for gates that read the text.",
@@ -124,14 +133,14 @@ def _check(
             found=mixture.gates.settings.reads,
             remedy="choose gates that read text, or the objective distil",
         )
-    if settings.objective == "denoise" and images is None:
+    if settings.objective == "denoise" and not has_images:
         raise MergeError(
             "The denoising objective needs images.",
             expected="some images (latents) per LoRA, each with its prompt",
             found="none",
             remedy="give some, or use the objective distil, which needs none",
         )
-    if settings.objective == "clip" and clip is None:
+    if settings.objective == "clip" and not has_clip:
         raise MergeError(
             "CLIP guidance needs a CLIP model.", found="none", remedy="give one, or use the objective distil"
         )
@@ -176,7 +185,7 @@ def _router_gates(
     """
     bank = attachment.bank
     if bank.gates.settings.reads != "text-mean":
-        assert bank.gates.detector is not None  # see _check
+        assert bank.gates.detector is not None  # see train
         names = dict.fromkeys(scope.name for scope in bank.scopes.values())
         return route_gates(bank.gates.detector, bank.gates.settings, names, compose=settings.compose).to(
             next(bank.buffers()).device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...core.progress import Progress
 
+_SHOWN_KEYS = 20  # dropped keys that a report lists
 _TEXT_INTERVAL = 0.5  # seconds between lines of text that show progress
 
 
@@ -52,6 +53,22 @@ def show_text(text: str) -> ui.PreviewText:
     """Write a text on the node that runs. The return value, given to `NodeOutput`, puts it into the history too."""
     _send_text(text)
     return ui.PreviewText(text)
+
+
+def with_dropped_first(text: str, dropped: Sequence[str]) -> str:
+    """Return a report whose first line is the number of dropped keys, if any: a node shows a few lines only."""
+    if not dropped:
+        return text
+    return f"{len(dropped)} key{'s' * (len(dropped) != 1)} could not be used, see DROPPED below.\n{text}"
+
+
+def dropped_section(dropped: Sequence[str]) -> list[str]:
+    """Return the lines of a report that list dropped keys."""
+    if not dropped:
+        return []
+    lines = [f"    {line}" for line in dropped[:_SHOWN_KEYS]]
+    more = len(dropped) - _SHOWN_KEYS
+    return [f"  DROPPED ({len(dropped)}):", *lines, *([f"    and {more} more"] if more > 0 else [])]
 
 
 def text_writer() -> Callable[[str], None]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import folder_paths
 
-from ...core.errors import FormatError, SaveError
+from ...core.errors import FormatError, SaveError, name_some
 from ...core.safe_paths import is_inside, is_safe_name
 
 LORAS, GATES = "loras", "legomole_gates"  # kinds of model files, and the names of their folders
@@ -25,20 +25,39 @@ def lora_path(name: str) -> Path:
 
 
 def path_of(name: str, kind: str) -> Path:
-    """Return the path of a file, given its name in `file_names`.
+    """Return the path of a file, given its name in a graph, which may come from another computer.
+
+    That is the file of this name in `file_names`, with ``\\`` or ``/``; else the only file with the same last part.
 
     Raises:
-        FormatError: There is no such file.
+        FormatError: There is no such file, or several.
     """
-    path = folder_paths.get_full_path(kind, name) if is_safe_name(name) else None
-    if path is None:
-        raise FormatError(
-            "There is no such LoRA." if kind == LORAS else "There are no such gates.",
-            file=name,
-            expected=f"a file in ComfyUI's {kind} folders",
-            remedy="refresh the page, or choose another file",
-        )
-    return Path(path)
+    namesakes: list[str] = []
+    if is_safe_name(name):
+        path = folder_paths.get_full_path(kind, name) or folder_paths.get_full_path(kind, name.replace("\\", "/"))
+        last_part = PureWindowsPath(name).name  # divides at both kinds of slashes
+        namesakes = [] if path else [other for other in file_names(kind) if PureWindowsPath(other).name == last_part]
+        path = folder_paths.get_full_path(kind, namesakes[0]) if len(namesakes) == 1 else path
+        if path:
+            return Path(path)
+    raise FormatError(
+        "There is no such LoRA." if kind == LORAS else "There are no such gates.",
+        file=name,
+        expected=f"a file in ComfyUI's {kind} folders",
+        found=f"several files of that name: {name_some(namesakes)}" if namesakes else None,
+        remedy="refresh the page, or choose another file",
+    )
+
+
+def check_name(name: str | None, kind: str) -> bool | str:
+    """Check a file name for a node's `validate_inputs`: ``True`` or the reason why it cannot be used.
+
+    It replaces ComfyUI's check, which knows no names from other computers. ``None``: another node provides the name.
+    """
+    try:
+        return name is None or bool(path_of(name, kind))
+    except FormatError as error:
+        return str(error)
 
 
 def fingerprint(name: str | None, kind: str) -> object:

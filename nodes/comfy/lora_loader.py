@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.model_patcher
 import comfy.sd
 import comfy.weight_adapter
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...core import formats
@@ -25,7 +26,7 @@ from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, best_rank_k
 from ..graph_lora import GraphLora
-from ..loaded_loras import LoadedLoras
+from ..loaded_loras import LoadedLoras, file_notes
 from .display import progress_bar
 from .patches import (
     AdapterBuilder,
@@ -65,6 +66,7 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
         [apply_key_map(adapter, common.key_map) for adapter in originals],
         originals,
         connected=f"{base_of(model)} model{'' if clip is None else ' with CLIP'}",
+        file_notes=file_notes(loras),
         dropped=tuple(line for builder in builders for line in builder.dropped),
         finish=lambda adapter: fuse_unnamed(adapter, common, names, row_count),  # must not refer to the model
         slices=common.slices,
@@ -117,16 +119,24 @@ class _ModelLayers:
                 to_convert.append((target, patch))
         if to_convert:
             self._convert(builder, to_convert)
-        builder.dropped += self._unread_keys(lora, converted, patches)
+        builder.dropped += self.unread_keys(lora, converted, patches)
         if not (builder.modules or builder.diffs or builder.extras):
             raise MergeError(
                 "ComfyUI finds nothing in this LoRA for the connected model.",
                 file=source.path,
                 expected="a LoRA of the model's architecture",
                 found=builder.dropped[0] if patches else f"keys like {name_some(state_dict, 3)}",
-                remedy="connect the base model the LoRA was trained for (and its CLIP)",
+                remedy=self.remedy(),
             )
         return builder
+
+    def remedy(self) -> str:
+        if any(key.endswith(".qweight") for key in self._weights):  # Nunchaku's
+            return (
+                "the layers of this model have no weights that LoRAs are added to: load it in another format, or use "
+                "the LoRA loader of the pack that loaded the model, with a file from Save LoRA"
+            )
+        return "connect the base model the LoRA was trained for (and its CLIP)"
 
     def readable_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename keys that ComfyUI does not read: ``unet.<path>`` becomes ``lora_unet_<path with _>`` where it can."""
@@ -253,15 +263,30 @@ class _ModelLayers:
         return (after[start : start + size] - before).float(), ParameterSlice(key, start, start + size)
 
     def _unpatched_weight(self, key: str) -> Tensor:
-        """Return the weight without patched-in LoRAs, in float64 to keep the precision of after minus before."""
-        weight, convert = self._originals[key]
-        return convert(weight.detach().to(device="cpu", dtype=torch.float64, copy=True), inplace=True)
+        """Return the weight without patched-in LoRAs, in float64 to keep the precision of after minus before.
 
-    @cached_property
-    def _originals(self) -> dict[str, tuple[Tensor, Callable[..., Tensor]]]:
-        return {key: entry[0] for patcher in self._patchers for key, entry in patcher.get_key_patches().items()}
+        A quantised weight is dequantised. `ModelPatcher.get_key_patches` would do, but fails for the scales of those.
+        """
+        patcher = next(patcher for patcher in self._patchers if key in patcher.model_state_dict())
+        with patcher.use_ejected():
+            weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        if key in patcher.backup:
+            weight = patcher.backup[key].weight
+        if key in patcher.hook_backup:
+            weight = patcher.hook_backup[key][0]
+        if isinstance(weight, QuantizedTensor):
+            return weight.detach().dequantize().to(device="cpu", dtype=torch.float64)
+        if not weight.is_floating_point():  # e.g. the packed blocks of a GGUF file
+            raise MergeError(
+                "The update of the LoRA depends on the weights of the model, and only another pack can unpack those.",
+                module=self.names.of_parameter(key),
+                found=f"{type(weight).__name__} of {weight.dtype}",
+                remedy="connect the same model from a file that ComfyUI's own loader reads",
+            )
+        weight = weight.detach().to(device="cpu", dtype=torch.float64, copy=True)
+        return weight if convert is None else convert(weight, inplace=True)
 
-    def _unread_keys(
+    def unread_keys(
         self, lora: GraphLora, state_dict: Mapping[str, Tensor], patches: Mapping[Target, Any]
     ) -> Iterator[str]:
         """Yield the keys of the file that ComfyUI did not use, with the reason."""
@@ -277,6 +302,21 @@ class _ModelLayers:
             else:
                 reason = "the model has no such layer, or another key of the file changes the same layer"
             yield f"{key} of {lora.label}: {reason}"
+
+    def not_applied(self, lora: GraphLora, state_dict: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Return the keys of a LoRA that the stock loader does not use, with the reason.
+
+        Args:
+            lora: The LoRA, for its label.
+            state_dict: Its tensors, under the names that the stock loader gets.
+        """
+        converted = comfy.lora_convert.convert_lora(dict(state_dict))
+        patches = comfy.lora.load_lora(converted, self.key_map, log_missing=False)
+        missing = [key for key in (split_target(target)[0] for target in patches) if key not in self._weights]
+        return (
+            *(f"{key} of {lora.label}: the model has no such parameter" for key in missing),
+            *self.unread_keys(lora, converted, patches),
+        )
 
     def _wrong_shape(
         self, builder: AdapterBuilder, key: str, expected: tuple[int, ...], found: tuple[int, ...]
@@ -333,12 +373,24 @@ def _source(lora: GraphLora, state_dict: Mapping[str, Tensor]) -> Source:
 
 
 def apply(lora: GraphLora, model: Any, clip: Any, strength_model: float, strength_clip: float) -> tuple[Any, Any]:
+    """Patch a LoRA into a model and its text encoders, see `apply_with_dropped`.
+
+    Returns:
+        The patched MODEL and CLIP.
+    """
+    return apply_with_dropped(lora, model, clip, strength_model, strength_clip)[:2]
+
+
+def apply_with_dropped(
+    lora: GraphLora, model: Any, clip: Any, strength_model: float, strength_clip: float
+) -> tuple[Any, Any, tuple[str, ...]]:
     """Patch a LoRA into a model and its text encoders with the stock loader, from the tensors Save LoRA would write.
 
     Names that only other hosts read are renamed first, as for a merge.
 
     Returns:
-        The patched MODEL and CLIP.
+        The patched MODEL and CLIP, and the keys that the stock loader does not use, with the reason. A LoRA that
+        changes nothing, or of strength 0, leaves both as they are.
 
     Raises:
         MergeError: No layer of the LoRA fits, or a strength is not finite.
@@ -352,13 +404,14 @@ def apply(lora: GraphLora, model: Any, clip: Any, strength_model: float, strengt
             expected="e.g. 0.8",
             found=[strength_model, strength_clip],
         )
-    if strength_model == 0 and strength_clip == 0:
-        return model, clip
+    if lora.is_empty or (strength_model == 0 and strength_clip == 0):
+        return model, clip, ()
     tensors, _ = open_lora(lora)
     file = str(lora.content) if isinstance(lora.content, Path) else lora.label
     for key, tensor in tensors.items():
         check_finite(tensor, key, file)
-    state_dict = _ModelLayers(model, clip).readable_names(tensors)
+    layers = _ModelLayers(model, clip)
+    state_dict = layers.readable_names(tensors)
     applied = comfy.sd.load_lora_for_models(model, clip, state_dict, strength_model, strength_clip)
     if _patch_count(*applied) == _patch_count(model, clip):
         raise MergeError(
@@ -366,9 +419,9 @@ def apply(lora: GraphLora, model: Any, clip: Any, strength_model: float, strengt
             file=lora.label,
             expected="a LoRA of the model's architecture",
             found=f"keys like {name_some(state_dict, 3)}",
-            remedy="connect the base model the LoRA was made for",
+            remedy=layers.remedy(),
         )
-    return applied
+    return *applied, layers.not_applied(lora, state_dict)
 
 
 def _patch_count(model: Any, clip: Any) -> int:

@@ -85,7 +85,7 @@ def _setup(
     size = _latent_size(model)
     latent = torch.zeros(1, 4, size, size)
     # the guidance scale and the number of steps are of sampling, and nothing is sampled
-    return SamplingSetup(mix, model, encoders, latent, prompts_for(words), words, cfg=1.0, steps=1)
+    return SamplingSetup(mix, model, clip, encoders, latent, prompts_for(words), words, cfg=1.0, steps=1)
 
 
 def _latent_size(model: Any) -> int:

@@ -29,7 +29,9 @@ from ...core.mole.trained import TrainedGates
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
 from . import guiders, lora_loader
+from .display import dropped_section, with_dropped_first
 from .live_gates import gate_sender
+from .merge_guard import guard
 
 _MODEL_PREFIX = "diffusion_model."
 _ATTACHMENT_KEY = "legomole_mixes"  # under which a model patcher holds its mixtures
@@ -74,20 +76,19 @@ class ComfyMixture:
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
         if len(m.experts) == 1 and s.activation == "softmax":
             lines.append("  note: a softmax over one LoRA is always 1")
-        if self.loaded.dropped:
-            lines.append(f"  DROPPED ({len(self.loaded.dropped)}):")
-            lines += [f"    {line}" for line in self.loaded.dropped[:10]]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.loaded.notes)])
+        lines += dropped_section(self.loaded.dropped)
+        text = "\n".join([*lines, *(f"  note: {note}" for note in self.loaded.notes)])
+        return with_dropped_first(text, self.loaded.dropped)
 
 
 def mixtures_of(model: Any) -> tuple[ComfyMixture, ...]:
-    """Return the mixtures on a MODEL, in the order in which they were applied.
+    """Return the mixtures on a MODEL, in the order in which they were applied; none after `pass_through`.
 
     Raises:
-        MergeError: There are none.
+        MergeError: The MODEL comes from no MoLE Mix.
     """
-    mixtures: tuple[ComfyMixture, ...] = model.get_attachment(_ATTACHMENT_KEY) or ()
-    if not mixtures:
+    mixtures: tuple[ComfyMixture, ...] | None = model.get_attachment(_ATTACHMENT_KEY)
+    if mixtures is None:
         raise MergeError(
             "There is no mix on this model.",
             expected="the MODEL output of MoLE Mix",
@@ -175,6 +176,14 @@ def apply_to_model(mix: ComfyMixture, model: Any) -> Any:
     patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, key, partial(guiders.predict_noise, mix.prompt_gates))
     patched.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, partial(_calculate, mix, send_gates))
     patched.set_attachments(_ATTACHMENT_KEY, (*(model.get_attachment(_ATTACHMENT_KEY) or ()), mix))
+    guard(patched)
+    return patched
+
+
+def pass_through(model: Any) -> Any:
+    """Return a clone of a MODEL that gets no mixture, because no LoRA is left; Gate Map says so."""
+    patched = model.clone()
+    patched.set_attachments(_ATTACHMENT_KEY, model.get_attachment(_ATTACHMENT_KEY) or ())
     return patched
 
 

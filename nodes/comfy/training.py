@@ -12,6 +12,7 @@ from typing import Any
 import comfy.model_management
 import comfy.sample
 import torch
+from comfy.quant_ops import QUANT_ALGOS
 from torch import Tensor
 
 from ...core.digest import digest, identity, some_of
@@ -21,11 +22,11 @@ from ...core.mole.attach import attach
 from ...core.mole.bank import Bank
 from ...core.mole.gates import GateSet
 from ...core.progress import Progress
-from ...core.train import Images, Prompt, TrainingResult, TrainSettings, fit_detector, train
+from ...core.train import Images, Prompt, TrainingResult, TrainSettings, check_training, train
 from ...core.train.measure import MAX_MOMENT_BYTES, CalibrationSettings, measure_statistics
 from .denoiser import ComfyDenoiser, Conditioning
+from .detectors import fitted_detector
 from .mixture import ComfyMixture
-from .prompt_encoder import ComfyPromptEncoder
 from .sampling import encode
 
 
@@ -36,7 +37,8 @@ class SamplingSetup:
     Args:
         mix: The mixture, with untrained gates.
         model: The MODEL it was built for.
-        clip: The CLIP, with the experts' text encoder modules merged into it.
+        clip: The CLIP, as connected.
+        patched_clip: The CLIP, with the experts' text encoder modules merged into it.
         latent: Samples of a LATENT of the size to sample at.
         prompts: The prompts, see `core.train.prompts_for`.
         concepts: Per expert, the words that name it.
@@ -47,6 +49,7 @@ class SamplingSetup:
     mix: ComfyMixture
     model: Any
     clip: Any
+    patched_clip: Any
     latent: Tensor
     prompts: Sequence[Prompt]
     concepts: Sequence[Sequence[str]]
@@ -55,7 +58,7 @@ class SamplingSetup:
 
     def encode_prompts(self) -> list[Conditioning]:
         """Encode the prompts. Call it before the model is loaded: a small GPU does not hold both."""
-        return [encode(self.clip, prompt.text) for prompt in self.prompts]
+        return [encode(self.patched_clip, prompt.text) for prompt in self.prompts]
 
     def fingerprint(self) -> str:
         """Return what distinguishes the trained model from others: weights, patches, LoRAs, gates and sizes."""
@@ -96,6 +99,7 @@ def train_gates(
     Raises:
         MergeError, FormatError: See `core.train.train`; also a model that cannot be copied.
     """
+    check_training(setup.mix.mixture, setup.concepts, settings, has_images=bool(images))
     setup, notes = _with_detector(setup, progress)
     training_id = setup.fingerprint()
     training_id += digest([*images.values(), *(caption[0][0] for caption in captions.values())])
@@ -136,11 +140,11 @@ def _with_detector(setup: SamplingSetup, progress: Progress) -> tuple[SamplingSe
     if gates.settings.reads != "text":
         return setup, ()
     texts = [prompt.text for prompt in setup.prompts]
-    with torch.inference_mode(False), torch.no_grad():
-        encoder = ComfyPromptEncoder(setup.model, setup.clip)
-        detector, notes = fit_detector(setup.concepts, encoder, texts, progress=progress)
-    mixture = replace(setup.mix.mixture, gates=GateSet(gates.experts, gates.settings, detector=detector))
-    return replace(setup, mix=replace(setup.mix, mixture=mixture)), notes
+    fitted = fitted_detector(
+        setup.mix, setup.model, setup.clip, setup.patched_clip, setup.concepts, texts, progress=progress
+    )
+    mixture = replace(setup.mix.mixture, gates=GateSet(gates.experts, gates.settings, detector=fitted.detector))
+    return replace(setup, mix=replace(setup.mix, mixture=mixture)), fitted.notes
 
 
 def calibrate(setup: SamplingSetup, settings: CalibrationSettings, progress: Progress) -> Statistics:
@@ -209,6 +213,7 @@ def _trainable(model: Any) -> Generator[Any]:
         patcher.set_model_compute_dtype(torch.bfloat16 if bf16 else torch.float32)
     patcher.model.requires_grad_(False)
     comfy.model_management.load_models_gpu([patcher], memory_required=1e20, force_full_load=True)
+    _dequantise_without_backward(patcher.model)
     comfy.model_management.in_training = True  # without it ComfyUI uses kernels that have no backward pass
     try:
         with torch.enable_grad():
@@ -216,6 +221,18 @@ def _trainable(model: Any) -> Generator[Any]:
     finally:
         comfy.model_management.in_training = False
         patcher.detach()
+
+
+def _dequantise_without_backward(model: torch.nn.Module) -> None:
+    """Let layers dequantise their weights before use if ComfyUI's kernel for their format has no backward pass.
+
+    These are the formats that quantise weights but not inputs: int8, and packed int4. A layer dequantises its weight
+    if it has a function to apply to it.
+    """
+    for module in model.modules():
+        format = QUANT_ALGOS.get(getattr(module, "quant_format", ""), {})
+        if not format.get("quantize_input", True):
+            module.weight_function = [*module.weight_function, lambda weight: weight]  # type: ignore[assignment,misc]
 
 
 def _images_with_prompts(

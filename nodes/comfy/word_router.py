@@ -10,26 +10,22 @@ from typing import Any
 
 import torch
 
-from ...core.adapter import is_text_encoder
-from ...core.digest import identity
 from ...core.mole.prompt_check import prompt_warnings
 from ...core.mole.router import route_gates
 from ...core.progress import Progress
-from ...core.train import FittedDetector, fit_detector
 from . import display
+from .detectors import fitted_detector
 from .mixture import ComfyMixture
-from .prompt_encoder import ComfyPromptEncoder, text_of
+from .prompt_encoder import text_of
 
 _LOG = logging.getLogger(__name__)
-_KEPT = 8  # detectors
 _SHOWN = 4  # prompts whose warnings stay on the node
-_detectors: OrderedDict[tuple[Any, ...], FittedDetector] = OrderedDict()
 
 
 def with_router(
     mix: ComfyMixture, model: Any, clip: Any, patched: Any, words: Sequence[Sequence[str]], progress: Progress
 ) -> tuple[ComfyMixture, tuple[str, ...]]:
-    """Give a mixture gates that open for prompts with a LoRA's words. Encodes about a hundred prompts, once per CLIP.
+    """Give a mixture gates that open for prompts with a LoRA's words, see `fitted_detector`.
 
     Args:
         mix: The mixture, with untrained gates.
@@ -42,16 +38,7 @@ def with_router(
     Returns:
         The mixture, and sentences for its report.
     """
-    experts = zip(mix.mixture.experts, mix.text_encoder_weights, strict=True)
-    loras = [(identity(expert), weight) for expert, weight in experts if any(map(is_text_encoder, expert.modules))]
-    key = (clip.patcher.patches_uuid, clip.layer_idx, repr(clip.tokenizer_options), repr(loras), repr(words))
-    fitted = _detectors.get(key)
-    if fitted is None:
-        with torch.inference_mode(False), torch.no_grad():
-            fitted = fit_detector(words, ComfyPromptEncoder(model, patched), progress=progress)
-        _detectors[key] = fitted
-        while len(_detectors) > _KEPT:
-            _detectors.popitem(last=False)
+    fitted = fitted_detector(mix, model, clip, patched, words, progress=progress)
     settings = mix.mixture.gates.settings
     names = dict.fromkeys(scope.name for scope in mix.bank.scopes.values())
     with torch.inference_mode(False), torch.no_grad():

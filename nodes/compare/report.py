@@ -17,7 +17,7 @@ from ..comfy import display, folders
 from ..graph_lora import connected_loras
 from ..merge.read_cache import read
 from ..settings import settings_of
-from ..sockets import CATEGORY, loras_input, model_inputs, setting_input
+from ..sockets import CATEGORY, loras_input, model_inputs, refuse_unknown, setting_input
 
 
 class LoRAReport(io.ComfyNode):
@@ -60,8 +60,9 @@ class LoRAReport(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, loras: dict[str, Any], rank: str, filename_prefix: str, model: Any = None, clip: Any = None
+        cls, loras: dict[str, Any], rank: str, filename_prefix: str, model: Any = None, clip: Any = None, **unknown: Any
     ) -> io.NodeOutput:
+        refuse_unknown(unknown)
         values = connected_loras(loras, folders.lora_path)
         path = folders.new_path(filename_prefix, folders.OUTPUT) if filename_prefix else None
         loaded = read(values, model, clip)

@@ -24,7 +24,15 @@ from ..comfy import display, folders
 from ..comfy.sampling import SAMPLERS, SCHEDULERS
 from ..graph_lora import connected_loras
 from ..settings import RANK_HELP
-from ..sockets import CATEGORY, LEGOMOLE_GATES, LEGOMOLE_STATISTICS, loras_input, report_output, seed_input
+from ..sockets import (
+    CATEGORY,
+    LEGOMOLE_GATES,
+    LEGOMOLE_STATISTICS,
+    loras_input,
+    refuse_unknown,
+    report_output,
+    seed_input,
+)
 from .cells import ModelPreparer, SamplerSettings, sample_cells
 
 _VALUES_HELP = (
@@ -147,9 +155,10 @@ class XYCompare(io.ComfyNode):
         latent_scale: float,
         gates: TrainedGates | None = None,
         statistics: Statistics | None = None,
+        **unknown: Any,
     ) -> io.NodeOutput:
-        is_any_connected = any(lora is not None for lora in loras.values())
-        values = connected_loras(loras, folders.lora_path) if is_any_connected else []
+        refuse_unknown(unknown)
+        values = connected_loras(loras, folders.lora_path, may_be_none=True)
         x, y = Axis.parse("x", x_axis, x_values), Axis.parse("y", y_axis, y_values)
         grid = grid_of_cells(
             x,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..comfy import lora_loader
+from ..comfy import display, lora_loader
 from ..graph_lora import GraphLora
-from ..sockets import CATEGORY, LEGOMOLE_LORA, strength_input
+from ..sockets import CATEGORY, LEGOMOLE_LORA, report_output, strength_input
 
 
 class ApplyLoRA(io.ComfyNode):
@@ -33,6 +34,7 @@ class ApplyLoRA(io.ComfyNode):
             outputs=[
                 io.Model.Output("MODEL", tooltip="The patched diffusion model."),
                 io.Clip.Output("CLIP", tooltip="The patched text encoders; empty if none are connected."),
+                report_output("What was applied, and which keys of the file could not be used."),
             ],
         )
 
@@ -40,4 +42,18 @@ class ApplyLoRA(io.ComfyNode):
     def execute(
         cls, model: Any, lora: GraphLora, strength_model: float, strength_clip: float, clip: Any = None
     ) -> io.NodeOutput:
-        return io.NodeOutput(*lora_loader.apply(lora, model, clip, strength_model, strength_clip))
+        model, clip, dropped = lora_loader.apply_with_dropped(lora, model, clip, strength_model, strength_clip)
+        text = _report(lora, strength_model * lora.strength_model, strength_clip * lora.strength_clip, clip, dropped)
+        return io.NodeOutput(model, clip, text, ui=display.show_text(text))
+
+
+def _report(lora: GraphLora, strength_model: float, strength_clip: float, clip: Any, dropped: Sequence[str]) -> str:
+    """Describe what was applied to the user."""
+    if lora.is_empty:
+        return "no LoRA is connected or switched on: model and CLIP are passed on unchanged"
+    text_encoders = "" if clip is None else f", on the text encoders {strength_clip:g}"
+    lines = [f"{lora.label}: strength on the model {strength_model:g}{text_encoders}"]
+    lines += display.dropped_section(dropped)
+    if lora.note:
+        lines.append(f"  note: {lora.note}")
+    return display.with_dropped_first("\n".join(lines), dropped)

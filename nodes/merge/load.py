@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..comfy import folders
+from ..comfy import display, folders
 from ..graph_lora import GraphLora, StackEntry
 from ..sockets import CATEGORY, LORA_STACK, lora_output, strength_input
 from ..words import split_words
@@ -58,6 +57,10 @@ class LoadLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, lora_name: str | None = None) -> bool | str:
+        return folders.check_name(lora_name, folders.LORAS)
+
+    @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **others: Any) -> object:
         """Run the node, and the merges after it, again when the file has changed."""
         return folders.fingerprint(lora_name, folders.LORAS)
@@ -74,6 +77,7 @@ class LoadLoRA(io.ComfyNode):
     ) -> io.NodeOutput:
         path = folders.lora_path(lora_name)
         own_words = tuple(split_words(words or ""))
-        lora = GraphLora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank, words=own_words)
+        lora = GraphLora.of_file(lora_name, path, strength_model, strength_clip, convert_rank, own_words)
         entry = StackEntry.of(lora_name, strength_model, strength_clip, convert_rank, own_words)
-        return io.NodeOutput(lora, [*(lora_stack or []), entry])
+        shown = display.show_text(f"note: {lora.note}") if lora.note else None
+        return io.NodeOutput(lora, [*(lora_stack or []), entry], ui=shown)

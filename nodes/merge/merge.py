@@ -16,7 +16,7 @@ from ...core.merge.statistics import Statistics
 from ...core.recipes.method_settings import takes_statistics
 from ..comfy import display, folders
 from ..comfy.merge_calibration import KeepBase, calibrate_merge
-from ..graph_lora import connected_loras
+from ..graph_lora import GraphLora, connected_loras
 from ..settings import method_from_widgets, settings_of, works_without_statistics
 from ..sockets import (
     CATEGORY,
@@ -25,6 +25,7 @@ from ..sockets import (
     method_input,
     model_inputs,
     module_weights_input,
+    refuse_unknown,
     report_output,
     setting_input,
     statistics_input,
@@ -75,6 +76,7 @@ class LegoMerge(io.ComfyNode):
         module_weights: str | None = None,
         **settings: Any,
     ) -> io.NodeOutput:
+        refuse_unknown(settings, [setting.name for setting in settings_of(_LEGO)])
         widgets = {**settings, "method": "lego"}
         base = BaseModel(model, clip, statistics, keep_base, words or "")
         return _merge(loras, widgets, base, module_weights or "")
@@ -132,7 +134,9 @@ class MergeLoRAs(io.ComfyNode):
         clip: Any = None,
         statistics: Statistics | None = None,
         module_weights: str | None = None,
+        **unknown: Any,
     ) -> io.NodeOutput:
+        refuse_unknown(unknown)
         return _merge(loras, method, BaseModel(model, clip, statistics, keep_base, words or ""), module_weights or "")
 
 
@@ -193,7 +197,10 @@ def _merge(loras: Mapping[str, Any], widgets: Mapping[str, Any], base: BaseModel
             found="nothing connected to model",
             remedy="connect the same model (and clip) here",
         )
-    values = connected_loras(loras, folders.lora_path)
+    values = connected_loras(loras, folders.lora_path, may_be_none=True)
+    if not values:
+        text = "no LoRA is connected or switched on: there is nothing to merge, and Apply LoRA changes nothing"
+        return io.NodeOutput(GraphLora.empty(), text, ui=display.show_text(text))
     words = words_of_loras(base.words, values)
     name, statistics, note = widgets["method"], base.statistics, ""
     measures = statistics is None and takes_statistics(name)

@@ -86,4 +86,4 @@ def _drop(owner: weakref.ref[Any], loaded: weakref.ref[LoadedLoras]) -> None:
 def _state(lora: GraphLora) -> _Key:
     """What must be equal for a loaded LoRA to be used again: for a file also its size and time."""
     content = file_states([lora.content]) if isinstance(lora.content, Path) else id(lora.content)
-    return (lora.label, lora.convert_rank, content)
+    return (lora.label, lora.convert_rank, lora.note, content)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +12,16 @@ from ...core import formats
 from ...core.adapter import Adapter, Source
 from ...core.merge.layer_rules import parse_layer_rules
 from ...core.merge.methods import METHODS, MergeMethod
+from ...core.merge.rank import Rank
 from ...core.merge.report import MergeReport
 from ...core.merge.statistics import Statistics
+from ...core.merge.tasks import plan_batches
+from ...core.merge.weights import Weights
 from ...core.progress import Progress
 from ...core.recipes.conversion import convert
 from ...core.recipes.metadata import KEY, NOT_REPEATABLE, with_recipe_fields
 from ...core.recipes.method_settings import method_settings
+from ...core.recipes.output import name_output
 from ...core.recipes.recipe import Input, Recipe
 from ...core.recipes.run import describe, merge_aligned, run
 from ..graph_lora import GraphLora
@@ -44,26 +48,35 @@ def merge_loaded(
 
     Returns:
         The merged LoRA, with its recipe in the metadata, and the report. Why a recipe cannot be repeated from files is
-        noted in the metadata only, because there a model is connected most of the time.
+        noted in the metadata only, because there a model is connected most of the time. A lowered rank and files found
+        under other names are noted in the report only: the recipe holds what was used.
 
     Raises:
         MergeError: See `core.merge.engine.merge`.
     """
     tables = parse_layer_rules(rules, len(loaded.adapters), [adapter.layers for adapter in loaded.adapters])
+    inputs = [
+        Input(
+            path=adapter.source.path or lora.label,
+            sha256=adapter.source.sha256,
+            weight=lora.strength_model,
+            text_encoder_weight=lora.strength_clip,
+            module_weights=weights,
+            convert_rank=lora.convert_rank or None,
+        )
+        for lora, adapter, weights in zip(loras, loaded.originals, tables, strict=True)
+    ]
+    method, rank_notes = with_possible_rank(
+        method,
+        loaded.adapters,
+        [lora.strength_model for lora in loras],
+        [lora.strength_clip for lora in loras],
+        tables,
+    )
     recipe = Recipe(
         method=next(name for name, row in METHODS.items() if isinstance(method, row)),
         settings=method_settings(method),
-        inputs=[
-            Input(
-                path=adapter.source.path or lora.label,
-                sha256=adapter.source.sha256,
-                weight=lora.strength_model,
-                text_encoder_weight=lora.strength_clip,
-                module_weights=weights,
-                convert_rank=lora.convert_rank or None,
-            )
-            for lora, adapter, weights in zip(loras, loaded.originals, tables, strict=True)
-        ],
+        inputs=inputs,
     )
     result = merge_aligned(
         recipe, method, loaded.adapters, progress=progress, cache=loaded.cache, statistics=statistics
@@ -88,8 +101,35 @@ def merge_loaded(
     )
     label = f"{recipe.method}({', '.join(report.inputs)})"
     adapter = replace(described.adapter, source=Source(label, format=described.adapter.source.format))
-    shown = tuple(note for note in described.report.notes if note not in hidden_notes)
+    stored_notes = (note for note in described.report.notes if note not in hidden_notes)
+    shown = (*loaded.file_notes, *rank_notes, *stored_notes)
     return GraphLora(adapter, label, recipe=None if obstacles else recipe), replace(described.report, notes=shown)
+
+
+def with_possible_rank(
+    method: MergeMethod,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    text_encoder_weights: Sequence[float],
+    module_weights: Sequence[Mapping[str, float]] | None = None,
+) -> tuple[MergeMethod, tuple[str, ...]]:
+    """Lower a rank that is higher than the LoRAs' ranks together, and return a note on it.
+
+    A widget keeps its value when LoRAs are switched off; the engine alone would refuse it.
+
+    Args:
+        method: The merge method.
+        adapters, weights, text_encoder_weights, module_weights: See `core.merge.engine.merge`.
+    """
+    rank = getattr(method, "rank", None)
+    if rank is None or rank.unit:
+        return method, ()
+    checked = Weights.of(adapters, weights, text_encoder_weights, module_weights, False)
+    highest = max((sum(batch.ranks) for batch in plan_batches(adapters, checked.modules)), default=rank.value)
+    if rank.value <= highest:
+        return method, ()
+    note = f"rank {rank} is more than the LoRAs' ranks together: merged at rank {highest}, the highest possible"
+    return replace(method, rank=Rank(highest)), (note,)  # type: ignore[type-var]
 
 
 def _obstacles(loras: Sequence[GraphLora], loaded: LoadedLoras, method: MergeMethod) -> Iterator[str]:
@@ -140,8 +180,10 @@ def save_lora(
         again = run(chosen, key_map=file_key_map(), progress=progress).adapter
         return formats.save(again, path, format=format or _file_format(again))
     if isinstance(lora.content, Adapter) and KEY in adapter.metadata:
-        adapter = replace(adapter, metadata=with_recipe_fields(adapter.metadata, **fields))
-        return formats.save(adapter, path, format=format or _file_format(adapter), dtype=cast_to)
+        keeps_names = format in (None, adapter.source.format)
+        named = adapter if keeps_names else name_output(adapter, first_format=_file_format(adapter), format=format)[0]
+        named = replace(named, metadata=with_recipe_fields(adapter.metadata, **fields))
+        return formats.save(named, path, format=format or _file_format(adapter), dtype=cast_to)
     return formats.save(convert(adapter, format, cast_to), path, format=format or _file_format(adapter))
 
 

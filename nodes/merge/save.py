@@ -58,6 +58,9 @@ class SaveLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora: GraphLora, filename_prefix: str, format: str, dtype: str) -> io.NodeOutput:
+        if lora.is_empty:
+            text = "no LoRA is connected or switched on: no file is written"
+            return io.NodeOutput("", ui=display.show_text(text))
         path = save_lora(
             lora,
             folders.new_path(filename_prefix),

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ...core.train.measure import CalibrationSettings
 from ..comfy import display, training
-from ..sockets import CATEGORY, LEGOMOLE_STATISTICS, report_output, seed_input
+from ..sockets import CATEGORY, LEGOMOLE_STATISTICS, refuse_unknown, report_output, seed_input
 from .sampling_setup import model_and_prompt_inputs, sampling_inputs, sampling_setup
 
 
@@ -72,7 +72,9 @@ class Calibrate(io.ComfyNode):
         batch_size: int,
         seed: int,
         prompts: str | None = None,
+        **unknown: Any,
     ) -> io.NodeOutput:
+        refuse_unknown(unknown)
         setup = sampling_setup(model, clip, loras, words, latent_image, prompts, sampling_steps=sampling_steps, cfg=cfg)
         settings = CalibrationSettings(samples=pictures, batch=batch_size, seed=seed)
         statistics = training.calibrate(setup, settings, display.progress_bar_with_text())

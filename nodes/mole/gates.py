@@ -61,6 +61,11 @@ class LoadGates(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, gates_name: str | None = None) -> bool | str:
+        """Accept files that were written after the page was opened."""
+        return folders.check_name(gates_name, folders.GATES)
+
+    @classmethod
     def fingerprint_inputs(cls, gates_name: str | None = None, **others: Any) -> object:
         """Run the node again when the file has changed."""
         return folders.fingerprint(gates_name, folders.GATES)

@@ -15,10 +15,12 @@ from ...core.mole.freeze import freeze
 from ...core.mole.gates import GateSettings
 from ...core.mole.mixture import MixMode
 from ...core.mole.trained import TrainedGates
+from ...core.pictures.canvas import Canvas
 from ...core.pictures.gate_map import gate_map
 from ...core.recipes.method_settings import build_method
 from ..comfy import display, folders, mixture, sampling, word_router
 from ..graph_lora import GraphLora, connected_loras
+from ..merge.recorded import with_possible_rank
 from ..settings import method_from_widgets, works_without_statistics
 from ..sockets import (
     CATEGORY,
@@ -27,6 +29,7 @@ from ..sockets import (
     lora_output,
     loras_input,
     method_input,
+    refuse_unknown,
     report_output,
     seed_input,
 )
@@ -138,11 +141,17 @@ class MoLEMix(io.ComfyNode):
         words: str | None = None,
         switched_off: str | None = None,
         clip: Any = None,
+        **unknown: Any,
     ) -> io.NodeOutput:
-        values = connected_loras(loras, folders.lora_path)
-        concepts = words_of_loras(words or "", values)
+        refuse_unknown(unknown)
+        values = connected_loras(loras, folders.lora_path, may_be_none=True)
         labels = [lora.label for lora in values]
+        if not values:
+            return _passed_through(model, clip, labels, "no LoRA is connected or switched on")
         off = _parse_switched_off(switched_off or "", labels)
+        if len(set(off)) == len(values):
+            return _passed_through(model, clip, labels, "every LoRA is switched off")
+        concepts = words_of_loras(words or "", values)
         mix = mixture.build_mixture(
             values,
             model,
@@ -165,6 +174,13 @@ class MoLEMix(io.ComfyNode):
         text_encoders = word_router.warn_about_prompts(mix, model, text_encoders, text)
         shown = {**display.show_text(text).as_dict(), "experts": labels}  # web/mask_strip.js reads the labels
         return io.NodeOutput(patched, text_encoders, text, ui=shown)
+
+
+def _passed_through(model: Any, clip: Any, labels: Sequence[str], reason: str) -> io.NodeOutput:
+    """Return the outputs of a mix of no LoRAs, as every LoRA loader does."""
+    text = f"{reason}: model and CLIP are passed on unchanged"
+    shown = {**display.show_text(text).as_dict(), "experts": list(labels)}
+    return io.NodeOutput(mixture.pass_through(model), clip, text, ui=shown)
 
 
 def _parse_switched_off(text: str, labels: Sequence[str]) -> list[int]:
@@ -225,8 +241,11 @@ class FreezeToLoRA(io.ComfyNode):
     def execute(
         cls, model: Any, positive: Any, latent_image: Mapping[str, Any], method: dict[str, Any], steps: int, seed: int
     ) -> io.NodeOutput:
-        mix = mixture.mixtures_of(model)[-1]
-        progress = display.progress_bar()
+        mixes = mixture.mixtures_of(model)
+        if not mixes:
+            text = "every LoRA of the mix is switched off: there is nothing to freeze"
+            return io.NodeOutput(GraphLora.empty(), text, ui=display.show_text(text))
+        mix, progress = mixes[-1], display.progress_bar()
         sampling.sample(  # only the recorded gates are used
             model,
             positive,
@@ -237,17 +256,23 @@ class FreezeToLoRA(io.ComfyNode):
             cfg=1.0,  # without guidance, because only the prompt's gates are needed
             progress=lambda done: progress(done, steps, "sampling"),
         )
+        merge_method, notes = with_possible_rank(
+            method_from_widgets(_FREEZE_METHODS, method),
+            mix.mixture.experts,
+            mix.mixture.strengths,
+            mix.text_encoder_weights,
+        )
         result = freeze(
             mix.mixture,
             mix.bank,
             mix.record,
-            method_from_widgets(_FREEZE_METHODS, method),
+            merge_method,
             text_encoder_weights=mix.text_encoder_weights,
             progress=display.progress_bar(),
         )
         label = f"frozen({', '.join(mix.mixture.labels)})"
         adapter = replace(mix.loaded.finish(result.adapter), source=Source(label, format="comfy"))
-        text = result.report.text()
+        text = replace(result.report, notes=(*notes, *result.report.notes)).text()
         return io.NodeOutput(GraphLora(adapter, label), text, ui=display.show_text(text))
 
 
@@ -285,7 +310,14 @@ class GateMap(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, after: Any) -> io.NodeOutput:
-        mix = mixture.mixtures_of(model)[-1]
+        mixes = mixture.mixtures_of(model)
+        if not mixes:
+            text = "every LoRA of the mix is switched off: there are no gates"
+            canvas = Canvas()
+            canvas.text(14, 12, text)
+            image = display.to_image(canvas.finish(canvas.text_width(text) + 28, 40))
+            return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))
+        mix = mixes[-1]
         record, labels = mix.record, mix.mixture.labels
         table = record.table()  # (passes, scopes, N)
         names = [scope or "outside of blocks" for scope in record.scopes]

@@ -88,6 +88,7 @@ def sampling_setup(
     return SamplingSetup(
         mix,
         model,
+        clip,
         mixture.apply_to_clip(mix, model, clip),
         latent_image["samples"],
         parsed,

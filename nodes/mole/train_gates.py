@@ -13,7 +13,7 @@ from ...core.mole.gates import GateSettings
 from ...core.pictures.charts import curves
 from ...core.train import TrainingResult, TrainSettings
 from ..comfy import display, folders, training
-from ..sockets import CATEGORY, GRANULARITIES, LEGOMOLE_GATES, report_output, seed_input
+from ..sockets import CATEGORY, GRANULARITIES, LEGOMOLE_GATES, refuse_unknown, report_output, seed_input
 from .sampling_setup import model_and_prompt_inputs, sampling_inputs, sampling_setup
 
 _LOG = logging.getLogger(__name__)
@@ -171,7 +171,9 @@ class TrainGates(io.ComfyNode):
         prompts: str | None = None,
         latents: dict[str, Any] | None = None,
         captions: dict[str, Any] | None = None,
+        **unknown: Any,
     ) -> io.NodeOutput:
+        refuse_unknown(unknown)
         gates = GateSettings.model_validate({"granularity": granularity, "activation": activation, "reads": reads})
         settings = TrainSettings.model_validate(
             {

@@ -31,11 +31,11 @@ def sample(comfy: Server) -> Callable[[Graph, str], Picture]:
 
 
 @pytest.fixture(scope="session")
-def measure(comfy: Server, files: dict[str, str]) -> Callable[[str], dict[str, Any]]:
+def measure(comfy: Server, files: dict[str, str]) -> Callable[..., dict[str, Any]]:
     """Runs a script of this folder with ComfyUI's own Python; returns the JSON object it prints last."""
 
-    def run(script: str) -> dict[str, Any]:
-        command = [comfy.python, Path(__file__).with_name(script), comfy.folder, comfy.base]
+    def run(script: str, *arguments: str) -> dict[str, Any]:
+        command = [comfy.python, Path(__file__).with_name(script), comfy.folder, comfy.base, *arguments]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import legomole
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -166,11 +167,37 @@ def test_saved_dtype(comfy: Server, files: dict[str, str], dtype: str) -> None:
     assert {tensor.dtype for key, tensor in state.items() if not key.endswith("alpha")} == {getattr(torch, dtype)}
 
 
-def test_format_that_cannot_express_the_names_is_refused(comfy: Server, files: dict[str, str]) -> None:
+@pytest.mark.parametrize("format", ["kohya", "diffusers", "comfy"])
+@pytest.mark.parametrize("base", ["flux", "sd15"])
+def test_a_merge_with_the_model_is_saved_for_every_program(
+    comfy: Server, files: dict[str, str], format: str, base: str
+) -> None:
+    """The layers are renamed, split and fused as the program names them, and the updates stay the same."""
+    names = {"flux": ("flux_kohya", "flux_split"), "sd15": ("sd15_kohya", "sd15_diffusers")}[base]
+    graph = Graph(base)
+    merged = graph.merge("concat", *(graph.load(files[name]) for name in names))
+    for chosen in ("comfy", format):
+        graph.save(merged, f"format/{base}_{chosen}", format=chosen)
+    comfy.run(graph.nodes)
+    paths = [max((comfy.loras / "format").glob(f"{base}_{chosen}_*")) for chosen in ("comfy", format)]
+    expected, saved = map(legomole.load, paths)
+    prefixes = {"kohya": "lora_", "diffusers": ("transformer.", "unet.", "text_encoder."), "comfy": ""}
+    assert all(name.startswith(prefixes[format]) for name in saved.layers)
+    one, two = legomole.align([expected, saved])
+    assert set(one.modules) == set(two.modules)
+    for name, part in one.modules.items():
+        torch.testing.assert_close(part.delta(), two.modules[name].delta(), rtol=0, atol=1e-5)
+
+
+def test_format_that_has_no_names_for_some_layers_is_refused(comfy: Server, files: dict[str, str]) -> None:
+    state = {**loras.kohya(loras.FLUX_FUSED, 2, 2.0, 57), **loras.kohya({"lora_unet_img_in": (128, 64)}, 2, 2.0, 58)}
+    state = {key.replace("img_in", "unheard_of"): tensor for key, tensor in state.items()}
+    loras.write(comfy.loras / "unheard_of.safetensors", state)
     graph = Graph()
-    graph.save(graph.lego(graph.load(files["flux_kohya"])), "format/kohya", format="kohya")
-    assert "not named as the kohya format names them" in comfy.fail(graph.nodes)
-    assert not list((comfy.loras / "format").iterdir())
+    lora = graph.merge("concat", graph.load("unheard_of.safetensors"), with_model=False)
+    graph.save(lora, "no_names/diffusers", format="diffusers")
+    assert "diffusers has no names for some layers of this LoRA" in comfy.fail(graph.nodes)
+    assert not list((comfy.loras / "no_names").iterdir())
 
 
 @pytest.mark.parametrize("prefix", ["../escaped", "/tmp/escaped", "a/../../escaped", "C:\\escaped", "link/escaped", ""])
@@ -288,7 +315,6 @@ def test_strength_that_is_not_finite_is_refused(comfy: Server, files: dict[str, 
 BAD_SETTINGS = {
     "rank 0": ({"rank": "0"}, 1.0, "This is not a rank."),
     "rank text": ({"rank": "many"}, 1.0, "This is not a rank."),
-    "rank over the pool": ({"rank": "13"}, 1.0, "larger than all the LoRAs' ranks together"),
     "strength nan": ({}, float("nan"), "not a finite number"),
     "all strengths 0": ({}, 0.0, "every weight is 0"),
     "rule": ({"module_weights": "attn2"}, 1.0, "not a rule for layer weights"),

@@ -106,11 +106,45 @@ def test_node_shows_the_number_of_dropped_keys_first(comfy: Server, files: dict[
     assert "mlp_fc1.lora_up.weight of sd15_kohya: it belongs to a text encoder" in outputs["report"]["text"][0]
 
 
-@pytest.mark.parametrize("method", ["lego", "concat"])
-def test_nothing_connected_is_an_error(comfy: Server, method: str) -> None:
+def test_apply_and_mix_report_dropped_keys_first(comfy: Server, files: dict[str, str]) -> None:
+    """A LoRA with text encoder modules, used without CLIP."""
+    graph = Graph("sd15")
+    applied, _ = graph.apply(graph.load(files["sd15_kohya"], 0.5), model=0.5)
+    del graph.nodes[applied[0]]["inputs"]["clip"]
+    mix = graph.mix(graph.load(files["sd15_kohya"]))
+    for node in (applied[0], mix[0]):
+        graph.add("PreviewAny", source=[node, 2])
+    outputs = comfy.run(graph.nodes).outputs
+    for node, report in ((applied[0], "PreviewAny0"), (mix[0], "PreviewAny1")):
+        (text,) = outputs[report]["text"]
+        assert outputs[node]["text"] == [text]
+        assert text.startswith("3 keys could not be used, see DROPPED below.\n")
+        assert "DROPPED (3):" in text
+        assert "mlp_fc1.lora_up.weight of sd15_kohya: it belongs to a text encoder: connect the CLIP" in text
+    assert "sd15_kohya: strength on the model 0.25" in outputs["PreviewAny0"]["text"][0]
+    whole = Graph("sd15")
+    applied, _ = whole.apply(whole.load(files["sd15_kohya"]), clip=2.0)
+    whole.add("PreviewAny", source=[applied[0], 2])
+    text = comfy.run(whole.nodes).outputs["PreviewAny0"]["text"]
+    assert text == ["sd15_kohya: strength on the model 1, on the text encoders 2"]
+
+
+@pytest.mark.parametrize("rank", ["13", "1000"])
+def test_a_rank_above_the_loras_ranks_together_is_lowered(comfy: Server, files: dict[str, str], rank: str) -> None:
+    """As happens when LoRAs are switched off; also by Freeze to LoRA."""
     graph = Graph()
-    merged = graph.lego() if method == "lego" else graph.merge(method)
-    assert "No LoRA is connected." in comfy.fail(graph.nodes | _preview(merged))
+    lora = graph.load(files["flux_kohya"])  # of rank 4
+    merged = graph.lego(lora, rank=rank)
+    positive = graph.add("CLIPTextEncode", text="heart", clip=graph.clip)
+    settings = {"positive": positive, "latent_image": graph.empty(), "method": "svd", "method__rank": rank}
+    frozen = graph.add("LegoMoLE_FreezeToLoRA", model=graph.mix(lora), steps=1, seed=1, **settings)
+    for node in (merged[0], frozen[0]):
+        graph.add("PreviewAny", source=[node, 1])
+    outputs = comfy.run(graph.nodes).outputs
+    for report in ("PreviewAny0", "PreviewAny1"):
+        (text,) = outputs[report]["text"]
+        assert "merged rank 4," in text
+        assert f"note: rank {rank} is more than the LoRAs' ranks together: merged at rank 4" in text
 
 
 def _preview(merged: Link) -> Prompt:

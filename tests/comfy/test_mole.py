@@ -228,7 +228,7 @@ def test_a_file_that_holds_no_gates_is_refused(comfy: Server, pair: Callable) ->
 
 def test_cancelled_training_is_resumed(comfy: Server, pair: Callable) -> None:
     """With the same gates in the end as from a training that was not cancelled."""
-    steps, prepared = 120, 40  # training steps; images and examples that are sampled before
+    steps, prepared = 60, 32  # training steps; examples that are predicted before
 
     def graph(prefix: str) -> Graph:
         one = Graph()
@@ -238,7 +238,9 @@ def test_cancelled_training_is_resumed(comfy: Server, pair: Callable) -> None:
     cut = graph("cut/gates")
     prompt_id = comfy.queue(cut.nodes)
     comfy.wait_for(
-        "progress", lambda data: data["prompt_id"] == prompt_id and data["max"] == steps and data["value"] > 30
+        "progress",
+        lambda data: data["prompt_id"] == prompt_id and data["max"] == steps and data["value"] > 15,
+        timeout=240,  # about a hundred prompts are encoded first
     )
     comfy.post("/interrupt", {})
     run = comfy.wait(prompt_id)
@@ -314,17 +316,10 @@ def test_lora_of_another_architecture(comfy: Server, files: dict[str, str]) -> N
     assert "ComfyUI finds nothing in this LoRA for the connected model." in message
 
 
-def test_no_lora_connected(comfy: Server) -> None:
+def test_switching_off_a_lora_that_is_not_there(comfy: Server, pair: Callable) -> None:
     graph = Graph()
-    assert "No LoRA is connected." in failing(comfy, graph, graph.mix())
-
-
-@pytest.mark.parametrize(
-    ("off", "words"), [("1, 2", "Every LoRA is switched off."), ("3", "There is no such LoRA to switch off.")]
-)
-def test_switching_off(comfy: Server, pair: Callable, off: str, words: str) -> None:
-    graph = Graph()
-    assert words in failing(comfy, graph, graph.mix(*pair(graph), switched_off=off))
+    message = failing(comfy, graph, graph.mix(*pair(graph), switched_off="3"))
+    assert "There is no such LoRA to switch off." in message
 
 
 @pytest.mark.parametrize(

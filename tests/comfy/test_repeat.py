@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,40 @@ from .server import Server
 pytestmark = pytest.mark.comfy
 
 
+# Runs commands, one per line, in one process: starting one for each would take most of the time.
+_COMMANDS = """
+import json, sys
+from legomole.cli import app
+from typer.testing import CliRunner
+for line in sys.stdin:
+    result = CliRunner().invoke(app, json.loads(line))
+    print(json.dumps([result.exit_code, result.output]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def legomole_command(comfy: Server) -> Iterator[Callable[..., None]]:
+    """Runs ``legomole`` with ComfyUI's own Python; the command must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(comfy.base / "custom_nodes"), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [comfy.python, "-c", _COMMANDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def run(*arguments: object) -> None:
+        print(json.dumps([*map(str, arguments)]), file=process.stdin, flush=True)
+        code, output = json.loads(process.stdout.readline())
+        assert code == 0, output
+
+    yield run
+    process.stdin.close()
+    process.stdout.close()
+    assert process.wait(60) == 0
+
+
 @pytest.fixture
-def repeat(comfy: Server, tmp_path: Path) -> Callable[[Path], Path]:
+def repeat(comfy: Server, tmp_path: Path, legomole_command: Callable[..., None]) -> Callable[[Path], Path]:
     """Runs ``legomole merge --config`` on a saved file beside copies of its inputs."""
 
     def run(saved: Path) -> Path:
@@ -28,10 +60,7 @@ def repeat(comfy: Server, tmp_path: Path) -> Callable[[Path], Path]:
         shutil.copy(saved, copy)
         for entry in recorded(saved)["recipe"]["inputs"]:
             shutil.copy(comfy.loras / entry["path"], tmp_path)
-        command = [comfy.python, "-m", "legomole", "merge", "--config", copy, "-o", again]
-        environment = {**os.environ, "PYTHONPATH": str(comfy.base / "custom_nodes"), "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
-        assert result.returncode == 0, result.stderr
+        legomole_command("merge", "--config", copy, "-o", again)
         return again
 
     return run

@@ -22,10 +22,11 @@ NAMES = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A ComfyUI folder without models; the text encoder is shortened to one embedding."""
+    """A base directory as ComfyUI leaves it on its first start, without models; the text encoder is one embedding."""
     weights = text.weights(layers=0, tokens=[320])
     monkeypatch.setattr(text, "weights", lambda: weights)
-    (tmp_path / "models").mkdir()
+    for name in ("custom_nodes", "input", "temp", "user"):
+        (tmp_path / name).mkdir()
     return tmp_path
 
 

@@ -36,7 +36,7 @@ SIZES = {
 
 # Texts that the nodes show after a run.
 TEXTS = {
-    "LegoMoLE_LegoMerge": "lego: 2 LoRAs",
+    "LegoMoLE_LegoMerge": "lego: ",
     "LegoMoLE_LoRAReport": "hardly touch each other",
     "LegoMoLE_SaveLoRA": "_00001_.safetensors",
     "LegoMoLE_TrainGates": "gates for legomole_nano_ember, legomole_nano_heart",

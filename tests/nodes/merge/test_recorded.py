@@ -188,6 +188,26 @@ def test_a_chosen_format(write, repeats, tmp_path) -> None:
     assert information(saved)[KEY]["recipe"]["format"] == "comfy"
 
 
+def test_a_rank_above_the_pool_is_lowered_in_the_recipe_too(write, repeats, tmp_path) -> None:
+    loras = [write("a", kohya(2, 1)), write("b", kohya(3, 2), strength_model=0.0, strength_clip=0.0)]
+    method = build_method("lego", {"rank": 4})
+    lora, report = merge_loaded(loras, read_files(loras), method)
+    assert report.ranks_out == (2, 2)
+    assert "rank 4 is more than the LoRAs' ranks together: merged at rank 2, the highest possible" in report.notes
+    saved = save_lora(lora, tmp_path / "saved.safetensors")
+    assert read_recipe(saved).settings["rank"] == 2
+    repeats(saved)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfy", "kohya"])
+def test_the_layers_are_named_for_the_chosen_format(write, repeats, tmp_path, format) -> None:
+    merged = merge([write("a", kohya(2, 1)), write("b", kohya(3, 2))], rank=3)
+    saved = save_lora(merged, tmp_path / "saved.safetensors", format)
+    prefix = {"diffusers": "unet.down_blocks.0."}.get(format, "lora_unet_down_blocks_0_")
+    assert all(name.startswith(prefix) for name in load(saved).modules)
+    repeats(saved)
+
+
 def test_what_was_merged_can_be_saved_twice_and_in_two_ways(write, repeats, tmp_path) -> None:
     merged = merge([write("a", kohya(4, 0)), write("b", kohya(2, 100))])
     for number, dtype in enumerate((None, "float16", None)):
