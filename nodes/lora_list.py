@@ -10,10 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from ..core.errors import FormatError, MergeError
 from ..core.formats.sidecar import trigger_words
 from .comfy import display, folders, lora_loader
-from .graph_lora import connected_loras
+from .graph_lora import StackEntry, connected_loras
 from .merge.merge import LegoMerge
 from .mole.mole import MoLEMix
 from .sockets import CATEGORY, LORA_STACK
+from .words import split_words
 
 _LIST = io.Custom("LEGOMOLE_LORA_LIST")  # a widget, drawn by web/lora_list.js
 Stack = list[tuple[str, float, float]]
@@ -27,6 +28,7 @@ class Entry(BaseModel):
         on: Whether the LoRA is used.
         strength: Strength on the diffusion model.
         clip: Strength on the text encoders; ``None`` for that on the model.
+        words: Words that call for it in a prompt, separated by commas; ``""`` for the trigger words in its file.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -35,6 +37,7 @@ class Entry(BaseModel):
     on: bool = True
     strength: float = Field(1.0, ge=-100, le=100)
     clip: float | None = Field(None, ge=-100, le=100)
+    words: str = ""
 
 
 _ENTRIES = TypeAdapter(tuple[Entry, ...])
@@ -96,8 +99,8 @@ class LoRAList(io.ComfyNode):
                     default="chain",
                     optional=True,
                     tooltip="How the LoRAs are applied to a connected model. chain: one after the other, as stock "
-                    "loaders do. mix: as MoLE Mix with its defaults, so with CLIP each LoRA follows the trigger words "
-                    "in its file. merge: as LEGO Merge with its defaults.",
+                    "loaders do. mix: as MoLE Mix with its defaults, so with CLIP each LoRA follows its "
+                    "words. merge: as LEGO Merge with its defaults.",
                 ),
             ],
             outputs=[
@@ -109,7 +112,8 @@ class LoRAList(io.ComfyNode):
                 io.String.Output(
                     "trigger_words",
                     display_name="trigger words",
-                    tooltip="The trigger words in or beside the files of the LoRAs that are on, one line each.",
+                    tooltip="The words of the LoRAs that are on, one line each: those of the row, or the trigger words "
+                    "in or beside the file.",
                 ),
                 io.Model.Output("MODEL", tooltip="The model with the LoRAs; empty if none is connected."),
                 io.Clip.Output("CLIP", tooltip="The text encoders with the LoRAs; empty if none are connected."),
@@ -131,10 +135,12 @@ class LoRAList(io.ComfyNode):
         cls, loras: str, lora_stack: Stack | None = None, model: Any = None, clip: Any = None, apply: str = "chain"
     ) -> io.NodeOutput:
         used = [entry for entry in parse_entries(loras) if entry.on]
-        words = "\n".join(", ".join(trigger_words(folders.lora_path(entry.name))) for entry in used)
+        lines = [split_words(entry.words) or trigger_words(folders.lora_path(entry.name)) for entry in used]
+        words = "\n".join(map(", ".join, lines))
         stack = list(lora_stack or [])
         for entry in used:
-            stack.append((entry.name, entry.strength, entry.strength if entry.clip is None else entry.clip))
+            clip_strength = entry.strength if entry.clip is None else entry.clip
+            stack.append(StackEntry.of(entry.name, entry.strength, clip_strength, 0, split_words(entry.words)))
         if model is None:
             return io.NodeOutput(stack, words, None, clip)
         if not stack:

@@ -13,8 +13,12 @@ function word(value) {
   }, value);
 }
 
-/** Show the dialog of a file. */
-export async function showInfo(name) {
+/**
+ * Show the dialog of a file.
+ * @param own Words that the user wrote for this LoRA.
+ * @param setOwn Called with other ones.
+ */
+export async function showInfo(name, own, setOwn) {
   const dialog = h("dialog", { className: "lm lm-dialog", aria: { label: short(name) } });
   const close = h("button", { type: "button", className: "lm-close", title: text("close"), on: { click: () => dialog.close() } }, "✕");
   const body = h("dl");
@@ -35,6 +39,10 @@ export async function showInfo(name) {
   add("base", file.base);
   add("trainer", file.trainer);
   add("words", ...(file.words.length > 1 ? [...file.words, file.words.join(", ")] : file.words).map(word));
+  add("ownWords", h("input", {
+    type: "text", value: own, placeholder: file.words.join(", "), title: text("ownWordsHelp"),
+    on: { change: ({ target }) => setOwn(target.value.trim()) },
+  }));
   add("tags", ...file.tags.map(word));
   add("notes", file.notes);
   add("size", size(file.bytes));

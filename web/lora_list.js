@@ -48,8 +48,9 @@ class LoraList {
       entries = [];
     }
     if (!Array.isArray(entries) || JSON.stringify(entries) === this.value) return;
-    this.entries = entries.filter((entry) => typeof entry?.name === "string").map(({ name, on, strength, clip }) => ({
+    this.entries = entries.filter((entry) => typeof entry?.name === "string").map(({ name, on, strength, clip, words }) => ({
       name, on: on !== false, strength: isNumber(strength) ? strength : 1, ...(isNumber(clip) ? { clip } : {}),
+      ...(typeof words === "string" && words ? { words } : {}),
     }));
     this.draw();
   }
@@ -67,6 +68,15 @@ class LoraList {
     this.onChange?.(this.value);
     this.widget?.callback?.(this.value);
     changed(this.node);
+  }
+
+  /** Show what is known about a row's file, and its words, which can be changed there. */
+  showInfo(entry) {
+    showInfo(entry.name, entry.words ?? "", (words) => {
+      if (words) entry.words = words;
+      else delete entry.words;
+      this.commit();
+    });
   }
 
   // ---- all rows
@@ -167,7 +177,7 @@ class LoraList {
       }),
       file, badge, this.number(entry, "strength"),
       ...(this.hasClip ? [this.number(entry, "clip")] : []),
-      button("lm-info", "i", "info", () => showInfo(entry.name)),
+      button("lm-info", "i", "info", () => this.showInfo(entry)),
       button("lm-remove", "✕", "remove", () => this.remove(entry)),
     );
     item.entry = entry;
@@ -276,7 +286,7 @@ class LoraList {
   menu(entry) {
     const name = short(entry.name);
     return [
-      { content: text("info", { name }), callback: () => showInfo(entry.name) },
+      { content: text("info", { name }), callback: () => this.showInfo(entry) },
       { content: text("change", { name }), callback: () => this.change(entry) },
       { content: text(entry.on ? "switchOff" : "switchOn", { name }), callback: () => this.switch(entry, !entry.on) },
       { content: text("moveUp", { name }), callback: () => this.move(entry, -1) },

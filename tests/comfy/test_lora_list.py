@@ -84,10 +84,11 @@ def test_trigger_words_one_line_per_lora(comfy: Server, files: dict[str, str]) -
     for name, phrase in (("with_words", "ember style, burning"), ("without", "")):
         save_file(tensors, comfy.loras / f"{name}.safetensors", {"modelspec.trigger_phrase": phrase})
     graph = Graph()
-    node, _ = graph.add("LegoMoLE_LoRAList", loras=rows(row("without.safetensors"), row("with_words.safetensors")))
+    listed = [row("without.safetensors"), row("with_words.safetensors"), row("with_words.safetensors", words="a, b")]
+    node, _ = graph.add("LegoMoLE_LoRAList", loras=rows(*listed))
     graph.add("PreviewAny", source=[node, 1])
     shown = comfy.run(graph.nodes).outputs["PreviewAny0"]["text"]
-    assert shown == ["\nember style, burning"]
+    assert shown == ["\nember style, burning\na, b"]
 
 
 @pytest.mark.parametrize(

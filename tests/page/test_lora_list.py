@@ -431,3 +431,20 @@ def test_chinese(board: Any) -> None:
         assert board.locator(".lm input[type=search]").get_attribute("placeholder") == "添加 LoRA：按名称搜索"
     finally:
         setting(board, "Comfy.Locale", "en")
+
+
+def test_words_of_a_row_are_written_in_its_dialog(board: Any, renderer: str) -> None:
+    add(board, "ember")
+    board.locator(".lm-info").first.click()
+    field = board.locator(".lm-dialog input")
+    field.wait_for()
+    assert field.get_attribute("placeholder") == "ember style, burning"
+    field.fill(" glowing ember ")
+    field.press("Tab")
+    row = lambda: json.loads(sent(board, LIST)["loras"])[0]  # noqa: E731
+    assert row()["words"] == "glowing ember"
+    field.fill("")
+    field.press("Tab")
+    assert "words" not in row()
+    board.keyboard.press("Escape")
+    board.wait_for_selector(".lm-dialog", state="detached")

@@ -89,7 +89,7 @@ def test_settings_without_an_axis_come_from_the_widgets():
 def test_every_method_can_be_chosen():
     assert set(METHOD_CHOICES) == {*METHODS, "none", "mole", "lego calibrated"}
     found = setups(parse("method", ", ".join(METHOD_CHOICES)), statistics=True)[0]
-    assert {setup.method for setup in found if setup.needs_statistics} == {"calibrated", "lego calibrated"}
+    assert {setup.method for setup in found if setup.needs_statistics} == {"calibrated", "lego calibrated", "ssr"}
     assert {setup.method for setup in found if not setup.rank} == {"none", "mole", "concat", "linear"}
     assert {setup.merge_method for setup in found if setup.is_merge} == set(METHODS)
     assert AXIS_KINDS[:4] == ("method", "rank", "strength", "strength 1")
