@@ -13,7 +13,7 @@ from .comfy import display, folders, lora_loader
 from .graph_lora import StackEntry, connected_loras
 from .merge.merge import LegoMerge
 from .mole.mole import MoLEMix
-from .sockets import CATEGORY, LORA_STACK
+from .sockets import CATEGORY, ESSENTIALS, LORA_STACK
 from .words import split_words
 
 _LIST = io.Custom("LEGOMOLE_LORA_LIST")  # a widget, drawn by web/lora_list.js
@@ -75,6 +75,7 @@ class LoRAList(io.ComfyNode):
             node_id="LegoMoLE_LoRAList",
             display_name="LoRA List",
             category=CATEGORY,
+            essentials_category=ESSENTIALS,
             description="Several LoRA files in one list, with search, strengths, switches, and order by dragging. With "
             "MODEL and CLIP it is a loader; without, a stack for LEGO Merge, MoLE Mix, and nodes of other packs.",
             search_aliases=[
@@ -152,7 +153,7 @@ class LoRAList(io.ComfyNode):
 
 def _chain(stack: Stack, model: Any, clip: Any) -> tuple[Any, Any, Any]:
     """Apply the LoRAs of a stack one after the other."""
-    for lora in connected_loras({"stack": stack}, folders.lora_path):
+    for lora in connected_loras({"stack": stack}, folders.lora_path, may_be_none=True):
         model, clip = lora_loader.apply(lora, model, clip, 1.0, 1.0)
     return model, clip, None
 

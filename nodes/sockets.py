@@ -18,6 +18,7 @@ LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train
 LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]
 
 CATEGORY = "LegoMoLE"
+ESSENTIALS = "Image Generation"  # where ComfyUI's own LoRA loader is among the essential nodes
 GRANULARITIES = ["network", "block", "layer", "matrix"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,8 +57,14 @@ class LoraSet(AdapterSet):
 
     @classmethod
     def load(cls, store: Store, prompts: Prompts, concepts: tuple[str, ...], seed: int) -> LoraSet:
-        adapters = tuple(load(store.lora(concept, seed)) for concept in concepts)
+        adapters = tuple(load(lora_file(store, concept, seed)) for concept in concepts)
         return cls(adapters, seed, store.transformer, prompts, concepts)
+
+
+def lora_file(store: Store, concept: str, seed: int) -> Path:
+    """The file of a LoRA: of the store, or beside this benchmark for a concept that the package does not ship."""
+    path = store.lora(concept, seed)
+    return path if path.exists() else Path(__file__).parent / "loras" / path.name
 
 
 def merged_in(transformer: Any, adapter: Adapter, strength: float) -> AbstractContextManager[Any]:

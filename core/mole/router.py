@@ -70,7 +70,8 @@ def route_gates(
     """Gates that read ``text`` and act as the router does: they open for the concepts that `detector` finds.
 
     Sigmoid gates open to 1 for a concept alone, and to `compose` for all concepts together; for some of more than two
-    to a value between. That value is reached by weights between the concepts, which leave closed gates below 0.06.
+    to a value between. That value is reached by weights between the concepts, and the bias makes up for them: a gate is
+    closed whatever other concepts are named.
 
     Args:
         detector: Of the experts' concepts.
@@ -89,6 +90,7 @@ def route_gates(
         "softmax-null": (2 * _LOGIT_OFF, 0.0, _LOGIT_OFF),
     }[settings.activation]
     together = 0.0 if n == 1 or settings.activation != "sigmoid" else (_logit(compose, settings) - opened) / (n - 1)
+    closed -= (n - 1) * together  # the logit with no concept; `closed` with all others
     weight = (opened - closed - together) * torch.eye(n) + together
     gates: dict[str, Gate] = {}
     for scope in scopes:

@@ -7,13 +7,13 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..comfy import display, lora_loader
-from ..graph_lora import GraphLora
-from ..sockets import CATEGORY, LEGOMOLE_LORA, report_output, strength_input
+from ..comfy import display, folders, lora_loader
+from ..graph_lora import GraphLora, connected_loras
+from ..sockets import CATEGORY, LEGOMOLE_LORA, LORA_STACK, report_output, strength_input
 
 
 class ApplyLoRA(io.ComfyNode):
-    """Patches a LoRA into a model, exactly as the stock loader does with the saved file."""
+    """Patches a LoRA, or each of a stack, into a model, exactly as the stock loader does with the saved file."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -26,7 +26,11 @@ class ApplyLoRA(io.ComfyNode):
             has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to patch."),
-                LEGOMOLE_LORA.Input("lora", tooltip="A merged or loaded LoRA."),
+                io.MultiType.Input(
+                    "lora",
+                    [LEGOMOLE_LORA, LORA_STACK],
+                    tooltip="A merged or loaded LoRA, or a stack such as LoRA List's, applied one after the other.",
+                ),
                 strength_input("strength_model", "Factor on the LoRA's own strength on the diffusion model."),
                 strength_input("strength_clip", "Factor on the LoRA's own strength on the text encoders."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoders, for LoRAs that also change those."),
@@ -40,10 +44,14 @@ class ApplyLoRA(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, lora: GraphLora, strength_model: float, strength_clip: float, clip: Any = None
+        cls, model: Any, lora: object, strength_model: float, strength_clip: float, clip: Any = None
     ) -> io.NodeOutput:
-        model, clip, dropped = lora_loader.apply_with_dropped(lora, model, clip, strength_model, strength_clip)
-        text = _report(lora, strength_model * lora.strength_model, strength_clip * lora.strength_clip, clip, dropped)
+        texts: list[str] = []
+        for one in connected_loras({"lora": lora}, folders.lora_path, may_be_none=True) or [GraphLora.empty()]:
+            model, clip, dropped = lora_loader.apply_with_dropped(one, model, clip, strength_model, strength_clip)
+            strengths = strength_model * one.strength_model, strength_clip * one.strength_clip
+            texts.append(_report(one, *strengths, clip, dropped))
+        text = "\n".join(texts)
         return io.NodeOutput(model, clip, text, ui=display.show_text(text))
 
 

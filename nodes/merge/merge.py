@@ -20,6 +20,7 @@ from ..graph_lora import GraphLora, connected_loras
 from ..settings import method_from_widgets, settings_of, works_without_statistics
 from ..sockets import (
     CATEGORY,
+    ESSENTIALS,
     lora_output,
     loras_input,
     method_input,
@@ -50,6 +51,7 @@ class LegoMerge(io.ComfyNode):
             node_id="LegoMoLE_LegoMerge",
             display_name="LEGO Merge",
             category=CATEGORY,
+            essentials_category=ESSENTIALS,
             description="Merges LoRAs of any ranks into one, by clustering their rank-one units (LoRA-LEGO).",
             search_aliases=["merge lora", "combine loras", "lora lego", "block weight", "legomole", "lora merger"],
             has_intermediate_output=True,  # its text is shown again when its result is cached

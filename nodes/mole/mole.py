@@ -24,6 +24,7 @@ from ..merge.recorded import with_possible_rank
 from ..settings import method_from_widgets, works_without_statistics
 from ..sockets import (
     CATEGORY,
+    ESSENTIALS,
     GRANULARITIES,
     LEGOMOLE_GATES,
     lora_output,
@@ -48,6 +49,7 @@ class MoLEMix(io.ComfyNode):
             node_id="LegoMoLE_MoLEMix",
             display_name="MoLE Mix",
             category=CATEGORY,
+            essentials_category=ESSENTIALS,
             description="Use several LoRAs at once, mixed by gates while the model runs (Mixture of LoRA Experts). "
             "Without trained gates it acts like a chain of loaders.",
             search_aliases=[

@@ -24,13 +24,13 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Raises Ctrl-C after so many steps of training (0: while images are sampled; -1: never), or another exception."""
+    """Raises Ctrl-C after so many steps of training (0: while examples are made; -1: never), or another exception."""
 
     def at(step: int, error: type[BaseException] = KeyboardInterrupt) -> None:
         @contextlib.contextmanager
         def bar(*_: Any, **__: Any) -> Generator[Any]:
             def progress(number: int, total: int, what: str) -> None:
-                if (number == step and what.startswith("loss")) or (step == 0 and what == "sampling"):
+                if (number == step and what.startswith("loss")) or (step == 0 and what in ("sampling", "predicting")):
                     raise error
 
             yield progress

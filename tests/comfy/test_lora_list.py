@@ -25,8 +25,8 @@ def rows(*entries: dict[str, Any]) -> str:
     return json.dumps(entries)
 
 
-def row(name: str, strength: float = 1.0, on: bool = True) -> dict[str, Any]:
-    return {"name": name, "on": on, "strength": strength}
+def row(name: str, strength: float = 1.0, on: bool = True, **more: Any) -> dict[str, Any]:
+    return {"name": name, "on": on, "strength": strength, **more}
 
 
 def test_list_gives_the_same_image_as_single_loaders(files: dict[str, str], sample: Callable) -> None:
@@ -183,3 +183,15 @@ def test_mix_sends_its_gates_to_the_page_while_it_samples(comfy: Server, files: 
     assert sent[-1]["labels"] == labels
     assert len(sent[-1]["scopes"]) == len(sent[-1]["gates"]) > 1
     assert all(row == [1.0, 1.0] for row in sent[-1]["gates"])  # even gates: every LoRA at its own strength
+
+
+def test_a_stack_is_applied_one_after_the_other(comfy: Server, files: dict[str, str], sample: Callable) -> None:
+    graph = Graph()
+    listed = rows(row(files["flux_kohya"], 0.8), row(files["flux_split"], on=False), row(files["flux_kohya_2"]))
+    model, clip = graph.apply(graph.add("LegoMoLE_LoRAList", loras=listed))
+    graph.add("PreviewAny", source=[model[0], 2])
+    _, ours = sample(graph, graph.picture(model, clip))
+    plain = Graph()
+    names = files["flux_kohya"], files["flux_kohya_2"]
+    _, stock = sample(plain, plain.picture(*plain.stock(*names, strengths=[0.8, 1.0])))
+    assert torch.equal(ours, stock)

@@ -104,7 +104,7 @@ def test_base_model_is_unchanged_after_a_mix(comfy: Server, sample: Callable, pa
 def test_training_lowers_the_loss_and_the_gates_open_for_their_words(comfy: Server, pair: Callable) -> None:
     graph = Graph()
     loras = pair(graph)
-    trained = graph.train(*loras, steps=60, learning_rate=0.02)
+    trained = graph.train(*loras, steps=60, learning_rate=0.02, reads="hidden")  # others start near the goal
     graph.add("SaveImage", images=[trained[0], 1], filename_prefix="test/loss")
     run = comfy.run(graph.nodes | preview(trained, 2))
     first, last = map(
@@ -114,9 +114,9 @@ def test_training_lowers_the_loss_and_the_gates_open_for_their_words(comfy: Serv
     assert size_of(comfy, run.outputs["SaveImage0"]["images"][0]) == (640, 360)
     assert len(run.of("progress")) > 3 or len(run.of("progress_state")) > 3
 
-    style = mean_gates(comfy, pair, "ember style", steps=60, learning_rate=0.02)
-    heart = mean_gates(comfy, pair, "heart", steps=60, learning_rate=0.02)
-    none = mean_gates(comfy, pair, "a dog", steps=60, learning_rate=0.02)
+    style = mean_gates(comfy, pair, "ember style", steps=12)
+    heart = mean_gates(comfy, pair, "heart", steps=12)
+    none = mean_gates(comfy, pair, "a dog", steps=12)
     assert style["flux_kohya"] > 2 * style["flux_split"]
     assert heart["flux_split"] > 2 * heart["flux_kohya"]
     assert max(none.values()) < 0.5 * min(style["flux_kohya"], heart["flux_split"])

@@ -150,7 +150,7 @@ def test_a_calibrated_merge_reads_its_statistics(folder):
     first = save(run(calibrated, folder=folder).adapter, folder / "first.safetensors")
     settings = read_recipe(first).settings
     assert settings["statistics"] == "stats.safetensors"
-    assert settings["mu"] == 3.0
+    assert settings["mu"] == 10.0
     second = save(run(read_recipe(first), folder=folder).adapter, folder / "second.safetensors")
     assert first.read_bytes() == second.read_bytes()
     Statistics(dict.fromkeys(NAMES, ModuleStatistics(base=2 * torch.eye(6))), hashes).save(folder / "stats.safetensors")

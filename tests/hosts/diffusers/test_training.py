@@ -152,7 +152,17 @@ def weights(pipe: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["SD 1.5", "Flux"])
-def test_training_lowers_the_loss_and_changes_nothing_but_gates(name: str) -> None:
+def test_training_lowers_the_loss(name: str) -> None:
+    """Of gates that start evenly; those that read text start near the goal."""
+    pipe = tiny.build(name)
+    mixture = mixed(pipe, reads="hidden")
+    settings = TrainSettings(**{**FEW, "batch": 32, "learning_rate": 0.05}, steps=40)  # every step sees all examples
+    losses = torch.tensor(train_gates(pipe, mixture, WORDS, settings=settings, size=(16, 16)).fit.losses)
+    assert float(losses[-4:].mean()) < 0.7 * float(losses[:4].mean())
+
+
+@pytest.mark.parametrize("name", ["SD 1.5", "Flux"])
+def test_training_changes_nothing_but_gates(name: str) -> None:
     pipe = tiny.build(name)
     before, mixture = weights(pipe), mixed(pipe)
     factors = [part.A.clone() for lora in mixture.experts for part in lora.modules.values()]
@@ -160,8 +170,6 @@ def test_training_lowers_the_loss_and_changes_nothing_but_gates(name: str) -> No
     model.train()
     settings = TrainSettings(**FEW, steps=20)
     result = train_gates(pipe, mixture, WORDS, settings=settings, size=(16, 16), sampling_steps=2)
-    losses = torch.tensor(result.fit.losses)
-    assert float(losses[-4:].mean()) < 0.7 * float(losses[:4].mean())
     assert result.gates.base == type(model).__name__
     # a LoRA's gates are larger for prompts that name it than for prompts that name the other
     alone = [result.values[[p.named == (i,) for p in result.prompts]].mean((0, 1)) for i in (0, 1)]
