@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,14 @@ import torch
 from ..common import ResultLog
 from . import report, train
 from .data import TASKS
-from .evaluate import Bench, Row
+from .evaluate import Bench
 from .methods import METHODS
 from .routing import ROUTED
 from .world import Size, World
 
 _HERE = Path(__file__).parent
 _COUNTS = (8, 4, 2)
+_TRAINING = train.Training()
 _GAIN = 0.1  # by which an adapter alone must be better than the base model on dev prompts
 
 
@@ -41,28 +42,29 @@ def main() -> None:
             parser.error("--data and --model are needed, except with --report")
         chosen.work.mkdir(parents=True, exist_ok=True)
         world = World(chosen.model, chosen.data, chosen.work, Size(), say)
-        for _ in rows(world, chosen.work, log, chosen.counts, chosen.methods, chosen.seeds):
-            pass
+        measure(world, chosen.work, log, chosen.counts, chosen.methods, chosen.seeds)
     report.publish(log, chosen.out)
 
 
-def rows(
-    world: World, work: Path, log: ResultLog, counts: list[int], methods: list[str], seeds: list[int],
-    training: train.Training = train.Training(), gain: float = _GAIN,
-) -> Iterator[Row]:  # fmt: skip
-    """Train what is missing and measure all rows."""
+def measure(
+    world: World, work: Path, log: ResultLog, counts: Sequence[int], methods: Sequence[str], seeds: Sequence[int],
+    training: train.Training = _TRAINING, gain: float = _GAIN,
+) -> None:  # fmt: skip
+    """Train what is missing and measure all rows that the log lacks."""
 
     def folder(task: str, seed: int) -> Path:
         return train.adapter(world.model, world.task(task), seed, work / f"{task}-{seed}", training, say)
 
     bench = Bench(world, folder, log, say, METHODS | ROUTED)
     tasks = learnt(bench, max(counts), gain)
+    bench.base(tasks)
+    for seed in seeds:
+        for task in tasks:
+            bench.alone(task, seed)
     for n in counts:
-        for seed in seeds:
-            yield bench.alone_row(tasks[:n], seed)
         for method in methods:
             for seed in seeds:
-                yield bench.row(method, tasks[:n], seed)
+                bench.test(method, tasks[:n], seed)
 
 
 def learnt(bench: Bench, count: int, gain: float) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 40  # tokens of a prompt
-TESTED, DEV, TRAINED = 300, 100, 800
+TESTED, DEV, TRAINED = 300, 100, 800  # prompts per task
 _LONG = "CL_Benchmark/Long_Sequence"
 _SUPER = "CL_Benchmark/SuperNI"
 
@@ -28,6 +28,7 @@ class Task:
         instruction: First line of a prompt.
         labels: Answers; inputs with other answers are left out.
         rank: Rank of the task's adapter. layers: Layers of the adapter, ``"all"`` or ``"qv"``.
+        steps: Training steps.
         cut: Whether the end of long texts is cut off, which still leaves a topic or an opinion; otherwise long texts are
             left out.
     """
@@ -38,6 +39,7 @@ class Task:
     labels: tuple[str, ...]
     rank: int = 8
     layers: str = "all"
+    steps: int = 120
     cut: bool = False
 
 
@@ -49,15 +51,15 @@ TASKS = (
          ("love", "joy", "anger", "sadness", "fear", "surprise"), rank=16),
     Task("qqp", f"{_LONG}/qqp", "Do both sentences have the same meaning, yes or no?", ("yes", "no")),
     Task("sentiment140", f"{_SUPER}/task1687_sentiment140_classification", "Is this tweet positive or negative?",
-         ("positive", "negative"), layers="qv"),
+         ("positive", "negative"), steps=80, layers="qv"),
     Task("agnews", f"{_LONG}/agnews", "Topic: World, Sports, Business, Science or Technology?",
-         ("World", "Sports", "Business", "Science or Technology"), cut=True),
+         ("World", "Sports", "Business", "Science or Technology"), steps=80, cut=True),
     Task("dbpedia", f"{_LONG}/dbpedia", "Which category does this article belong to?",
          ("Company", "Educational Institution", "Artist", "Athlete", "Office Holder", "Mean of Transportation",
-          "Building", "Natural Place", "Village", "Animal", "Plant", "Album", "Film", "Written Work"), cut=True),
-    Task("yelp", f"{_LONG}/yelp", "Is this review negative, neutral or positive?", _STARS, cut=True),
+          "Building", "Natural Place", "Village", "Animal", "Plant", "Album", "Film", "Written Work"), steps=80, cut=True),
+    Task("yelp", f"{_LONG}/yelp", "Is this review negative, neutral or positive?", _STARS, steps=80, cut=True),
     Task("mnli", f"{_LONG}/mnli", "Entailment, neutral or contradiction?", _RELATIONS, rank=16, layers="qv"),
-    Task("amazon", f"{_LONG}/amazon", "Rate this product: negative, neutral or positive?", _STARS, cut=True),
+    Task("amazon", f"{_LONG}/amazon", "Rate this product: negative, neutral or positive?", _STARS, steps=80, cut=True),
 )  # fmt: skip
 """Tasks for adapters, in the order of trial."""
 HELD_OUT = (

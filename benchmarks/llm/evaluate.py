@@ -18,35 +18,6 @@ CHOSEN_ON = 1  # seed of the adapters on which strengths are chosen
 Folder = Callable[[str, int], Path]  # task, seed -> folder of the adapter
 
 
-@dataclass(frozen=True)
-class Row:
-    """Result of one method on one set of adapters.
-
-    Args:
-        method: Name of the method. n: Number of adapters. seed: Their seed.
-        rank: Rank of the result, ``"-"`` if it is no adapter. strength: Strength.
-        normalised: Mean over the tasks of accuracy divided by that of the adapter alone.
-        worst: The lowest of these.
-        held_out: Accuracy on tasks that no adapter was trained on.
-        base: Perplexity of the base model on news, divided by this model's; 1 if its ability is untouched.
-        needs_data: What the method looks at beside the adapters.
-        accuracies: Accuracy on each task. seconds: Time to combine and to score.
-    """
-
-    method: str
-    n: int
-    seed: int
-    rank: str
-    strength: float
-    normalised: float
-    worst: float
-    held_out: float
-    base: float
-    needs_data: str
-    accuracies: tuple[float, ...]
-    seconds: float
-
-
 @dataclass
 class Bench:
     """Measures rows and logs everything, so that an interrupted run resumes.
@@ -87,17 +58,18 @@ class Bench:
             self._sets[key] = TaskAdapters.load(self.world, tuple(tasks), folders, seed)
         return self._sets[key]
 
-    def base(self) -> dict[str, Any]:
-        """Held-out accuracy and perplexity of the base model."""
+    def base(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """Scores of the base model."""
 
         def compute() -> dict[str, Any]:
             model = self.world.model
             return {
+                "accuracies": dict(zip(tasks, self.world.accuracies(model, tasks), strict=True)),
                 "held_out": self.world.held_out(model),
                 "perplexity": self.world.perplexity(model),
             }
 
-        return self._cached(compute, what="base model")
+        return self._cached(compute, what="base", tasks=",".join(tasks))
 
     def gain(self, task: str) -> dict[str, Any]:
         """Accuracy of the base model and of a task's adapter on all dev prompts."""
@@ -133,7 +105,7 @@ class Bench:
                 scores = self.world.accuracies(model, tasks, dev=self.world.size.dev, whole=chosen.whole)
             return {"accuracies": scores, "mean": mean(scores)}
 
-        key = {"what": "dev", "method": method, "n": len(tasks), "seed": seed, "strength": strength}
+        key = {"what": "dev", "method": method, "tasks": ",".join(tasks), "seed": seed, "strength": strength}
         return self._cached(compute, **key)["mean"]
 
     def strength(self, method: str, tasks: Sequence[str]) -> float:
@@ -155,8 +127,8 @@ class Bench:
                 break
         return STRENGTHS[best]
 
-    def row(self, method: str, tasks: Sequence[str], seed: int) -> Row:
-        """Return the row of a method at the strength chosen for it."""
+    def test(self, method: str, tasks: Sequence[str], seed: int) -> None:
+        """Score a method at the strength chosen for it."""
         strength, chosen = self.strength(method, tasks), self.methods[method]
 
         def compute() -> dict[str, Any]:
@@ -167,29 +139,12 @@ class Bench:
                     "perplexity": self.world.perplexity(model),
                 }
 
-        alone = [self.alone(task, seed)["accuracy"] for task in tasks]
-        key = {"what": "test", "method": method, "n": len(tasks), "seed": seed, "strength": strength}
-        result = self._cached(compute, **key)
-        return self._row(method, chosen.rank, chosen.data, seed, strength, alone, result)
-
-    def alone_row(self, tasks: Sequence[str], seed: int) -> Row:
-        """Return the row of each adapter on its own task; other scores are means over the adapters."""
-        results = [self.alone(task, seed) for task in tasks]
-        alone = [result["accuracy"] for result in results]
-        scores = {key: mean([result[key] for result in results]) for key in ("held_out", "perplexity", "seconds")}
-        return self._row("alone", "-", "the task's name", seed, 1.0, alone, {**scores, "accuracies": alone})
-
-    def _row(
-        self, method: str, rank: str, data: str, seed: int, strength: float, alone: list[float], scores: dict[str, Any]
-    ) -> Row:
-        kept = [right / reference for right, reference in zip(scores["accuracies"], alone, strict=True)]
-        return Row(
-            method, len(alone), seed, rank, strength, mean(kept), min(kept), scores["held_out"],
-            self.base()["perplexity"] / scores["perplexity"], data, tuple(scores["accuracies"]), scores["seconds"],
-        )  # fmt: skip
+        key = {"what": "test", "method": method, "tasks": ",".join(tasks), "seed": seed, "strength": strength}
+        self._cached(compute, **key)
 
 
 def _key(**key: Any) -> tuple[Any, ...]:
+    """The same for a key as given and as read from the log."""
     return tuple(sorted((name, str(value)) for name, value in key.items()))
 
 

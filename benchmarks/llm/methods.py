@@ -28,7 +28,7 @@ from .core_space import TSV, CompressThenMerge, CoreTies, Iso
 from .pico import Pico
 from .world import World
 
-SHOWN = 64  # unlabelled prompts per task
+SHOWN = 16  # unlabelled prompts per task
 RANK = 8
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Training:
     """Amount of training.
 
     Args:
-        steps: Optimizer steps. batch: Prompts per step. lr: Highest learning rate.
+        steps: Optimizer steps at most. batch: Prompts per step. lr: Highest learning rate.
     """
 
     steps: int = 120
@@ -37,6 +37,7 @@ def adapter(model: Any, examples: Examples, seed: int, folder: Path, training: T
     if folder.exists():
         return folder
     task, began = examples.task, time.monotonic()
+    training = replace(training, steps=min(training.steps, task.steps))
     number = random.Random(f"{task.name} {seed}").getrandbits(31)
     torch.manual_seed(number)
     config = LoraConfig(r=task.rank, lora_alpha=2 * task.rank, target_modules=_LAYERS[task.layers], task_type="CAUSAL_LM")

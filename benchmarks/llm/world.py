@@ -43,11 +43,13 @@ class World:
     Args:
         model: Folder of the pretrained model. data: Folder with the clones. work: Folder for hidden states.
         size: Number of prompts.
-        say: Called with progress messages.
+        say: Called with progress messages. dtype: Dtype of the model.
     """
 
-    def __init__(self, model: Path, data: Path, work: Path, size: Size, say: Say) -> None:
-        whole, self.tokenizer = load_pretrained(model)
+    def __init__(
+        self, model: Path, data: Path, work: Path, size: Size, say: Say, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        whole, self.tokenizer = load_pretrained(model, dtype)
         self._upper, self.size, self._data, self._work, self._say = Upper(whole), size, data, work, say
         self.model: Any = self._upper.model
         self._tasks: dict[str, Examples] = {}
@@ -102,7 +104,7 @@ class World:
         prefix = _prefix(model, prompts[0].ids[:shared]) if shared else None
         for chosen in by_length([len(prompt.ids) for prompt in prompts], _BATCH):
             ids = [prompts[i].ids[shared:] for i in chosen]
-            logits = last_logits(model, ids) if prefix is None else _continued(model, ids, prefix)
+            logits = last_logits(model, ids, whole) if prefix is None else _continued(model, ids, prefix)
             label = torch.tensor([prompts[i].label for i in chosen])
             right += int((logits[:, first].argmax(1) == label).sum())
         return right / len(prompts)
@@ -116,8 +118,8 @@ class World:
         """Perplexity on news texts."""
         losses: list[float] = []
         for rows, ids in zip(*self._news[::-1], strict=True):
-            hidden = model.model(input_ids=torch.tensor([rows]), use_cache=False).last_hidden_state[0, :-1]
-            losses.append(float(cross_entropy(model.lm_head(hidden).float(), torch.tensor(ids[1:]))))
+            logits = model(input_ids=torch.tensor([rows]), use_cache=False).logits[0, :-1]
+            losses.append(float(cross_entropy(logits.float(), torch.tensor(ids[1:]))))
         return math.exp(mean(losses))
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.llm train | evaluate | encoder | smoke``, from the project's root."""
+"""``python -m benchmarks.llm.small train | evaluate | encoder | smoke``, from the project's root."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 
 from . import encoder, report, train
-from .evaluate import Bench, Plan, Row
+from .evaluate import Bench, Plan
 from .language import Language
 
 _HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.llm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.llm.small", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="train the language model and its adapters; can resume")
     scoring = commands.add_parser("evaluate", help="run the comparison on the language model; trains what is missing")
     encoding = commands.add_parser("encoder", help="train adapters of a pretrained MiniLM and compare them")
     for command in (scoring, encoding):
-        command.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
+        command.add_argument("--out", type=Path, default=_HERE, help="folder for results.json and table.md")
     for command in (training, scoring, encoding):
         command.add_argument("--work", type=Path, default=_HERE / "work", help="folder with the models")
     smoke = commands.add_parser("smoke", help="run everything once, at a tiny size; the results mean nothing")
@@ -33,16 +33,11 @@ def main() -> None:
     if chosen.command == "train":
         chosen.work.mkdir(parents=True, exist_ok=True)
         train.base_model(chosen.work, train.Size(), say)
-        for careful, plans in ((False, report.NARROW), (True, report.CAREFUL)):
-            for seed, task in report.adapters_of(plans):
-                train.adapter(chosen.work, task, seed, train.Size(), say, careful=careful)
+        for seed, task in report.adapters_of(report.PLANS):
+            train.adapter(chosen.work, task, seed, train.Size(), say)
     elif chosen.command == "evaluate":
-        rows: dict[str, list[Row]] = {}
-        for careful in (False, True):
-            bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl", careful=careful)
-            rows |= report.measured(bench, report.CAREFUL if careful else report.NARROW)
-        report.publish(rows, chosen.out)
-        report.plot(rows, chosen.out / "tokens_and_base.png")
+        bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl")
+        report.publish(report.measured(bench, report.PLANS), chosen.out)
     elif chosen.command == "encoder":
         chosen.work.mkdir(parents=True, exist_ok=True)
         bench = sentences(chosen.work, encoder.Size(), chosen.out / "rows.jsonl")
@@ -56,15 +51,15 @@ def main() -> None:
             say((out / "table.md").read_text())
 
 
-def language(work: Path, size: train.Size, log: Path, *, careful: bool = False, **examples: int) -> Bench:
-    """Return the comparison of one kind of adapters on the language model in `work`; `examples` go to `Language`."""
+def language(work: Path, size: train.Size, log: Path, **examples: int) -> Bench:
+    """Return the comparison on the language model in `work`; `examples` go to `Language`."""
     work.mkdir(parents=True, exist_ok=True)
     world = Language(train.base_model(work, size, say), **examples)
 
     def folder(task: str, seed: int) -> Path:
-        return train.adapter(work, task, seed, size, say, careful=careful)
+        return train.adapter(work, task, seed, size, say)
 
-    return Bench("careful" if careful else "narrow", lambda _: world, folder, log, say)
+    return Bench("language", lambda _: world, folder, log, say)
 
 
 def sentences(work: Path, size: encoder.Size, log: Path) -> Bench:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common import ResultLog, Say, mean, merged_in
+from ...common import ResultLog, Say, mean, merged_in
 from .methods import METHODS, TaskAdapters, World
 
 SCALES = (0.4, 0.7, 1.0, 1.4, 2.0)

@@ -26,7 +26,7 @@ from legomole.hosts.transformers.mixing import experts, mixed
 from peft import PeftModel
 from torch import Tensor
 
-from ..common import AdapterSet, Method, merged_in, merging
+from ...common import AdapterSet, Method, merged_in, merging
 
 
 class World(Protocol):

@@ -1,4 +1,4 @@
-"""Write the comparison to files: ``results.json``, ``table.md`` and a plot."""
+"""Write the comparison to files: ``results.json`` and ``table.md``."""
 
 from __future__ import annotations
 
@@ -7,24 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..common import mean, write
+from ...common import mean, write
 from . import texts
 from .evaluate import Bench, Plan, Row, run, spread
-from .tasks import NEW
 
-MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft ties", "peft dare_ties",
-          "lego", "lego 2x", "lego-paper", "lego calibrated", "calibrated", "calibrated 2x")  # fmt: skip
 GATES = ("mole sigmoid", "mole softmax", "mole 4 shown", "mole no others", "mole balance", "mole block", "mole layer",
          "mole matrix", "mole experts", "mole token", "mole token block", "mole-paper")  # fmt: skip
-_TWO = (("reverse", "language A"), ("sort", "next letter"))
-_THREE = (("rotate", "language B", "next letter"),)
-NARROW = {
-    "two": Plan((*MERGES, "mole"), _TWO),
-    "three": Plan((*MERGES, "mole"), _THREE),
-    "six": Plan((*MERGES, "mole", "mole long"), (tuple(NEW),)),
-    "gates": Plan(("mole", *GATES), _THREE),
-}
-CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE)}
+PLANS = {"gates": Plan(("mole", *GATES), (("rotate", "language B", "next letter"),))}
 ENCODER = {
     "four": Plan(
         ("base", "sum", "average", "svd", "ties", "knots", "peft ties", "lego", "lego-paper", "lego calibrated",
@@ -58,7 +47,7 @@ def adapters_of(plans: dict[str, Plan]) -> list[tuple[int, str]]:
 
 
 def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
-    return {f"{bench.name}: {name}": run(bench, plan) for name, plan in plans.items()}
+    return {name: run(bench, plan) for name, plan in plans.items()}
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -95,27 +84,3 @@ def each(name: str, rows: Sequence[Row]) -> str:
         cells = [f"{mean([row.kept[i] for row in part]):.2f}" for i in range(len(tasks))]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def plot(rows: dict[str, list[Row]], path: Path) -> None:
-    """Plot accuracy on new tasks, by tokens, against accuracy on base tasks: a panel per plan, a point per method."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(rows), figsize=(5.5 * len(rows), 5), squeeze=False)
-    for axis, (name, every) in zip(axes[0], rows.items(), strict=True):
-        for i, method in enumerate(dict.fromkeys(row.method for row in every)):
-            part = [row for row in every if row.method == method]
-            marker = "*" if method.startswith("mole") else "s" if "lego" in method or "calib" in method else "o"
-            x, y = (mean([METRICS[m](row) for row in part]) for m in ("base", "tokens"))
-            errors = [spread(part, METRICS[m]) or 0.0 for m in ("base", "tokens")]
-            axis.errorbar(x, y, *errors[::-1], marker=marker, linestyle="", color=f"C{i % 10}", alpha=0.8)
-            axis.annotate(method, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set(
-            xlabel="base: answers right", ylabel="new: tokens right", title=name, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05)
-        )
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..common import Say
+from ...common import Say
 from .tasks import BASE, BOS, EOS, LONGEST, NEW, PAD, VOCABULARY, Task, accuracy, draw
 
 RANK = 8
@@ -65,21 +65,15 @@ def base_model(work: Path, size: Size, say: Say) -> Any:
     return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def adapter(work: Path, task: str, seed: int, size: Size, say: Say, *, careful: bool = False) -> Path:
-    """Return the folder of a task's adapter; train it if it does not exist, from its own seed and examples.
-
-    Args:
-        careful: Whether every second example is one of the base model's, so that the adapter preserves those tasks.
-    """
-    folder = work / f"{task.replace(' ', '-')}-{seed}{'-careful' if careful else ''}"
+def adapter(work: Path, task: str, seed: int, size: Size, say: Say) -> Path:
+    """Return the folder of a task's adapter; train it if it does not exist, from its own seed and examples."""
+    folder = work / f"{task.replace(' ', '-')}-{seed}"
     if not folder.exists():
         number = 1000 + 100 * seed + list(NEW).index(task)
         torch.manual_seed(number)
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base_model(work, size, say), config).train()
-        what = folder.name
-        tasks = [(task,)] * len(BASE_TASKS) + BASE_TASKS if careful else [(task,)]
-        _fit(model, tasks, size.adapter, size.batch, lr=4e-3, seed=number, say=say, what=what)
+        _fit(model, [(task,)], size.adapter, size.batch, lr=4e-3, seed=number, say=say, what=folder.name)
         _save(model, folder)
     return folder
 
