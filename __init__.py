@@ -26,6 +26,8 @@ _PUBLIC = {
     "Knots": "core.merge.methods.knots",
     "Lego": "core.merge.methods.lego",
     "Linear": "core.merge.methods.linear",
+    "NP": "core.merge.methods.np_lora",
+    "SSR": "core.merge.methods.ssr",
     "SVD": "core.merge.methods.svd",
     "Ties": "core.merge.methods.ties",
     "Rank": "core.merge.rank",

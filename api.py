@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 
 from .core import formats
 from .core.adapter import Adapter
 from .core.errors import MergeError
+from .core.formats import BaseWeights
 from .core.formats.hashes import sha256
 from .core.layers.align import align as align_adapters
 from .core.merge.engine import MergeResult
@@ -22,16 +23,22 @@ from .core.progress import Progress
 from .core.recipes.conversion import convert
 from .core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
 from .core.recipes.metadata import KEY, NOT_REPEATABLE
-from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings
+from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings, takes_statistics
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
-from .core.recipes.run import describe, merge_aligned
+from .core.recipes.run import describe, merge_aligned, with_used_base
 from .core.recipes.run import run as run_recipe
 from .core.recipes.text import recipe_from_data
+from .hosts.calibration import KeepBase, Prompting, base_path, calibrate, load_base, why_not_measured
 from .hosts.hub import cached_folder
 from .hosts.names import key_map, rename_for_format
 
 PathLike = str | os.PathLike[str]
+_HOST_FUNCTIONS: dict[str, Any] = {
+    "key_map": key_map,
+    "rename_for_format": rename_for_format,
+    "find_cached": cached_folder,
+}
 
 
 def merge(
@@ -43,11 +50,16 @@ def merge(
     module_weights: Mapping[str, float] | None = None,
     normalize: bool = False,
     convert_rank: int | None = None,
-    base: PathLike | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
     reader: str | None = None,
     device: torch.device | str = "cpu",
+    base: Any = None,
+    keep_base: KeepBase | None = None,
+    words: Sequence[Sequence[str]] = (),
+    texts: Sequence[Sequence[str]] = (),
+    instructions: Sequence[str] = (),
+    tokenizer: Any = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> MergeResult:
@@ -70,15 +82,23 @@ def merge(
         normalize: Divide the weights by the sum of their magnitudes.
         convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
             sum full differences exactly.
-        base: Base model of LoRAs that are DoRA, a checkpoint or a folder; they need a `convert_rank` too.
         dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
         format: File format of the result, a name in ``FORMATS``; default that of the first LoRA.
         reader: Program that shall read the result and decides the layers' names: ``"comfy"``, ``"diffusers"``,
             ``"kohya"`` or ``"peft"``; default that of `format`, else the LoRAs' own names where they agree, and
             ComfyUI's where they do not.
         device: Device to compute on, e.g. ``"cpu"`` or ``"cuda"``.
-        progress: Called with (modules merged, modules in all, name of the last one). It may raise an exception to
-            cancel.
+        base: The base model: a diffusers pipeline, a transformers model, or the path of either. Its layers are measured
+            first, see `hosts.calibration.calibrate`, and the merge changes little where no LoRA is asked for. DoRA
+            needs the path for the weights, together with a `convert_rank`; there a checkpoint is enough.
+        keep_base: ``"light"``, ``"thorough"`` (full statistics: gigabytes for large models), or ``"off"``. Default:
+            ``"light"`` for a model that can be run.
+        words: Pipelines: per LoRA, the words that name its concept in a prompt; default those in its file.
+        texts: Language models: per LoRA, a few texts it is for.
+        instructions: Language models: per LoRA, the instruction of its task, in place of texts.
+        tokenizer: Language models: the tokenizer, unless `base` is a path.
+        progress: Called with (modules merged, modules in all, name of the last one), and before that, with `base`, with
+            (passes done, passes in all, description). It may raise an exception to cancel.
         **settings: Hyperparameters of a method given by name, e.g. ``rank=16``, ``rank="95%"``, ``density=0.3``;
             ``statistics`` as a path or as `Statistics`.
 
@@ -95,6 +115,11 @@ def merge(
     for name, values in (("weights", weights), ("text_encoder_weights", text_encoder_weights)):
         if values is not None and len(values) != len(loras):
             raise MergeError("Every LoRA needs one weight.", module=name, expected=len(loras), found=len(values))
+    weights_of = BaseWeights(base_path(os.fspath(base))) if isinstance(base, (str, os.PathLike)) else None
+    obstacle = why_not_measured(base if weights_of is None else weights_of.path)
+    if keep_base not in (None, "off") and (base is None or obstacle):
+        raise MergeError("keep_base needs a base model that can be run.", found=obstacle or "no base model")
+    notes = [obstacle] if obstacle and keep_base is None else []
     recipe = recipe_from_data(
         {
             "method": method if isinstance(method, str) else _method_name(method),
@@ -113,28 +138,61 @@ def merge(
             "format": format,
             "reader": reader,
             "convert_rank": convert_rank,
-            "base": None if base is None else os.fspath(base),
+            "base": None if weights_of is None else str(weights_of.path),
         }
     )
     in_memory = any(isinstance(lora, Adapter) for lora in loras) or not isinstance(method, str)
-    if not in_memory and not isinstance(settings.get("statistics"), Statistics):
-        return run(recipe, device=device, progress=progress)
+    if (
+        not in_memory
+        and (base is None or obstacle or keep_base == "off")
+        and not isinstance(settings.get("statistics"), Statistics)
+    ):
+        return run_recipe(recipe, device=device, progress=progress, notes=notes, **_HOST_FUNCTIONS)
     adapters = [
-        lora
-        if isinstance(lora, Adapter)
-        else formats.load(Path(lora), convert_rank=convert_rank, base=None if base is None else Path(base))
+        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank, base=weights_of)
         for lora in loras
     ]
+    recipe = with_used_base(recipe, weights_of)
+    measured = None
+    if base is not None and not obstacle and keep_base != "off":
+        prompting = Prompting(words, texts=texts, instructions=instructions)
+        measured, path, note = _calibrate(base, adapters, prompting, keep_base or "light", tokenizer, device, progress)
+        notes += [note] if note else []
+        if measured is not None and "statistics" not in settings and takes_statistics(recipe.method):
+            if isinstance(method, str):
+                settings["statistics"] = measured if path is None else str(path)
+            elif getattr(method, "statistics", None) is None:
+                method = dataclasses.replace(cast(Any, method), statistics=measured)
+            if path is not None:
+                stored = {**recipe.settings, "statistics": str(path)}
+                recipe = recipe.model_copy(update={"settings": stored})
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
     if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
         recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
     aligned = align(adapters)
     renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
-    result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress)
+    result = merge_aligned(recipe, chosen, aligned, device=device, progress=progress, statistics=measured)
     if obstacles := _obstacles(recipe, chosen, adapters):
-        note = f"{NOT_REPEATABLE}: {'; '.join(obstacles)}"
-        result = replace(result, report=replace(result.report, notes=(*result.report.notes, note)))
-    return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+        notes.append(f"{NOT_REPEATABLE}: {'; '.join(obstacles)}")
+    return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
+
+
+def _calibrate(
+    base: Any,
+    adapters: Sequence[Adapter],
+    prompting: Prompting,
+    mode: Literal["light", "thorough"],
+    tokenizer: Any,
+    device: torch.device | str,
+    progress: Progress | None,
+) -> tuple[Statistics | None, Path | None, str]:
+    """Measure on a base model: the statistics, their file in the cache, and why nothing was measured."""
+    if isinstance(base, (str, os.PathLike)):
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        base, tokenizer = load_base(os.fspath(base), device=device, dtype=dtype)
+    found = calibrate(base, adapters, prompting, mode=mode, tokenizer=tokenizer, progress=progress)
+    statistics = None if found.statistics is None else found.statistics.of(adapters)
+    return statistics, found.path, found.note
 
 
 def run(
@@ -163,11 +221,9 @@ def run(
     return run_recipe(
         recipe,
         folder=Path(folder or ""),
-        key_map=key_map,
-        rename_for_format=rename_for_format,
-        find_cached=cached_folder,
         device=device,
         progress=progress,
+        **_HOST_FUNCTIONS,
     )
 
 

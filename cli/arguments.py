@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,33 @@ def parse_layer_rules(texts: Iterable[str], count: int) -> list[LayerRule]:
         return read_layer_rules(texts, count)
     except MergeError as error:
         raise typer.BadParameter(" ".join(str(error).split())) from None
+
+
+def parse_per_lora(texts: Sequence[str], loras: int, option: str) -> list[str]:
+    """Parse an option that is given per LoRA: ``N:VALUE`` for the N-th LoRA, or once for every LoRA, in order.
+
+    Args:
+        texts: The values as typed. loras: Number of LoRAs. option: Name of the option, for errors.
+
+    Returns:
+        A value per LoRA, ``""`` for those without one.
+    """
+    matches = [re.fullmatch(r"(\d+):(.*)", text, re.DOTALL) for text in texts]
+    if not any(matches):
+        if texts and len(texts) != loras:
+            raise typer.BadParameter(
+                f"{loras} LoRAs and {len(texts)} times {option}: give one for every LoRA, or N:VALUE for the N-th."
+            )
+        return list(texts) or [""] * loras
+    values = [""] * loras
+    for text, match in zip(texts, matches, strict=True):
+        number = int(match[1]) if match else 0
+        if match is None or not 1 <= number <= loras or values[number - 1]:
+            raise typer.BadParameter(
+                f"{option} {text!r}: write N:VALUE with N from 1 to {loras}, the number of a LoRA, once for each."
+            )
+        values[number - 1] = match[2]
+    return values
 
 
 def parse_setting(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Parsers of the inputs of `train-gates` and `merge --calibrate`."""
+"""Parsers of the inputs of `train-gates` and `merge --base`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from ..core.errors import FormatError
 from ..core.json_text import from_json
-from .arguments import parse_input
+from .arguments import parse_input, parse_per_lora
 
 if TYPE_CHECKING:
     from ..core.mole.gates import GateSettings
@@ -29,10 +29,15 @@ def parse_expert(text: str) -> tuple[str, float]:
 
 
 def parse_words(texts: Sequence[str], loras: int) -> list[list[str]]:
-    """Parse the values of ``--words``, one per LoRA, each a list separated by commas."""
+    """Parse the values of ``--words``, one per LoRA, see `parse_per_lora`."""
     if len(texts) != loras:
         raise typer.BadParameter(f"{loras} LoRAs and {len(texts)} times --words: give one for every LoRA.")
-    return [[word.strip() for word in text.split(",") if word.strip()] for text in texts]
+    return [split_words(text) for text in parse_per_lora(texts, loras, "--words")]
+
+
+def split_words(text: str) -> list[str]:
+    """Split a list of words or phrases at its commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def parse_size(text: str) -> tuple[int, int]:

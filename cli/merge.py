@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from .arguments import parse_input, parse_layer_rules, parse_settings
+from .calibrate_merge import BaseOptions, calibrate_merge
 from .environment import base_path, check_device, recipe_path
-from .measure_statistics import measure_statistics
 from .options import (
-    CALIBRATION,
+    BASE,
     LEGO,
     METHOD,
-    PAINT_STEPS,
     WEIGHTS,
     Base,
     ConvertRank,
@@ -46,9 +45,10 @@ The rank that keeps 99% of the sum, and half the strength for the style's text e
 LEGO as published, without the first LoRA's cross attention:
 [cyan]legomole merge a.safetensors b.safetensors --geometry paper --module-weight '1:*attn2*=0' -o ab.safetensors[/cyan]
 
-Calibrated on the base model, with pictures it generates itself:
-[cyan]legomole merge style.safetensors subject.safetensors --calibrate sd15 --words 'ember style' --words heart \\
-  --rank 16 -o both.safetensors[/cyan]
+Measured on the base model first, which then stays as it is where neither LoRA is asked for:
+[cyan]legomole merge style.safetensors subject.safetensors --base sd15 --words '1:ember style' --words 2:heart \\
+  -o both.safetensors[/cyan]
+[cyan]legomole merge sums/ poems/ --base ./llama --texts 1:sums.txt --instruction '2:Write a poem.' -o both/[/cyan]
 
 Repeat a merge from the file it made, or from a recipe:
 [cyan]legomole merge --config both.safetensors -o again.safetensors[/cyan]
@@ -84,8 +84,8 @@ def merge(
         typer.Option(
             metavar="NAME",
             rich_help_panel=METHOD,
-            help="lego (default), concat (the exact sum), svd (nearest to the sum), ties, dare, knots, linear, or "
-            "calibrated.",
+            help="lego (default), concat (the exact sum), svd (nearest to the sum), ties, dare, knots, linear, np, "
+            "calibrated or ssr (with --base or --statistics).",
         ),
     ] = None,
     rank: RankOption = None,
@@ -127,32 +127,64 @@ def merge(
         typer.Option(
             metavar="FILE",
             rich_help_panel=METHOD,
-            help="calibrated, lego: activation statistics measured with these LoRAs. With --calibrate: file to write "
-            "them to; default next to the output.",
+            help="lego, calibrated, ssr: statistics measured with these LoRAs. With --base: file to write them to.",
         ),
     ] = None,
-    calibrate: Annotated[
+    base: Annotated[
         str | None,
         typer.Option(
-            metavar="PIPELINE",
-            rich_help_panel=CALIBRATION,
-            help="Measure the statistics first, on this model: a diffusers folder of the LoRAs' base model, or its "
-            "name in the local cache (OWNER/NAME or OWNER/NAME@REVISION). Default method: calibrated; lego uses them "
-            "too.",
+            metavar="MODEL",
+            rich_help_panel=BASE,
+            help="The LoRAs' base model: the folder of a diffusers pipeline or a language model, or a name in the "
+            "local Hugging Face cache. Its layers are measured (as long as sampling one picture per LoRA takes), and "
+            "the merge changes little where no LoRA is asked for. DoRA needs it too (with --convert-rank), and there a "
+            "safetensors checkpoint is enough.",
         ),
     ] = None,
-    words: Annotated[list[str] | None, sampling_option("words", CALIBRATION)] = None,
+    keep_base: Annotated[
+        Literal["off", "light", "thorough"] | None,
+        typer.Option(
+            metavar="MODE",
+            rich_help_panel=BASE,
+            help="light (default with --base), thorough (full statistics: gigabytes for large models), or off.",
+        ),
+    ] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[N:]WORDS",
+            rich_help_panel=BASE,
+            help="Pipelines: words or phrases by which prompts name the concept of the N-th LoRA, separated by commas; "
+            "or once per LoRA, in order. Default: the trigger words in its file.",
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            rich_help_panel=CALIBRATION,
-            help="Prompts to measure on, one per line; diverse prompts are better. Missing kinds are generated.",
+            rich_help_panel=BASE,
+            help="Pipelines: prompts to measure on, one per line; diverse prompts are better. Missing kinds are "
+            "generated.",
         ),
     ] = None,
-    size: Annotated[str | None, sampling_option("size", CALIBRATION)] = None,
-    guidance: Annotated[float | None, sampling_option("guidance", CALIBRATION)] = None,
-    paint_steps: Annotated[int | None, sampling_option("paint_steps", CALIBRATION)] = None,
+    size: Annotated[str | None, sampling_option("size", BASE)] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[N:]FILE",
+            rich_help_panel=BASE,
+            help="Language models: texts that the N-th LoRA is for, one per line, or .jsonl as for train-gates. Four "
+            "lines are enough.",
+        ),
+    ] = None,
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[N:]TEXT",
+            rich_help_panel=BASE,
+            help="Language models: the instruction of the N-th LoRA's task, in place of texts.",
+        ),
+    ] = None,
     seed: Seed = None,
     settings: Annotated[
         list[str] | None,
@@ -177,7 +209,6 @@ def merge(
         ),
     ] = None,
     convert_rank: ConvertRank = None,
-    base: Base = None,
     dtype: Dtype = None,
     format: Format = None,
     reader: For = None,
@@ -201,20 +232,23 @@ def merge(
     """
     from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
+    from ..hosts.calibration import why_not_measured
 
-    if calibrate is None and (words or prompts or size or guidance is not None or paint_steps):
+    if base is None and (words or prompts or size or texts or instruction or keep_base):
         raise typer.BadParameter(
-            "--words, --prompts, --size, --guidance and --paint-steps belong to --calibrate PIPELINE."
+            "--keep-base, --words, --prompts, --size, --texts and --instruction belong to --base MODEL."
+        )
+    path_of_base = base_path(base)
+    obstacle = why_not_measured(path_of_base)
+    if obstacle and (words or prompts or size or texts or instruction or keep_base not in (None, "off")):
+        raise typer.BadParameter(
+            f"--base: {obstacle}. Give the folder of a diffusers pipeline or of a language model, or leave out "
+            "--keep-base, --words, --prompts, --size, --texts and --instruction."
         )
     if ray is not None and device != "cpu":
         raise typer.BadParameter("--ray computes on the processors of a cluster: leave out --device.")
     if not inputs and config is None:
         raise typer.BadParameter("Give at least one LoRA, or a --config that names some.")
-    if calibrate is not None:
-        method = method or "calibrated"
-        statistics = statistics or output.with_name(
-            f"{output.name.removesuffix('.safetensors')}.statistics.safetensors"
-        )
     previous = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
     count = len(entries) or (0 if previous is None else len(previous.inputs))
@@ -226,9 +260,10 @@ def merge(
         "output_reweight": output_reweight,
         "norm": norm,
         "density": density,
-        "statistics": None if statistics is None else str(statistics.absolute()),
-        # with --calibrate the seed is that of the measurement; the method calibrated has none
-        "seed": None if calibrate is not None and method == "calibrated" else seed,
+        # with --base the file is written first
+        "statistics": None if statistics is None or base is not None else str(statistics.absolute()),
+        # the seed of the measurement; calibrated and ssr have none
+        "seed": None if base is not None and method in ("calibrated", "ssr") else seed,
     }
     recipe = compose(
         previous,
@@ -242,38 +277,62 @@ def merge(
         format=format,
         reader=reader,
         convert_rank=convert_rank,
-        base_model=base_path(base),
+        base_model=path_of_base,
         file=config,
     )
     folder = Path() if inputs or config is None else config.parent
-    if calibrate is not None and statistics is not None:
+    measured, notes = None, (obstacle,) if obstacle and keep_base is None else ()
+    if path_of_base is not None and not obstacle and keep_base != "off":
         check_target(recipe, folder, output, overwrite=overwrite)
         check_device(device)
         _check_settings(recipe)
-        measure_statistics(
-            calibrate, recipe, folder, words or (), prompts, statistics, size=size, guidance=guidance,
-            paint_steps=paint_steps or PAINT_STEPS, seed=seed, device=device, overwrite=overwrite, json=json,
-        )  # fmt: skip
-    run_recipe(recipe, folder, output, device=device, ray=ray, overwrite=overwrite, json=json)
+        options = BaseOptions(
+            path_of_base, keep_base or "light", words or (), texts or (), instruction or (), prompts, size, seed
+        )
+        target = None if statistics is None else statistics.absolute()
+        measured, path, note = calibrate_merge(
+            options, recipe, folder, target, device=device, overwrite=overwrite, json=json
+        )
+        recipe, notes = _with_statistics(recipe, path), (note,) if note else ()
+    run_recipe(
+        recipe, folder, output, measured=measured, notes=notes, device=device, ray=ray, overwrite=overwrite, json=json
+    )
 
 
 def _recipe_of(config: Path) -> Recipe:
-    """The recipe in a file; the path of its statistics is made absolute, as its inputs may be replaced."""
+    """The recipe in a file; the path of its statistics is made absolute, as its inputs may be replaced.
+
+    Statistics that are not beside the file may be in the cache of measured statistics.
+    """
+    from ..core.merge.statistics_cache import find_cached_file
     from ..core.recipes.read import read_recipe
 
     recipe = read_recipe(config)
     if "statistics" not in recipe.settings:
         return recipe
-    absolute = str((config.parent / str(recipe.settings["statistics"])).absolute())
-    return recipe.model_copy(update={"settings": {**recipe.settings, "statistics": absolute}})
+    name = str(recipe.settings["statistics"])
+    beside = config.parent / name
+    path = beside if beside.exists() else find_cached_file(name) or beside
+    return recipe.model_copy(update={"settings": {**recipe.settings, "statistics": str(path.absolute())}})
 
 
 def _check_settings(recipe: Recipe) -> None:
-    """Raise RecipeError for wrong settings, before minutes of measuring."""
+    """Raise RecipeError for wrong settings, before anything is measured."""
     from ..core.merge.statistics import Statistics
-    from ..core.recipes.method_settings import build_method
+    from ..core.recipes.method_settings import build_method, takes_statistics
 
-    build_method(recipe.method, {**recipe.settings, "statistics": Statistics({})})
+    statistics = {"statistics": Statistics({})} if takes_statistics(recipe.method) else {}
+    build_method(recipe.method, {**recipe.settings, **statistics})
+
+
+def _with_statistics(recipe: Recipe, path: Path | None) -> Recipe:
+    """The recipe with the path of the measured statistics, if its method uses any and they are in a file."""
+    from ..core.recipes.method_settings import takes_statistics
+
+    if path is None or not takes_statistics(recipe.method):
+        return recipe
+    settings = {**recipe.settings, "statistics": str(path)}
+    return recipe.model_copy(update={"settings": settings, "statistics_sha256": ""})
 
 
 def compress(

@@ -11,14 +11,14 @@ from ..core.errors import SaveError
 from ..core.recipes.dtype_names import full_dtype_name
 
 # repeated here rather than imported from the engine, so that --help does not load torch
-MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated"]
+MethodName = Literal["lego", "concat", "linear", "svd", "ties", "dare", "knots", "calibrated", "ssr", "np"]
 FormatName = Literal["kohya", "diffusers", "peft", "comfy"]
 DtypeName = Literal["float32", "float16", "bfloat16", "fp32", "fp16", "bf16"]
 
 METHOD, LEGO, WEIGHTS, OUTPUT = "Method", "Settings of LEGO", "Weights", "Output"
 GATES, TRAINING = "Gates", "Training"
+BASE = "Base model: merge so that it stays as it is where no LoRA is asked for"
 PAINT_STEPS = 12  # default of --paint-steps
-CALIBRATION = "Calibration: measure statistics on pictures of the base model first"
 
 
 _SAMPLING_OPTIONS: dict[str, dict[str, Any]] = {
@@ -120,7 +120,12 @@ GatesOutput = Annotated[
     Path, typer.Option("-o", "--output", rich_help_panel=OUTPUT, help="File to write (.safetensors).")
 ]
 Steps = Annotated[
-    int | None, typer.Option(metavar="N", rich_help_panel=TRAINING, help="Number of optimizer steps. Default 200.")
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=TRAINING,
+        help="Number of optimizer steps. Default 100; 200 for language models.",
+    ),
 ]
 Batch = Annotated[
     int | None,

@@ -13,6 +13,9 @@ from .environment import check_device, import_host
 from .options import check_output, size_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..core.merge.statistics import Statistics
     from ..core.recipes.recipe import Recipe
 
 
@@ -31,6 +34,8 @@ def run_recipe(
     folder: Path,
     output: Path,
     *,
+    measured: Statistics | None = None,
+    notes: Sequence[str] = (),
     device: str,
     ray: str | None = None,
     overwrite: bool,
@@ -42,6 +47,7 @@ def run_recipe(
         recipe: The merge.
         folder: Base of its relative paths.
         output: Path as typed.
+        measured, notes: Statistics and notes of `calibrate_merge`.
         device, ray, overwrite, json: Options as typed.
     """
     from ..core.formats import save
@@ -55,7 +61,7 @@ def run_recipe(
     ):
         result = run(
             recipe, folder=folder, key_map=key_map, rename_for_format=rename_for_format, find_cached=cached_folder,
-            device=device, loading=loading, progress=progress, remote=remote,
+            device=device, loading=loading, progress=progress, remote=remote, statistics=measured, notes=notes,
         )  # fmt: skip
     written = save(result.adapter, target)
     if json:

@@ -180,7 +180,7 @@ def train_gates(
             metavar="NAME=VALUE",
             rich_help_panel=TRAINING,
             help="Other settings: accumulation (1), warmup (10), patience (0), weight_decay (0.001); for pipelines "
-            "also examples (640), samples (128), compose (1.2). Repeatable.",
+            "also examples (160), samples (128, for denoise), compose (1.2). Repeatable.",
         ),
     ] = None,
     checkpointing: Checkpointing = False,

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.train.detector import EncodedPrompt
 from . import words
 from .model import Prompts, predict
-from .sampling import sample
+from .sampling import noise, sample
 
 
 class NanoPromptEncoder:
@@ -44,6 +44,9 @@ class NanoDenoiser:
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
         return sample(self.transformer, self.prompts, [self.texts[i] for i in prompts], seed, guidance=1.0)
+
+    def noise(self, batch: int, seed: int) -> Tensor:
+        return noise(batch, seed)
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         t = t.view(-1, 1, 1, 1)

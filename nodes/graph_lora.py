@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class GraphLora:
         strength_clip: Strength on the text encoders.
         convert_rank: Rank at which updates that are not low rank are approximated; 0 refuses them.
         recipe: How to repeat a merged LoRA from files; ``None`` for other LoRAs and where that is impossible.
+        words: Words that call for it in a prompt, in place of those in its file.
     """
 
     content: Path | Mapping[str, Tensor] | Adapter
@@ -32,20 +33,24 @@ class GraphLora:
     strength_clip: float = 1.0
     convert_rank: int = 0
     recipe: Recipe | None = None
+    words: tuple[str, ...] = ()
 
 
 class StackEntry(tuple[str, float, float]):
-    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that remembers a convert rank.
+    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that keeps a convert rank and words.
 
-    The convention of other packs has no place for one. They read and pass this on as a tuple of three.
+    The convention of other packs has no place for them. They read and pass this on as a tuple of three.
     """
 
     convert_rank: int = 0
+    words: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, strength_model: float, strength_clip: float, convert_rank: int) -> StackEntry:
+    def of(
+        cls, name: str, strength_model: float, strength_clip: float, convert_rank: int, words: Sequence[str] = ()
+    ) -> StackEntry:
         entry = cls((name, strength_model, strength_clip))
-        entry.convert_rank = convert_rank
+        entry.convert_rank, entry.words = convert_rank, tuple(words)
         return entry
 
 
@@ -92,5 +97,5 @@ def _from_stack(entry: object, socket: str, find_file: Callable[[str], Path]) ->
             expected="(file name, strength_model, strength_clip)",
             found=repr(entry)[:200],
         ) from None
-    convert_rank = entry.convert_rank if isinstance(entry, StackEntry) else 0
-    return GraphLora(find_file(name), Path(name).stem, *strengths, convert_rank)
+    convert_rank, words = (entry.convert_rank, entry.words) if isinstance(entry, StackEntry) else (0, ())
+    return GraphLora(find_file(name), Path(name).stem, *strengths, convert_rank, words=words)

@@ -36,8 +36,10 @@ _TOOLTIPS = {
     "seed": "Random seed. The same seed gives the same file.",
     "density": "Share of each LoRA's entries to keep; 1 keeps all.",
     "lam": "How much it matters to change little where a prompt asks for none of the LoRAs. 0 ignores it.",
-    "mu": "How much prompts that ask for several LoRAs matter. 0 ignores them.",
+    "mu": "calibrated: how much prompts that ask for several LoRAs matter. np: how much the other LoRAs are kept away "
+    "from the protected one. 0: not at all.",
     "joint_scale": "Factor on the LoRAs' sum for prompts that ask for several of them.",
+    "protect": "Number of the LoRA to protect, in their order: the others are kept away from its input directions.",
     "sign_election": "Which sign is kept where LoRAs disagree: that of their sum (total), or the most frequent one.",
 }
 
@@ -109,14 +111,19 @@ def setting_values(method: type[MergeMethod], widgets: Mapping[str, Any]) -> dic
 
 
 def method_from_widgets(
-    methods: Mapping[str, type[MergeMethod]], widgets: Mapping[str, Any], statistics: Statistics | None = None
+    methods: Mapping[str, type[MergeMethod]],
+    widgets: Mapping[str, Any],
+    statistics: Statistics | None = None,
+    *,
+    why_none: str = "",
 ) -> MergeMethod:
     """Build the chosen merge method.
 
     Args:
         methods: Name -> method, to choose from.
         widgets: Values of the widgets: ``method``, and its settings.
-        statistics: The connected statistics, if any.
+        statistics: The statistics, if any.
+        why_none: Why none were measured.
 
     Raises:
         MergeError: The method needs statistics and there are none, or it does not use any.
@@ -133,8 +140,8 @@ def method_from_widgets(
     if statistics is None and not works_without_statistics(methods[name]):
         raise MergeError(
             f"The method {name} needs statistics.",
-            expected="the statistics output of Calibrate",
-            found="nothing connected",
-            remedy="add a Calibrate node with the same LoRAs and connect it",
+            expected="MODEL and CLIP connected, or the statistics output of Calibrate",
+            found=why_none or "nothing connected",
+            remedy="connect MODEL and CLIP, and choose light or thorough for keep the base model",
         )
     return build_method(name, values if statistics is None else {**values, "statistics": statistics})

@@ -48,6 +48,7 @@ def test_calibrating_on_a_pipeline_goes_as_the_page_says(tmp_path, monkeypatch):
     from .hosts.diffusers import tiny_pipelines as tiny
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pipe = tiny.build("SD 1.5")
     pipe.save_pretrained("sd15")
     for seed, name in ((1, "style"), (2, "heart")):
@@ -57,10 +58,9 @@ def test_calibrating_on_a_pipeline_goes_as_the_page_says(tmp_path, monkeypatch):
         merge(command)
     deltas = [
         torch.cat([part.delta().flatten() for part in legomole.load(f"{name}.safetensors").modules.values()])
-        for name in ("both", "units", "calm")
+        for name in ("both", "calm")
     ]
-    assert deltas[2].norm() < deltas[0].norm()  # more weight on leaving the model alone
-    assert not torch.allclose(deltas[0], deltas[1])
+    assert deltas[1].norm() < deltas[0].norm()  # more weight on leaving the model alone
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # the libraries' own

@@ -16,6 +16,8 @@ from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.dare import Dare
 from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.methods.np_lora import NP
+from legomole.core.merge.methods.ssr import SSR
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.statistics import Statistics
@@ -77,9 +79,12 @@ class Method(common.Method):
     whole: bool = False
 
 
-def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = False, **options: Any) -> Use:
-    """Merge the LoRAs, see `merging`; `measured` methods get statistics."""
-    compute = merging(method, rank, statistics if measured else None, **options)
+def _merge(
+    method: Callable[..., Any], rank: str = "1x", *, measured: bool = False, light: bool = False, **options: Any
+) -> Use:
+    """Merge the LoRAs, see `merging`; `measured` methods get full statistics, `light` ones sketched statistics."""
+    measure = light_statistics if light else thorough_statistics if measured else None
+    compute = merging(method, rank, measure, **options)
 
     def use(loras: LoraSet, scale: float, _: Sequence[str]) -> Any:
         return merged_in(loras.transformer, loras.cached(compute), scale)
@@ -103,13 +108,23 @@ def training_prompts(loras: LoraSet) -> list[Prompt]:
     ]
 
 
-def statistics(loras: LoraSet) -> Statistics:
-    """Measure the second moments of the layers' inputs on samples of the model."""
+def thorough_statistics(loras: LoraSet) -> Statistics:
+    """Measure full statistics, on more prompts than by default."""
+    return measured_statistics(loras, CalibrationSettings(mode="thorough", samples=24, seed=loras.seed))
+
+
+def light_statistics(loras: LoraSet) -> Statistics:
+    """Measure light statistics, as `legomole merge --base` does."""
+    return measured_statistics(loras, CalibrationSettings(seed=loras.seed))
+
+
+def measured_statistics(loras: LoraSet, settings: CalibrationSettings) -> Statistics:
+    """Measure the inputs of the layers on prompts of every kind."""
     prompts = training_prompts(loras)
     denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
     modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
     with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
-        return measure_statistics(attachment, denoiser, prompts, modules, CalibrationSettings(seed=loras.seed))
+        return measure_statistics(attachment, denoiser, prompts, modules, settings)
 
 
 def trained_gates(loras: LoraSet, settings: GateSettings, training: TrainSettings) -> TrainedGates:
@@ -188,6 +203,9 @@ METHODS: dict[str, Method] = {
         _merge(lambda k: Lego(k, "paper", parameter_reweight=False, output_reweight=False))
     ),
     "lego calibrated": Method(_merge(Lego, measured=True)),
+    "one-step": Method(_merge(Lego, light=True)),
+    "ssr": Method(_merge(SSR, light=True)),
+    "np": Method(_merge(NP)),
     "calibrated": Method(_merge(Calibrated, measured=True)),
     "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "calibrated lam 0.1": Method(_merge(lambda k, **m: Calibrated(k, lam=0.1, **m), measured=True)),

@@ -20,7 +20,7 @@ from .methods import METHODS
 from .scoring import Task, task
 
 MAIN = ("base", "sum", "normalised", "svd", "ties", "dare", "knots", "lego", "lego-paper",
-        "lego calibrated", "calibrated", "calibrated 2x", "router", "mole")  # fmt: skip
+        "lego calibrated", "one-step", "ssr", "np", "calibrated", "calibrated 2x", "router", "mole")  # fmt: skip
 VARIANTS = ("lego 0.5x", "lego 1.5x", "lego 80%", "lego mean", "lego reweighted", "lego-paper 1.5x", "lego-paper plain",
             "calibrated lam 0.1", "calibrated lam 1", "lego calibrated 2x", "router apart", "mole mean", "mole apart",
             "mole block", "mole output", "mole-paper", "mole-paper x N")  # fmt: skip

@@ -155,8 +155,8 @@ def _gated(folder: Path) -> Iterator[tuple[str, list[str]]]:
     pipe.save_pretrained(folder / "pipe")
     style, heart = (str(save(tiny.lora(pipe, seed), folder / f"lora-{seed}", format="diffusers")) for seed in (1, 2))
     loras = [f"{style}:0.8", heart]
-    words = ["--words", "ember style, burning", "--words", "heart", "--size", "16", "--paint-steps", "1"]
-    training = ["--batch", "8", "--steps", "6", "--set", "examples=16", "--set", "samples=12"]
+    words = ["--words", "ember style, burning", "--words", "heart", "--size", "16"]
+    training = ["--paint-steps", "1", "--batch", "8", "--steps", "6", "--set", "examples=16", "--set", "samples=12"]
     for reads in ("text", "hidden", "experts"):
         for granularity in ("network", "block", "layer"):
             kind = ["--reads", reads, "--granularity", granularity]
@@ -166,11 +166,14 @@ def _gated(folder: Path) -> Iterator[tuple[str, list[str]]]:
             )
     softmax = ["--reads", "experts", "--activation", "softmax", "--balance", "0.5"]
     yield "gates/softmax", ["train-gates", str(folder / "pipe"), *loras, *words, *training, *softmax]
-    yield "gates/router", ["train-gates", str(folder / "pipe"), *loras, *words, "--objective", "router"]
+    yield (
+        "gates/router",
+        ["train-gates", str(folder / "pipe"), *loras, *words, "--paint-steps", "1", "--objective", "router"],
+    )
     prompts = folder / "prompts.txt"
     prompts.write_text("heart\nembers burning\nheart in ember style\nheart burning\na dog\na cat\n")
     for method in ("lego", "calibrated"):
-        measured = ["--calibrate", str(folder / "pipe"), "--prompts", str(prompts), "--method", method]
+        measured = ["--base", str(folder / "pipe"), "--prompts", str(prompts), "--method", method]
         yield f"calibrated/{method}", ["merge", *loras, *measured, *words]
 
 

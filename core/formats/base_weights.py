@@ -6,6 +6,7 @@ Reads safetensors only: a checkpoint, or a folder of a diffusers pipeline or a t
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import safe_open
@@ -33,19 +34,25 @@ _MAX_SHOWN = 3
 
 
 class BaseWeights:
-    """The weights of a base model; tensors are read when they are asked for.
+    """The weights of a base model; its files are opened at the first use.
 
     Args:
         path: A safetensors file, or a folder that holds some, at any depth of two.
-
-    Raises:
-        FormatError: There is no such file, or it is not a safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # flattened name of a layer -> (component of the pipeline, file, key, shape)
-        self._layers: dict[str, list[tuple[str, Path, str, tuple[int, ...]]]] = {}
+        self.used = False  # whether an adapter needed a weight
+
+    @cached_property
+    def _layers(self) -> dict[str, list[tuple[str, Path, str, tuple[int, ...]]]]:
+        """Flattened name of a layer -> (component of the pipeline, file, key, shape).
+
+        Raises:
+            FormatError: There is no such file, or it is not a safetensors file.
+        """
+        path = self.path
+        layers: dict[str, list[tuple[str, Path, str, tuple[int, ...]]]] = {}
         files = [path] if not path.is_dir() else sorted([*path.glob("*.safetensors"), *path.glob("*/*.safetensors")])
         if not files:
             raise FormatError(
@@ -61,7 +68,8 @@ class BaseWeights:
             for key, shape in read_header(file).shapes.items():
                 if key.endswith(".weight"):
                     entry = (component, file, key, shape)
-                    self._layers.setdefault(_flatten(key.removesuffix(".weight")), []).append(entry)
+                    layers.setdefault(_flatten(key.removesuffix(".weight")), []).append(entry)
+        return layers
 
     def fingerprint(self) -> str:
         """Hash of the sizes and of parts of the files, see `hashes.fingerprint`."""
@@ -75,8 +83,10 @@ class BaseWeights:
             d_out, d_in: Shape of the update.
 
         Raises:
-            FormatError: The base model has no such layer, several, one of another shape, or a quantised one.
+            FormatError: There are no such files, or the model has no such layer, several, one of another shape, or a
+                quantised one.
         """
+        self.used = True
         found = [
             entry for entry in self._candidates(module) if entry[3][:1] == (d_out,) and math.prod(entry[3][1:]) == d_in
         ]

@@ -14,10 +14,12 @@ from ..errors import MergeError, name_some
 from ..lowrank import LowRank
 from ..memory import report_out_of_memory
 from ..progress import Progress
+from .account import ModuleAccount, predict
 from .cache import GramCache
 from .leftovers import merge_leftovers
 from .methods import METHODS, MergeMethod
 from .report import MergeReport, ModuleReport
+from .statistics import Statistics
 from .tasks import BatchMerger, BatchResult, ModuleBatch, plan_batches
 from .threads import run_in_threads
 from .weights import Weights
@@ -47,6 +49,7 @@ def merge(
     progress: Progress | None = None,
     each: BatchRunner | None = None,
     cache: GramCache | None = None,
+    statistics: Statistics | None = None,
 ) -> MergeResult:
     """Merge adapters that name their modules alike (see `align`) into one.
 
@@ -63,6 +66,8 @@ def merge(
         progress: Called with (modules done, modules in all, name of the last). May raise an exception to cancel.
         each: Runs the batches elsewhere; default in threads of this process, see `run_in_threads`.
         cache: Kept by the caller between merges: the next merge of the same factors is faster.
+        statistics: Statistics measured with these adapters, from which the report predicts what merges keep; default
+            the method's own, if it has any.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
@@ -78,15 +83,18 @@ def merge(
     dtype = dtype or _widest_dtype([adapter for adapter, used in zip(adapters, checked.used, strict=True) if used])
     batches = plan_batches(adapters, checked.modules, getattr(method, "batch", None))
     _check_rank(method, batches)
-    merger = BatchMerger(method, checked.modules, dtype, _checked_device(device), cache)
+    statistics = statistics or getattr(method, "statistics", None)
+    merger = BatchMerger(method, checked.modules, dtype, _checked_device(device), cache, statistics)
 
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
+    accounts: list[ModuleAccount] = []
     for result in _run(merger, adapters, batches, each, progress):
         modules.update(result.modules)
         reports.update((report.name, report) for report in result.reports)
         remarks.update(result.remarks)
+        accounts += result.accounts
     with torch.no_grad(), report_out_of_memory():
         leftovers = merge_leftovers(adapters, checked, dtype)
 
@@ -103,6 +111,7 @@ def merge(
             *_strength_notes(method, checked.model),
             *_module_notes(reports, remarks),
         ),
+        predicted=predict(accounts, len(adapters)),
     )
     merged = {name: modules[name] for name in sorted(modules)}
     return MergeResult(Adapter(merged, leftovers.diffs, leftovers.extras), report)

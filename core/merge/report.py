@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
+from .account import Prediction
+
 MANY = 16
 """With more adapters than this, figures for each pair are reported for the whole merge, not for every module."""
 SAME, SHARED = 0.9, 0.3
 """Cosines above which two adapters are called nearly the same, and are said to share a direction."""
+_PREDICTED = 8  # adapters in the table of predictions
 _SHOWN = 20  # lines of a longer list that are shown
 
 
@@ -59,6 +62,7 @@ class MergeReport:
         passed_on: Keys carried into the result unchanged, or summed (diffs), with their origin.
         dropped: Keys that could not be kept, with the reason; shown in every rendering.
         notes: Sentences on anything unusual about these inputs.
+        predicted: What this merge and others of its rank are predicted to keep; empty without statistics.
     """
 
     inputs: tuple[str, ...]
@@ -68,6 +72,7 @@ class MergeReport:
     passed_on: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    predicted: tuple[Prediction, ...] = ()
 
     @property
     def energy_kept(self) -> float:
@@ -143,9 +148,27 @@ class MergeReport:
         mixed = self.mixed_clusters()
         if mixed is not None:
             lines.append(f"  {mixed:.0%} of the merged units blend several LoRAs, the rest come from one each")
+        lines += _predicted(self.predicted)
         lines += _section("passed on", self.passed_on) + _section("DROPPED", self.dropped)
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _predicted(predictions: Sequence[Prediction]) -> list[str]:
+    if not predictions:
+        return []
+    adapters = len(predictions[0].alone)
+    shown = min(adapters, _PREDICTED)
+    heads = [f"[{i + 1}]" for i in range(shown)] + ["joint", "base"]
+    lines = [
+        "  predicted errors, relative to what prompts want that ask for one LoRA, several, or none (0 is best; base: 1 "
+        "is the sum):",
+        "    " + " " * 16 + "".join(f"{head:>7}" for head in heads),
+    ]
+    for row in predictions:
+        values = [*row.alone[:shown], row.joint, row.base]
+        lines.append(f"    {row.method:16}" + "".join("      -" if v is None else f"{v:7.2f}" for v in values))
+    return lines
 
 
 def _size(module: ModuleReport) -> float:

@@ -1,13 +1,25 @@
-"""Statistics: second moments of each module's inputs, the data a calibrated merge needs beside the LoRAs."""
+"""Statistics: second moments of each module's inputs, the data a calibrated merge needs beside the LoRAs.
+
+Full statistics hold the matrices ``C = X^T X / n (d_in, d_in)``. Light statistics hold a sketch of them: a basis
+``Q (q, d_in)`` of the directions in which inputs of all kinds are largest, and for each kind the matrix inside this
+basis, ``Q C Q^T``. In all other directions `C` is replaced by a multiple of the identity with the same trace:
+
+    C ~ Q^T (Q C Q^T) Q + rest (I - Q^T Q)
+
+Sums, multiples and inverses of such matrices have the same form, so a calibrated merge computes with ``(q + 1)^2``
+values instead of ``d_in^2``.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapter import Adapter
@@ -22,30 +34,35 @@ _KIND = "legomole.statistics.1"
 
 @dataclass(frozen=True, eq=False)
 class ModuleStatistics:
-    """Second moments ``C = X^T X / n`` of one module's inputs, ``(d_in, d_in)`` each, by the concepts in the prompts.
+    """Second moments of one module's inputs, by the concepts in the prompts.
 
     Args:
-        own: Adapter's position -> `C` for prompts that name its concept alone.
-        joint: Positions of two or more adapters, ascending -> `C` for prompts that name all their concepts.
-        base: `C` for prompts that name no concept.
+        own: Adapter's position -> moments for prompts that name its concept alone.
+        joint: Positions of two or more adapters, ascending -> moments for prompts that name all their concepts.
+        base: Moments for prompts that name no concept.
+        basis: ``Q (q, d_in)`` with orthonormal rows, any floating dtype; ``None`` for full statistics.
+
+    Moments are ``(n, n)`` matrices: ``C`` itself, ``n = d_in``; or with a basis ``diag(Q C Q^T, rest)``, ``n = q + 1``.
 
     Raises:
-        MergeError: No matrix at all, matrices that are not square and of one size, or positions of `joint` that are
-            not ascending.
+        MergeError: No matrix at all, matrices that are not square, not of one size or do not fit the basis, or
+            positions of `joint` that are not ascending.
     """
 
     own: ReadOnly[int, Tensor] = Converted(read_only, None)
     joint: ReadOnly[tuple[int, ...], Tensor] = Converted(read_only, None)
     base: Tensor | None = None
+    basis: Tensor | None = None
 
     def __post_init__(self) -> None:
-        tensors = list(self.tensors())
-        d_in = tensors[0].shape[-1] if tensors and tensors[0].ndim else 0
-        if not tensors or any(C.shape != (d_in, d_in) or not C.is_floating_point() for C in tensors):
+        moments = list(self.moments())
+        n = moments[0].shape[-1] if moments and moments[0].ndim else 0
+        fits = self.basis is None or (self.basis.ndim == 2 and n == self.basis.shape[0] + 1 and self.basis.shape[1] > 0)
+        if not moments or not fits or any(C.shape != (n, n) or not C.is_floating_point() for C in moments):
             raise MergeError(
                 "The statistics of a module are not second moments of its inputs.",
-                expected="at least one (d_in, d_in) matrix, all of one d_in",
-                found=[tuple(C.shape) for C in tensors],
+                expected="at least one (d_in, d_in) matrix, all of one d_in; or (q + 1, q + 1) and a (q, d_in) basis",
+                found=[tuple(C.shape) for C in self.tensors()],
                 remedy="measure the statistics again",
             )
         if any(len(group) < 2 or list(group) != sorted(set(group)) for group in self.joint):
@@ -55,15 +72,32 @@ class ModuleStatistics:
                 found=list(self.joint),
             )
 
-    def tensors(self) -> Iterator[Tensor]:
+    def moments(self) -> Iterator[Tensor]:
         yield from self.own.values()
         yield from self.joint.values()
         if self.base is not None:
             yield self.base
 
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.moments()
+        if self.basis is not None:
+            yield self.basis
+
     @property
     def d_in(self) -> int:
-        return next(self.tensors()).shape[0]
+        return next(self.moments()).shape[0] if self.basis is None else self.basis.shape[1]
+
+    @property
+    def light(self) -> bool:
+        return self.basis is not None
+
+    def space(self, A: Tensor) -> InputSpace:
+        """The rows ``A (P, d_in)`` float64 in the coordinates of the moments."""
+        if self.basis is None:
+            return InputSpace(A, A, None)
+        Q = orthonormal(self.basis.to(A)).mT
+        X = A @ Q
+        return InputSpace(A, torch.cat([X, torch.ones_like(X[:, :1])], 1), Q.mT)
 
     def at(self, place: Mapping[int, int]) -> ModuleStatistics:
         """The same with adapters renumbered by `place`; moments of adapters that are not in it are left out."""
@@ -75,7 +109,58 @@ class ModuleStatistics:
                 if all(i in place for i in group)
             },
             self.base,
+            self.basis,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class InputSpace:
+    """Rows of `A` in the coordinates of a module's moments, see `ModuleStatistics.space`.
+
+    Args:
+        A: ``(P, d_in)``.
+        X: ``(P, n)``: `A` itself; or with a basis ``[A Q^T, 1]``. Its last column stands for the part of each row
+            outside the basis, which moments only scale.
+        Q: The basis, ``(q, d_in)``.
+    """
+
+    A: Tensor
+    X: Tensor
+    Q: Tensor | None
+
+    @cached_property
+    def outside(self) -> Tensor:
+        """``A (I - Q^T Q)``: zero for full statistics."""
+        return torch.zeros_like(self.A) if self.Q is None else self.A - self.X[:, :-1] @ self.Q
+
+    def rows(self, X: Tensor) -> Tensor:
+        """The rows ``(P, d_in)`` with coordinates ``X (P, n)``."""
+        return X if self.Q is None else X[:, :-1] @ self.Q + X[:, -1:] * self.outside
+
+    def gram(self, C: Tensor) -> Tensor:
+        """``A C A^T (P, P)`` for moments ``C (n, n)``."""
+        if self.Q is None:
+            return self.X @ C @ self.X.mT
+        X = self.X[:, :-1]
+        return X @ C[:-1, :-1] @ X.mT + C[-1, -1] * self._outside_gram
+
+    @cached_property
+    def _outside_gram(self) -> Tensor:
+        return self.outside @ self.outside.mT
+
+    def mean(self, C: Tensor) -> Tensor:
+        """Mean eigenvalue of moments ``C (n, n)``, a scalar."""
+        diagonal = C.diagonal()
+        if self.Q is None:
+            return diagonal.mean()
+        q, d_in = self.Q.shape
+        return (diagonal[:-1].sum() + (d_in - q) * diagonal[-1]) / d_in
+
+
+def orthonormal(basis: Tensor) -> Tensor:
+    """Make rows ``(q, d)`` orthonormal that are so up to the rounding of a short dtype; each keeps its sign."""
+    Q, R = torch.linalg.qr(basis.mT)
+    return (Q * R.diagonal().sign()).mT
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +203,8 @@ class Statistics:
         return Statistics({name: m.at(place) for name, m in self.modules.items()}, hashes, strengths, self.metadata)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, atomically. Tensors are named ``<module>/own/0``, ``/joint/0,1``, ``/base``.
+        """Write a safetensors file, atomically. Tensors are named ``<module>/own/0``, ``/joint/0,1``, ``/base``,
+        ``/basis``.
 
         Moments that several modules share are written once; the header maps the other modules to the first.
 
@@ -132,6 +218,7 @@ class Statistics:
             own = {f"own/{i}": C for i, C in moments.own.items()}
             own |= {f"joint/{','.join(map(str, group))}": C for group, C in moments.joint.items()}
             own |= {} if moments.base is None else {"base": moments.base}
+            own |= {} if moments.basis is None else {"basis": moments.basis}
             first = written.setdefault(tuple((kind, id(C)) for kind, C in own.items()), name)
             if first != name:
                 same[name] = first
@@ -157,10 +244,10 @@ class Statistics:
         tables: dict[str, dict[str, Any]] = {}
         try:
             for key, C in tensors.items():
-                name, kind, *group = key.rsplit("/", 1 if key.endswith("/base") else 2)
-                table = tables.setdefault(name, {"own": {}, "joint": {}, "base": None})
-                if kind == "base":
-                    table["base"] = C
+                name, kind, *group = key.rsplit("/", 1 if key.endswith(("/base", "/basis")) else 2)
+                table = tables.setdefault(name, {"own": {}, "joint": {}, "base": None, "basis": None})
+                if kind in ("base", "basis"):
+                    table[kind] = C
                 else:
                     positions = tuple(map(int, group[0].split(",")))
                     table[kind][positions if kind == "joint" else positions[0]] = C

@@ -12,13 +12,16 @@ from ..adapter import Adapter
 from ..errors import MergeError, name_some
 from ..lowrank import LowRank
 from ..memory import report_out_of_memory
+from .account import ModuleAccount, account_batch
 from .cache import GramCache
 from .clustering import cluster_sizes
 from .factors import FileFactors
 from .merged import Merged, relative_error
 from .methods import MergeMethod
 from .pool import Pool, overlap
+from .rank import Rank
 from .report import ModuleReport
+from .statistics import Statistics
 
 # Values in the factors of a batch; bounds the memory beside inputs and output.
 _BATCH_VALUES = 16_000_000
@@ -39,11 +42,12 @@ class ModuleBatch:
 
 @dataclass(frozen=True, eq=False)
 class BatchResult:
-    """Result of a batch: updates and reports of its modules, and remarks on some of them, see `Merged`."""
+    """Result of a batch: updates and reports of its modules, remarks on some of them (see `Merged`), and accounts."""
 
     modules: Mapping[str, LowRank]
     reports: tuple[ModuleReport, ...]
     remarks: Mapping[str, str]
+    accounts: tuple[ModuleAccount, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,7 @@ class BatchMerger:
         weights: Per adapter, the weight of each module.
         dtype: Dtype of the merged factors. device: Device to compute on.
         cache: Values from earlier merges.
+        statistics: Statistics to predict with what merges keep, if there are any.
     """
 
     method: MergeMethod
@@ -62,6 +67,7 @@ class BatchMerger:
     dtype: torch.dtype
     device: torch.device
     cache: GramCache | None = None
+    statistics: Statistics | None = None
 
     @torch.no_grad()
     def __call__(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> BatchResult:
@@ -78,8 +84,13 @@ class BatchMerger:
             if self.cache is not None:
                 self.cache.store(batch, pool)
             modules = dict(_updates(adapters, pool, merged, self.dtype))
-            lost = self._lost(adapters, batch)
-            return BatchResult(modules, tuple(_module_reports(pool, merged, self.dtype, lost)), dict(merged.remarks))
+            reports = tuple(_module_reports(pool, merged, self.dtype, self._lost(adapters, batch)))
+            return BatchResult(modules, reports, dict(merged.remarks), tuple(self._accounts(pool, merged)))
+
+    def _accounts(self, pool: Pool, merged: Merged) -> Sequence[ModuleAccount]:
+        if self.statistics is None:
+            return ()
+        return account_batch(pool, merged, getattr(self.method, "rank", None) or Rank(1, "x"), self.statistics)
 
     def _lost(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> torch.Tensor | None:
         """Energy that approximations at reading cut off from each module's deltas, ``(M, N)``; ``None`` for nothing."""

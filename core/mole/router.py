@@ -39,11 +39,11 @@ def check_concepts(concepts: Sequence[Sequence[str]], experts: int) -> None:
         raise MergeError("Every LoRA needs words that name it.", expected=f"{experts} lists", found=len(concepts))
 
 
-def routed_values(requested: Tensor, settings: GateSettings) -> Tensor:
+def routed_values(requested: Tensor, settings: GateSettings, compose: float = 1.0) -> Tensor:
     """The gate values of the router.
 
-    Sigmoid gates: 1 for an expert that the prompt asks for, 0 for the others. Softmax: equal shares of the experts it
-    asks for; if it asks for none, equal shares of all, or of none with the null expert.
+    Sigmoid gates: 1 for an expert that the prompt asks for, `compose` for each of several, 0 for the others. Softmax:
+    equal shares of the experts it asks for; if it asks for none, equal shares of all, or of none with the null expert.
 
     Args:
         requested: ``(P, N)`` bool, the concepts that each prompt names, see `concepts_in`.
@@ -53,19 +53,25 @@ def routed_values(requested: Tensor, settings: GateSettings) -> Tensor:
     """
     values = requested.float()
     if settings.activation == "sigmoid":
-        return values
+        return torch.where(values.sum(1, keepdim=True) > 1, compose * values, values)
     none = values.sum(1, keepdim=True) == 0
     if settings.activation == "softmax":
         values = torch.where(none, torch.ones_like(values), values)
     return values / values.sum(1, keepdim=True).clamp_min(1)
 
 
-def route_gates(detector: ConceptDetector, settings: GateSettings, scopes: Iterable[str]) -> GateSet:
+def route_gates(
+    detector: ConceptDetector, settings: GateSettings, scopes: Iterable[str], *, compose: float = 1.0
+) -> GateSet:
     """Gates that read ``text`` and act as the router does: they open for the concepts that `detector` finds.
+
+    Sigmoid gates open to 1 for a concept alone, and to `compose` for all concepts together; for some of more than two
+    to a value between. That value is reached by weights between the concepts, which leave closed gates below 0.06.
 
     Args:
         detector: Of the experts' concepts.
         settings: Must read ``text``. scopes: The gates to make; all are alike.
+        compose: Value of sigmoid gates of all concepts together.
 
     Raises:
         MergeError: Gates that read something else.
@@ -74,23 +80,36 @@ def route_gates(detector: ConceptDetector, settings: GateSettings, scopes: Itera
         raise MergeError("The router is for gates that read the text.", expected="reads=text", found=settings.reads)
     n = len(detector.words)
     closed, opened, null = {
-        "sigmoid": (_LOGIT_OFF, -math.log(settings.ceiling - 1), 0.0),
+        "sigmoid": (_LOGIT_OFF, _logit(1.0, settings), 0.0),
         "softmax": (_LOGIT_OFF, 0.0, 0.0),
         "softmax-null": (2 * _LOGIT_OFF, 0.0, _LOGIT_OFF),
     }[settings.activation]
+    together = 0.0 if n == 1 or settings.activation != "sigmoid" else (_logit(compose, settings) - opened) / (n - 1)
+    weight = (opened - closed - together) * torch.eye(n) + together
     gates: dict[str, Gate] = {}
     for scope in scopes:
         gate = Gate(n, n, settings, owner=torch.arange(n))
         with torch.no_grad():
-            gate.weight[:n].copy_((opened - closed) * torch.eye(n))
+            gate.weight[:n].copy_(weight)
             gate.bias.fill_(null)
             gate.bias[:n].fill_(closed)
         gates[scope] = gate
     return GateSet(n, settings, gates, detector)
 
 
+def _logit(value: float, settings: GateSettings) -> float:
+    """Logit of a sigmoid gate with this value, or of nearly the ceiling if the value is above it."""
+    return -math.log(settings.ceiling / min(value, 0.98 * settings.ceiling) - 1)
+
+
 def route_mean_gates(
-    text: Tensor, requested: Tensor, settings: GateSettings, scopes: Iterable[str], *, ridge: float = 1.0
+    text: Tensor,
+    requested: Tensor,
+    settings: GateSettings,
+    scopes: Iterable[str],
+    *,
+    ridge: float = 1.0,
+    compose: float = 1.0,
 ) -> GateSet:
     """Gates that read ``text-mean`` and act as the router does on prompts like these, from least squares.
 
@@ -102,6 +121,7 @@ def route_mean_gates(
         requested: ``(P, N)`` bool, the concepts that each prompt names, see `concepts_in`.
         settings: Must read ``text-mean``. scopes: The gates to make; all are alike.
         ridge: Penalty on the weights, per feature of unit variance.
+        compose: See `routed_values`.
 
     Raises:
         MergeError: Gates that read something else, or an expert that every prompt asks for, or none.
@@ -119,11 +139,12 @@ def route_mean_gates(
             )
     mean, spread = text.double().mean(0), feature_spread(text.double().var(0, unbiased=False))
     X = (text.double() - mean) / spread
-    values = routed_values(requested, settings).double()
+    values = routed_values(requested, settings, compose).double()
     n = requested.shape[1]
     if settings.activation == "sigmoid":
-        logit_on = -math.log(settings.ceiling - 1)
-        Y = torch.where(values > 0, logit_on, _LOGIT_OFF).double()
+        together = requested.sum(1, keepdim=True) > 1
+        opened = torch.where(together, _logit(compose, settings), _logit(1.0, settings))
+        Y = torch.where(requested, opened, _LOGIT_OFF).double()
     else:
         share = (values * (1 - 1e-2) + 1e-2 / n).clamp_min(1e-3)
         if settings.activation == "softmax-null":

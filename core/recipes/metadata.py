@@ -13,6 +13,7 @@ from ..errors import name_some
 from ..formats.peft_config import combine_configs, labelled_configs
 from ..formats.writing import STALE
 from ..json_text import from_json
+from ..merge.account import Prediction
 from ..merge.report import MANY, MergeReport, ModuleReport
 from .recipe import HUB_PREFIX, Conversion, Recipe
 
@@ -205,7 +206,14 @@ def compact(report: MergeReport) -> dict[str, Any]:
         "passed_on": len(report.passed_on),
         "dropped": report.dropped,
         "notes": report.notes,
+        **({"predicted": [_prediction(row) for row in report.predicted]} if report.predicted else {}),
     }
+
+
+def _prediction(row: Prediction) -> list[Any]:
+    """``[method, errors of each LoRA alone, [joint, base]]``."""
+    alone, (joint, base) = row.alone, (row.joint, row.base)
+    return [row.method, *([None if v is None else _round(v) for v in values] for values in (alone, (joint, base)))]
 
 
 def _composition(module: ModuleReport, many: bool) -> str:

@@ -52,6 +52,11 @@ def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
     return method(**{key: _validated(name, key, hints[key], value) for key, value in settings.items()})
 
 
+def takes_statistics(name: str) -> bool:
+    """Whether the method ``name`` uses statistics."""
+    return any(field.name == "statistics" for field in dataclasses.fields(typing.cast(Any, METHODS[name])))
+
+
 def _validated(method: str, key: str, hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is Converted:  # the field converts and checks the value itself
         return value

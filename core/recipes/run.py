@@ -25,7 +25,7 @@ from ..merge.weights import adapters_matching
 from ..progress import Progress
 from .conversion import repeat_conversion
 from .metadata import disagreements, file_metadata
-from .method_settings import build_method, method_settings
+from .method_settings import build_method, method_settings, takes_statistics
 from .output import RenameForFormat, name_output
 from .recipe import HUB_PREFIX, Input, Recipe, RecipeError
 from .remote import RemoteInputs, RemoteRunner
@@ -42,6 +42,8 @@ def run(
     loading: Progress | None = None,
     progress: Progress | None = None,
     remote: RemoteRunner | None = None,
+    statistics: Statistics | None = None,
+    notes: Sequence[str] = (),
 ) -> MergeResult:
     """Run a recipe whose inputs are files.
 
@@ -55,6 +57,8 @@ def run(
         loading: Called with (inputs loaded, inputs in all, path of the last one).
         progress: See `merge`.
         remote: A host's function that merges batches on other machines, where the inputs are opened again.
+        statistics: Measured with the inputs; for the method, if the recipe names no file of statistics.
+        notes: Notes for the report.
 
     Returns:
         The merged adapter and the report. The adapter's metadata holds recipe and report; its source names the format
@@ -66,17 +70,15 @@ def run(
         FormatError: An input cannot be read.
         MergeError: The inputs cannot be merged.
     """
-    if "statistics" not in recipe.settings:  # report wrong settings before large files are read
+    if "statistics" not in recipe.settings and statistics is None:  # report wrong settings before large files are read
         build_method(recipe.method, recipe.settings)
     paths = input_paths(recipe, folder, find_cached)
     statistics_path = folder / str(recipe.settings["statistics"]) if "statistics" in recipe.settings else None
     base: BaseWeights | None = None
     if recipe.base is not None:
-        if remote is not None:
-            raise RecipeError("A merge with a base model runs on this machine only.", found=recipe.base)
         base = BaseWeights(folder / recipe.base)
-        _check_hash(base.path, recipe.base_fingerprint, base.fingerprint(), "base_fingerprint")
-        recipe = recipe.model_copy(update={"base_fingerprint": base.fingerprint()})
+        if recipe.base_fingerprint:
+            _check_hash(base.path, recipe.base_fingerprint, base.fingerprint(), "base_fingerprint")
     files = paths if statistics_path is None else [*paths, statistics_path]
     with raise_if_changed(files), hashes.hash_in_background([weight_files(path) for path in paths]) as pending_hashes:
         adapters: list[Adapter] = []
@@ -84,29 +86,38 @@ def run(
             adapters.append(_load(entry, path, recipe.convert_rank, base))
             if loading is not None:
                 loading(len(adapters), len(recipe.inputs), entry.path)
+        recipe = with_used_base(recipe, base)
+        if recipe.base is not None and remote is not None:
+            raise RecipeError("A merge of DoRA with a base model runs on this machine only.", found=recipe.base)
         # where only the metadata needs the hashes, they are awaited after the merge
-        hashes_first = statistics_path is not None or remote is not None or any(entry.sha256 for entry in recipe.inputs)
+        needs_hashes = any(x is not None for x in (statistics_path, statistics, remote))
+        hashes_first = needs_hashes or any(entry.sha256 for entry in recipe.inputs)
         if hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
-        statistics = None
+        if statistics is not None:
+            statistics = statistics.of(adapters)
         if statistics_path is not None:
             statistics = Statistics.load(statistics_path).of(adapters)
             sha256 = hashes.sha256(statistics_path)
             _check_hash(statistics_path, recipe.statistics_sha256, sha256)
             recipe = recipe.model_copy(update={"statistics_sha256": sha256})
-        settings = recipe.settings if statistics is None else {**recipe.settings, "statistics": statistics}
-        method = build_method(recipe.method, settings)
+        used = {"statistics": statistics} if statistics is not None and takes_statistics(recipe.method) else {}
+        method = build_method(recipe.method, {**recipe.settings, **used})
         aligned = align(adapters, key_map=key_map)
         renamed = any(before is not after for before, after in zip(adapters, aligned, strict=True))
         run_batches: BatchRunner | None = None
         if remote is not None:
             ranks = [_convert_rank(entry, recipe.convert_rank) for entry in recipe.inputs]
             run_batches = partial(remote, RemoteInputs.of(adapters, [*map(Path.absolute, paths)], ranks, key_map))
-        result = merge_aligned(recipe, method, aligned, device=device, progress=progress, run_batches=run_batches)
+        result = merge_aligned(
+            recipe, method, aligned, device=device, progress=progress, run_batches=run_batches, statistics=statistics
+        )
         if not hashes_first:
             adapters = _with_hashes(recipe, paths, adapters, pending_hashes)
     merge_only = recipe.model_copy(update={"conversions": []})
-    result = describe(merge_only, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format)
+    result = describe(
+        merge_only, method, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes
+    )
     for step in recipe.conversions:
         result = dataclasses.replace(result, adapter=repeat_conversion(result.adapter, step, rename_for_format))
     return result
@@ -121,6 +132,7 @@ def merge_aligned(
     progress: Progress | None = None,
     run_batches: BatchRunner | None = None,
     cache: GramCache | None = None,
+    statistics: Statistics | None = None,
 ) -> MergeResult:
     """Merge the inputs of a recipe, given as adapters under common module names.
 
@@ -128,7 +140,7 @@ def merge_aligned(
         recipe: Weights, module weights and dtype are taken from here.
         method: The recipe's method.
         adapters: The recipe's inputs, in order.
-        device, progress, run_batches, cache: See `merge`.
+        device, progress, run_batches, cache, statistics: See `merge`.
 
     Raises:
         MergeError: See `merge`.
@@ -147,6 +159,7 @@ def merge_aligned(
         progress=progress,
         each=run_batches,
         cache=cache,
+        statistics=statistics,
     )
 
 
@@ -158,6 +171,7 @@ def describe(
     *,
     renamed: bool,
     rename_for_format: RenameForFormat | None = None,
+    notes: Sequence[str] = (),
     named: bool = False,
 ) -> MergeResult:
     """Return a merge result whose adapter holds recipe and report in its metadata, and its file format in its source.
@@ -168,13 +182,13 @@ def describe(
         result: Result of the merge.
         inputs: The inputs as loaded, with the hashes of their files.
         renamed: Whether aligning the inputs renamed modules.
-        rename_for_format: See `run`.
+        rename_for_format, notes: See `run`.
         named: Whether the merged layers have their final names already, those of the recipe's format.
     """
     merged = result.adapter
     settings = {**method_settings(method), **{k: v for k, v in recipe.settings.items() if k == "statistics"}}
     made = recipe.model_copy(update={"legomole": __version__, "settings": settings})
-    notes = [*result.report.notes, *disagreements(inputs), *copies(inputs)]
+    notes = [*result.report.notes, *notes, *disagreements(inputs), *copies(inputs)]
     if recipe.legomole != __version__:
         notes.append(
             f"the recipe was written by legomole {recipe.legomole}, this is {__version__}: "
@@ -255,6 +269,13 @@ def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | Non
     if find_cached is None:
         raise RecipeError("Adapters of the Hugging Face cache are merged on the command line only.", file=path)
     return find_cached(path.removeprefix(HUB_PREFIX))
+
+
+def with_used_base(recipe: Recipe, base: BaseWeights | None) -> Recipe:
+    """The recipe with the hash of its base model, or without the model if no input needed its weights."""
+    if base is None or not base.used:
+        return recipe.model_copy(update={"base": None, "base_fingerprint": ""})
+    return recipe.model_copy(update={"base_fingerprint": base.fingerprint()})
 
 
 def _load(entry: Input, path: Path, convert_rank: int | None, base: BaseWeights | None) -> Adapter:

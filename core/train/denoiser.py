@@ -15,6 +15,10 @@ class Denoiser(Protocol):
         """Sample clean latents ``(B, ..)``, one per prompt, with the model as it is. Equal seeds give equal latents."""
         ...
 
+    def noise(self, batch: int, seed: int) -> Tensor:
+        """Standard normal noise in the shape of latents, ``(batch, ..)``. Equal seeds give equal noise."""
+        ...
+
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Latents at times ``t (B,)`` in 0 .. 1 (0 clean, 1 noise), with ``noise`` of the latents' shape."""
         ...

@@ -1,4 +1,4 @@
-"""Train the gates of a diffusion model: on its own images, on a user's images, by CLIP guidance, or by the router."""
+"""Train the gates of a diffusion model: by distillation, on a user's images, by CLIP guidance, or by the router."""
 
 from __future__ import annotations
 
@@ -178,7 +178,9 @@ def _router_gates(
     if bank.gates.settings.reads != "text-mean":
         assert bank.gates.detector is not None  # see _check
         names = dict.fromkeys(scope.name for scope in bank.scopes.values())
-        return route_gates(bank.gates.detector, bank.gates.settings, names).to(next(bank.buffers()).device)
+        return route_gates(bank.gates.detector, bank.gates.settings, names, compose=settings.compose).to(
+            next(bank.buffers()).device
+        )
     texts: list[Tensor] = []
     scopes = list(dict.fromkeys(scope.name for scope in attachment.bank.scopes.values()))
 
@@ -189,11 +191,12 @@ def _router_gates(
     latents: Tensor | None = None
     for i in range(len(prompts)):  # one at a time: a host may reorder prompts of different lengths
         if latents is None:
-            with torch.no_grad(), attachment.hold([0.0] * attachment.bank.experts):
-                latents = denoiser.sample([i], settings.seed)  # any image will do
+            latents = denoiser.noise(1, settings.seed)  # any latents will do
         with torch.no_grad(), attachment.watch_inputs(collect):
             denoiser.predict(latents, torch.full((1,), 0.5), [i])
         if progress is not None:
             progress(i + 1, len(prompts), "reading the prompts")
     requested = concepts_in([prompt.text for prompt in prompts], concepts)
-    return route_mean_gates(torch.cat(texts), requested, attachment.bank.gates.settings, scopes)
+    return route_mean_gates(
+        torch.cat(texts), requested, attachment.bank.gates.settings, scopes, compose=settings.compose
+    )

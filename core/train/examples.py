@@ -91,7 +91,10 @@ def make_examples(
     images: Images | None = None,
     progress: Progress | None = None,
 ) -> Examples:
-    """Sample images with the model at the target gates, noise them, and compute its predictions as targets.
+    """Noise latents, and compute the predictions of the model at the target gates as targets.
+
+    For distillation the latents are zero: its gates are those of sampled images, which would take most of the time. For
+    other objectives images are sampled with the model at the target gates.
 
     Args:
         attachment: The mixture on the model that `denoiser` runs.
@@ -108,22 +111,23 @@ def make_examples(
     weights = torch.tensor(sampling_weights(prompts), dtype=torch.float64)
     if images is not None:
         weights = torch.where(gates.any(1), 0.0, weights)
-    drawn = torch.multinomial(weights, settings.samples, replacement=True, generator=generator)
+    n, distil = settings.examples, settings.objective == "distil"
+    draws = n if distil else settings.samples
+    drawn = torch.multinomial(weights, draws, replacement=True, generator=generator)
     # the first draws go through all prompts, so that no kind is missing by chance
     order = [i for i in torch.argsort(weights, descending=True, stable=True).tolist() if weights[i] > 0]
-    first = min(len(order), settings.samples // 2)
+    first = min(len(order), draws // 2)
     drawn[:first] = torch.tensor(order[:first])
-    total = settings.samples + settings.examples
+    total = n if distil else draws + n
     sampled: list[Tensor] = []
-    for i in range(0, settings.samples, settings.batch):
+    for i in range(0, 0 if distil else draws, settings.batch):
         rows = drawn[i : i + settings.batch].tolist()
         with torch.no_grad(), attachment.hold(gates[rows]):
             sampled.append(denoiser.sample(rows, settings.seed + i).cpu())
-        _report(progress, min(i + settings.batch, settings.samples), total, "sampling")
-    latents = torch.cat(sampled)
+        _report(progress, min(i + settings.batch, draws), total, "sampling")
+    latents = torch.zeros(n, *denoiser.noise(1, 0).shape[1:]) if distil else torch.cat(sampled)
 
-    n = settings.examples
-    source = torch.arange(n) % settings.samples
+    source = torch.arange(n) % draws
     t = _MIN_TIME + (1 - _MIN_TIME) * torch.rand(n, generator=generator)
     noise = torch.randn(n, *latents.shape[1:], generator=generator)
     prompt, clean = drawn[source], latents[source]
@@ -145,7 +149,7 @@ def make_examples(
         if is_users[s].any():
             goal = denoiser.goal(clean[s], t[s], noise[s]).cpu().to(target)
             target[s] = torch.where(is_users[s].view(-1, *(1 for _ in clean.shape[1:])), goal, target[s])
-        _report(progress, settings.samples + s.stop, total, "predicting")
+        _report(progress, total - n + s.stop, total, "predicting")
     if not (torch.isfinite(noisy).all() and torch.isfinite(target).all()):
         raise MergeError(
             "Images that the model sampled hold values that are not finite.",

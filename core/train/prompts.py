@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, cycle, islice
@@ -27,6 +28,22 @@ class Prompt:
 
     text: str
     named: tuple[int, ...]
+
+
+def distinct_words(given: Sequence[Sequence[str]], in_files: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Per adapter, the words that name its concept: the given ones, or else those in its file.
+
+    Words of a file that another adapter has too do not tell them apart and are left out.
+
+    Args:
+        given: Words that the user wrote, per adapter. in_files: Words in the metadata of its file, per adapter.
+    """
+    found = [list(own) or list(stored) for own, stored in zip(given, in_files, strict=True)]
+    uses = Counter(word.lower() for words in found for word in {word.lower(): word for word in words}.values())
+    return [
+        words if own else [word for word in words if uses[word.lower()] == 1]
+        for words, own in zip(found, given, strict=True)
+    ]
 
 
 def prompts_for(concepts: Sequence[Sequence[str]], texts: Sequence[str] = ()) -> list[Prompt]:

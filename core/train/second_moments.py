@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -19,6 +19,14 @@ from ..mole.forwards import first_argument
 _Hook = Callable[[nn.Module, "tuple[Any, ...]", "dict[str, Any]"], None]
 
 
+class InputAccumulator(Protocol):
+    """Accumulates something over batches of a layer's inputs."""
+
+    def add(self, X: Tensor) -> None:
+        """Add inputs ``(..., d_in)``."""
+        ...
+
+
 class SecondMoments:
     """Accumulates ``C = X^T X / n`` over batches of inputs."""
 
@@ -28,8 +36,7 @@ class SecondMoments:
 
     def add(self, X: Tensor) -> None:
         """Add inputs ``(..., d_in)``. Summed in float32 or wider, also inside autocast."""
-        X = X.detach().reshape(-1, X.shape[-1])
-        X = X if X.dtype == torch.float64 else X.float()
+        X = flat_inputs(X)
         with torch.autocast(X.device.type, enabled=False):
             product = X.mT @ X
         self._sum = product if self._sum is None else self._sum.add_(product)
@@ -56,16 +63,38 @@ class SecondMoments:
         return self._sum / self.n
 
 
+def flat_inputs(X: Tensor) -> Tensor:
+    """Inputs ``(..., d_in)`` as ``(n, d_in)``, float32 or wider."""
+    X = X.detach().reshape(-1, X.shape[-1])
+    return X if X.dtype == torch.float64 else X.float()
+
+
 @contextmanager
 def record_second_moments(layers: Mapping[str, nn.Module]) -> Generator[dict[str, SecondMoments]]:
-    """Record the inputs of layers while the model runs inside the ``with`` block.
+    """Record the second moments of layers' inputs while the model runs inside the ``with`` block.
+
+    Args:
+        layers: See `record_inputs`.
+
+    Yields:
+        Name -> `SecondMoments`.
+
+    Raises:
+        MergeError: See `record_inputs`.
+    """
+    moments = {name: SecondMoments() for name in layers}
+    with record_inputs(layers, moments):
+        yield moments
+
+
+@contextmanager
+def record_inputs(layers: Mapping[str, nn.Module], accumulators: Mapping[str, InputAccumulator]) -> Generator[None]:
+    """Add the inputs of layers to accumulators while the model runs inside the ``with`` block.
 
     Args:
         layers: Name in the statistics -> a linear layer (or any module whose input ends in ``d_in``) or a convolution,
             whose input is unfolded to the patches that its flattened kernel sees.
-
-    Yields:
-        Name -> `SecondMoments`. The hooks are always removed at the end.
+        accumulators: Name -> what its inputs are added to. The hooks are always removed at the end.
 
     Raises:
         MergeError: A grouped convolution: its factors see only part of the channels.
@@ -73,9 +102,8 @@ def record_second_moments(layers: Mapping[str, nn.Module]) -> Generator[dict[str
     for name, layer in layers.items():
         if getattr(layer, "groups", 1) != 1:
             raise MergeError("Grouped convolutions cannot be measured.", module=name)
-    moments = {name: SecondMoments() for name in layers}
-    with _forward_pre_hooks([(layer, _adding_hook(moments[name])) for name, layer in layers.items()]):
-        yield moments
+    with _forward_pre_hooks([(layer, _adding_hook(accumulators[name])) for name, layer in layers.items()]):
+        yield
 
 
 @dataclass
@@ -148,10 +176,10 @@ def _numbering_hook(name: str, inputs: dict[str, LayerInput], numbers: _TensorNu
     return note
 
 
-def _adding_hook(moments: SecondMoments) -> _Hook:
+def _adding_hook(accumulator: InputAccumulator) -> _Hook:
     def add(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = first_argument(args, kwargs)
-        moments.add(convolution_patches(layer, x) if isinstance(layer, _ConvNd) else x)
+        accumulator.add(convolution_patches(layer, x) if isinstance(layer, _ConvNd) else x)
 
     return add
 

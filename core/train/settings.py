@@ -40,14 +40,16 @@ class TrainSettings(FitSettings):
 
     Args:
         objective: ``distil``: imitate the model with the sum of the LoRAs a prompt names, with the one LoRA, or without
-            LoRAs; needs no images. ``denoise``: the diffusion loss on a few images per LoRA, and the base model's own
-            predictions for prompts that name none. ``clip``: the paper's CLIP guidance. ``router``: least squares from
-            the text conditioning to the prompt router, without training.
+            LoRAs, on noised zero latents; needs no images. ``denoise``: the diffusion loss on a few images per LoRA,
+            and the base model's own predictions for prompts that name none. ``clip``: the paper's CLIP guidance.
+            ``router``: least squares from the text conditioning to the prompt router, without training.
         compose: Factor on the sum of LoRAs that is imitated where a prompt names several.
-        examples: Number of noised latents to learn from. samples: Number of images that they are made from.
+        examples: Number of noised latents to learn from. samples: Number of images that they are made from;
+            distillation samples none.
     """
 
     objective: Objective = "distil"
     compose: float = Field(default=1.2, gt=0, allow_inf_nan=False)
-    examples: int = Field(default=640, ge=1)
+    steps: int = Field(default=100, ge=1)
+    examples: int = Field(default=160, ge=1)
     samples: int = Field(default=128, ge=1)

@@ -29,16 +29,13 @@ def calibrate_pipeline(
     texts: Sequence[str] = (),
     settings: CalibrationSettings | None = None,
     *,
-    strengths: Sequence[float] = (),
     size: tuple[int, int] | None = None,
-    guidance: float | None = None,
-    sampling_steps: int = 12,
     progress: Progress | None = None,
 ) -> Statistics:
     """Measure the inputs of a pipeline's layers, per set of adapters that a prompt names. The pipeline stays unchanged.
 
     Layers of text encoders are not measured, and the adapters' updates of them are not applied: a calibrated merge uses
-    the plain SVD of the sum for them.
+    the plain SVD of the sum for them. The adapters are measured at strength 1, whatever their weights in the merge.
 
     Args:
         pipe: The pipeline; `PipelineDenoiser` lists the supported classes.
@@ -46,28 +43,24 @@ def calibrate_pipeline(
         concepts: Per adapter, the words that name it in a prompt.
         texts: Prompts to measure on, see `prompts_for`.
         settings: Measurement settings; default `CalibrationSettings()`.
-        strengths: The weights of the merge; default 1.
-        size: Height and width in pixels of the images that are sampled, see `PipelineDenoiser`.
-        guidance: Their guidance scale, see `PipelineDenoiser`.
-        sampling_steps: Number of sampling steps per image.
-        progress: Called with (steps done, steps in all, name of the current step). May raise an exception to cancel.
+        size: Height and width in pixels of the images that the latents belong to, see `PipelineDenoiser`.
+        progress: Called with (passes done, passes in all, description). May raise an exception to cancel.
 
     Raises:
-        MergeError: The adapters are for another model, the words do not fit, or samples are not finite.
+        MergeError: The adapters are for another model, the words do not fit, or inputs are not finite.
     """
     check_concepts(concepts, len(adapters))
     prompts = prompts_for(concepts, texts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*belong to text encoders")
-        mixture = Mixture(tuple(experts(pipe, adapters)), strengths=tuple(strengths))
+        mixture = Mixture(tuple(experts(pipe, adapters)))
     model = denoising_model(pipe)
     paths = _paths(align(adapters, key_map=key_map), adapters, {path for path, _ in model.named_modules() if path})
     with frozen(pipe.components.values()), attach(model, mixture) as attachment:
-        denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size, guidance=guidance, steps=sampling_steps)
+        denoiser = PipelineDenoiser(pipe, [p.text for p in prompts], size=size)
         hashes = list(map(identity, adapters))
         return measure_statistics(
-            attachment, denoiser, prompts, paths, settings,
-            adapters=hashes, strengths=mixture.strengths, progress=progress,
+            attachment, denoiser, prompts, paths, settings, adapters=hashes, progress=progress
         )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -35,8 +35,6 @@ def experts(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
     Raises:
         MergeError: An adapter has layers that the model lacks, or changes embeddings.
     """
-    paths = {path for path, _ in uncompiled(model).named_modules()}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     renamed: list[Adapter] = []
     for adapter in adapters:
         if embeddings := [name for name in adapter.modules if name.endswith(".lora_embedding")]:
@@ -53,10 +51,7 @@ def experts(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
                 found=name_some(experts, 2),
                 remedy="merge these LoRAs instead",
             )
-        path_of = {
-            name: next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in paths), None)
-            for name in adapter.modules
-        }
+        path_of = layer_paths(model, adapter.modules)
         if missing := [name for name, path in path_of.items() if path is None]:
             remedy = "use the model the LoRA was trained for, without PEFT's wrapper"
             raise other_base_model(adapter, missing, model, remedy)
@@ -70,6 +65,16 @@ def experts(model: nn.Module, adapters: Sequence[Adapter]) -> list[Adapter]:
             apply_key_map(adapter, {name: (MappedRows(path),) for name, path in path_of.items() if path is not None})
         )
     return renamed
+
+
+def layer_paths(model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+    """Path in the model of each named layer, with or without the prefix of models with a head; ``None`` if missing."""
+    paths = {path for path, _ in uncompiled(model).named_modules()}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return {
+        name: next((path for path in (name, prefix + name, name.removeprefix(prefix)) if path in paths), None)
+        for name in names
+    }
 
 
 def load_gates(model: nn.Module, path: str | Path, adapters: Sequence[Adapter]) -> GateSet:

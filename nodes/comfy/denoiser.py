@@ -61,7 +61,7 @@ class ComfyDenoiser:
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
         sigmas = comfy.samplers.calculate_sigmas(self._sampling, "simple", self.steps).to(self.device)
-        noise = torch.randn(len(prompts), *self._shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        noise = self.noise(len(prompts), seed)
         x = self._sampling.noise_scaling(sigmas[:1], noise, torch.zeros_like(noise), True)
         empty = [len(self._prompts) - 1] * len(prompts)
         for sigma, next_sigma in itertools.pairwise(sigmas):
@@ -71,6 +71,9 @@ class ComfyDenoiser:
                 d = unconditional + self.cfg * (d - unconditional)
             x = x + d * (next_sigma - sigma)
         return x
+
+    def noise(self, batch: int, seed: int) -> Tensor:
+        return torch.randn(batch, *self._shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         sigma = self._sigma(t)

@@ -324,11 +324,6 @@ def open_lora(lora: GraphLora) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     return files.read_tensors(content) if isinstance(content, Path) else (dict(content), {})
 
 
-def trigger_words(lora: GraphLora) -> str:
-    """Return the trigger words in the metadata of a LoRA's file, ``""`` if there are none."""
-    return open_lora(lora)[1].get("modelspec.trigger_phrase", "")
-
-
 def _source(lora: GraphLora, state_dict: Mapping[str, Tensor]) -> Source:
     if isinstance(lora.content, Adapter):
         return lora.content.source

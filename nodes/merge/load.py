@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..comfy import folders
 from ..graph_lora import GraphLora, StackEntry
 from ..sockets import CATEGORY, LORA_STACK, lora_output, strength_input
+from ..words import split_words
 
 
 class LoadLoRA(io.ComfyNode):
@@ -38,6 +39,14 @@ class LoadLoRA(io.ComfyNode):
                     tooltip="Only for LoHa, LoKr, DoRA and other files that are not plain LoRAs: a merge "
                     "approximates them at this rank, e.g. 32. 0 refuses them.",
                 ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The words that call for this LoRA in a prompt, separated by commas, for LEGO Merge and "
+                    "MoLE Mix. If empty, the trigger words in the file are used.",
+                ),
                 LORA_STACK.Input(
                     "lora_stack", optional=True, tooltip="A stack to add this LoRA to, also from other packs."
                 ),
@@ -60,9 +69,11 @@ class LoadLoRA(io.ComfyNode):
         strength_model: float,
         strength_clip: float,
         convert_rank: int = 0,
+        words: str | None = None,
         lora_stack: list[tuple[str, float, float]] | None = None,
     ) -> io.NodeOutput:
         path = folders.lora_path(lora_name)
-        lora = GraphLora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank)
-        entry = StackEntry.of(lora_name, strength_model, strength_clip, convert_rank)
+        own_words = tuple(split_words(words or ""))
+        lora = GraphLora(path, Path(lora_name).stem, strength_model, strength_clip, convert_rank, words=own_words)
+        entry = StackEntry.of(lora_name, strength_model, strength_clip, convert_rank, own_words)
         return io.NodeOutput(lora, [*(lora_stack or []), entry])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 from comfy_api.latest import io
 
@@ -13,9 +13,11 @@ from ...core.adapter import Adapter
 from ...core.errors import MergeError
 from ...core.merge.methods import METHODS
 from ...core.merge.statistics import Statistics
+from ...core.recipes.method_settings import takes_statistics
 from ..comfy import display, folders
+from ..comfy.merge_calibration import KeepBase, calibrate_merge
 from ..graph_lora import connected_loras
-from ..settings import method_from_widgets, settings_of
+from ..settings import method_from_widgets, settings_of, works_without_statistics
 from ..sockets import (
     CATEGORY,
     lora_output,
@@ -27,6 +29,7 @@ from ..sockets import (
     setting_input,
     statistics_input,
 )
+from ..words import words_input, words_of_loras
 from .read_cache import read
 from .recorded import merge_loaded
 
@@ -51,8 +54,7 @@ class LegoMerge(io.ComfyNode):
             inputs=[
                 loras_input(),
                 *(setting_input(s, advanced=s.name not in _BASIC_SETTINGS) for s in settings_of(_LEGO)),
-                *model_inputs(),
-                statistics_input(),
+                *_base_model_inputs(),
                 module_weights_input(),
             ],
             outputs=_outputs(),
@@ -62,6 +64,8 @@ class LegoMerge(io.ComfyNode):
     def execute(
         cls,
         loras: dict[str, Any],
+        keep_base: KeepBase = "light",
+        words: str | None = None,
         model: Any = None,
         clip: Any = None,
         statistics: Statistics | None = None,
@@ -69,7 +73,8 @@ class LegoMerge(io.ComfyNode):
         **settings: Any,
     ) -> io.NodeOutput:
         widgets = {**settings, "method": "lego"}
-        return _merge(loras, widgets, model=model, clip=clip, statistics=statistics, module_weights=module_weights)
+        base = BaseModel(model, clip, statistics, keep_base, words or "")
+        return _merge(loras, widgets, base, module_weights or "")
 
 
 class MergeLoRAs(io.ComfyNode):
@@ -89,19 +94,64 @@ class MergeLoRAs(io.ComfyNode):
                 method_input(
                     _OTHER_METHODS,
                     "concat: the exact sum, with the ranks added up. svd: the LoRA of the chosen rank that is closest "
-                    "to the sum. linear, ties, dare, knots: published heuristics. calibrated: fitted to what Calibrate "
-                    "measured.",
+                    "to the sum. linear, ties, dare, knots, np: published heuristics. calibrated, ssr: fitted to what "
+                    "is measured on the model.",
                 ),
-                *model_inputs(),
-                statistics_input(),
+                *_base_model_inputs(),
                 module_weights_input(),
             ],
             outputs=_outputs(),
         )
 
     @classmethod
-    def execute(cls, loras: dict[str, Any], method: dict[str, Any], **optional_inputs: Any) -> io.NodeOutput:
-        return _merge(loras, method, **optional_inputs)
+    def execute(
+        cls,
+        loras: dict[str, Any],
+        method: dict[str, Any],
+        keep_base: KeepBase = "light",
+        words: str | None = None,
+        model: Any = None,
+        clip: Any = None,
+        statistics: Statistics | None = None,
+        module_weights: str | None = None,
+    ) -> io.NodeOutput:
+        return _merge(loras, method, BaseModel(model, clip, statistics, keep_base, words or ""), module_weights or "")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """What the nodes know of the base model.
+
+    Args:
+        model, clip: What is connected, if anything.
+        statistics: Statistics of Calibrate, if connected.
+        keep_base: How to measure statistics where none are connected.
+        words: One line of words per LoRA, see `words_of_loras`.
+    """
+
+    model: Any
+    clip: Any
+    statistics: Statistics | None
+    keep_base: KeepBase
+    words: str
+
+
+def _base_model_inputs() -> list[Any]:
+    return [
+        io.Combo.Input(
+            "keep_base",
+            options=list(get_args(KeepBase)),
+            default="light",
+            optional=True,
+            display_name="keep the base model",
+            tooltip="With MODEL and CLIP connected: measure the model, so that the merge acts like each LoRA where a "
+            "prompt asks for it and changes little elsewhere. Takes as long as one image per LoRA, once. thorough: "
+            "more exact, needs gigabytes of memory for large models. off: do not measure.",
+        ),
+        words_input("To keep the base model.", optional=True),
+        *model_inputs(),
+        statistics_input(),
+    ]
 
 
 def _outputs() -> list[Any]:
@@ -111,24 +161,16 @@ def _outputs() -> list[Any]:
     ]
 
 
-def _merge(
-    loras: Mapping[str, Any],
-    widgets: Mapping[str, Any],
-    *,
-    model: Any = None,
-    clip: Any = None,
-    statistics: Statistics | None = None,
-    module_weights: str | None = None,
-) -> io.NodeOutput:
+def _merge(loras: Mapping[str, Any], widgets: Mapping[str, Any], base: BaseModel, module_weights: str) -> io.NodeOutput:
     """Load and merge LoRAs, and show the report.
 
     Args:
         loras: Values of the growing input.
         widgets: The method and its settings.
-        model, clip, statistics: What is connected, if anything.
+        base: What is known of the base model.
         module_weights: Rules for layer weights.
     """
-    if statistics is not None and model is None:
+    if base.statistics is not None and base.model is None:
         raise MergeError(
             "Statistics name layers as the connected model does, and no model is connected.",
             expected="the model that Calibrate measured",
@@ -136,13 +178,23 @@ def _merge(
             remedy="connect the same model (and clip) here",
         )
     values = connected_loras(loras, folders.lora_path)
-    method_from_widgets(METHODS, widgets, statistics)  # report wrong settings before large files are read
-    loaded = read(values, model, clip)
-    aligned_statistics = None if statistics is None else statistics.of(loaded.adapters)
-    method = method_from_widgets(METHODS, widgets, aligned_statistics)
-    lora, report = merge_loaded(values, loaded, method, module_weights or "", display.progress_bar())
-    if model is None and isinstance(lora.content, Adapter):
-        report = replace(report, notes=(*report.notes, *_notes_for_comfyui(lora.content)))
+    words = words_of_loras(base.words, values)
+    name, statistics, note = widgets["method"], base.statistics, ""
+    measures = statistics is None and takes_statistics(name)
+    if works_without_statistics(METHODS[name]) or not measures:
+        method_from_widgets(METHODS, widgets, statistics)  # report wrong settings before large files are read
+    loaded = read(values, base.model, base.clip)
+    if statistics is not None:
+        statistics = statistics.of(loaded.adapters)
+    elif measures:
+        progress = display.progress_bar_with_text()
+        statistics, note = calibrate_merge(values, loaded, words, base.model, base.clip, base.keep_base, progress)
+    method = method_from_widgets(METHODS, widgets, statistics, why_none=note)
+    lora, report = merge_loaded(values, loaded, method, module_weights, display.progress_bar(), statistics=statistics)
+    notes = [note] if note else []
+    if base.model is None and isinstance(lora.content, Adapter):
+        notes += _notes_for_comfyui(lora.content)
+    report = replace(report, notes=(*report.notes, *notes))
     text = report.text()
     shown_text = text
     if report.dropped:

@@ -13,6 +13,7 @@ from ...core.adapter import Adapter, Source
 from ...core.merge.layer_rules import parse_layer_rules
 from ...core.merge.methods import METHODS, MergeMethod
 from ...core.merge.report import MergeReport
+from ...core.merge.statistics import Statistics
 from ...core.progress import Progress
 from ...core.recipes.conversion import convert
 from ...core.recipes.metadata import KEY, NOT_REPEATABLE, with_recipe_fields
@@ -29,6 +30,8 @@ def merge_loaded(
     method: MergeMethod,
     rules: str = "",
     progress: Progress | None = None,
+    *,
+    statistics: Statistics | None = None,
 ) -> tuple[GraphLora, MergeReport]:
     """Merge LoRAs that have been loaded.
 
@@ -37,7 +40,7 @@ def merge_loaded(
         loaded: The same LoRAs as the engine merges them.
         method: The merge method.
         rules: Weights per layer, see `core.merge.layer_rules`.
-        progress: See `core.merge.engine.merge`.
+        progress, statistics: See `core.merge.engine.merge`.
 
     Returns:
         The merged LoRA, with its recipe in the metadata, and the report. Why a recipe cannot be repeated from files is
@@ -62,7 +65,9 @@ def merge_loaded(
             for lora, adapter, weights in zip(loras, loaded.originals, tables, strict=True)
         ],
     )
-    result = merge_aligned(recipe, method, loaded.adapters, progress=progress, cache=loaded.cache)
+    result = merge_aligned(
+        recipe, method, loaded.adapters, progress=progress, cache=loaded.cache, statistics=statistics
+    )
     merged = loaded.finish(result.adapter)
     if loaded.connected:
         recipe = recipe.model_copy(update={"format": "comfy"})
@@ -92,7 +97,7 @@ def _obstacles(loras: Sequence[GraphLora], loaded: LoadedLoras, method: MergeMet
     if loaded.connected:
         yield f"layers were matched and named through the connected {loaded.connected}, which is needed again"
     if getattr(method, "statistics", None) is not None:
-        yield "Calibrate's statistics are not saved, measure them again with the same settings"
+        yield "the statistics of the base model are not saved, measure them again with the same settings"
     for lora in loras:
         if not isinstance(lora.content, Path):
             yield f"{lora.label} was made in the graph, save it with Save LoRA and load that file instead"

@@ -22,7 +22,7 @@ class Calibrate(io.ComfyNode):
             node_id="LegoMoLE_Calibrate",
             display_name="Calibrate",
             category=CATEGORY,
-            description="Measures the inputs of the model's layers while it samples some prompts. With these "
+            description="Measures the inputs of the model's layers for some prompts. With these "
             "statistics LEGO Merge and Merge LoRAs (calibrated) make a LoRA that acts like each LoRA where a prompt "
             "asks for it, and changes little elsewhere.",
             search_aliases=["calibrated merge", "regmean", "merge lora", "legomole"],
@@ -33,7 +33,7 @@ class Calibrate(io.ComfyNode):
                     default=24,
                     min=1,
                     max=10000,
-                    tooltip="Number of images to sample for each LoRA alone, for LoRAs together, and for none. More is "
+                    tooltip="Number of forward passes for each LoRA alone, for LoRAs together, and for none. More is "
                     "more accurate and takes longer.",
                 ),
                 *sampling_inputs(),
@@ -79,10 +79,10 @@ class Calibrate(io.ComfyNode):
         kinds = len({prompt.named for prompt in setup.prompts})
         text = (
             f"measured {len(statistics.modules)} layers with {', '.join(mixture.labels)}\n"
-            f"{len(setup.prompts)} prompts of {kinds} kinds, {pictures} images of each; "
+            f"{len(setup.prompts)} prompts of {kinds} kinds, {pictures} forward passes for each; "
             f"{statistics.size / 1e6:.1f} MB in memory"
         )
         left_out = len(mixture.targets) - len(statistics.modules)
         if left_out:
-            text += f"\n{left_out} layers are too wide or were not used: a merge takes the plain SVD of the sum there"
+            text += f"\n{left_out} layers were not used: a merge takes the plain SVD of the sum there"
         return io.NodeOutput(statistics, text, ui=display.show_text(text))

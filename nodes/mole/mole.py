@@ -30,7 +30,7 @@ from ..sockets import (
     report_output,
     seed_input,
 )
-from .sampling_setup import words_of_loras
+from ..words import words_input, words_of_loras
 
 # concat is the default: it is exact, like a chain of loaders
 _FREEZE_METHODS = {name: METHODS[name] for name in ("concat", *METHODS) if works_without_statistics(METHODS[name])}
@@ -70,14 +70,10 @@ class MoLEMix(io.ComfyNode):
                     tooltip="LoRAs to leave out, by number or name, e.g. 2 or 1, style. The gates need no new "
                     "training.",
                 ),
-                io.String.Input(
-                    "words",
-                    default="",
-                    multiline=True,
+                words_input(
+                    "Without gates, and with CLIP connected: each LoRA comes in only for prompts that contain its "
+                    "words; a LoRA without words is always on.",
                     optional=True,
-                    tooltip="Without gates, and with CLIP connected: one line per LoRA with the words that call for it "
-                    "in a prompt, separated by commas. Each LoRA then comes in for prompts that contain its words. "
-                    "For an empty line the trigger words in the file are used; a LoRA without words is always on.",
                 ),
                 io.Float.Input(
                     "scale",

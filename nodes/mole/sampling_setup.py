@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
-from ...core.errors import MergeError
 from ...core.mole.gates import GateSettings
 from ...core.train import prompts_for
-from ..comfy import folders, lora_loader, mixture
+from ..comfy import folders, mixture
 from ..comfy.training import SamplingSetup
-from ..graph_lora import GraphLora, connected_loras
+from ..graph_lora import connected_loras
 from ..sockets import loras_input
+from ..words import words_input, words_of_loras
 
 
 def model_and_prompt_inputs() -> list[Any]:
@@ -22,13 +22,7 @@ def model_and_prompt_inputs() -> list[Any]:
         io.Model.Input("model", tooltip="The base model, without the LoRAs."),
         io.Clip.Input("clip", tooltip="Its text encoders."),
         loras_input(),
-        io.String.Input(
-            "words",
-            default="",
-            multiline=True,
-            tooltip="One line per LoRA, in their order: the words that call for it in a prompt, separated by commas. "
-            "For an empty line the trigger words in the file are used.",
-        ),
+        words_input(),
         io.Latent.Input("latent_image", tooltip="An empty latent of the image size to work at, e.g. 512 x 512."),
         io.String.Input(
             "prompts",
@@ -101,24 +95,3 @@ def sampling_setup(
         cfg,
         sampling_steps,
     )
-
-
-def words_of_loras(words: str, loras: Sequence[GraphLora]) -> list[list[str]]:
-    """Return the words of each LoRA: those of its line, or the trigger words of its file if the line is empty.
-
-    Raises:
-        MergeError: More lines than LoRAs.
-    """
-    lines = words.rstrip().splitlines()
-    if len(lines) > len(loras):
-        raise MergeError(
-            "There are more lines of words than LoRAs.",
-            expected=f"{len(loras)} lines, one per LoRA",
-            found=f"{len(lines)} lines",
-            remedy="put all words of a LoRA on one line, separated by commas",
-        )
-    lines += [""] * (len(loras) - len(lines))
-    return [
-        [word.strip() for word in (line.strip() or lora_loader.trigger_words(lora)).split(",") if word.strip()]
-        for line, lora in zip(lines, loras, strict=True)
-    ]

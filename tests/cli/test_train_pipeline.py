@@ -73,20 +73,9 @@ def test_a_pipeline_of_the_local_cache_may_have_a_revision(
     assert "DiffusionPipeline.from_pretrained('me/pipe', revision='v1')" in done(*arguments)
     result = run("train-gates", "me/pipe", *arguments[2:], "--overwrite")
     assert (result.exit_code, "The pipeline cannot be loaded" in squeezed(result.output)) == (3, True)
-    calibrate = (
-        "merge",
-        "style.safetensors",
-        "heart.safetensors",
-        *WORDS,
-        "--size",
-        "16",
-        "--paint-steps",
-        "1",
-        "-o",
-        "both",
-    )
-    done(*calibrate, "--calibrate", "me/pipe@v1")
-    result = run(*calibrate, "--overwrite", "--calibrate", "me/pipe@../v1")
+    calibrate = ("merge", "style.safetensors", "heart.safetensors", *WORDS, "--size", "16", "-o", "both")
+    done(*calibrate, "--base", "me/pipe@v1")
+    result = run(*calibrate, "--overwrite", "--base", "me/pipe@../v1")
     assert (result.exit_code, "no branch, tag or commit" in squeezed(result.output)) == (3, True)
 
 

@@ -91,7 +91,7 @@ class Server:
                 *("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"),
             ],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "", "XDG_CACHE_HOME": str(base / "cache")},
             stdout=self._out,
             stderr=subprocess.STDOUT,
         )

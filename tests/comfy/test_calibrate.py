@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from .graph import Graph
+from .graph import Graph, Link
 from .server import Server
 
 pytestmark = pytest.mark.comfy
@@ -88,7 +88,9 @@ def test_other_loras_and_missing_statistics_are_refused(comfy: Server, files: di
     bare = Graph()
     merged = bare.merge("calibrated", bare.load(files["flux_kohya"]), rank="1x", lam=1.0, mu=3.0, joint_scale=1.2)
     bare.add("PreviewAny", source=[merged[0], 1])
-    assert "needs statistics" in comfy.fail(bare.nodes)
+    failure = comfy.fail(bare.nodes)
+    assert "needs statistics" in failure
+    assert "no words call for flux_kohya" in failure
 
 
 def test_the_model_is_unchanged_afterwards(comfy: Server, files: dict[str, str], sample: Callable) -> None:
@@ -103,3 +105,76 @@ def test_the_model_is_unchanged_afterwards(comfy: Server, files: dict[str, str],
     after.nodes[next(n for n in after.nodes if n.startswith("KSampler"))]["inputs"]["seed"] = 8
     sample(after, node)  # another seed, so that the next image is not from the cache
     assert torch.equal(sample(before, before.picture(prompt="a tree"))[1], first)
+
+
+def merged_text(comfy: Server, graph: Graph, merged: Link) -> tuple[str, list[str]]:
+    """The report of a merge, and the lines that its node showed while it measured."""
+    graph.add("PreviewAny", source=[merged[0], 1])
+    run = comfy.run(graph.nodes)
+    lines = [data["text"] for data in run.of("progress_text") if data["node"] == merged[0]]
+    return lines[-1], [line for line in lines if " of " in line and line.startswith("measuring")]
+
+
+def test_a_merge_with_a_model_measures_by_itself_and_once(comfy: Server, files: dict[str, str]) -> None:
+    """Two loaders and LEGO Merge: the words come with the LoRAs, and another rank or strength needs no new passes."""
+
+    def run(rank: str, strength: float = 1.0, words: str = "heart", **settings: object) -> tuple[str, list[str]]:
+        graph = Graph()
+        loras = [graph.load(files["flux_kohya"], strength), graph.load(files["flux_split"])]
+        for link, text in zip(loras, ("ember style", words), strict=True):
+            graph.nodes[link[0]]["inputs"]["words"] = text
+        return merged_text(comfy, graph, graph.lego(*loras, rank=rank, **settings))
+
+    first, lines = run("1x", words="heart shape")
+    assert "predicted errors" in first
+    assert "this merge" in first
+    assert lines
+    for again in (run("2x", words="heart shape"), run("1x", 0.5, "heart shape")):
+        assert "predicted errors" in again[0]
+        assert not again[1]
+    assert run("1x", words="hearts")[1]
+    off, lines = run("1x", words="heart shape", keep_base="off")
+    assert "predicted" not in off
+    assert not lines
+
+
+@pytest.mark.parametrize(
+    ("words", "with_model", "note"),
+    [("", True, "no words call for"), ("a\nb", False, "connect MODEL and CLIP to keep the base model")],
+)
+def test_a_merge_that_cannot_measure_says_why(
+    comfy: Server, files: dict[str, str], words: str, with_model: bool, note: str
+) -> None:
+    graph = Graph()
+    loras = [graph.load(files["flux_kohya"]), graph.load(files["flux_kohya_2"])]
+    text, _ = merged_text(comfy, graph, graph.lego(*loras, with_model=with_model, words=words))
+    assert note in text
+    assert "merged rank" in text
+
+
+@pytest.mark.parametrize("method", ["calibrated", "ssr"])
+def test_methods_that_need_statistics_measure_them(comfy: Server, files: dict[str, str], method: str) -> None:
+    graph = Graph()
+    loras = [graph.load(files["flux_kohya"]), graph.load(files["flux_split"])]
+    settings = {"lam": 1.0, "mu": 3.0, "joint_scale": 1.2} if method == "calibrated" else {}
+    merged = graph.merge(method, *loras, rank="1x", **settings)
+    graph.nodes[merged[0]]["inputs"]["words"] = "ember style\nheart"
+    assert "predicted errors" in merged_text(comfy, graph, merged)[0]
+
+
+def test_cancelled_measuring_leaves_nothing(comfy: Server, files: dict[str, str]) -> None:
+    graph = Graph()
+    merged = graph.lego(
+        graph.load(files["flux_kohya"]), graph.load(files["flux_split"]), words="cancelled style\nheart"
+    )
+    graph.add("PreviewAny", source=[merged[0], 1])
+    stored = comfy.base / "cache" / "legomole" / "statistics"
+    before = set(stored.glob("*"))
+    seen = len(comfy.messages)
+    prompt = comfy.queue(graph.nodes)
+    comfy.wait_for(
+        "progress_text", lambda data: data in [m[1] for m in comfy.messages[seen:]] and "measuring" in data["text"]
+    )
+    comfy.post("/interrupt", {})
+    assert comfy.wait(prompt).of("execution_interrupted")
+    assert set(stored.glob("*")) == before

@@ -170,7 +170,7 @@ def test_every_other_method_runs(comfy: Server, files: dict[str, str], method: s
 def test_node_offers_every_method_but_lego(comfy: Server) -> None:
     info = comfy.get("/object_info/LegoMoLE_MergeLoRAs")["LegoMoLE_MergeLoRAs"]
     options = info["input"]["required"]["method"][1]["options"]
-    assert [option["key"] for option in options] == [*OTHER_METHODS, "calibrated"]
+    assert [option["key"] for option in options] == [*OTHER_METHODS, "calibrated", "ssr", "np"]
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])

@@ -15,6 +15,8 @@ from .dare import Dare
 from .knots import Knots
 from .lego import Lego
 from .linear import Linear
+from .np_lora import NP
+from .ssr import SSR
 from .svd import SVD
 from .ties import Ties
 
@@ -34,4 +36,6 @@ METHODS: dict[str, type[MergeMethod]] = {
     "dare": Dare,
     "knots": Knots,
     "calibrated": Calibrated,
+    "ssr": SSR,
+    "np": NP,
 }

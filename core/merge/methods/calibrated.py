@@ -32,7 +32,8 @@ class Calibrated:
     hence ``W = sum_i delta_i M_i G^-1`` with ``M_i = C_i + mu joint_scale sum_{S with i} C_S + tau I`` and
     ``G = sum_i C_i + mu sum_S C_S + lam C_0 + tau I``; tau is a thousandth of the mean eigenvalue of the rest of `G`.
     It is ``B`` times a ``(P, d_in)`` matrix, so its rank is at most `P` and nothing of size ``d_out * d_in`` is formed.
-    The cost is a float64 Cholesky factorisation of `G (d_in, d_in)` per module.
+    The cost is a float64 Cholesky factorisation of `G` per module: ``(d_in, d_in)`` for full statistics, a small
+    ``(q + 1, q + 1)`` for light ones, see `core.merge.statistics`.
 
     A module without statistics gets the plain SVD of the sum, and a remark in the report.
 
@@ -97,10 +98,8 @@ def calibrate_units(
     return pool.with_units(A, pool.B), unmeasured
 
 
-def _solve(
-    name: str, moments: ModuleStatistics, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float
-) -> Tensor:
-    """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
+def check_width(name: str, moments: ModuleStatistics, A: Tensor) -> None:
+    """Raise MergeError unless the statistics of a module fit its rows ``A (P, d_in)``."""
     if moments.d_in != A.shape[1]:
         raise MergeError(
             "The statistics belong to another model.",
@@ -109,18 +108,27 @@ def _solve(
             found=moments.d_in,
             remedy="measure the statistics with the base model of these LoRAs",
         )
+
+
+def _solve(
+    name: str, moments: ModuleStatistics, A: Tensor, pool: Pool, lam: float, mu: float, joint_scale: float
+) -> Tensor:
+    """``[A_1 M_1; ..; A_N M_N] G^-1``, ``(P, d_in)`` float64, for scaled rows `A`."""
+    check_width(name, moments, A)
     # (C, its weight in the objective, scale of the wanted sum, the adapters in that sum)
     terms = [(C, 1.0, 1.0, (i,)) for i, C in moments.own.items()]
     terms += [(C, mu, joint_scale, group) for group, C in moments.joint.items()]
     terms += [] if moments.base is None else [(moments.base, lam, 0.0, ())]
-    G, rows = A.new_zeros(A.shape[1], A.shape[1]), torch.zeros_like(A)
+    space = moments.space(A)
+    X = space.X
+    G, rows = X.new_zeros(X.shape[1], X.shape[1]), torch.zeros_like(X)
     for C, weight, scale, group in terms:
-        C = weight * C.to(A)
+        C = weight * C.to(X)
         G += C
-        wanted = torch.tensor([pool.adapters[i] in group for i in pool.owner.tolist()], device=A.device)
-        rows[wanted] += scale * A[wanted] @ C
-    tau = float(_RIDGE * G.diagonal().mean()) or 1.0
-    rows += tau * A
+        wanted = torch.tensor([pool.adapters[i] in group for i in pool.owner.tolist()], device=X.device)
+        rows[wanted] += scale * X[wanted] @ C
+    tau = float(_RIDGE * space.mean(G)) or 1.0
+    rows += tau * X
     G.diagonal().add_(tau)
     factor, fault = torch.linalg.cholesky_ex(G)
     if int(fault) or not torch.isfinite(factor.sum()):
@@ -131,4 +139,4 @@ def _solve(
             found="NaN, infinity or a negative eigenvalue",
             remedy="measure the statistics again, in float32",
         )
-    return torch.cholesky_solve(rows.mT, factor).mT
+    return space.rows(torch.cholesky_solve(rows.mT, factor).mT)

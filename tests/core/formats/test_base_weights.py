@@ -48,9 +48,9 @@ def test_convolutions_are_flattened(tmp_path: Path) -> None:
 
 def test_what_is_missing_or_unusable_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="no such file"):
-        BaseWeights(tmp_path / "none.safetensors")
+        BaseWeights(tmp_path / "none.safetensors").weight("x", 3, 4)
     with pytest.raises(FormatError, match="holds no weights"):
-        BaseWeights(tmp_path)
+        BaseWeights(tmp_path).weight("x", 3, 4)
     path = tmp_path / "base.safetensors"
     twice = {"model.diffusion_model.y.weight": WEIGHT, "y.weight": WEIGHT.clone()}
     save_file({"x.weight": WEIGHT.to(torch.float8_e4m3fn), **twice}, path)

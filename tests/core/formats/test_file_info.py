@@ -29,12 +29,28 @@ def test_base_models_are_named_in_the_words_of_the_file(metadata: dict[str, str]
     assert file_info(metadata).base == base
 
 
-def test_trigger_phrase_comes_before_tags() -> None:
-    tags = json.dumps({"10_ember": {"ember": 20, "fire": 7}, "2_more": {"fire": 15, "a": 1, "b": 2, "c": 3, "d": 4}})
-    # fire 22, ember 20, then d 4, c 3, b 2: five
-    assert file_info({"ss_tag_frequency": tags}).words == ("fire", "ember", "d", "c", "b")
+def test_trigger_words_come_before_tags() -> None:
+    tags = json.dumps({"10_ember": {"ember": 20, "fire": 7, "1girl": 20}, "2_more": {"fire": 15, "a": 1, "b": 4}})
+    # fire 22, ember 20, 1girl 20, then b 4 and a 1, which only some images have
+    assert file_info({"ss_tag_frequency": tags}).words == ("fire", "ember")
     metadata = {"ss_tag_frequency": tags, "modelspec.trigger_phrase": " ember style, ,burning,ember style"}
     assert file_info(metadata).words == ("ember style", "burning")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"ss_tag_frequency": '{"1_p3r5on": {"p3r5on": 1}}'}, ("p3r5on",)),  # as ai-toolkit writes it
+        ({"ss_trigger_words": "ohwx man, ohwx"}, ("ohwx man", "ohwx")),
+        ({"trigger_words": '["ohwx man", "ohwx"]'}, ("ohwx man", "ohwx")),
+        ({"trigger_words": "[ohwx"}, ("[ohwx",)),
+        ({"modelspec.trigger_phrase": "ohwx", "ss_trigger_words": "ohwx, man"}, ("ohwx", "man")),
+        ({"ss_tag_frequency": '{"1_a": {"1girl": 9, "solo": 9}}'}, ()),
+        ({"trigger_words": "7"}, ("7",)),
+    ],
+)
+def test_trigger_words_of_several_trainers(metadata: dict[str, str], words: tuple[str, ...]) -> None:
+    assert file_info(metadata).words == words
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def method(name: str) -> MergeMethod:
     if name in ("concat", "linear"):
         return METHODS[name]()
     settings = {}
-    if name == "calibrated":
+    if name in ("calibrated", "ssr"):
         X = torch.randn(WIDTH, 2 * WIDTH, generator=torch.Generator().manual_seed(1))
         settings = {"statistics": Statistics({"layer": ModuleStatistics({0: X @ X.mT, 1: torch.eye(WIDTH)})})}
     return METHODS[name](Rank(8), **settings)

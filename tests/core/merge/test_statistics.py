@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from legomole.core.adapter import Adapter, Source
 from legomole.core.errors import FormatError, MergeError, SaveError
-from legomole.core.merge.statistics import ModuleStatistics, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics, orthonormal
 
 
 def eye(value: float, d: int = 3) -> torch.Tensor:
@@ -25,6 +25,7 @@ def example() -> Statistics:
             "blocks.0.q": ModuleStatistics({0: shared, 1: eye(2.0)}, {(0, 1): eye(3.0), (0, 1, 2): eye(4.0)}, eye(5.0)),
             "blocks.0.k": ModuleStatistics({0: shared}),
             "blocks/with/slashes": ModuleStatistics(base=eye(6.0, 2)),
+            "light/weight": ModuleStatistics({0: eye(7.0)}, {}, eye(8.0), torch.eye(2, 5, dtype=torch.float16)),
         },
         ("aa", "bb", "cc"),
         (0.5, 1.0, 2.0),
@@ -45,6 +46,10 @@ def test_a_file_keeps_everything(tmp_path):
         assert all(torch.equal(other.own[i], moments.own[i]) for i in moments.own)
         assert all(torch.equal(other.joint[group], moments.joint[group]) for group in moments.joint)
         assert (other.base is None) == (moments.base is None)
+        assert (other.light, other.d_in) == (moments.light, moments.d_in)
+        if moments.basis is not None:
+            assert other.basis.dtype == torch.float16
+            assert torch.equal(other.basis, moments.basis)
         if moments.base is not None:
             assert torch.equal(other.base, moments.base)
     assert [file.name for file in tmp_path.iterdir()] == ["statistics.safetensors"]
@@ -63,6 +68,23 @@ def test_a_part_of_the_adapters_keeps_what_was_measured_without_the_others():
     assert part.adapters == ("bb", "aa")
     assert {i: float(C[0, 0]) for i, C in part.modules["m"].own.items()} == {1: 9.0, 0: 2.0}
     assert list(part.modules["m"].joint) == [(0, 1)]
+
+
+def test_the_basis_belongs_to_all_positions():
+    part = Statistics({"m": example().modules["light/weight"]}, ("aa", "bb")).of([adapter("bb"), adapter("aa")])
+    moments = part.modules["m"]
+    assert list(moments.own) == [1]
+    assert moments.light
+    assert moments.d_in == 5
+
+
+def test_rows_that_were_rounded_are_made_orthonormal():
+    rows = torch.linalg.qr(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()).Q.mT
+    rounded = rows.half().double()
+    Q = orthonormal(rounded)
+    torch.testing.assert_close(Q @ Q.mT, torch.eye(4).double())
+    torch.testing.assert_close(Q, rows, atol=2e-3, rtol=0)
+    torch.testing.assert_close(Q.mT @ (Q @ rounded.mT), rounded.mT)  # the same span
 
 
 def test_one_file_given_twice_keeps_both_positions():
@@ -86,6 +108,9 @@ def test_an_adapter_that_was_not_measured_is_refused(sha256):
         {"own": {0: eye(1.0), 1: eye(1.0, 2)}},
         {"own": {0: torch.zeros(3)}},
         {"base": torch.zeros(2, 2, 2)},
+        {"basis": torch.eye(2, 5)},
+        {"base": eye(1.0), "basis": torch.eye(3, 5)},
+        {"base": eye(1.0), "basis": torch.zeros(2)},
     ],
 )
 def test_shapes_are_checked(parts):

@@ -54,6 +54,36 @@ class TestRoutedValues:
     def test_by_hand(self, activation, expected):
         assert routed_values(ASKED, GateSettings(activation=activation)).tolist() == expected
 
+    def test_several_concepts_together_are_louder_where_compose_says_so(self):
+        found = routed_values(ASKED, GateSettings(), compose=1.2)
+        torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.2, 1.2], [0.0, 0.0]]))
+        shares = routed_values(ASKED, GateSettings(activation="softmax"), compose=1.2)
+        assert torch.equal(shares, routed_values(ASKED, GateSettings(activation="softmax")))
+
+
+class TestCompose:
+    @pytest.mark.parametrize("n", [2, 3, 4])
+    def test_gates_open_to_one_alone_and_to_compose_for_all_together(self, n):
+        detector = ConceptDetector(torch.zeros(n, 8), torch.zeros(n), [[str(i)] for i in range(n)])
+        settings = GateSettings()
+        gate = route_gates(detector, settings, ["a"], compose=1.2)["a"]
+
+        def values(scores: torch.Tensor) -> torch.Tensor:
+            return (settings.ceiling * torch.sigmoid(gate.weight[:n] @ scores + gate.bias[:n])).detach()
+
+        for i, scores in enumerate(torch.eye(n)):
+            alone = values(scores)
+            assert alone[i] == pytest.approx(1, abs=1e-5)
+            assert float(alone[[j for j in range(n) if j != i]].max()) < 0.06
+        torch.testing.assert_close(values(torch.ones(n)), torch.full((n,), 1.2))
+        assert float(values(torch.zeros(n)).max()) < 0.03
+
+    def test_a_value_above_the_ceiling_becomes_nearly_the_ceiling(self):
+        detector = ConceptDetector(torch.zeros(2, 8), torch.zeros(2), [["a"], ["b"]])
+        gate = route_gates(detector, GateSettings(ceiling=1.1), ["a"], compose=2.0)["a"]
+        together = 1.1 * torch.sigmoid(gate.weight[:2] @ torch.ones(2) + gate.bias[:2]).detach()
+        torch.testing.assert_close(together, torch.full((2,), 0.98 * 1.1))
+
 
 class TestRouteGates:
     """Presence of two concepts: tokens score 4 * 4 - 8 = 8 if they are one, -8 if not."""

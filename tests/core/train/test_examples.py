@@ -24,6 +24,7 @@ from .toy import ToyDenoiser
 WORDS = [["ember"], ["heart"]]
 PROMPTS = prompts_for(WORDS, ["ember", "heart", "ember heart", "a dog"])
 SETTINGS = TrainSettings(examples=20, samples=9, batch=4, compose=1.2)
+SAMPLED = SETTINGS.model_copy(update={"objective": "clip"})  # distillation samples no images
 
 
 @dataclass
@@ -80,11 +81,26 @@ def test_noisy_latents_are_sampled_latents_with_noise(toy):
             noises.append(noise)
             return super().noised(latents, t, noise)
 
-    made = make_examples(toy.attachment, Both(toy.model, PROMPTS), PROMPTS, SETTINGS)
+    made = make_examples(toy.attachment, Both(toy.model, PROMPTS), PROMPTS, SAMPLED)
     latents = torch.cat(sampled)[torch.arange(20) % 9]
     t = made.t.view(-1, 1, 1)
     assert torch.allclose(made.noisy, (1 - t) * latents + t * torch.cat(noises), atol=1e-6)
     assert [len(part) for part in sampled] == [4, 4, 1]
+
+
+def test_distillation_noises_zero_latents_and_samples_nothing(toy):
+    class NoSampling(ToyDenoiser):
+        def sample(self, prompts, seed):
+            raise AssertionError
+
+    reports: list[tuple[int, int, str]] = []
+    denoiser = NoSampling(toy.model, PROMPTS)
+    made = make_examples(toy.attachment, denoiser, PROMPTS, SETTINGS, progress=lambda *report: reports.append(report))
+    assert reports == [(n, 20, "predicting") for n in (4, 8, 12, 16, 20)]
+    noise = made.noisy / made.t.view(-1, 1, 1)  # standard normal
+    assert noise.std() == pytest.approx(1, abs=0.15)
+    assert noise.mean() == pytest.approx(0, abs=0.15)
+    assert len({tuple(row.flatten().tolist()) for row in noise}) == 20
 
 
 def test_every_prompt_is_used_and_the_same_seed_gives_the_same(toy):
@@ -105,7 +121,7 @@ def test_images_of_a_user_and_sampled_images(toy):
             noises.append(noise)
             return super().goal(latents, t, noise)
 
-    made = make_examples(toy.attachment, Noting(toy.model, PROMPTS), PROMPTS, SETTINGS, images=Images(latents, prompt))
+    made = make_examples(toy.attachment, Noting(toy.model, PROMPTS), PROMPTS, SAMPLED, images=Images(latents, prompt))
     noise = torch.cat(noises)
     for i in range(20):
         if i % 3 == 0:  # prompts without a concept, with the base model's predictions
@@ -128,7 +144,7 @@ def test_images_that_do_not_fit(toy):
         Images(torch.zeros(2, 5, 4), [0, -1]),
     ):
         with pytest.raises(MergeError, match=r"images do not fit[\s\S]*\(5, 4\)"):
-            toy.made(images=images)
+            toy.made(SAMPLED, images=images)
 
 
 def test_images_that_are_not_finite(toy):
@@ -137,12 +153,12 @@ def test_images_that_are_not_finite(toy):
             return super().sample(prompts, seed) / 0.0
 
     with pytest.raises(MergeError, match=r"not finite[\s\S]*strengths"):
-        make_examples(toy.attachment, Broken(toy.model, PROMPTS), PROMPTS, SETTINGS)
+        make_examples(toy.attachment, Broken(toy.model, PROMPTS), PROMPTS, SAMPLED)
 
 
 def test_progress_and_cancelling(toy):
     reports: list[tuple[int, int, str]] = []
-    toy.made(progress=lambda *report: reports.append(report))
+    toy.made(SAMPLED, progress=lambda *report: reports.append(report))
     assert reports[:3] == [(4, 29, "sampling"), (8, 29, "sampling"), (9, 29, "sampling")]
     assert reports[-1] == (29, 29, "predicting")
 

@@ -59,13 +59,15 @@ def equal(one: GateSet, other: GateSet) -> bool:
 
 
 class TestObjectives:
-    def test_distilled_text_gates_open_for_the_words(self):
+    # gates with a detector start where the router ends, near the goal
+    @pytest.mark.parametrize(("reads", "left"), [("text", 0.5), ("text-mean", 0.1)])
+    def test_distilled_text_gates_open_for_the_words(self, reads, left):
         """After training, gates are open for the LoRAs a prompt names and closed for the others."""
         model = Transformer(1)
         weights = copy.deepcopy(model.state_dict())
-        mixed = mixture(model, granularity="network")
+        mixed = mixture(model, granularity="network", reads=reads)
         done = run(model, mixed, SETTINGS.model_copy(update={"steps": 80, "learning_rate": 0.1}))
-        assert done.fit.losses[-1] < 0.1 * done.fit.losses[0]
+        assert done.fit.losses[-1] < left * done.fit.losses[0]
         observed = Values()
         denoiser = ToyDenoiser(model, PROMPTS)
         with torch.no_grad(), attach(model, Mixture(mixed.experts, done.gates.gates)) as at, at.watch(observed):
@@ -333,6 +335,9 @@ def test_in_bfloat16_the_gates_stay_in_float32():
     tensors = {name: tensor for name, tensor in done.gates.gates.state_dict().items() if not name.endswith("owner")}
     assert "detector.weight" in tensors
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert done.fit.losses[-1] < 0.8 * done.fit.losses[0]
+    with attach(model, hidden := mixture(model, reads="hidden")) as at:  # these start far from their goal
+        losses = train(at, hidden, denoiser, PROMPTS, WORDS, SETTINGS).fit.losses
+    assert losses[-1] < 0.8 * losses[0]
     in_full = Transformer(1)
-    assert close(torch.tensor(done.fit.losses), torch.tensor(run(in_full, mixture(in_full)).fit.losses), 0.1)
+    expected = run(in_full, mixture(in_full, reads="hidden")).fit.losses
+    assert close(torch.tensor(losses), torch.tensor(expected), 0.1)

@@ -45,6 +45,9 @@ class ToyDenoiser:
         x = torch.randn(len(prompts), 5, 4, generator=torch.Generator().manual_seed(seed))
         return x - 0.5 * self.predict(x, torch.ones(len(prompts)), prompts)
 
+    def noise(self, batch: int, seed: int) -> Tensor:
+        return torch.randn(batch, 5, 4, generator=torch.Generator().manual_seed(seed))
+
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         return (1 - t.view(-1, 1, 1)) * latents + t.view(-1, 1, 1) * noise
 

@@ -22,20 +22,22 @@ from . import tiny_pipelines as tiny
 # deprecations inside the libraries
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 
-SMALL = CalibrationSettings(samples=2, noised=1)
+SMALL = CalibrationSettings(samples=2, mode="thorough")
 CONCEPTS = [["ember"], ["heart"]]
 
 
-def measured(pipe, *loras: Adapter):
-    return calibrate_pipeline(pipe, loras, CONCEPTS[: len(loras)], settings=SMALL, size=(16, 16), sampling_steps=1)
+def measured(pipe, *loras: Adapter, settings: CalibrationSettings = SMALL):
+    return calibrate_pipeline(pipe, loras, CONCEPTS[: len(loras)], settings=settings, size=(16, 16))
 
 
+@pytest.mark.parametrize("mode", ["light", "thorough"])
 @pytest.mark.parametrize("kind", ["SD 1.5", "Flux"])
-def test_every_layer_of_the_merge_is_measured(kind):
+def test_every_layer_of_the_merge_is_measured(kind, mode):
     pipe = tiny.build(kind)
     before = {name: p.clone() for name, p in tiny_model(pipe).state_dict().items()}
     loras = [tiny.lora(pipe, 1), tiny.lora(pipe, 2)]
-    statistics = measured(pipe, *loras)
+    statistics = measured(pipe, *loras, settings=CalibrationSettings(samples=2, mode=mode, width=4))
+    assert any(moments.light for moments in statistics.modules.values()) == (mode == "light")
     merged = merge(loras, Calibrated(Rank(2), statistics))
     assert not [note for note in merged.report.notes if "no statistics" in note]
     for name, part in merged.adapter.modules.items():
@@ -43,7 +45,7 @@ def test_every_layer_of_the_merge_is_measured(kind):
         assert moments.d_in == part.d_in
         assert set(moments.own) == {0, 1}
         assert set(moments.joint) == {(0, 1)}
-        for C in moments.tensors():  # second moments: symmetric, no negative eigenvalue
+        for C in moments.moments():  # second moments: symmetric, no negative eigenvalue
             assert torch.equal(C, C.mT)
             assert torch.linalg.eigvalsh(C.double()).min() > -1e-5 * C.abs().max()
     assert all(torch.equal(before[name], p) for name, p in tiny_model(pipe).state_dict().items())

@@ -14,7 +14,7 @@ from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
-from legomole.core.merge.statistics import ModuleStatistics, Statistics
+from legomole.core.merge.statistics import ModuleStatistics, Statistics, orthonormal
 from torch import Tensor
 
 from ..pools import best, close, deltas, product, random_pool, total
@@ -51,6 +51,63 @@ def least_squares(D: Tensor, moments: ModuleStatistics, lam: float, mu: float, j
         rows.append(root)
         wanted.append(root @ target.mT)
     return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.mT
+
+
+def sketched(moments: ModuleStatistics, basis: Tensor) -> ModuleStatistics:
+    """Light statistics of full ones."""
+    Q = orthonormal(basis.double())
+    q, d = Q.shape
+
+    def reduce(C: Tensor) -> Tensor:
+        inside = Q @ C @ Q.mT
+        return torch.block_diag(inside, ((C.trace() - inside.trace()) / (d - q)).view(1, 1))
+
+    own = {i: reduce(C) for i, C in moments.own.items()}
+    joint = {group: reduce(C) for group, C in moments.joint.items()}
+    return ModuleStatistics(own, joint, None if moments.base is None else reduce(moments.base), basis)
+
+
+def dense(moments: ModuleStatistics) -> ModuleStatistics:
+    """Full statistics with the matrices that light ones stand for."""
+    assert moments.basis is not None
+    Q = orthonormal(moments.basis.double())
+    outside = torch.eye(Q.shape[1], dtype=Q.dtype) - Q.mT @ Q
+
+    def expand(C: Tensor) -> Tensor:
+        return Q.mT @ C[:-1, :-1] @ Q + C[-1, -1] * outside
+
+    own = {i: expand(C) for i, C in moments.own.items()}
+    joint = {group: expand(C) for group, C in moments.joint.items()}
+    return ModuleStatistics(own, joint, None if moments.base is None else expand(moments.base))
+
+
+@given(seeds, st.sampled_from([1, 4, 11]), st.sampled_from([torch.float16, torch.float64]))
+@settings(max_examples=25, deadline=None)
+def test_light_statistics_equal_the_matrices_they_stand_for(seed, q, dtype):
+    pool = random_pool((3, 2, 2), weights=[0.7, -1.5, 2.0], scales=[0.5, 2.0, 1.0], batch=2, seed=seed)
+    own = {i: moment(12, seed + i) for i in range(3)}
+    full = ModuleStatistics(own, {(0, 1): moment(12, seed + 5)}, moment(12, seed + 7))
+    light = sketched(full, torch.linalg.qr(moment(12, seed + 9)).Q[:q].to(dtype))
+    merged = product(Calibrated(FULL, everywhere(pool, light))(pool))
+    assert close(merged, product(Calibrated(FULL, everywhere(pool, dense(light)))(pool)), 1e-5)
+    space, rows = light.space(pool.A[0].double()), pool.A[0].double()
+    for C, matrix in zip(light.moments(), dense(light).moments(), strict=True):
+        assert close(space.gram(C), rows @ matrix @ rows.mT, 1e-6)
+        assert space.mean(C) == pytest.approx(float(matrix.diagonal().mean()))
+
+
+def test_a_basis_of_all_directions_loses_nothing():
+    pool = random_pool((3, 2), batch=1)
+    full = ModuleStatistics({0: moment(12, 0), 1: moment(12, 1)}, {(0, 1): moment(12, 2)}, moment(12, 3))
+    # the twelfth direction is the only one outside, so its own variance is exact; its covariances with others are lost
+    Q = torch.linalg.qr(moment(12, 4)).Q
+    turned = ModuleStatistics(
+        {i: Q @ torch.block_diag(C[:-1, :-1], C[-1:, -1:]) @ Q.mT for i, C in full.own.items()},
+        base=torch.eye(12).double(),
+    )
+    light = sketched(turned, Q.mT[:-1])
+    merged = product(Calibrated(FULL, everywhere(pool, light))(pool))
+    assert close(merged, product(Calibrated(FULL, everywhere(pool, turned))(pool)), 1e-5)
 
 
 @given(seeds, st.floats(0, 5), st.floats(0, 10), st.floats(0.5, 2), st.sampled_from([3, 40]))

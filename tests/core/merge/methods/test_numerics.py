@@ -36,7 +36,7 @@ def method(name: str, rank: str = "2") -> MergeMethod:
     if kind in ("concat", "linear"):
         return METHODS[kind]()
     settings = {"rank": rank, **SETTINGS[name]}
-    if kind == "calibrated":
+    if kind in ("calibrated", "ssr"):
         settings["statistics"] = Statistics({NAME: ModuleStatistics({0: torch.eye(D_IN), 1: 2 * torch.eye(D_IN)})})
     return build_method(kind, settings)
 

@@ -16,6 +16,8 @@ from legomole.core.merge.methods.dare import Dare
 from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.linear import Linear
+from legomole.core.merge.methods.np_lora import NP
+from legomole.core.merge.methods.ssr import SSR
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.pool import overlap
@@ -32,8 +34,8 @@ def instance(name: str) -> MergeMethod:
     row = METHODS[name]
     if row in (Concat, Linear):
         return row()
-    if row is Calibrated:
-        return Calibrated(Rank(2), Statistics({"m0": ModuleStatistics({0: torch.eye(12), 1: torch.eye(12)})}))
+    if row in (Calibrated, SSR):
+        return row(Rank(2), Statistics({"m0": ModuleStatistics({0: torch.eye(12), 1: torch.eye(12)})}))
     return row(Rank(2))
 
 
@@ -75,7 +77,19 @@ def test_settings_are_frozen(name):
         instance(name).rank = Rank(3)
 
 
-@pytest.mark.parametrize("row", [Lego, SVD, Ties, Dare, Knots, partial(Calibrated, statistics=Statistics({}))])
+@pytest.mark.parametrize(
+    "row",
+    [
+        Lego,
+        SVD,
+        Ties,
+        Dare,
+        Knots,
+        NP,
+        partial(SSR, statistics=Statistics({})),
+        partial(Calibrated, statistics=Statistics({})),
+    ],
+)
 def test_a_rank_may_be_given_in_any_form(row):
     for rank, expected in ((16, Rank(16)), ("16", Rank(16)), ("1.5x", Rank(1.5, "x")), ("auto", Rank(95, "%"))):
         method = row(rank)
