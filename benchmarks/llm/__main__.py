@@ -25,7 +25,7 @@ _GAIN = 0.1  # by which an adapter alone must be better than the base model on d
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.llm", description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder with clones of circle-hit/SAPT and suzgunmirac/BIG-Bench-Hard")
+    parser.add_argument("--data", type=Path, help="folder with the clones of the data")
     parser.add_argument("--model", type=Path, help="folder of the pretrained Llama: as saved, or with one GGUF file")
     parser.add_argument("--work", type=Path, required=True, help="folder for hidden states, adapters and the log")
     parser.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
@@ -65,6 +65,9 @@ def measure(
         for method in methods:
             for seed in seeds:
                 bench.test(method, tasks[:n], seed)
+    for seed in seeds:
+        for task in tasks:
+            bench.elsewhere(task, seed)
 
 
 def learnt(bench: Bench, count: int, gain: float) -> list[str]:

@@ -1,8 +1,7 @@
 """Merges of other papers that need no data, on the small matrices of Core Space (arXiv:2509.17786).
 
 With orthonormal bases ``U`` of all columns of `B` and ``V`` of all rows of `A`, every delta is ``U M_i V^T`` with a
-small ``M_i = (U^T B_i) scale_i (A_i V)``, without loss. A method merges the ``M_i (P, P)``. They stay in the benchmark: none
-earned a row in the product.
+small ``M_i = (U^T B_i) scale_i (A_i V)``, without loss. A method merges the ``M_i (P, P)``.
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ class Iso(CoreSpace):
 
 @dataclass(frozen=True)
 class CompressThenMerge(CoreSpace):
-    """Bring the norms to their mean, compress all deltas to one shared pair of bases of rank k, and merge there by TIES.
+    """Bring the norms to their mean, compress all deltas to shared bases of rank k, and merge there by TIES.
 
     The shared bases are a Tucker-2 decomposition of the stacked core matrices, by alternating least squares.
     Source: Compress-then-Merge, arXiv:2606.03723.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 LONGEST = 40  # tokens of a prompt
-TESTED, DEV, TRAINED = 300, 100, 800  # prompts per task
+TRAINED = 800  # prompts per task at most
 _LONG = "CL_Benchmark/Long_Sequence"
 _SUPER = "CL_Benchmark/SuperNI"
 
@@ -29,8 +29,7 @@ class Task:
         labels: Answers; inputs with other answers are left out.
         rank: Rank of the task's adapter. layers: Layers of the adapter, ``"all"`` or ``"qv"``.
         steps: Training steps.
-        cut: Whether the end of long texts is cut off, which still leaves a topic or an opinion; otherwise long texts are
-            left out.
+        cut: Tokens that a prompt is cut to, which still leaves a topic or an opinion; 0: long texts are left out.
     """
 
     name: str
@@ -40,11 +39,11 @@ class Task:
     rank: int = 8
     layers: str = "all"
     steps: int = 120
-    cut: bool = False
+    cut: int = 0
 
 
 _RELATIONS = ("entailment", "neutral", "contradiction")
-_STARS = ("negative", "neutral", "positive")  # "very negative" and "very positive" begin with the same token
+_STARS = ("negative", "positive")  # "very negative" and "very positive" begin with the same token
 TASKS = (
     Task("sst2", f"{_LONG}/sst2", "Is the sentiment Good or Bad?", ("Good", "Bad")),
     Task("emotion", f"{_SUPER}/task875_emotion_classification", "Emotion: love, joy, anger, sadness, fear or surprise?",
@@ -53,13 +52,16 @@ TASKS = (
     Task("sentiment140", f"{_SUPER}/task1687_sentiment140_classification", "Is this tweet positive or negative?",
          ("positive", "negative"), steps=80, layers="qv"),
     Task("agnews", f"{_LONG}/agnews", "Topic: World, Sports, Business, Science or Technology?",
-         ("World", "Sports", "Business", "Science or Technology"), steps=80, cut=True),
+         ("World", "Sports", "Business", "Science or Technology"), steps=80, cut=LONGEST),
     Task("dbpedia", f"{_LONG}/dbpedia", "Which category does this article belong to?",
          ("Company", "Educational Institution", "Artist", "Athlete", "Office Holder", "Mean of Transportation",
-          "Building", "Natural Place", "Village", "Animal", "Plant", "Album", "Film", "Written Work"), steps=80, cut=True),
-    Task("yelp", f"{_LONG}/yelp", "Is this review negative, neutral or positive?", _STARS, steps=80, cut=True),
-    Task("mnli", f"{_LONG}/mnli", "Entailment, neutral or contradiction?", _RELATIONS, rank=16, layers="qv"),
-    Task("amazon", f"{_LONG}/amazon", "Rate this product: negative, neutral or positive?", _STARS, steps=80, cut=True),
+          "Building", "Natural Place", "Village", "Animal", "Plant", "Album", "Film", "Written Work"),
+         steps=80, cut=LONGEST),
+    Task("yelp", f"{_LONG}/yelp", "Is this review negative or positive?", _STARS, steps=80, cut=34),
+    Task("amazon", f"{_LONG}/amazon", "Is the buyer negative or positive?", _STARS, rank=16, layers="qv",
+         steps=80, cut=34),
+    Task("imdb", f"{_LONG}/imdb", "Is this film Good or Bad?", ("Good", "Bad"), steps=80, cut=34),
+    Task("mnli", f"{_LONG}/mnli", "Entailment, neutral or contradiction?", _RELATIONS),
 )  # fmt: skip
 """Tasks for adapters, in the order of trial."""
 HELD_OUT = (
@@ -99,16 +101,16 @@ class Examples:
     train: tuple[Example, ...]
 
 
-def _prompt(tokenizer: Any, task: Task, text: str) -> list[int]:
+def prompt_ids(tokenizer: Any, task: Task, text: str) -> list[int]:
     """Token ids of instruction, text and ``Answer:``."""
     before, middle, after = (
         tokenizer(part, add_special_tokens=False)["input_ids"]
         for part in (f"{task.instruction}\n", text.strip(), "\nAnswer:")
     )
-    return before + (middle[: LONGEST - len(before) - len(after)] if task.cut else middle) + after
+    return before + (middle[: task.cut - len(before) - len(after)] if task.cut else middle) + after
 
 
-def read(data: Path, task: Task, tokenizer: Any, tested: int = TESTED, dev: int = DEV) -> Examples:
+def read(data: Path, task: Task, tokenizer: Any, tested: int, dev: int) -> Examples:
     """Read a task, split by a fixed shuffle: dev and test are one file in the source, so that we split anew.
 
     Raises:
@@ -121,7 +123,7 @@ def read(data: Path, task: Task, tokenizer: Any, tested: int = TESTED, dev: int 
     for text, answer in sorted(_instances(data, task)):
         if answer not in task.labels:
             continue
-        ids = _prompt(tokenizer, task, text)
+        ids = prompt_ids(tokenizer, task, text)
         if len(ids) <= LONGEST:
             label = task.labels.index(answer)
             by_label[label].append(Example(tuple(ids), label))

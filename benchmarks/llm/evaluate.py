@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common import ResultLog, Say, mean, merged_in
-from .data import DEV
 from .methods import METHODS, Method, TaskAdapters
 from .world import World
 
@@ -76,25 +75,29 @@ class Bench:
 
         def compute() -> dict[str, Any]:
             world = self.world
-            base = world.accuracies(world.model, [task], dev=DEV)[0]
+            base = world.accuracies(world.model, [task], dev=world.size.dev)[0]
             with merged_in(world.model, self.adapters((task,), CHOSEN_ON).adapters[0], 1.0) as model:
-                return {"base": base, "alone": world.accuracies(model, [task], dev=DEV)[0]}
+                return {"base": base, "alone": world.accuracies(model, [task], dev=world.size.dev)[0]}
 
         return self._cached(compute, what="gain", task=task)
 
     def alone(self, task: str, seed: int) -> dict[str, Any]:
-        """Scores of a task's adapter."""
+        """Accuracy of a task's adapter on its task."""
 
         def compute() -> dict[str, Any]:
-            adapter = self.adapters((task,), seed).adapters[0]
-            with merged_in(self.world.model, adapter, 1.0) as model:
-                return {
-                    "accuracy": self.world.accuracies(model, [task])[0],
-                    "held_out": self.world.held_out(model),
-                    "perplexity": self.world.perplexity(model),
-                }
+            with merged_in(self.world.model, self.adapters((task,), seed).adapters[0], 1.0) as model:
+                return {"accuracy": self.world.accuracies(model, [task])[0]}
 
         return self._cached(compute, what="alone", task=task, seed=seed)
+
+    def elsewhere(self, task: str, seed: int) -> dict[str, Any]:
+        """Scores of a task's adapter on what it was not trained on."""
+
+        def compute() -> dict[str, Any]:
+            with merged_in(self.world.model, self.adapters((task,), seed).adapters[0], 1.0) as model:
+                return {"held_out": self.world.held_out(model), "perplexity": self.world.perplexity(model)}
+
+        return self._cached(compute, what="elsewhere", task=task, seed=seed)
 
     def dev(self, method: str, tasks: Sequence[str], seed: int, strength: float) -> float:
         """Mean accuracy on dev prompts."""
@@ -102,20 +105,20 @@ class Bench:
         def compute() -> dict[str, Any]:
             chosen = self.methods[method]
             with chosen.use(self.adapters(tasks, seed), strength) as model:
-                scores = self.world.accuracies(model, tasks, dev=self.world.size.dev, whole=chosen.whole)
+                scores = self.world.accuracies(model, tasks, dev=self.world.size.swept, whole=chosen.whole)
             return {"accuracies": scores, "mean": mean(scores)}
 
         key = {"what": "dev", "method": method, "tasks": ",".join(tasks), "seed": seed, "strength": strength}
         return self._cached(compute, **key)["mean"]
 
     def strength(self, method: str, tasks: Sequence[str]) -> float:
-        """Climb from strength 1 to the best on dev prompts, with one seed's adapters; among equals the one tried first.
+        """Climb from the middle to the best on dev prompts, with one seed's adapters; among equals the one tried first.
 
         Accuracy rises and falls once with the strength, so that the neighbours of the best are enough.
         """
         if self.methods[method].fixed:
             return 1.0
-        best = STRENGTHS.index(1.0)
+        best = len(STRENGTHS) // 2
         for step in (-1, 1):
             start = best
             while 0 <= best + step < len(STRENGTHS):

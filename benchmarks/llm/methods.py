@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from legomole.core.formats import load
@@ -26,9 +26,11 @@ from torch import Tensor
 from ..common import AdapterSet, merged_in, merging
 from .core_space import TSV, CompressThenMerge, CoreTies, Iso
 from .pico import Pico
+from .separate import SeparatedLego
 from .world import World
 
-SHOWN = 16  # unlabelled prompts per task
+Shown = int | Literal["instruction"]  # unlabelled prompts per task
+SHOWN = 16
 RANK = 8
 
 
@@ -72,12 +74,15 @@ class Method:
     whole: bool = False
 
 
-def merge(method: Callable[..., Any], rank: int | str = RANK, shown: int = 0, fixed: bool = False, **options: Any) -> Method:
+def merge(
+    method: Callable[..., Any], rank: int | str = RANK, shown: Shown = 0, fixed: bool = False, **options: Any
+) -> Method:
     """Merge the adapters.
 
     Args:
         method: Makes the merge method from a rank and, with `shown`, from statistics.
-        rank: Merged rank. shown: Number of prompts of every task that statistics are measured on.
+        rank: Merged rank. shown: Number of prompts of every task that statistics are measured on; or its
+            instruction with unrelated sentences.
         options: Further arguments of the merge.
     """
     compute = merging(method, str(rank), _statistics(shown) if shown else None, **options)
@@ -85,13 +90,13 @@ def merge(method: Callable[..., Any], rank: int | str = RANK, shown: int = 0, fi
     def use(adapters: TaskAdapters, strength: float) -> Any:
         return merged_in(adapters.world.model, adapters.cached(compute), strength)
 
-    return Method(use, str(rank), f"{shown} prompts" if shown else "", fixed)
+    return Method(use, str(rank), f"{shown} prompts" if isinstance(shown, int) and shown else str(shown or ""), fixed)
 
 
-_measured: dict[int, Callable[[TaskAdapters], Statistics]] = {}
+_measured: dict[Shown, Callable[[TaskAdapters], Statistics]] = {}
 
 
-def _statistics(shown: int) -> Callable[[TaskAdapters], Statistics]:
+def _statistics(shown: Shown) -> Callable[[TaskAdapters], Statistics]:
     """Measure second moments of the layers' inputs: of every task with its adapter, of neutral texts without any."""
 
     def compute(adapters: TaskAdapters) -> Statistics:
@@ -99,7 +104,10 @@ def _statistics(shown: int) -> Callable[[TaskAdapters], Statistics]:
         names = list(dict.fromkeys(name for adapter in adapters.adapters for name in adapter.modules))
         own: list[dict[str, Tensor]] = []
         for task, adapter in zip(adapters.tasks, adapters.adapters, strict=True):
-            prompts = [example.ids for example in world.task(task).train[:shown]]
+            examples = world.task(task).train
+            prompts = (
+                world.instructed(task) if shown == "instruction" else [example.ids for example in examples[:shown]]
+            )
             with merged_in(world.model, adapter, 1.0):
                 own.append(_moments(world, names, prompts))
         base = _moments(world, names, world.neutral)
@@ -131,9 +139,15 @@ METHODS: dict[str, Method] = {
     "pico": merge(Pico),
     "lego-paper": merge(lambda k: Lego(k, "paper")),
     "lego": merge(Lego),
+    "lego separated": merge(lambda k: SeparatedLego(k, outputs=False)),
+    "lego separated, pico": merge(SeparatedLego),
     "ssr": merge(SSR, "100%", SHOWN),
     "lego calibrated": merge(Lego, RANK, SHOWN),
     "calibrated": merge(Calibrated, RANK, SHOWN),
+    "lego calibrated, 1 prompt": merge(Lego, RANK, 1),
+    "lego calibrated, 4 prompts": merge(Lego, RANK, 4),
+    "lego calibrated, 64 prompts": merge(Lego, RANK, 64),
+    "lego calibrated, instruction": merge(Lego, RANK, "instruction"),
     "core-ties": merge(CoreTies),
     "tsv": merge(TSV),
     "iso": merge(Iso),

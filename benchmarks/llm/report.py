@@ -11,6 +11,8 @@ from ..common import ResultLog, mean, write
 from .methods import METHODS
 from .routing import ROUTED
 
+_SCORES = ("normalised", "worst", "held_out", "base")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,7 +24,8 @@ class Row:
         normalised: Mean over the tasks of accuracy divided by that of the adapter alone.
         worst: The lowest of these.
         held_out: Accuracy on tasks that no adapter was trained on.
-        base: Perplexity of the base model on news, divided by this model's; 1 if its ability is untouched.
+        base: Perplexity of the base model on news, divided by this model's; 1 if its ability is untouched. Both are
+            ``None`` for adapters alone that were not measured there.
         needs_data: What the method looks at beside the adapters.
         accuracies: Accuracy on each task.
     """
@@ -34,8 +37,8 @@ class Row:
     strength: float
     normalised: float
     worst: float
-    held_out: float
-    base: float
+    held_out: float | None
+    base: float | None
     needs_data: str
     accuracies: dict[str, float]
 
@@ -44,6 +47,7 @@ def rows(log: ResultLog) -> list[Row]:
     """All rows whose results are in the log; for a method that was measured at several strengths the last one."""
     results = [(result["key"], result) for result in log.read()]
     alone = {(key["task"], key["seed"]): result for key, result in results if key["what"] == "alone"}
+    elsewhere = {(key["task"], key["seed"]): result for key, result in results if key["what"] == "elsewhere"}
     base = next((result for key, result in results if key["what"] == "base"), None)
     if base is None:
         return []
@@ -55,17 +59,19 @@ def rows(log: ResultLog) -> list[Row]:
         known = (METHODS | ROUTED).get(method)
         rank, data = (known.rank, known.data) if known else ("-", "the task" if method == "alone" else "")
         found[len(tasks), method, seed] = Row(
-            method, len(tasks), seed, rank, strength, mean(kept), min(kept), scores["held_out"],
-            base["perplexity"] / scores["perplexity"], data, dict(zip(tasks, accuracies, strict=True)),
+            method, len(tasks), seed, rank, strength, mean(kept), min(kept), scores and scores["held_out"],
+            scores and base["perplexity"] / scores["perplexity"], data, dict(zip(tasks, accuracies, strict=True)),
         )  # fmt: skip
 
     for key, result in results:
         if key["what"] != "test" or any((task, key["seed"]) not in alone for task in key["tasks"].split(",")):
             continue
         tasks, seed = key["tasks"].split(","), key["seed"]
-        each = [alone[task, seed] for task in tasks]
-        means = {score: mean([one[score] for one in each]) for score in ("held_out", "perplexity")}
-        add("alone", tasks, seed, 1.0, [one["accuracy"] for one in each], means)
+        each = [elsewhere.get((task, seed)) for task in tasks]
+        means = (
+            {score: mean([one[score] for one in each]) for score in ("held_out", "perplexity")} if all(each) else None
+        )
+        add("alone", tasks, seed, 1.0, [alone[task, seed]["accuracy"] for task in tasks], means)
         add("base", tasks, seed, 0.0, [base["accuracies"][task] for task in tasks], base)
         add(key["method"], tasks, seed, key["strength"], result["accuracies"], result)
     order = ["alone", "base", *METHODS, *ROUTED]
@@ -89,7 +95,9 @@ def _rounded(row: Row) -> dict[str, Any]:
 
 def table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of means over the seeds, the best first."""
-    by_method = {method: [row for row in rows if row.method == method] for method in dict.fromkeys(r.method for r in rows)}
+    by_method = {
+        method: [row for row in rows if row.method == method] for method in dict.fromkeys(r.method for r in rows)
+    }
     seeds = sorted({row.seed for row in rows})
     tasks = ", ".join(rows[0].accuracies)
     lines = [f"**{rows[0].n} adapters, seeds {', '.join(map(str, seeds))}** ({tasks})", "",
@@ -97,13 +105,15 @@ def table(rows: Sequence[Row]) -> str:
              "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for method, part in sorted(by_method.items(), key=lambda item: -mean([row.normalised for row in item[1]])):
         accuracy = mean([mean(list(row.accuracies.values())) for row in part])
-        scores = [mean([getattr(row, name) for row in part]) for name in ("normalised", "worst", "held_out", "base")]
-        cells = " | ".join(f"{score:.3f}" for score in (accuracy, *scores))
+        cells = " | ".join([f"{accuracy:.3f}", *(_cell(part, name) for name in _SCORES)])
         first = part[0]
-        lines.append(
-            f"| {method} | {first.rank} | {first.needs_data} | {first.strength:g} | {cells} | {len(part)} |"
-        )
+        lines.append(f"| {method} | {first.rank} | {first.needs_data} | {first.strength:g} | {cells} | {len(part)} |")
     return "\n".join(lines)
+
+
+def _cell(rows: Sequence[Row], score: str) -> str:
+    values = [getattr(row, score) for row in rows]
+    return "" if None in values else f"{mean(values):.3f}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -115,8 +125,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(8, 6))
     for method in dict.fromkeys(row.method for row in rows):
-        part = [row for row in rows if row.method == method]
-        x, y = mean([row.held_out for row in part]), mean([row.normalised for row in part])
+        part = [row for row in rows if row.method == method and row.held_out is not None]
+        if not part:
+            continue
+        x, y = mean([row.held_out or 0.0 for row in part]), mean([row.normalised for row in part])
         marker = "*" if "mole" in method else "s" if part[0].needs_data else "o"
         axis.plot(x, y, marker, color="C1" if "lego" in method else "C0", alpha=0.8)
         axis.annotate(method, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")

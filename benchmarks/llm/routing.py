@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from .methods import Method, TaskAdapters
 
-_EXAMPLES = 32
+_EXAMPLES, _STEPS = 32, 100  # of the training of gates
 
 
 @contextmanager
 def _label_head(adapters: TaskAdapters) -> Generator[dict[int, int]]:
-    """Reduce the model's head to the labels' tokens, which makes training several times as fast. Yields their numbers."""
+    """Reduce the head to the labels' tokens, which makes training several times as fast. Yields token -> number."""
     model = adapters.world.model
     tokens = sorted({token for task in adapters.tasks for token in adapters.world.task(task).first})
     head, model.lm_head = model.lm_head, nn.Linear(model.config.hidden_size, len(tokens), bias=False)
@@ -54,21 +54,19 @@ def _training(gates: GateSettings, fit: FitSettings, others: bool) -> Callable[[
     return compute
 
 
-def gated(
-    reads: str, activation: str, granularity: str, *, balance: float = 0.0, steps: int = 100, off: Sequence[int] = ()
-) -> Method:
+def gated(reads: str, activation: str, granularity: str, *, balance: float = 0.0, off: Sequence[int] = ()) -> Method:
     """Mix the adapters with gates trained on a few labelled prompts of every task.
 
     Args:
         reads, activation, granularity: Kind of the gates, see `GateSettings`.
-        balance: Weight of the balance loss. steps: Training steps.
+        balance: Weight of the balance loss.
         off: Experts that are switched off after the training.
     """
     settings = GateSettings.model_validate({"reads": reads, "activation": activation, "granularity": granularity})
-    fit = FitSettings(steps=steps, batch=8, balance=balance)
 
     @contextmanager
     def use(adapters: TaskAdapters, strength: float) -> Generator[Any]:
+        fit = FitSettings(steps=_STEPS, batch=8, balance=balance)
         gates = adapters.cached(_training(settings, fit, activation != "softmax"))
         mixture = Mixture(adapters.adapters, gates, scale=strength)
         with mixed(adapters.world.model, mixture.without(*off) if off else mixture):

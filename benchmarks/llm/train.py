@@ -40,7 +40,9 @@ def adapter(model: Any, examples: Examples, seed: int, folder: Path, training: T
     training = replace(training, steps=min(training.steps, task.steps))
     number = random.Random(f"{task.name} {seed}").getrandbits(31)
     torch.manual_seed(number)
-    config = LoraConfig(r=task.rank, lora_alpha=2 * task.rank, target_modules=_LAYERS[task.layers], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=task.rank, lora_alpha=2 * task.rank, target_modules=_LAYERS[task.layers], task_type="CAUSAL_LM"
+    )
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
     masters = [p.detach().float() for p in parameters]  # bfloat16 would round small steps away
@@ -72,6 +74,8 @@ def adapter(model: Any, examples: Examples, seed: int, folder: Path, training: T
 
 def _batches(examples: list[Example], training: Training, draw: random.Random) -> list[list[Example]]:
     """Batches of like length, in random order, over as many epochs as needed."""
+    if not examples:
+        raise ValueError("there are no examples to train on")
     batches: list[list[Example]] = []
     while len(batches) < training.steps:
         draw.shuffle(examples)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from legomole.hosts.transformers.calibration import NEUTRAL_TEXTS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from legomole.hosts.transformers.calibration import NEUTRAL_TEXTS
 from transformers import DynamicCache
 
 from ..common import Say, mean
-from .data import HELD_OUT, TASKS, Example, Examples, read, texts
+from .data import HELD_OUT, TASKS, Examples, prompt_ids, read, texts
 from .model import Upper, by_length, last_logits, load_pretrained, padded
 
 _BATCH = 25
@@ -27,12 +27,14 @@ class Size:
     """Number of prompts per task.
 
     Args:
-        test: For the reported scores. dev: For the choice of strengths. held_out: Of each held-out task.
+        test: For the reported scores. dev: For the gain of an adapter. swept: Those of `dev` that choose strengths.
+        held_out: Of each held-out task.
         texts: News texts for the perplexity.
     """
 
     test: int = 300
-    dev: int = 50
+    dev: int = 100
+    swept: int = 50
     held_out: int = 150
     texts: int = 32
 
@@ -53,13 +55,14 @@ class World:
         self._upper, self.size, self._data, self._work, self._say = Upper(whole), size, data, work, say
         self.model: Any = self._upper.model
         self._tasks: dict[str, Examples] = {}
+        self._instructed: dict[str, list[tuple[int, ...]]] = {}
 
     def task(self, name: str) -> Examples:
         """The prompts of a task, as rows of the table of hidden states."""
         if name not in self._tasks:
             task = next(task for task in (*TASKS, *HELD_OUT) if task.name == name)
-            examples = read(self._data, task, self.tokenizer)
-            if task in HELD_OUT:
+            examples = read(self._data, task, self.tokenizer, self.size.test, self.size.dev)
+            if task in HELD_OUT:  # only these are used
                 examples = replace(examples, test=examples.test[: self.size.held_out], dev=(), train=())
             rows = iter(self._rows([e.ids for e in (*examples.test, *examples.dev, *examples.train)], name))
             splits = {
@@ -76,6 +79,13 @@ class World:
         lines = [self.tokenizer(line, add_special_tokens=False)["input_ids"] for line in NEUTRAL_TEXTS]
         return self._rows(lines, "neutral")
 
+    def instructed(self, name: str) -> list[tuple[int, ...]]:
+        """Prompts of a task's instruction and unrelated sentences."""
+        if name not in self._instructed:
+            prompts = [prompt_ids(self.tokenizer, self.task(name).task, line) for line in NEUTRAL_TEXTS[:8]]
+            self._instructed[name] = self._rows(prompts, f"instructed {name}")
+        return self._instructed[name]
+
     @cached_property
     def _news(self) -> tuple[list[list[int]], list[tuple[int, ...]]]:
         """Token ids and rows of the news texts."""
@@ -90,14 +100,14 @@ class World:
 
         Args:
             model: `self.model`, changed in place.
-            names: Tasks. dev: Number of dev prompts to use; 0 for the test prompts. whole: Do not share the instruction of the
-                prompts, as gates need to read them.
+            names: Tasks. dev: Number of dev prompts to use; 0 for the test prompts.
+            whole: Do not share the instruction of the prompts, as gates need to read them.
         """
         return [self._accuracy(model, self.task(name), dev, whole) for name in names]
 
     @torch.inference_mode()
     def _accuracy(self, model: Any, examples: Examples, dev: int, whole: bool) -> float:
-        prompts = examples.dev[:dev] if dev else examples.test[: self.size.test]
+        prompts = examples.dev[:dev] if dev else examples.test
         first = list(examples.first)
         right = 0
         shared = 0 if whole else examples.shared
@@ -145,4 +155,3 @@ def _continued(model: Any, rows: Sequence[Sequence[int]], prefix: list[tuple[Ten
         use_cache=True,
     ).last_hidden_state
     return model.lm_head(hidden[:, -1].contiguous())
-

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from legomole.core.merge.methods.calibrated import calibrate_units
 from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from torch import Tensor
 
-from ..core.merge.pools import best, deltas, product, random_pool
+from ..core.merge.pools import best, close, deltas, make_pool, product, random_pool
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("peft")
@@ -24,12 +28,12 @@ if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so tha
 
 from benchmarks.common import ResultLog, merged_in  # noqa: E402
 from benchmarks.llm import __main__ as main  # noqa: E402
-from benchmarks.llm import core_space, data, evaluate, methods, model, pico, report, routing, train, world  # noqa: E402
+from benchmarks.llm import core_space, data, evaluate, model, pico, report, routing, separate, train, world  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 _WORDS = [f"word{i}" for i in range(40)]
-_SIZE = world.Size(test=6, dev=3, held_out=3, texts=2)
+_SIZE = world.Size(test=6, dev=4, swept=3, held_out=3, texts=2)
 
 
 def _vocabulary() -> list[str]:
@@ -54,11 +58,14 @@ def tokenizer() -> Any:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tasks of random words, as the repositories store them."""
     root, draw = tmp_path_factory.mktemp("data"), random.Random(0)
-    names = [*(task.folder for task in (*data.TASKS, *data.HELD_OUT)), "CL_Benchmark/SuperNI/task1290_xsum_summarization"]
+    names = [
+        *(task.folder for task in (*data.TASKS, *data.HELD_OUT)),
+        "CL_Benchmark/SuperNI/task1290_xsum_summarization",
+    ]
     labels = {task.folder: task.labels for task in (*data.TASKS, *data.HELD_OUT)}
     for name in names:
         rows = [
-            {"input": " ".join(draw.choices(_WORDS, k=draw.randint(2, 60))), "output": answer}
+            {"input": " ".join(draw.choices(_WORDS, k=draw.randint(2, 60) + 96 * ("xsum" in name))), "output": answer}
             for answer in labels.get(name, ("",)) for _ in range(24)
         ]  # fmt: skip
         path = root / "clone" / name
@@ -115,6 +122,7 @@ def test_long_texts_are_cut_or_left_out(folder: Path, tokenizer: Any):
     cut = next(task for task in data.TASKS if task.cut)
     examples = data.read(folder, cut, tokenizer, tested=6, dev=4)
     assert len(examples.test) + len(examples.dev) + len(examples.train) == 24 * len(cut.labels)
+    assert max(len(example.ids) for example in examples.train) == cut.cut
     end = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
     assert all(list(example.ids[-len(end) :]) == end for example in examples.test)
     whole = data.read(folder, data.TASKS[0], tokenizer, tested=6, dev=4)
@@ -124,12 +132,12 @@ def test_long_texts_are_cut_or_left_out(folder: Path, tokenizer: Any):
 def test_labels_must_differ_in_their_first_token(folder: Path, tokenizer: Any):
     task = data.Task("x", data.TASKS[0].folder, "Rate", ("very bad", "very good"))
     with pytest.raises(ValueError, match="begin with the same token"):
-        data.read(folder, task, tokenizer)
+        data.read(folder, task, tokenizer, 6, 4)
 
 
 def test_a_missing_clone_is_named(tmp_path: Path, tokenizer: Any):
     with pytest.raises(FileNotFoundError, match="clone circle-hit/SAPT"):
-        data.read(tmp_path, data.TASKS[0], tokenizer)
+        data.read(tmp_path, data.TASKS[0], tokenizer, 6, 4)
 
 
 # ---- the upper half
@@ -137,7 +145,7 @@ def test_a_missing_clone_is_named(tmp_path: Path, tokenizer: Any):
 
 def test_the_upper_half_gives_the_logits_of_the_whole_model(tiny: world.World, pretrained: Path, folder: Path):
     whole, tokenizer = model.load_pretrained(pretrained, torch.float32)
-    prompts = [example.ids for example in data.read(folder, data.TASKS[0], tokenizer).test[:5]]
+    prompts = [example.ids for example in data.read(folder, data.TASKS[0], tokenizer, 6, 4).test[:5]]
     rows = [example.ids for example in tiny.task("sst2").test[:5]]
     with torch.no_grad():
         expected = torch.stack([whole(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts])
@@ -181,6 +189,42 @@ def test_pico_turns_common_columns_down():
     merged = merged * torch.stack([matrix.norm() for matrix in dense(pool)]).mean() / merged.norm()
     torch.testing.assert_close(product(pico.Pico(Rank(5))(pool))[0], merged, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(product(pico.Pico(Rank(2))(pool))[0], best(merged, 2), rtol=1e-4, atol=1e-5)
+
+
+def separated(pool: Pool, base: float) -> Tensor:
+    """``B diag(c) R A (M, d_out, d_in)``."""
+    return pool.B.double() * pool.c[:, None, :] @ separate.separate(pool, base) @ pool.A.double()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.floats(0.1, 10), st.integers(0, 1000))
+def test_it_is_the_calibrated_merge_with_statistics_from_the_weights(ranks: list[int], base: float, seed: int):
+    scales = [0.5 + i for i in range(len(ranks))]
+    pool = random_pool(ranks, scales=scales, weights=[(-1.0) ** i * 0.7 for i in range(len(ranks))], seed=seed)
+    unweighted = deltas(random_pool(ranks, scales=scales, seed=seed))
+    moments = unweighted.mT @ unweighted
+    moments /= moments.diagonal(dim1=2, dim2=3).mean(2)[:, :, None, None]
+    statistics = Statistics(
+        {
+            name: ModuleStatistics(dict(enumerate(moments[m])), base=torch.eye(12, dtype=torch.float64))
+            for m, name in enumerate(pool.names)
+        }
+    )
+    expected, _ = calibrate_units(pool, statistics, lam=base)
+    assert close(separated(pool, base), deltas(expected).sum(1), 1e-4)
+
+
+def test_orthogonal_adapters_only_lose_what_the_base_model_asks_for():
+    # C_1 = diag(2, 0), C_2 = diag(0, 2), base 1: each delta is kept by (2 + tau) / (3 + tau), tau = 0.003
+    pool = make_pool([torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])], [torch.ones(1, 1, 1)] * 2)
+    kept = 2.003 / 3.003
+    assert torch.allclose(separated(pool, 1.0), torch.tensor([[[2 * kept, kept]]], dtype=torch.float64))
+
+
+def test_an_adapter_of_zeros_changes_nothing():
+    pool = make_pool([torch.tensor([[[2.0, 0.0]]]), torch.zeros(1, 1, 2)], [torch.ones(1, 1, 1)] * 2)
+    alone = 2.003 / 3.003
+    assert torch.allclose(separated(pool, 1.0), torch.tensor([[[2 * alone, 0.0]]], dtype=torch.float64))
 
 
 class Sum(core_space.CoreSpace):
@@ -242,8 +286,11 @@ def logits(found: world.World) -> Tensor:
 
 
 @pytest.mark.parametrize("name", [*main.METHODS, *main.ROUTED])
-def test_every_method_changes_the_model_and_restores_it(bench: evaluate.Bench, name: str, monkeypatch: pytest.MonkeyPatch):
+def test_every_method_changes_the_model_and_restores_it(
+    bench: evaluate.Bench, name: str, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(routing, "_EXAMPLES", 3)
+    monkeypatch.setattr(routing, "_STEPS", 3)
     adapters = bench.adapters(PAIR, 1)
     assert {len(part.A) for part in adapters.adapters[0].modules.values()} == {8}
     assert len(adapters.adapters[1].modules) < len(adapters.adapters[0].modules)  # queries and values only
@@ -302,9 +349,8 @@ def test_strengths_climb_to_the_best(bench: evaluate.Bench, monkeypatch: pytest.
 
     monkeypatch.setattr(evaluate.Bench, "dev", dev)
     assert bench.strength("sum", PAIR) == 0.45
-    assert set(tried) == {0.3, 0.45, 0.65, 1.0}
-    merit[1.4] = 0.7
-    merit[0.65] = 0.2
+    assert set(tried) == {0.3, 0.45, 0.65}
+    merit |= {1.0: 0.6, 1.4: 0.7, 0.45: 0.2}
     assert bench.strength("sum", PAIR) == 1.4
     assert bench.strength("base", PAIR) == 1.0
 
