@@ -56,6 +56,8 @@ class Upper:
         self.model.load_state_dict(state, assign=True)
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(upper)
         self.model.eval().requires_grad_(False)
+        # the product with a view, such as the states of the last tokens, is ten times as slow
+        self.model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
 
     def rows(self, prompts: Sequence[Sequence[int]], cache: Path) -> list[tuple[int, ...]]:
         """Add prompts to the table, and return their rows, which take the place of token ids.
@@ -115,15 +117,7 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def last_logits(model: Any, prompts: Sequence[Sequence[int]], attached: bool = False) -> Tensor:
-    """Logits ``(B, V)`` after the last token of each prompt.
-
-    Args:
-        attached: Whether gates watch the passes of the whole model. Without them blocks and head are called apart: with
-            gradients the model's own product with a view of the states is ten times as slow.
-    """
+def last_logits(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Logits ``(B, V)`` after the last token of each prompt."""
     ids, mask = padded(prompts)
-    if attached:
-        return model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1]
-    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return model.lm_head(hidden[:, -1].contiguous())
+    return model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1]

@@ -114,7 +114,7 @@ class World:
         prefix = _prefix(model, prompts[0].ids[:shared]) if shared else None
         for chosen in by_length([len(prompt.ids) for prompt in prompts], _BATCH):
             ids = [prompts[i].ids[shared:] for i in chosen]
-            logits = last_logits(model, ids, whole) if prefix is None else _continued(model, ids, prefix)
+            logits = last_logits(model, ids) if prefix is None else _continued(model, ids, prefix)
             label = torch.tensor([prompts[i].label for i in chosen])
             right += int((logits[:, first].argmax(1) == label).sum())
         return right / len(prompts)
@@ -147,11 +147,12 @@ def _continued(model: Any, rows: Sequence[Sequence[int]], prefix: list[tuple[Ten
     cache = DynamicCache()
     for i, (keys, values) in enumerate(prefix):
         cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), i)
-    hidden = model.model(
+    output = model(
         input_ids=ids,
         attention_mask=torch.cat([mask.new_ones(B, length), mask], 1),
         position_ids=length + (mask.cumsum(1) - 1).clamp_min(0),
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
-    return model.lm_head(hidden[:, -1].contiguous())
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1]
