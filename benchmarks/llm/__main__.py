@@ -1,84 +1,89 @@
-"""``python -m benchmarks.llm train | evaluate | encoder | smoke``, from the project's root."""
+"""``python -m benchmarks.llm --data FOLDER --work FOLDER``, from the project's root; see README.md."""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import encoder, report, train
-from .evaluate import Bench, Plan, Row
-from .language import Language
+from ..common import ResultLog
+from . import report, train
+from .data import TASKS
+from .evaluate import Bench
+from .methods import METHODS
+from .routing import ROUTED
+from .world import Size, World
 
 _HERE = Path(__file__).parent
+_COUNTS = (8, 4, 2)
+_TRAINING = train.Training()
+_GAIN = 0.1  # by which an adapter alone must be better than the base model on dev prompts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.llm", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train the language model and its adapters; can resume")
-    scoring = commands.add_parser("evaluate", help="run the comparison on the language model; trains what is missing")
-    encoding = commands.add_parser("encoder", help="train adapters of a pretrained MiniLM and compare them")
-    for command in (scoring, encoding):
-        command.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
-    for command in (training, scoring, encoding):
-        command.add_argument("--work", type=Path, default=_HERE / "work", help="folder with the models")
-    smoke = commands.add_parser("smoke", help="run everything once, at a tiny size; the results mean nothing")
-    for command in (training, scoring, encoding, smoke):
-        command.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="folder with the clones of the data")
+    parser.add_argument("--model", type=Path, help="folder of the pretrained Llama: as saved, or with one GGUF file")
+    parser.add_argument("--work", type=Path, required=True, help="folder for hidden states, adapters and the log")
+    parser.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *ROUTED])
+    parser.add_argument("--counts", type=int, nargs="+", default=_COUNTS, help="numbers of adapters")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2))
+    parser.add_argument("--report", action="store_true", help="only write tables of the rows in the log")
+    parser.add_argument("--threads", type=int, default=1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    if chosen.command == "train":
+    log = ResultLog(chosen.work / "log.jsonl")
+    if not chosen.report:
+        if chosen.data is None or chosen.model is None:
+            parser.error("--data and --model are needed, except with --report")
         chosen.work.mkdir(parents=True, exist_ok=True)
-        train.base_model(chosen.work, train.Size(), say)
-        for careful, plans in ((False, report.NARROW), (True, report.CAREFUL)):
-            for seed, task in report.adapters_of(plans):
-                train.adapter(chosen.work, task, seed, train.Size(), say, careful=careful)
-    elif chosen.command == "evaluate":
-        rows: dict[str, list[Row]] = {}
-        for careful in (False, True):
-            bench = language(chosen.work, train.Size(), chosen.out / "rows.jsonl", careful=careful)
-            rows |= report.measured(bench, report.CAREFUL if careful else report.NARROW)
-        report.publish(rows, chosen.out)
-        report.plot(rows, chosen.out / "tokens_and_base.png")
-    elif chosen.command == "encoder":
-        chosen.work.mkdir(parents=True, exist_ok=True)
-        bench = sentences(chosen.work, encoder.Size(), chosen.out / "rows.jsonl")
-        report.publish(report.measured(bench, report.ENCODER), chosen.out, "encoder_")
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder)
-            bench = language(out, train.SMOKE, out / "rows.jsonl", scored=8, tuning=8)
-            plan = Plan(("sum", "lego", "calibrated", "peft ties", "mole"), (("reverse", "sort"),), (0, 1), (1.0,))
-            report.publish(report.measured(bench, {"smoke": plan}), out)
-            say((out / "table.md").read_text())
+        world = World(chosen.model, chosen.data, chosen.work, Size(), say)
+        measure(world, chosen.work, log, chosen.counts, chosen.methods, chosen.seeds)
+    report.publish(log, chosen.out)
 
 
-def language(work: Path, size: train.Size, log: Path, *, careful: bool = False, **examples: int) -> Bench:
-    """Return the comparison of one kind of adapters on the language model in `work`; `examples` go to `Language`."""
-    work.mkdir(parents=True, exist_ok=True)
-    world = Language(train.base_model(work, size, say), **examples)
+def measure(
+    world: World, work: Path, log: ResultLog, counts: Sequence[int], methods: Sequence[str], seeds: Sequence[int],
+    training: train.Training = _TRAINING, gain: float = _GAIN,
+) -> None:  # fmt: skip
+    """Train what is missing and measure all rows that the log lacks."""
 
     def folder(task: str, seed: int) -> Path:
-        return train.adapter(work, task, seed, size, say, careful=careful)
+        return train.adapter(world.model, world.task(task), seed, work / f"{task}-{seed}", training, say)
 
-    return Bench("careful" if careful else "narrow", lambda _: world, folder, log, say)
+    bench = Bench(world, folder, log, say, METHODS | ROUTED)
+    tasks = learnt(bench, max(counts), gain)
+    bench.base(tasks)
+    for seed in seeds:
+        for task in tasks:
+            bench.alone(task, seed)
+    for n in counts:
+        for method in methods:
+            for seed in seeds:
+                bench.test(method, tasks[:n], seed)
+    for seed in seeds:
+        for task in tasks:
+            bench.elsewhere(task, seed)
 
 
-def sentences(work: Path, size: encoder.Size, log: Path) -> Bench:
-    """Return the comparison on the pretrained encoder."""
-    model = encoder.Encoder()
-
-    def folder(task: str, seed: int) -> Path:
-        return encoder.adapter(model, work, task, seed, size, say)
-
-    return Bench("encoder", encoder.worlds(model, folder, size), folder, log, say)
+def learnt(bench: Bench, count: int, gain: float) -> list[str]:
+    """The first tasks in the order of `TASKS` whose adapter alone beats the base model by `gain` on dev prompts."""
+    tasks: list[str] = []
+    for task in TASKS:
+        if len(tasks) == count:
+            break
+        scores = bench.gain(task.name)
+        if scores["alone"] - scores["base"] >= gain - 1e-9:
+            tasks.append(task.name)
+    return tasks
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    print(time.strftime("%H:%M:%S"), text, flush=True)
 
 
 if __name__ == "__main__":

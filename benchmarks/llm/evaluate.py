@@ -1,198 +1,158 @@
-"""Run the comparison: choose each method's strength on tuning examples, then score it on others, for every seed."""
+"""Run the comparison: choose each method's strength on dev prompts of one seed, then score it on test prompts."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..common import ResultLog, Say, mean, merged_in
-from .methods import METHODS, TaskAdapters, World
+from .methods import METHODS, Method, TaskAdapters
+from .world import World
 
-SCALES = (0.4, 0.7, 1.0, 1.4, 2.0)
+STRENGTHS = (0.2, 0.3, 0.45, 0.65, 1.0, 1.4, 2.0)
+CHOSEN_ON = 1  # seed of the adapters on which strengths are chosen
 Folder = Callable[[str, int], Path]  # task, seed -> folder of the adapter
 
 
-@dataclass(frozen=True)
-class Row:
-    """Result of one method on one set of adapters.
-
-    Args:
-        world: Name of the world. method: Name of the method.
-        seed: Seed of the adapters. scale: Strength. rank: Rank of the result, see `Method`.
-        tasks: Tasks of the adapters.
-        right: Accuracy on each adapter's task. parts: Accuracy on single tokens of each task.
-        kept: Accuracy on each task as a share of that of the adapter alone.
-        base: Accuracy on the base model's tasks. mixture: Accuracy on two new tasks at a time.
-        seconds: Time to combine and score.
-    """
-
-    world: str
-    method: str
-    seed: int
-    scale: float
-    rank: str
-    tasks: tuple[str, ...]
-    right: tuple[float, ...]
-    parts: tuple[float, ...]
-    kept: tuple[float, ...]
-    base: float
-    mixture: float
-    seconds: float
-
-    @property
-    def n(self) -> int:
-        return len(self.tasks)
-
-    @property
-    def new(self) -> float:
-        return mean(self.right)
-
-    @property
-    def worst(self) -> float:
-        return min(self.right)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Rows to measure.
-
-    Args:
-        methods: Names of the methods. sets: Sets of tasks.
-        seeds: Seeds of the adapters. scales: Strengths to try.
-    """
-
-    methods: tuple[str, ...]
-    sets: tuple[tuple[str, ...], ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    scales: tuple[float, ...] = SCALES
-
-
+@dataclass
 class Bench:
-    """Measures rows and logs them with the chosen strengths, so that an interrupted run resumes.
+    """Measures rows and logs everything, so that an interrupted run resumes.
 
     Args:
-        name: Name of the world in the rows.
-        world: Returns the world for the adapters of a seed.
-        folder: Returns the folder of a task's adapter.
-        log: Log file, which several worlds may share.
-        say: Called with progress messages.
+        world: Model and tasks. folder: Returns the folder of a task's adapter.
+        log: Log of all results. say: Called with progress messages. methods: The methods by name.
     """
 
-    def __init__(self, name: str, world: Callable[[int], World], folder: Folder, log: Path, say: Say) -> None:
-        self.name, self.world, self.folder, self.log, self.say = name, world, folder, ResultLog(log), say
-        self.rows: list[Row] = []
-        self.chosen: dict[tuple[str, tuple[tuple[str, ...], ...]], float] = {}
+    world: World
+    folder: Folder
+    log: ResultLog
+    say: Say
+    methods: dict[str, Method] = field(default_factory=lambda: METHODS)
+    _logged: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict[Any, Any])
+    _sets: dict[Any, TaskAdapters] = field(default_factory=dict[Any, Any])
+
+    def __post_init__(self) -> None:
         for result in self.log.read():
-            if result["world"] != name:
-                continue
-            if "chosen" in result:
-                self.chosen[result["method"], tuple(map(tuple, result["sets"]))] = result["chosen"]
-            else:
-                lists = {key: tuple(result[key]) for key in ("tasks", "right", "parts", "kept")}
-                self.rows.append(Row(**{**result, **lists}))
-        self._adapters: dict[Any, TaskAdapters] = {}
+            self._logged[_key(**result["key"])] = result
 
-    def adapters(self, tasks: tuple[str, ...], seed: int) -> TaskAdapters:
-        """Return the adapters, with a cache of their merges and gates."""
-        if (tasks, seed) not in self._adapters:
-            folders = tuple(self.folder(task, seed) for task in tasks)
-            self._adapters[tasks, seed] = TaskAdapters.load(self.world(seed), tasks, folders, seed)
-        return self._adapters[tasks, seed]
+    def _cached(self, compute: Callable[[], dict[str, Any]], **key: Any) -> dict[str, Any]:
+        """Return a logged result, or compute and log it."""
+        if _key(**key) not in self._logged:
+            began = time.monotonic()
+            result = {"key": key, **compute(), "seconds": round(time.monotonic() - began, 1)}
+            self._logged[_key(**key)] = result
+            self.log.append(result)
+            self.say(" ".join(f"{value}" for value in key.values()) + " " + _short(result))
+        return self._logged[_key(**key)]
 
-    def strength(self, method: str, plan: Plan) -> float:
-        """Return the strength with the highest accuracy of the first seed's adapters, among equals the lowest.
+    def adapters(self, tasks: Sequence[str], seed: int) -> TaskAdapters:
+        """Return the adapters, with a cache of their merges and gates; only the last set is kept."""
+        key = (tuple(tasks), seed)
+        if key not in self._sets:
+            self._sets.clear()
+            folders = [self.folder(task, seed) for task in tasks]
+            self._sets[key] = TaskAdapters.load(self.world, tuple(tasks), folders, seed)
+        return self._sets[key]
 
-        Whole answers and single tokens count equally, because no method may get a whole answer right.
+    def base(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """Scores of the base model."""
+
+        def compute() -> dict[str, Any]:
+            model = self.world.model
+            return {
+                "accuracies": dict(zip(tasks, self.world.accuracies(model, tasks), strict=True)),
+                "held_out": self.world.held_out(model),
+                "perplexity": self.world.perplexity(model),
+            }
+
+        return self._cached(compute, what="base", tasks=",".join(tasks))
+
+    def gain(self, task: str) -> dict[str, Any]:
+        """Accuracy of the base model and of a task's adapter on all dev prompts."""
+
+        def compute() -> dict[str, Any]:
+            world = self.world
+            base = world.accuracies(world.model, [task], dev=world.size.dev)[0]
+            with merged_in(world.model, self.adapters((task,), CHOSEN_ON).adapters[0], 1.0) as model:
+                return {"base": base, "alone": world.accuracies(model, [task], dev=world.size.dev)[0]}
+
+        return self._cached(compute, what="gain", task=task)
+
+    def alone(self, task: str, seed: int) -> dict[str, Any]:
+        """Accuracy of a task's adapter on its task."""
+
+        def compute() -> dict[str, Any]:
+            with merged_in(self.world.model, self.adapters((task,), seed).adapters[0], 1.0) as model:
+                return {"accuracy": self.world.accuracies(model, [task])[0]}
+
+        return self._cached(compute, what="alone", task=task, seed=seed)
+
+    def elsewhere(self, task: str, seed: int) -> dict[str, Any]:
+        """Scores of a task's adapter on what it was not trained on."""
+
+        def compute() -> dict[str, Any]:
+            with merged_in(self.world.model, self.adapters((task,), seed).adapters[0], 1.0) as model:
+                return {"held_out": self.world.held_out(model), "perplexity": self.world.perplexity(model)}
+
+        return self._cached(compute, what="elsewhere", task=task, seed=seed)
+
+    def dev(self, method: str, tasks: Sequence[str], seed: int, strength: float) -> float:
+        """Mean accuracy on dev prompts."""
+
+        def compute() -> dict[str, Any]:
+            chosen = self.methods[method]
+            with chosen.use(self.adapters(tasks, seed), strength) as model:
+                scores = self.world.accuracies(model, tasks, dev=self.world.size.swept, whole=chosen.whole)
+            return {"accuracies": scores, "mean": mean(scores)}
+
+        key = {"what": "dev", "method": method, "tasks": ",".join(tasks), "seed": seed, "strength": strength}
+        return self._cached(compute, **key)["mean"]
+
+    def strength(self, method: str, tasks: Sequence[str]) -> float:
+        """Climb from the middle to the best on dev prompts, with one seed's adapters; among equals the one tried first.
+
+        Accuracy rises and falls once with the strength, so that the neighbours of the best are enough.
         """
-        if METHODS[method].fixed:
+        if self.methods[method].fixed:
             return 1.0
-        key = (method, plan.sets)
-        if key not in self.chosen:
+        best = len(STRENGTHS) // 2
+        for step in (-1, 1):
+            start = best
+            while 0 <= best + step < len(STRENGTHS):
+                here, there = (self.dev(method, tasks, CHOSEN_ON, STRENGTHS[i]) for i in (best, best + step))
+                if there <= here:
+                    break
+                best += step
+            if best != start:
+                break
+        return STRENGTHS[best]
 
-            def merit(scale: float) -> float:
-                accuracies: list[float] = []
-                for tasks in plan.sets:
-                    adapters = self.adapters(tasks, plan.seeds[0])
-                    with METHODS[method].use(adapters, scale) as model:
-                        accuracies += [mean(adapters.world.accuracy(model, task, tuning=True)) for task in tasks]
-                return round(mean(accuracies), 4)
+    def test(self, method: str, tasks: Sequence[str], seed: int) -> None:
+        """Score a method at the strength chosen for it."""
+        strength, chosen = self.strength(method, tasks), self.methods[method]
 
-            self.chosen[key] = max(sorted(plan.scales), key=merit)
-            self.log.append({"world": self.name, "method": method, "sets": plan.sets, "chosen": self.chosen[key]})
-        return self.chosen[key]
+        def compute() -> dict[str, Any]:
+            with chosen.use(self.adapters(tasks, seed), strength) as model:
+                return {
+                    "accuracies": self.world.accuracies(model, tasks, whole=chosen.whole),
+                    "held_out": self.world.held_out(model, whole=chosen.whole),
+                    "perplexity": self.world.perplexity(model),
+                }
 
-    def alone(self, tasks: tuple[str, ...], seed: int) -> Row:
-        """Measure each adapter by itself on its own task; the other scores are means over the adapters."""
-
-        def models() -> Iterator[Any]:
-            adapters = self.adapters(tasks, seed)
-            for adapter in adapters.adapters:
-                with merged_in(adapters.model, adapter, 1.0) as model:
-                    yield model
-
-        return self._row("each alone", "-", tasks, seed, 1.0, models)
-
-    def row(self, method: str, tasks: tuple[str, ...], seed: int, scale: float) -> Row:
-        """Return the row of a method, measured now or read from the log."""
-
-        def models() -> Iterator[Any]:
-            with METHODS[method].use(self.adapters(tasks, seed), scale) as model:
-                for _ in tasks:
-                    yield model
-
-        return self._row(method, METHODS[method].rank, tasks, seed, scale, models)
-
-    def _row(
-        self, method: str, rank: str, tasks: tuple[str, ...], seed: int, scale: float,
-        models: Callable[[], Iterator[Any]],
-    ) -> Row:  # fmt: skip
-        """Score a model for each of the tasks; `models` may yield the same one several times."""
-        for row in self.rows:
-            if (row.method, row.tasks, row.seed, row.scale) == (method, tasks, seed, scale):
-                return row
-        alone = self.alone(tasks, seed).right if method != "each alone" else ()
-        world = self.adapters(tasks, seed).world
-        began = time.monotonic()
-        right: list[tuple[float, float]] = []
-        base: list[float] = []
-        mixture: list[float] = []
-        for task, model in zip(tasks, models(), strict=True):
-            right.append(world.accuracy(model, task))
-            if method == "each alone" or not base:
-                base.append(world.base(model))
-                mixture.append(world.two_tasks(model, tasks))
-        whole, parts = zip(*right, strict=True)
-        kept = tuple(a / b if b else 0.0 for a, b in zip(whole, alone or whole, strict=True))
-        row = Row(
-            self.name, method, seed, scale, rank, tasks, whole, parts, kept, mean(base), mean(mixture),
-            time.monotonic() - began,
-        )  # fmt: skip
-        self.rows.append(row)
-        self.log.append(asdict(row))
-        self.say(
-            f"{method:18} {row.n} seed {seed} x{scale:<4g} new {row.new:.2f} ({mean(row.parts):.2f}) "
-            f"worst {row.worst:.2f} base {row.base:.2f} mixture {row.mixture:.2f} {row.seconds:.1f} s"
-        )
-        return row
+        key = {"what": "test", "method": method, "tasks": ",".join(tasks), "seed": seed, "strength": strength}
+        self._cached(compute, **key)
 
 
-def run(bench: Bench, plan: Plan) -> list[Row]:
-    """Measure all rows of a plan, each method at the strength chosen for it."""
-    rows: list[Row] = []
-    for tasks in plan.sets:
-        rows += [bench.alone(tasks, seed) for seed in plan.seeds]
-    for method in plan.methods:
-        scale = bench.strength(method, plan)
-        rows += [bench.row(method, tasks, seed, scale) for tasks in plan.sets for seed in plan.seeds]
-    return rows
+def _key(**key: Any) -> tuple[Any, ...]:
+    """The same for a key as given and as read from the log."""
+    return tuple(sorted((name, str(value)) for name, value in key.items()))
 
 
-def spread(rows: Sequence[Row], metric: Callable[[Row], float]) -> float | None:
-    """Return the standard deviation over the seeds of the mean over the sets, `None` for one seed."""
-    seeds = sorted({row.seed for row in rows})
-    means = [mean([metric(row) for row in rows if row.seed == seed]) for seed in seeds]
-    return statistics.stdev(means) if len(means) > 1 else None
+def _short(result: dict[str, Any]) -> str:
+    numbers = {name: value for name, value in result.items() if isinstance(value, float)}
+    if isinstance(result.get("accuracies"), list):
+        numbers["accuracy"] = mean(result["accuracies"])
+    return " ".join(f"{name} {value:.3f}" for name, value in numbers.items())

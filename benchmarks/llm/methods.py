@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from legomole.core.formats import load
@@ -16,50 +15,28 @@ from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.dare import Dare
 from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.methods.ssr import SSR
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
-from legomole.core.mole.gates import GateSet, GateSettings
-from legomole.core.mole.mixture import Mixture
-from legomole.core.train import FitSettings
-from legomole.hosts.transformers.mixing import experts, mixed
-from peft import PeftModel
+from legomole.core.train.second_moments import record_second_moments
+from legomole.hosts.transformers.mixing import experts
 from torch import Tensor
 
-from ..common import AdapterSet, Method, merged_in, merging
+from ..common import AdapterSet, merged_in, merging
+from .core_space import TSV, CompressThenMerge, CoreTies, Iso
+from .pico import Pico
+from .separate import SeparatedLego
+from .world import World
 
-
-class World(Protocol):
-    """A model with its tasks: scoring, and data for calibrated merges and gates."""
-
-    model: Any
-
-    def accuracy(self, model: Any, task: str, *, tuning: bool = False) -> tuple[float, float]:
-        """Return the shares of a task's answers and of their parts that are right; with `tuning`, on other examples."""
-        ...
-
-    def base(self, model: Any) -> float:
-        """Return the accuracy on the base model's tasks."""
-        ...
-
-    def two_tasks(self, model: Any, tasks: Sequence[str]) -> float:
-        """Return the accuracy on examples that need two of these tasks at a time, for which nothing was trained."""
-        ...
-
-    def moments(self, model: Any, layers: Sequence[str], task: str | None, seed: int) -> Mapping[str, Tensor]:
-        """Return second moments of the layers' inputs on a few examples of a task, or of the base tasks (`None`)."""
-        ...
-
-    def gates(
-        self, mixture: Mixture, tasks: Sequence[str], settings: FitSettings, per_task: int, others: int
-    ) -> GateSet:
-        """Train gates on `per_task` examples of every task and `others` of the base tasks."""
-        ...
+Shown = int | Literal["instruction"]  # unlabelled prompts per task
+SHOWN = 16
+RANK = 8
 
 
 @dataclass
 class TaskAdapters(AdapterSet):
-    """Adapters of several tasks and one seed, with the world they belong to.
+    """Adapters of several tasks and one seed.
 
     Args:
         world: Model and tasks. tasks: Task of each adapter. folders: Folder of each adapter.
@@ -70,129 +47,112 @@ class TaskAdapters(AdapterSet):
     folders: tuple[Path, ...]
 
     @classmethod
-    def load(cls, world: World, tasks: tuple[str, ...], folders: tuple[Path, ...], seed: int) -> TaskAdapters:
+    def load(cls, world: World, tasks: tuple[str, ...], folders: Sequence[Path], seed: int) -> TaskAdapters:
         adapters = tuple(experts(world.model, [load(folder) for folder in folders]))
-        return cls(adapters, seed, world, tasks, folders)
-
-    @property
-    def model(self) -> Any:
-        return self.world.model
+        return cls(adapters, seed, world, tasks, tuple(folders))
 
 
-Use = Callable[[TaskAdapters, float], Any]  # adapters, strength -> context manager
+Use = Callable[[TaskAdapters, float], Any]  # adapters, strength -> context manager that yields the model
 
 
-def _merge(method: Callable[..., Any], rank: str = "1x", *, measured: bool = False, **options: Any) -> Use:
-    """Merge the adapters, see `merging`; `measured` methods get statistics."""
-    compute = merging(method, rank, statistics if measured else None, **options)
+@dataclass(frozen=True)
+class Method:
+    """A way to combine adapters, one row of a table.
 
-    def use(adapters: TaskAdapters, scale: float) -> Any:
-        return merged_in(adapters.model, adapters.cached(compute), scale)
+    Args:
+        use: Combines adapters at a strength.
+        rank: Rank of the result, ``"-"`` if it is no adapter.
+        data: What the method looks at beside the adapters: ``""``, prompts, labelled examples.
+        fixed: Whether the method has no strength to choose.
+        whole: Whether it needs to see whole prompts.
+    """
 
-    return use
-
-
-def statistics(adapters: TaskAdapters) -> Statistics:
-    """Measure second moments of the layers' inputs: of every task with its adapter, of the base tasks without any."""
-    names = list(adapters.adapters[0].modules)
-    of_tasks: list[Mapping[str, Tensor]] = []
-    for task, adapter in zip(adapters.tasks, adapters.adapters, strict=True):
-        with merged_in(adapters.model, adapter, 1.0):
-            of_tasks.append(adapters.world.moments(adapters.model, names, task, adapters.seed))
-    base = adapters.world.moments(adapters.model, names, None, adapters.seed)
-    return Statistics(
-        {name: ModuleStatistics({i: C[name] for i, C in enumerate(of_tasks)}, base=base[name]) for name in names}
-    )
+    use: Use
+    rank: str = str(RANK)
+    data: str = ""
+    fixed: bool = False
+    whole: bool = False
 
 
-def _peft(combination: str, **options: Any) -> Use:
-    """Merge with PEFT's `add_weighted_adapter`."""
+def merge(
+    method: Callable[..., Any], rank: int | str = RANK, shown: Shown = 0, fixed: bool = False, **options: Any
+) -> Method:
+    """Merge the adapters.
 
-    @contextmanager
-    def use(adapters: TaskAdapters, scale: float) -> Generator[Any]:
-        names = [str(i) for i in range(len(adapters.folders))]
-        model = PeftModel.from_pretrained(adapters.model, adapters.folders[0], adapter_name=names[0])
-        try:
-            for name, folder in zip(names[1:], adapters.folders[1:], strict=True):
-                model.load_adapter(folder, adapter_name=name)
-            torch.manual_seed(adapters.seed)
-            model.add_weighted_adapter(names, [scale] * len(names), "all", combination_type=combination, **options)
-            model.set_adapter("all")
-            yield model.eval()
-        finally:
-            model.unload()
+    Args:
+        method: Makes the merge method from a rank and, with `shown`, from statistics.
+        rank: Merged rank. shown: Number of prompts of every task that statistics are measured on; or its
+            instruction with unrelated sentences.
+        options: Further arguments of the merge.
+    """
+    compute = merging(method, str(rank), _statistics(shown) if shown else None, **options)
 
-    return use
+    def use(adapters: TaskAdapters, strength: float) -> Any:
+        return merged_in(adapters.world.model, adapters.cached(compute), strength)
 
-
-@cache
-def _training(gates: GateSettings, fit: FitSettings, per_task: int, others: int) -> Callable[[TaskAdapters], GateSet]:
-    """Return the same function for the same settings, so that `cached` trains each kind of gates once."""
-
-    def compute(adapters: TaskAdapters) -> GateSet:
-        mixture = Mixture(adapters.adapters, GateSet(len(adapters.adapters), gates))
-        settings = fit.model_copy(update={"seed": adapters.seed})
-        return adapters.world.gates(mixture, adapters.tasks, settings, per_task, others)
-
-    return compute
+    return Method(use, str(rank), f"{shown} prompts" if isinstance(shown, int) and shown else str(shown or ""), fixed)
 
 
-def _mole(gates: GateSettings, *, balance: float = 0.0, per_task: int = 32, others: int = 32, steps: int = 200) -> Use:
-    """Mix the adapters with gates trained on examples of every task and of the base tasks."""
-    fit = FitSettings(steps=steps, batch=8, balance=balance)
-
-    def use(adapters: TaskAdapters, scale: float) -> Any:
-        trained = adapters.cached(_training(gates, fit, per_task, others))
-        return mixed(adapters.model, Mixture(adapters.adapters, trained, scale=scale))
-
-    return _of_model(use)
+_measured: dict[Shown, Callable[[TaskAdapters], Statistics]] = {}
 
 
-def _of_model(attached: Use) -> Use:
-    """Return a context manager that yields the model itself, for one that yields its attachment."""
+def _statistics(shown: Shown) -> Callable[[TaskAdapters], Statistics]:
+    """Measure second moments of the layers' inputs: of every task with its adapter, of neutral texts without any."""
 
-    @contextmanager
-    def use(adapters: TaskAdapters, scale: float) -> Generator[Any]:
-        with attached(adapters, scale):
-            yield adapters.model
+    def compute(adapters: TaskAdapters) -> Statistics:
+        world = adapters.world
+        names = list(dict.fromkeys(name for adapter in adapters.adapters for name in adapter.modules))
+        own: list[dict[str, Tensor]] = []
+        for task, adapter in zip(adapters.tasks, adapters.adapters, strict=True):
+            examples = world.task(task).train
+            prompts = (
+                world.instructed(task) if shown == "instruction" else [example.ids for example in examples[:shown]]
+            )
+            with merged_in(world.model, adapter, 1.0):
+                own.append(_moments(world, names, prompts))
+        base = _moments(world, names, world.neutral)
+        return Statistics(
+            {name: ModuleStatistics({i: C[name] for i, C in enumerate(own)}, base=base[name]) for name in names}
+        )
 
-    return use
+    return _measured.setdefault(shown, compute)
 
 
-def gate(reads: str = "hidden", activation: str = "softmax-null", granularity: str = "network") -> GateSettings:
-    return GateSettings.model_validate({"reads": reads, "activation": activation, "granularity": granularity})
+def _moments(world: World, names: Sequence[str], prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    modules = {name: world.model.get_submodule(name) for name in names}
+    with record_second_moments(modules) as moments, torch.no_grad():
+        for prompt in prompts:
+            world.model.model(input_ids=torch.tensor([prompt]), use_cache=False)
+    return {name: moment.value for name, moment in moments.items()}
+
+
+@contextmanager
+def _base(adapters: TaskAdapters, _: float) -> Generator[Any]:
+    yield adapters.world.model
 
 
 METHODS: dict[str, Method] = {
-    "base": Method(lambda adapters, _: merged_in(adapters.model, adapters.adapters[0], 0.0), "-", fixed=True),
-    "sum": Method(_merge(lambda _: Concat()), "N r"),
-    "average": Method(_merge(lambda _: Concat(), normalize=True), "N r", fixed=True),
-    "svd": Method(_merge(SVD)),
-    "ties": Method(_merge(Ties)),
-    "dare": Method(_merge(Dare)),
-    "knots": Method(_merge(Knots)),
-    "peft linear": Method(_peft("linear")),
-    "peft ties": Method(_peft("ties", density=0.5)),
-    "peft dare_ties": Method(_peft("dare_ties", density=0.5)),
-    "lego": Method(_merge(Lego)),
-    "lego 2x": Method(_merge(Lego, "2x"), "2 r"),
-    "lego-paper": Method(_merge(lambda k: Lego(k, "paper"))),
-    "lego calibrated": Method(_merge(Lego, measured=True)),
-    "calibrated": Method(_merge(Calibrated, measured=True)),
-    "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
-    "mole": Method(_mole(gate()), "-", fixed=True),
-    "mole long": Method(_mole(gate(), per_task=64, others=128, steps=400), "-", fixed=True),
-    "mole sigmoid": Method(_mole(gate(activation="sigmoid")), "-", fixed=True),
-    "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
-    "mole 4 shown": Method(_mole(gate(), per_task=4, others=8), "-", fixed=True),
-    "mole no others": Method(_mole(gate(), others=0), "-", fixed=True),
-    "mole balance": Method(_mole(gate(), balance=0.5), "-", fixed=True),
-    "mole block": Method(_mole(gate(granularity="block")), "-", fixed=True),
-    "mole layer": Method(_mole(gate(granularity="layer")), "-", fixed=True),
-    "mole matrix": Method(_mole(gate(granularity="matrix")), "-", fixed=True),
-    "mole experts": Method(_mole(gate("experts")), "-", fixed=True),
-    "mole token": Method(_mole(gate("token")), "-", fixed=True),
-    "mole token block": Method(_mole(gate("token", granularity="block")), "-", fixed=True),
-    "mole-paper": Method(
-        _mole(gate("experts", "softmax", "block"), balance=0.5, others=0), "-", fixed=True),
+    "base": Method(_base, "-", fixed=True),
+    "sum": merge(lambda _: Concat(), "100%"),
+    "svd": merge(SVD),
+    "ties": merge(Ties),
+    "pico": merge(Pico),
+    "lego-paper": merge(lambda k: Lego(k, "paper")),
+    "lego": merge(Lego),
+    "lego separated": merge(lambda k: SeparatedLego(k, outputs=False)),
+    "lego separated, pico": merge(SeparatedLego),
+    "ssr": merge(SSR, "100%", SHOWN),
+    "lego calibrated": merge(Lego, RANK, SHOWN),
+    "calibrated": merge(Calibrated, RANK, SHOWN),
+    "lego calibrated, 1 prompt": merge(Lego, RANK, 1),
+    "lego calibrated, 4 prompts": merge(Lego, RANK, 4),
+    "lego calibrated, 64 prompts": merge(Lego, RANK, 64),
+    "lego calibrated, instruction": merge(Lego, RANK, "instruction"),
+    "core-ties": merge(CoreTies),
+    "tsv": merge(TSV),
+    "iso": merge(Iso),
+    "ctm": merge(CompressThenMerge),
+    "knots": merge(Knots),
+    "dare": merge(Dare),
+    "average": merge(lambda _: Concat(), "100%", fixed=True, normalize=True),
 }  # fmt: skip

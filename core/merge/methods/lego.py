@@ -111,6 +111,16 @@ def merge_rank_one(pool: Pool, lego: Lego) -> LinearCombination:
     units = balance_units(pool)
     # Step 2. The pooled units' Gram matrix <b_i a_i^T, b_j a_j^T> = (A A^T) * (B^T B), elementwise
     G_A, G_B = transform_gram(pool, pool.G_A, units.R_A), transform_gram(pool, pool.G_B, units.R_B.mT)
+    return cluster_rank_one(pool, lego, units, G_A, G_B)
+
+
+def cluster_rank_one(pool: Pool, lego: Lego, units: LinearCombination, G_A: Tensor, G_B: Tensor) -> LinearCombination:
+    """Steps 3 to 5 for rank-one matrices.
+
+    Args:
+        pool: The pool. lego: The hyperparameters.
+        units: The units to cluster. G_A: ``A A^T (M, P, P)`` of these units. G_B: ``B^T B``.
+    """
     # Step 3. k-means
     k = lego.rank.resolve(pool)
     labels, _ = kmeans(G_A * G_B, k, starts=lego.starts, seed=lego.seed)

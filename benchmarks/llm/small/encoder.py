@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common import Say
+from ...common import Say
 from .texts import TASKS, Labelled, questions, texts, together
 
 RANK = 8
