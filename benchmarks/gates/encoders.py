@@ -13,7 +13,7 @@ from legomole.nano.model import Prompts
 from legomole.nano.words import END, START, tokens
 from torch import Tensor
 
-from ..llm.encoder import Encoder
+from ..llm.small.encoder import Encoder
 
 LENGTH = 77  # tokens of a chunk, start and end tokens included
 _WEIGHTED = re.compile(r"\(([^()]+):([\d.]+)\)")
