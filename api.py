@@ -23,7 +23,13 @@ from .core.progress import Progress
 from .core.recipes.conversion import convert
 from .core.recipes.dtype_names import DTYPES, SHORT_NAMES, full_dtype_name
 from .core.recipes.metadata import KEY, NOT_REPEATABLE
-from .core.recipes.method_settings import UNSAVED_STATISTICS, build_method, method_settings, takes_statistics
+from .core.recipes.method_settings import (
+    UNSAVED_STATISTICS,
+    build_method,
+    method_settings,
+    takes_statistics,
+    with_statistics,
+)
 from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
 from .core.recipes.run import describe, merge_aligned, with_used_base
@@ -31,6 +37,7 @@ from .core.recipes.run import run as run_recipe
 from .core.recipes.text import recipe_from_data
 from .hosts.calibration import KeepBase, Prompting, base_path, calibrate, load_base, why_not_measured
 from .hosts.hub import cached_folder
+from .hosts.loading import default_dtype
 from .hosts.names import key_map, rename_for_format
 
 PathLike = str | os.PathLike[str]
@@ -163,9 +170,7 @@ def merge(
                 settings["statistics"] = measured if path is None else str(path)
             elif getattr(method, "statistics", None) is None:
                 method = dataclasses.replace(cast(Any, method), statistics=measured)
-            if path is not None:
-                stored = {**recipe.settings, "statistics": str(path)}
-                recipe = recipe.model_copy(update={"settings": stored})
+            recipe = with_statistics(recipe, path)
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))
     if isinstance(statistics := recipe.settings.get("statistics"), str) and statistics != UNSAVED_STATISTICS:
         recipe = recipe.model_copy(update={"statistics_sha256": sha256(Path(statistics))})
@@ -188,8 +193,7 @@ def _calibrate(
 ) -> tuple[Statistics | None, Path | None, str]:
     """Measure on a base model: the statistics, their file in the cache, and why nothing was measured."""
     if isinstance(base, (str, os.PathLike)):
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-        base, tokenizer = load_base(os.fspath(base), device=device, dtype=dtype)
+        base, tokenizer = load_base(os.fspath(base), device=device, dtype=getattr(torch, default_dtype(device)))
     found = calibrate(base, adapters, prompting, mode=mode, tokenizer=tokenizer, progress=progress)
     statistics = None if found.statistics is None else found.statistics.of(adapters)
     return statistics, found.path, found.note

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from ..hosts.hub import cached_folder
+from ..hosts.loading import default_dtype
 from .arguments import parse_per_lora
 from .console import out, progress_bar
-from .environment import default_dtype, import_host
+from .environment import import_host
 from .gates_input import parse_size, read_lines, read_texts, split_words
 from .options import check_free, size_of
 

@@ -11,7 +11,7 @@ from ..hosts import loading
 from ..hosts.hub import cached_folder
 
 if TYPE_CHECKING:
-    from .options import DtypeName
+    pass
 
 
 def check_device(name: str) -> None:
@@ -24,11 +24,6 @@ def check_device(name: str) -> None:
         raise MergeError(
             "This device cannot be used.", expected="cpu, or a device of this machine", found=f"{name}: {error}"
         ) from error
-
-
-def default_dtype(device: str) -> DtypeName:
-    """Return the dtype that models compute in on a device unless another is requested."""
-    return "float32" if device == "cpu" else "bfloat16"
 
 
 _EXTRAS = {"ray": "ray", "transformers.mixing": "peft", "transformers.training": "peft"}

@@ -232,6 +232,7 @@ def merge(
     """
     from ..core.merge.layer_rules import factors_by_pattern
     from ..core.recipes.compose import compose
+    from ..core.recipes.method_settings import with_statistics
     from ..hosts.calibration import why_not_measured
 
     if base is None and (words or prompts or size or texts or instruction or keep_base):
@@ -293,7 +294,7 @@ def merge(
         measured, path, note = calibrate_merge(
             options, recipe, folder, target, device=device, overwrite=overwrite, json=json
         )
-        recipe, notes = _with_statistics(recipe, path), (note,) if note else ()
+        recipe, notes = with_statistics(recipe, path), (note,) if note else ()
     run_recipe(
         recipe, folder, output, measured=measured, notes=notes, device=device, ray=ray, overwrite=overwrite, json=json
     )
@@ -323,16 +324,6 @@ def _check_settings(recipe: Recipe) -> None:
 
     statistics = {"statistics": Statistics({})} if takes_statistics(recipe.method) else {}
     build_method(recipe.method, {**recipe.settings, **statistics})
-
-
-def _with_statistics(recipe: Recipe, path: Path | None) -> Recipe:
-    """The recipe with the path of the measured statistics, if its method uses any and they are in a file."""
-    from ..core.recipes.method_settings import takes_statistics
-
-    if path is None or not takes_statistics(recipe.method):
-        return recipe
-    settings = {**recipe.settings, "statistics": str(path)}
-    return recipe.model_copy(update={"settings": settings, "statistics_sha256": ""})
 
 
 def compress(

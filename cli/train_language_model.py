@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..hosts.loading import default_dtype
 from .console import out, print_json
-from .environment import default_dtype, import_host, launched_devices, local_path
+from .environment import import_host, launched_devices, local_path
 from .gates_input import read_settings, read_texts
 from .gates_report import gates_facts, language_model_code, print_course, report_training
 from .options import check_output, size_of

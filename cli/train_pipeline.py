@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..hosts.loading import default_dtype
 from .console import out, print_json
-from .environment import default_dtype, import_host, launched_devices
+from .environment import import_host, launched_devices
 from .gates_input import parse_size, parse_words, read_lines, read_pictures, read_settings
 from .gates_report import pipeline_code, plot_training, print_training, report_training, training_facts
 from .options import PAINT_STEPS, check_free, check_output, size_of

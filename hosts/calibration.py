@@ -6,14 +6,13 @@ strength 1, so they serve every rank, method and weight, and are kept in a cache
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.errors import FormatError, MergeError, name_some
-from ..core.merge.statistics_cache import cached_path, load_cached, store_cached
+from ..core.merge.statistics_cache import cache_key, cached_path, load_cached, store_cached
 from .api import kind_of_folder, kind_of_model
 from .hub import cached_folder
 from .loading import import_host
@@ -131,7 +130,7 @@ def calibrate(
     Raises:
         MergeError: The adapters are for another model, or prompting is for another kind of model.
     """
-    from ..core.digest import digest, identity
+    from ..core.digest import identity
     from ..core.train.measure import CalibrationSettings
     from .base_model import base_model_name, weights_digest
 
@@ -153,10 +152,10 @@ def calibrate(
     if missing := [adapter.label for adapter, part in zip(adapters, shown, strict=True) if not part]:
         return Calibration(None, note=f"not calibrated on the base model: no {what} for {name_some(missing)}")
     hashes = [*map(identity, adapters)]
-    key = digest([], json.dumps([
+    key = cache_key([
         _VERSION, hashes, shown, list(prompting.prompts), prompting.size, base_model_name(model),
         weights_digest(model), settings.model_dump(),
-    ]))[:32]  # fmt: skip
+    ])  # fmt: skip
     cached = load_cached(key)
     if cached is not None:
         return Calibration(cached, cached_path(key))

@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import FormatError, MergeError
+
+
+def default_dtype(device: object) -> Literal["float32", "bfloat16"]:
+    """Name of the dtype that models compute in on a device, such as ``"cpu"``, unless another is requested."""
+    return "float32" if str(device).partition(":")[0] == "cpu" else "bfloat16"
 
 
 def import_host(module: str, extra: str) -> Any:

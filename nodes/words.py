@@ -51,7 +51,8 @@ def words_of_loras(words: str, loras: Sequence[GraphLora]) -> list[list[str]]:
         )
     lines += [""] * (len(loras) - len(lines))
     given = [split_words(line) or list(lora.words) for line, lora in zip(lines, loras, strict=True)]
-    return distinct_words(given, [_words_in_file(lora) for lora in loras])
+    found = [() if own else _words_in_file(lora) for own, lora in zip(given, loras, strict=True)]
+    return distinct_words(given, found)
 
 
 def split_words(text: str) -> list[str]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from legomole.core.formats import load
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.dare import Dare
@@ -20,10 +18,10 @@ from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.methods.ties import Ties
 from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.train.second_moments import record_second_moments
-from legomole.hosts.transformers.mixing import experts
 from torch import Tensor
 
-from ..common import AdapterSet, merged_in, merging
+from ..common import merged_in, merging
+from .adapters import TaskAdapters
 from .core_space import TSV, CompressThenMerge, CoreTies, Iso
 from .pico import Pico
 from .separate import SeparatedLego
@@ -32,24 +30,6 @@ from .world import World
 Shown = int | Literal["instruction"]  # unlabelled prompts per task
 SHOWN = 16
 RANK = 8
-
-
-@dataclass
-class TaskAdapters(AdapterSet):
-    """Adapters of several tasks and one seed.
-
-    Args:
-        world: Model and tasks. tasks: Task of each adapter. folders: Folder of each adapter.
-    """
-
-    world: World
-    tasks: tuple[str, ...]
-    folders: tuple[Path, ...]
-
-    @classmethod
-    def load(cls, world: World, tasks: tuple[str, ...], folders: Sequence[Path], seed: int) -> TaskAdapters:
-        adapters = tuple(experts(world.model, [load(folder) for folder in folders]))
-        return cls(adapters, seed, world, tasks, tuple(folders))
 
 
 Use = Callable[[TaskAdapters, float], Any]  # adapters, strength -> context manager that yields the model

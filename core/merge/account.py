@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .merged import Merged
+from .methods.calibrated import JOINT_SCALE
 from .methods.concat import Concat
 from .methods.lego import Lego
 from .methods.ssr import SSR
@@ -20,7 +21,6 @@ from .rank import Rank
 from .statistics import ModuleStatistics, Statistics
 
 CHOSEN = "this merge"
-_JOINT_SCALE = 1.2  # strength of several LoRAs together, relative to their sum, as in the calibrated merge
 
 Kind = tuple[int, ...]
 """Positions of the adapters that prompts name; ``()``: none."""
@@ -88,7 +88,7 @@ def _account_module(pool: Pool, m: int, results: Mapping[str, Merged], moments: 
         members = torch.tensor([i for i, adapter in enumerate(pool.adapters) if not kind or adapter in kind])
         inside = torch.isin(pool.owner.cpu(), members).to(own)
         wanted = own.clone()
-        wanted[: pool.size] *= inside * (_JOINT_SCALE if len(kind) > 1 else 1.0)
+        wanted[: pool.size] *= inside * (JOINT_SCALE if len(kind) > 1 else 1.0)
         G = G_B * space.gram(C.to(A))
         size = float(wanted @ G @ wanted)
         if size <= 0:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import time
 from pathlib import Path
 
+from ..digest import digest
 from ..errors import LegoMoleError
 from .statistics import Statistics
 
@@ -21,6 +23,11 @@ def cache_folder() -> Path:
     """The folder: ``legomole/statistics`` in the user's cache folder. It may not exist yet."""
     variable, default = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")
     return Path(os.environ.get(variable) or Path.home() / default) / "legomole" / "statistics"
+
+
+def cache_key(parts: object) -> str:
+    """The key of statistics that depend on these parts, data that JSON can hold."""
+    return digest([], json.dumps(parts))[:32]
 
 
 def cached_path(key: str) -> Path:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from ..errors import MergeError
+from ..merge.methods.calibrated import JOINT_SCALE
 from .concepts import ConceptDetector
 from .gates import Gate, GateSet, GateSettings, feature_spread
 
+COMPOSE = JOINT_SCALE
+"""Default of `compose`: what the calibrated merge aims at for prompts that name several LoRAs."""
 _LOGIT_OFF = -4.0  # of a closed gate: 0.018 of the ceiling
 
 
@@ -31,10 +34,6 @@ def concepts_in(prompts: Sequence[str], concepts: Sequence[Sequence[str]]) -> Te
 def concept_patterns(words: Sequence[str]) -> list[re.Pattern[str]]:
     """Patterns that find a concept's words or phrases in a prompt: whole words, ignoring case."""
     return [re.compile(rf"(?<!\w){re.escape(word.strip())}(?!\w)", re.I) for word in words]
-
-
-COMPOSE = 1.2
-"""Strength of LoRAs that a prompt names together, relative to each one alone: their sum loses some of each."""
 
 
 def check_concepts(concepts: Sequence[Sequence[str]], experts: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,7 +14,7 @@ from ..fields import Converted, is_required
 from ..merge.methods import METHODS, MergeMethod
 from ..merge.rank import Rank
 from ..merge.statistics import Statistics
-from .recipe import RecipeError
+from .recipe import Recipe, RecipeError
 
 UNSAVED_STATISTICS = "statistics that were not saved"
 
@@ -55,6 +56,14 @@ def build_method(name: str, settings: Mapping[str, Any]) -> MergeMethod:
 def takes_statistics(name: str) -> bool:
     """Whether the method ``name`` uses statistics."""
     return any(field.name == "statistics" for field in dataclasses.fields(typing.cast(Any, METHODS[name])))
+
+
+def with_statistics(recipe: Recipe, path: Path | None) -> Recipe:
+    """The recipe with the path of measured statistics, if its method uses any and they are in a file."""
+    if path is None or not takes_statistics(recipe.method):
+        return recipe
+    settings = {**recipe.settings, "statistics": str(path)}
+    return recipe.model_copy(update={"settings": settings, "statistics_sha256": ""})
 
 
 def _validated(method: str, key: str, hint: Any, value: Any) -> Any:

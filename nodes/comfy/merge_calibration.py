@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,17 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from ...core.digest import digest
+from ...core.digest import identity
 from ...core.errors import LegoMoleError, name_some
 from ...core.merge.statistics import Statistics
-from ...core.merge.statistics_cache import load_cached, store_cached
+from ...core.merge.statistics_cache import cache_key, load_cached, store_cached
 from ...core.progress import Progress
 from ...core.train import prompts_for
 from ...core.train.measure import CalibrationSettings
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras
 from . import mixture
-from .training import SamplingSetup, calibrate
+from .training import SamplingSetup, calibrate, model_digest
 
 KeepBase = Literal["off", "light", "thorough"]
 _LATENT_SIZE = 64  # as many tokens as an image of 512 x 512; the layers' inputs hardly depend on the size
@@ -62,11 +61,11 @@ def calibrate_merge(
         return None, f"merged without keeping the base model: {reason}"
     settings = CalibrationSettings(mode=mode)
     try:
-        setup = _setup(loras, loaded, words, model, clip)
-        key = digest([], json.dumps([setup.fingerprint(), list(map(list, words)), settings.model_dump()]))[:32]
+        adapters = [*map(identity, loaded.adapters)]
+        key = cache_key([model_digest(model), adapters, words, _latent_size(model), settings.model_dump()])
         statistics = _recent.get(key) or load_cached(key)
         if statistics is None:
-            statistics = calibrate(setup, settings, progress)
+            statistics = calibrate(_setup(loras, loaded, words, model, clip), settings, progress)
             if store_cached(key, statistics) is None:
                 _recent[key] = statistics
                 while len(_recent) > _KEPT:

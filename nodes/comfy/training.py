@@ -62,13 +62,17 @@ class SamplingSetup:
 
     def fingerprint(self) -> str:
         """Return what distinguishes the trained model from others: weights, patches, LoRAs, gates and sizes."""
-        weights = self.model.model_state_dict()
-        patches = repr([(key, len(patches)) for key, patches in sorted(self.model.patches.items())])
-        hashed = digest(some_of([weights[name] for name in sorted(weights)]), patches)
         mixture = self.mix.mixture
         experts, gates = [*map(identity, mixture.experts)], mixture.gates.settings.model_dump()
         shape = list(self.latent.shape[1:])
-        return json.dumps([hashed, experts, gates, mixture.strengths, shape, self.cfg, self.steps])
+        return json.dumps([model_digest(self.model), experts, gates, mixture.strengths, shape, self.cfg, self.steps])
+
+
+def model_digest(model: Any) -> str:
+    """Return what distinguishes a MODEL from others: a hash of its weights and patches."""
+    weights = model.model_state_dict()
+    patches = repr([(key, len(patches)) for key, patches in sorted(model.patches.items())])
+    return digest(some_of([weights[name] for name in sorted(weights)]), patches)
 
 
 def train_gates(

@@ -96,17 +96,8 @@ class MergeLoRAs(io.ComfyNode):
             description="Merges LoRAs by a method other than LEGO: their exact sum (concat), its best low-rank "
             "approximation (svd), published heuristics (linear, TIES, DARE, KnOTS), or calibrated on the model.",
             search_aliases=[
-                *(
-                    "merge lora",
-                    "combine loras",
-                    "ties",
-                    "dare",
-                    "knots",
-                    "svd",
-                    "block weight",
-                    "legomole",
-                    "lora merger",
-                ),
+                *("merge lora", "combine loras", "lora merger", "ties", "dare", "knots", "svd"),
+                *("block weight", "legomole"),
             ],
             has_intermediate_output=True,  # its text is shown again when its result is cached
             inputs=[

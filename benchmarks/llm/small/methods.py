@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from legomole.core.formats import load
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
-from legomole.core.merge.methods.dare import Dare
 from legomole.core.merge.methods.knots import Knots
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
@@ -22,11 +18,12 @@ from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.train import FitSettings
-from legomole.hosts.transformers.mixing import experts, mixed
+from legomole.hosts.transformers.mixing import mixed
 from peft import PeftModel
 from torch import Tensor
 
-from ...common import AdapterSet, Method, merged_in, merging
+from ...common import Method, merged_in, merging
+from ..adapters import TaskAdapters
 
 
 class World(Protocol):
@@ -55,28 +52,6 @@ class World(Protocol):
     ) -> GateSet:
         """Train gates on `per_task` examples of every task and `others` of the base tasks."""
         ...
-
-
-@dataclass
-class TaskAdapters(AdapterSet):
-    """Adapters of several tasks and one seed, with the world they belong to.
-
-    Args:
-        world: Model and tasks. tasks: Task of each adapter. folders: Folder of each adapter.
-    """
-
-    world: World
-    tasks: tuple[str, ...]
-    folders: tuple[Path, ...]
-
-    @classmethod
-    def load(cls, world: World, tasks: tuple[str, ...], folders: tuple[Path, ...], seed: int) -> TaskAdapters:
-        adapters = tuple(experts(world.model, [load(folder) for folder in folders]))
-        return cls(adapters, seed, world, tasks, folders)
-
-    @property
-    def model(self) -> Any:
-        return self.world.model
 
 
 Use = Callable[[TaskAdapters, float], Any]  # adapters, strength -> context manager
@@ -169,19 +144,13 @@ METHODS: dict[str, Method] = {
     "average": Method(_merge(lambda _: Concat(), normalize=True), "N r", fixed=True),
     "svd": Method(_merge(SVD)),
     "ties": Method(_merge(Ties)),
-    "dare": Method(_merge(Dare)),
     "knots": Method(_merge(Knots)),
-    "peft linear": Method(_peft("linear")),
     "peft ties": Method(_peft("ties", density=0.5)),
-    "peft dare_ties": Method(_peft("dare_ties", density=0.5)),
     "lego": Method(_merge(Lego)),
-    "lego 2x": Method(_merge(Lego, "2x"), "2 r"),
     "lego-paper": Method(_merge(lambda k: Lego(k, "paper"))),
     "lego calibrated": Method(_merge(Lego, measured=True)),
     "calibrated": Method(_merge(Calibrated, measured=True)),
-    "calibrated 2x": Method(_merge(Calibrated, "2x", measured=True), "2 r"),
     "mole": Method(_mole(gate()), "-", fixed=True),
-    "mole long": Method(_mole(gate(), per_task=64, others=128, steps=400), "-", fixed=True),
     "mole sigmoid": Method(_mole(gate(activation="sigmoid")), "-", fixed=True),
     "mole softmax": Method(_mole(gate(activation="softmax")), "-", fixed=True),
     "mole 4 shown": Method(_mole(gate(), per_task=4, others=8), "-", fixed=True),

@@ -15,6 +15,10 @@ from ..rank import RankField, rank_field
 from ..statistics import ModuleStatistics, Statistics
 from .svd import SVD
 
+# Defaults of `Calibrated`. LAM, MU: weights of prompts that name no concept, and several.
+LAM, MU = 0.3, 10.0
+JOINT_SCALE = 1.2
+"""Strength of LoRAs that a prompt names together, relative to each one alone: their sum loses some of each."""
 # Weight of the plain sum in directions that were never measured, relative to the mean measured one.
 _RIDGE = 1e-3
 
@@ -50,9 +54,9 @@ class Calibrated:
 
     rank: RankField = rank_field()
     statistics: Statistics = REQUIRED
-    lam: float = 0.3
-    mu: float = 10.0
-    joint_scale: float = 1.2
+    lam: float = LAM
+    mu: float = MU
+    joint_scale: float = JOINT_SCALE
 
     def __post_init__(self) -> None:
         if self.statistics is REQUIRED:
@@ -73,7 +77,7 @@ class Calibrated:
 
 
 def calibrate_units(
-    pool: Pool, statistics: Statistics, lam: float = 0.3, mu: float = 10.0, joint_scale: float = 1.2
+    pool: Pool, statistics: Statistics, lam: float = LAM, mu: float = MU, joint_scale: float = JOINT_SCALE
 ) -> tuple[Pool, list[str]]:
     """Units that respond to their LoRA's concept: rows ``A_i M_i G^-1``, so that their sum is `Calibrated`'s `W`.
 
