@@ -165,10 +165,11 @@ def merge(
         prompting = Prompting(words, texts=texts, instructions=instructions)
         measured, path, note = _calibrate(base, adapters, prompting, keep_base or "light", tokenizer, device, progress)
         notes += [note] if note else []
-        if measured is not None and "statistics" not in settings and takes_statistics(recipe.method):
+        given = settings.get("statistics") if isinstance(method, str) else getattr(method, "statistics", None)
+        if measured is not None and given is None and takes_statistics(recipe.method):
             if isinstance(method, str):
                 settings["statistics"] = measured if path is None else str(path)
-            elif getattr(method, "statistics", None) is None:
+            else:
                 method = dataclasses.replace(cast(Any, method), statistics=measured)
             recipe = with_statistics(recipe, path)
     chosen = method if not isinstance(method, str) else build_method(method, _loaded_statistics(settings, adapters))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -68,6 +69,21 @@ def test_merge_calibrates_on_a_model_and_again_from_the_cache(cache: Path):
     for name, part in first.adapter.modules.items():
         assert torch.equal(part.A, by_instance.adapter.modules[name].A)
         assert torch.equal(part.A, from_file.adapter.modules[name].A)
+
+
+def test_a_method_keeps_its_own_statistics_and_the_recipe_says_so(cache: Path):
+    model = tiny.llama()
+    adapters = [tiny.lora(model, 1), tiny.lora(model, 2)]
+    options = {"base": model, "texts": TEXTS, "tokenizer": tiny.tokenizer()}
+    measured = legomole.merge(adapters, rank=2, **options)
+    (path,) = cache.iterdir()
+    own = Statistics.load(path).of(adapters)
+    own = Statistics({name: moments for name, moments in own.modules.items() if "q_proj" in name}, own.adapters)
+    result = legomole.merge(adapters, Lego(2, statistics=own), **options)
+    alone = legomole.merge(adapters, Lego(2, statistics=own))
+    assert all(torch.equal(part.A, alone.adapter.modules[name].A) for name, part in result.adapter.modules.items())
+    recipes = [json.loads(merged.adapter.metadata["legomole"])["recipe"] for merged in (measured, result)]
+    assert [recipe["settings"]["statistics"] == path.name for recipe in recipes] == [True, False]
 
 
 def test_another_model_text_or_mode_measures_again(cache: Path):
