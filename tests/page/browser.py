@@ -62,6 +62,7 @@ def open_empty(page: Any) -> None:
     """Open an empty workflow, with a new id, because the page identifies widgets by the ids of graph and node."""
     page.evaluate("() => app.canvas.setGraph(app.graph.rootGraph)")  # out of subgraphs
     open_workflow(page, {"id": str(uuid.uuid4()), "nodes": [], "links": [], "version": 0.4})
+    page.wait_for_function("() => !document.querySelector('.lm')")  # the widgets of the last workflow
 
 
 def setting(page: Any, name: str, value: Any) -> None:

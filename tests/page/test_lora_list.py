@@ -431,6 +431,8 @@ def test_chinese(board: Any) -> None:
         assert board.locator(".lm input[type=search]").get_attribute("placeholder") == "添加 LoRA：按名称搜索"
     finally:
         setting(board, "Comfy.Locale", "en")
+        board.reload()  # what the page still draws anew for the language would disturb the next test
+        wait_until_ready(board)
 
 
 def test_words_of_a_row_are_written_in_its_dialog(board: Any, renderer: str) -> None:
