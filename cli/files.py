@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from ..core.errors import FormatError, name_some
+from ..core.errors import FormatError, LegoMoleError, name_some
 from ..hosts.names import key_map, rename_for_format
 from .console import clean, out, plain, print_json
 from .environment import base_path, local_path
+from .findings_report import findings_of, print_findings
 from .gates_report import gates_facts, print_gates, report_broken_record
 from .options import Base, ConvertRank, Dtype, For, FormatName, Json, Output, Overwrite, check_output, size_of
-from .plot_report import check_plot, print_findings, survey_files, write_plot
+from .plot_report import check_plot, print_summary, survey_files, write_plot
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -27,7 +28,8 @@ INSPECT_EXAMPLES = """[bold]Examples[/bold]
 
 [cyan]legomole inspect style.safetensors[/cyan]
 [cyan]legomole inspect style.safetensors --modules | grep attn2[/cyan]
-[cyan]legomole inspect style.safetensors subject.safetensors[/cyan]  (how similar are they?)
+[cyan]legomole inspect style.safetensors subject.safetensors[/cyan]  (how similar are they, and what is wrong?)
+[cyan]legomole inspect style.safetensors --base sd15.safetensors[/cyan]  (is it larger than the weights?)
 [cyan]legomole inspect style.safetensors subject.safetensors --plot report.html[/cyan]  (and where?)
 [cyan]legomole inspect merged.safetensors --recipe > recipe.yaml[/cyan]
 """
@@ -57,16 +59,26 @@ def inspect(
         str | None,
         typer.Option(metavar="RANK", help="Rank of the LEGO merge in the report. Default 1x, see merge --rank."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE_OR_FOLDER",
+            help="Base model to compare the LoRAs with: a safetensors checkpoint, a diffusers or transformers folder, "
+            "or a name in the local Hugging Face cache. Finds LoRAs larger than the weights they change, and intruder "
+            "directions. Takes seconds per layer of a large model.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Show what LoRA files contain: format, ranks, dtypes, metadata, and how they were merged.
 
-    Reads only the header, so it also works for files that cannot be merged. Of several files it shows the overlap.
-    Of gates files it shows the LoRAs, the settings and the training.
+    Files that cannot be merged are shown by their header alone. Findings are faults and risks of the LoRAs, each with
+    its value, its threshold and what to do. Of several LoRAs it shows the overlap. Of gates files it shows the LoRAs,
+    the settings and the training.
     """
     from ..core.formats import summarise
-    from ..core.survey.findings import findings
+    from ..core.survey.summary import summary_lines
 
     if plot is not None:
         if modules or recipe:
@@ -88,21 +100,35 @@ def inspect(
     if plot is not None:
         surveyed = survey_files(loras, rank, quiet=json)
         write_plot(*surveyed, plot)
-    overlap = None
-    if len(loras) > 1:
-        overlap = _overlap(loras, *_merge_exactly(loras) if surveyed is None else (surveyed[1], surveyed[0].report))
+    examined = None if surveyed is None else (surveyed[1], surveyed[0].report)
+    obstacle = ""
+    if examined is None and loras:
+        try:
+            examined = _merge_exactly(loras)
+        except LegoMoleError as error:
+            if len(loras) > 1:
+                raise
+            obstacle = str(error)  # one file is shown all the same
+    overlap = None if examined is None or len(loras) < 2 else _overlap(loras, *examined)
+    findings = None if examined is None else findings_of(*examined, base_path(base))
     if json:
         data: dict[str, Any] = {"files": [_facts(summary) for summary in summaries]}
         data |= {} if overlap is None else {"overlap": overlap}
-        data |= {} if surveyed is None else {"summary": findings(surveyed[0]), "plot": str(plot)}
+        data |= {} if findings is None else {"findings": [dataclasses.asdict(finding) for finding in findings]}
+        data |= {"findings_missing": obstacle} if obstacle else {}
+        data |= {} if surveyed is None else {"summary": summary_lines(surveyed[0]), "plot": str(plot)}
         print_json(data)
         return
     for summary in summaries:
         _print_summary(summary)
     if overlap is not None:
         _print_overlap(overlap)
+    if examined is not None and findings is not None:
+        print_findings(examined[1].inputs, findings)
+    elif obstacle:
+        out().print(f"no findings, because the LoRA cannot be merged: {obstacle}", markup=False)
     if surveyed is not None and plot is not None:
-        print_findings(surveyed[0], plot)
+        print_summary(surveyed[0], plot)
 
 
 def _is_gates_file(summary: Summary) -> bool:
@@ -197,14 +223,16 @@ def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
 
 
 def _merge_exactly(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
-    """Aligned LoRAs, and the report of their exact sum."""
+    """Aligned LoRAs, and the report of the exact sum of their sound layers."""
+    import torch
+
     from ..core.formats import load
     from ..core.layers.align import align
-    from ..core.merge.engine import merge
     from ..core.merge.methods.concat import Concat
+    from ..core.survey.sound import merge_sound_layers
 
-    adapters = align([load(path) for path in paths], key_map=key_map)
-    return adapters, merge(adapters, Concat()).report
+    adapters = align([load(path, verify=False) for path in paths], key_map=key_map)
+    return adapters, merge_sound_layers(adapters, Concat(), dtype=torch.float32).report
 
 
 def _overlap(paths: Sequence[Path], adapters: Sequence[Adapter], report: MergeReport) -> dict[str, Any]:

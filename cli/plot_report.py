@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..core.errors import LegoMoleError
+from ..core.errors import FormatError, LegoMoleError
 from ..hosts.names import key_map
 from .console import out, progress_bar
 from .options import check_free, size_of
@@ -39,7 +39,6 @@ def survey_files(paths: Sequence[Path], rank: str | None, *, quiet: bool) -> tup
         rank: Rank of the LEGO merge in the report.
         quiet: Show no progress bar.
     """
-    from ..core.formats import load
     from ..core.formats.file_changes import raise_if_changed
     from ..core.layers.align import align
     from ..core.merge.rank import Rank
@@ -47,8 +46,18 @@ def survey_files(paths: Sequence[Path], rank: str | None, *, quiet: bool) -> tup
 
     lego_rank = None if rank is None else Rank.parse(rank)
     with raise_if_changed(paths), progress_bar("comparing", quiet=quiet) as progress:
-        adapters = align([load(path) for path in paths], key_map=key_map)
+        adapters = align([_load(path) for path in paths], key_map=key_map)
         return survey(adapters, rank=lego_rank, progress=progress), adapters
+
+
+def _load(path: Path) -> Adapter:
+    """Load a LoRA, also one with NaN or infinity, whose hash is then unknown."""
+    from ..core.formats import load
+
+    try:
+        return load(path)
+    except FormatError:
+        return load(path, verify=False)
 
 
 def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
@@ -68,9 +77,9 @@ def write_plot(survey: Survey, adapters: Sequence[Adapter], path: Path) -> None:
         write_bytes(path, png(draw_survey(survey)))
 
 
-def print_findings(survey: Survey, path: Path) -> None:
-    """Print the findings of a survey, and where the plot was written."""
-    from ..core.survey.findings import findings
+def print_summary(survey: Survey, path: Path) -> None:
+    """Print the summary of a survey, and where the plot was written."""
+    from ..core.survey.summary import summary_lines
 
-    out().print("\n".join(findings(survey)), markup=False)
+    out().print("\n".join(summary_lines(survey)), markup=False)
     out().print(f"wrote {path} ({size_of(path)})", markup=False)

@@ -56,7 +56,8 @@ Mixing (`mole`, `train`):
 Reports (`survey`, `pictures`):
 
 - *overlap*: cosine of two deltas. *spectrum*: singular values. *region*: first, middle or last blocks of a model.
-- *finding*: a sentence of the summary. *canvas*: an image that is drawn on. *sheet*: several with labels.
+- *summary*: what a survey says in sentences. *finding*: a fault or risk of the inputs, with value and threshold.
+  *canvas*: an image that is drawn on. *sheet*: several with labels.
 """
 
 __version__ = "0.1.0"

@@ -16,6 +16,8 @@ from ..memory import report_out_of_memory
 from ..progress import Progress
 from .account import ModuleAccount, predict
 from .cache import GramCache
+from .findings.find import find
+from .findings.measure import LayerValues
 from .leftovers import merge_leftovers
 from .methods import METHODS, MergeMethod
 from .report import MergeReport, ModuleReport
@@ -90,19 +92,22 @@ def merge(
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
     accounts: list[ModuleAccount] = []
+    values: dict[str, LayerValues] = {}
     for result in _run(merger, adapters, batches, each, progress):
         modules.update(result.modules)
         reports.update((report.name, report) for report in result.reports)
         remarks.update(result.remarks)
         accounts += result.accounts
+        values.update(result.values)
     with torch.no_grad(), report_out_of_memory():
         leftovers = merge_leftovers(adapters, checked, dtype)
 
+    ordered = tuple(reports[name] for name in sorted(reports))
     report = MergeReport(
         inputs=tuple(adapter.label for adapter in adapters),
         weights=checked.model,
         method=next((name for name, row in METHODS.items() if isinstance(method, row)), type(method).__name__),
-        modules=tuple(reports[name] for name in sorted(reports)),
+        modules=ordered,
         passed_on=leftovers.passed_on,
         dropped=leftovers.dropped,
         notes=(
@@ -112,6 +117,7 @@ def merge(
             *_module_notes(reports, remarks),
         ),
         predicted=predict(accounts, len(adapters)),
+        findings=find(adapters, checked.modules, ordered, values),
     )
     merged = {name: modules[name] for name in sorted(modules)}
     return MergeResult(Adapter(merged, leftovers.diffs, leftovers.extras), report)

@@ -9,8 +9,10 @@ from itertools import combinations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .account import Prediction
+from .findings.finding import Finding
 
 MANY = 16
 """With more adapters than this, figures for each pair are reported for the whole merge, not for every module."""
@@ -63,6 +65,7 @@ class MergeReport:
         dropped: Keys that could not be kept, with the reason; shown in every rendering.
         notes: Sentences on anything unusual about these inputs.
         predicted: What this merge and others of its rank are predicted to keep; empty without statistics.
+        findings: Faults and risks of the inputs, the most severe first.
     """
 
     inputs: tuple[str, ...]
@@ -73,6 +76,7 @@ class MergeReport:
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     predicted: tuple[Prediction, ...] = ()
+    findings: tuple[Finding, ...] = ()
 
     @property
     def energy_kept(self) -> float:
@@ -89,18 +93,7 @@ class MergeReport:
 
     def overlap(self) -> list[list[float]]:
         """Overlap of any two adapters over the modules they share, weighted by size: ``N x N`` cosines."""
-        n = len(self.inputs)
-        inner, sizes = (torch.zeros(n, n, dtype=torch.float64) for _ in range(2))
-        by_adapters: defaultdict[tuple[int, ...], list[ModuleReport]] = defaultdict(list)
-        for module in self.modules:
-            by_adapters[module.adapters].append(module)
-        for adapters, modules in by_adapters.items():
-            i = torch.tensor(adapters, dtype=torch.long)
-            norms = torch.tensor([module.norms for module in modules], dtype=torch.float64)
-            size = norms[:, :, None] * norms[:, None, :]
-            cosine = torch.tensor([module.cosine for module in modules], dtype=torch.float64)
-            inner[i[:, None], i] += (size * cosine).sum(0)
-            sizes[i[:, None], i] += size.sum(0)
+        inner, sizes = _inner_and_sizes(self.modules, len(self.inputs))
         table = torch.where(sizes > 0, inner / torch.where(sizes > 0, sizes, 1), 0)
         return table.fill_diagonal_(1).tolist()
 
@@ -148,10 +141,32 @@ class MergeReport:
         mixed = self.mixed_clusters()
         if mixed is not None:
             lines.append(f"  {mixed:.0%} of the merged units blend several LoRAs, the rest come from one each")
+        lines += [f"  {finding.line}" for finding in self.findings]
         lines += _predicted(self.predicted)
         lines += _section("passed on", self.passed_on) + _section("DROPPED", self.dropped)
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def inner_products(modules: Sequence[ModuleReport], adapters: int) -> Tensor:
+    """``<delta_i, delta_j>`` of any two adapters, weights included, summed over modules: ``(N, N)`` float64."""
+    return _inner_and_sizes(modules, adapters)[0]
+
+
+def _inner_and_sizes(modules: Sequence[ModuleReport], adapters: int) -> tuple[Tensor, Tensor]:
+    """Sums of ``<delta_i, delta_j>`` and of ``|delta_i| |delta_j|`` over modules, ``(N, N)`` float64 each."""
+    inner, sizes = (torch.zeros(adapters, adapters, dtype=torch.float64) for _ in range(2))
+    by_adapters: defaultdict[tuple[int, ...], list[ModuleReport]] = defaultdict(list)
+    for module in modules:
+        by_adapters[module.adapters].append(module)
+    for positions, group in by_adapters.items():
+        i = torch.tensor(positions, dtype=torch.long)
+        norms = torch.tensor([module.norms for module in group], dtype=torch.float64)
+        size = norms[:, :, None] * norms[:, None, :]
+        cosine = torch.tensor([module.cosine for module in group], dtype=torch.float64)
+        inner[i[:, None], i] += (size * cosine).sum(0)
+        sizes[i[:, None], i] += size.sum(0)
+    return inner, sizes
 
 
 def _predicted(predictions: Sequence[Prediction]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,7 @@ from .account import ModuleAccount, account_batch
 from .cache import GramCache
 from .clustering import cluster_sizes
 from .factors import FileFactors
+from .findings.measure import LayerValues, layer_values
 from .merged import Merged, relative_error
 from .methods import MergeMethod
 from .pool import Pool, overlap
@@ -42,12 +43,20 @@ class ModuleBatch:
 
 @dataclass(frozen=True, eq=False)
 class BatchResult:
-    """Result of a batch: updates and reports of its modules, remarks on some of them (see `Merged`), and accounts."""
+    """Result of a batch.
+
+    Args:
+        modules: Updates of its modules. reports: Their reports.
+        remarks: Remarks on some of them, see `Merged`.
+        accounts: What merges are predicted to keep, where there are statistics.
+        values: Layer -> values for findings.
+    """
 
     modules: Mapping[str, LowRank]
     reports: tuple[ModuleReport, ...]
     remarks: Mapping[str, str]
     accounts: tuple[ModuleAccount, ...] = ()
+    values: Mapping[str, LayerValues] = field(default_factory=dict[str, LayerValues])
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +94,8 @@ class BatchMerger:
                 self.cache.store(batch, pool)
             modules = dict(_updates(adapters, pool, merged, self.dtype))
             reports = tuple(_module_reports(pool, merged, self.dtype, self._lost(adapters, batch)))
-            return BatchResult(modules, reports, dict(merged.remarks), tuple(self._accounts(pool, merged)))
+            accounts = tuple(self._accounts(pool, merged))
+            return BatchResult(modules, reports, dict(merged.remarks), accounts, layer_values(pool, reports))
 
     def _accounts(self, pool: Pool, merged: Merged) -> Sequence[ModuleAccount]:
         if self.statistics is None:

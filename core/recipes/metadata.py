@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..adapter import CONFIG_KEY, Adapter
@@ -14,6 +15,7 @@ from ..formats.peft_config import combine_configs, labelled_configs
 from ..formats.writing import STALE
 from ..json_text import from_json
 from ..merge.account import Prediction
+from ..merge.findings.finding import Finding
 from ..merge.report import MANY, MergeReport, ModuleReport
 from .recipe import HUB_PREFIX, Conversion, Recipe
 
@@ -207,6 +209,7 @@ def compact(report: MergeReport) -> dict[str, Any]:
         "dropped": report.dropped,
         "notes": report.notes,
         **({"predicted": [_prediction(row) for row in report.predicted]} if report.predicted else {}),
+        **({"findings": [_finding(finding) for finding in report.findings]} if report.findings else {}),
     }
 
 
@@ -214,6 +217,12 @@ def _prediction(row: Prediction) -> list[Any]:
     """``[method, errors of each LoRA alone, [joint, base]]``."""
     alone, (joint, base) = row.alone, (row.joint, row.base)
     return [row.method, *([None if v is None else _round(v) for v in values] for values in (alone, (joint, base)))]
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    """A finding without its layers, of which there may be thousands; the sentence names some."""
+    row = asdict(finding) | {"value": _round(finding.value), "threshold": _round(finding.threshold)}
+    return {key: value for key, value in row.items() if key != "layers"}
 
 
 def _composition(module: ModuleReport, many: bool) -> str:

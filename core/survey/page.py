@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
 from ..adapter import Adapter, base_model
+from ..merge.findings.finding import lights
 from ..pictures.charts import png
-from .findings import findings, format_cosine, report_title
 from .picture import draw_survey
+from .summary import format_cosine, report_title, summary_lines
 from .survey import Survey
 
 _STYLE = """
@@ -20,6 +21,7 @@ img { width: 100%; height: auto; border: 1px solid #e1e1e6 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 14px }
 th, td { padding: 3px 12px 3px 0; text-align: right; border-bottom: 1px solid #e1e1e6; font-weight: 400 }
 th { color: #787880; vertical-align: bottom } .name { text-align: left; overflow-wrap: anywhere; max-width: 30em }
+.lights { list-style: none; padding: 0 } .red { color: #c9302c } .yellow { color: #d99a00 } .green { color: #2e8b57 }
 """
 # a second defence: should text from a file get past the escaping, the browser still runs and loads nothing
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -38,14 +40,15 @@ def html_page(survey: Survey, adapters: Sequence[Adapter]) -> str:
     """
     name = escape(report_title(survey))
     picture = base64.b64encode(png(draw_survey(survey))).decode()
-    summary = "".join(f"<li>{escape(line)}</li>" for line in findings(survey))
+    sentences = "".join(f"<li>{escape(line)}</li>" for line in summary_lines(survey))
     n = len(survey.report.inputs)
     rank_columns = ("rank", *(["the sum"] if n > 1 else []), *survey.report.inputs)
     parts = [
         f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{name}</title>",
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>',
-        f"<h1>{name}</h1>\n<ul>{summary}</ul>",
+        f"<h1>{name}</h1>\n<ul>{sentences}</ul>",
+        _findings(survey),
         f'<img alt="The report as a picture; the tables hold its values." src="data:image/png;base64,{picture}">',
         _table("LoRAs", _LORA_COLUMNS, _lora_rows(survey, adapters), names=(1, 6)),
         _table("Pairs", _PAIR_COLUMNS, _pair_rows(survey), names=(0, 1)) if n > 1 else "",
@@ -56,6 +59,25 @@ def html_page(survey: Survey, adapters: Sequence[Adapter]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _findings(survey: Survey) -> str:
+    """A light for every LoRA with its most severe finding, and a table of all findings."""
+    rows = "\n".join(
+        f"<li><span class={light}>&#9679;</span> {escape(label)}: {escape(text)}</li>"
+        for label, light, text in lights(survey.report.inputs, survey.report.findings)
+    )
+    table = [
+        (
+            *(f.level, f.kind.replace("_", " "), ", ".join(f.loras)),
+            *(f"{f.value:.4g}", f"{f.threshold:.4g}", f.text, f.remedy),
+        )
+        for f in survey.report.findings
+    ]
+    return f"<h2>Findings</h2>\n<ul class=lights>{rows}</ul>" + (
+        _table("All findings", _FINDING_COLUMNS, table, names=(0, 1, 2, 5, 6)) if table else ""
+    )
+
+
+_FINDING_COLUMNS = ("", "kind", "LoRAs", "value", "threshold", "finding", "to do")
 _LORA_COLUMNS = ("", "LoRA", "weight", "layers", "ranks", "size", "base model", "sha256")
 _PAIR_COLUMNS = ("first", "second", "shared layers", "cosine", "common inputs", "common outputs")
 _NOTES = """<h2>What the numbers mean</h2>

@@ -10,7 +10,7 @@ import torch
 
 from ..layers.blocks import short_names
 from ..pictures.canvas import GRID, INK, PALE, PAPER, SERIES, Canvas, Colour, blend, ink_on
-from .findings import findings, format_cosine, report_title
+from .summary import format_cosine, report_title, summary_lines
 from .survey import Survey, UnitMap
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ _EMPTY: Colour = (244, 244, 247)
 _OTHERS: Colour = (150, 150, 158)
 _SUM = INK
 _PAIRS, _LORAS = 6, 6  # columns in the table, at most
+_FINDINGS = 8  # the most severe ones are shown
+_LEVELS: dict[str, Colour] = {"fault": (201, 48, 44), "warning": (217, 154, 0), "note": (46, 139, 87)}
 
 
 def draw_survey(survey: Survey) -> Image:
@@ -36,7 +38,7 @@ def draw_survey(survey: Survey) -> Image:
     grey from the seventh on.
     """
     canvas = Canvas()
-    y = _draw_findings(canvas, survey)
+    y = _draw_summary(canvas, survey)
     y = _draw_legend(canvas, survey, y + 12)
     y = _draw_table(canvas, survey, y + 62)
     half = (_INNER - 60) / 2
@@ -54,12 +56,13 @@ def _colour(adapter: int) -> Colour:
     return SERIES[adapter] if adapter < len(SERIES) else _OTHERS
 
 
-def _draw_findings(canvas: Canvas, survey: Survey) -> float:
-    """Write title and findings, and return where they end."""
+def _draw_summary(canvas: Canvas, survey: Survey) -> float:
+    """Write title, findings with the colour of their level, and summary; return where they end."""
     canvas.text(_MARGIN, 20, canvas.fitted(report_title(survey), _INNER, 19, keep="start"), size=19)
     y = 56
-    for sentence in findings(survey):
-        canvas.dot(_MARGIN + 3, y + 8, 2, PALE)
+    findings = [(finding.text + ".", _LEVELS[finding.level]) for finding in survey.report.findings]
+    for sentence, colour in (*findings[:_FINDINGS], *((sentence, PALE) for sentence in summary_lines(survey))):
+        canvas.dot(_MARGIN + 3, y + 8, 2 if colour is PALE else 4, colour)
         for line in canvas.wrapped(sentence, _INNER - 14, 12.5):
             canvas.text(_MARGIN + 14, y, line, size=12.5)
             y += 17

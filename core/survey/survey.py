@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..layers.blocks import FIRST, LAST, MIDDLE, ModelBlock, blocks_of
-from ..merge.engine import merge
 from ..merge.merged import Merged
 from ..merge.methods.lego import Lego, balance_units, transform_gram
 from ..merge.pool import Pool
@@ -24,6 +23,7 @@ from ..merge.rank import Rank
 from ..merge.report import MergeReport
 from ..progress import Progress
 from .embedding import pca
+from .sound import merge_sound_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Survey:
     """Comparison of several adapters.
 
     Args:
-        report: Report of their LEGO merge.
+        report: Report of their LEGO merge, with the findings.
         blocks: Blocks of the model with the layers that were merged.
         layers: Layer name -> its spectra.
         unit_maps: Units of the largest layer in each region.
@@ -197,7 +197,7 @@ def survey(
     rank: Rank | None = None,
     progress: Progress | None = None,
 ) -> Survey:
-    """Compare adapters whose module names agree (see `align`).
+    """Compare adapters whose module names agree (see `align`). Layers with NaN or infinity are left out, and found.
 
     Args:
         adapters, weights, text_encoder_weights, progress: See `merge`.
@@ -209,7 +209,7 @@ def survey(
     rank = rank or Rank(1, "x")
     blocks = blocks_of(name for adapter in adapters for name in adapter.modules)
     method = _MeasuringLego(Lego(rank), {name: block.region for block in blocks for name in block.layers})
-    result = merge(
+    result = merge_sound_layers(
         adapters,
         method,
         weights,

@@ -9,9 +9,9 @@ from comfy_api.latest import io, ui
 from ...core.formats.files import write_bytes
 from ...core.merge.methods import METHODS
 from ...core.merge.rank import Rank
-from ...core.survey.findings import findings
 from ...core.survey.page import html_page
 from ...core.survey.picture import draw_survey
+from ...core.survey.summary import summary_lines
 from ...core.survey.survey import survey
 from ..comfy import display, folders
 from ..graph_lora import connected_loras
@@ -73,7 +73,7 @@ class LoRAReport(io.ComfyNode):
             rank=Rank.parse(rank),
             progress=display.progress_bar(),
         )
-        text = "\n".join([*findings(result), *loaded.dropped, *loaded.notes])
+        text = "\n".join([*summary_lines(result), *loaded.dropped, *loaded.notes])
         shown_text = text
         if path is not None:
             write_bytes(path, html_page(result, loaded.adapters).encode(errors="xmlcharrefreplace"))

@@ -11,6 +11,9 @@ from pathlib import Path
 import legomole
 import pytest
 import torch
+from legomole.core.adapter import Adapter
+from legomole.core.formats import save
+from legomole.core.lowrank import LowRank
 from safetensors.torch import save_file
 
 from .command import NAMES, done, run, squeezed, write
@@ -102,3 +105,61 @@ def test_a_closed_pipe_is_no_bug():
             started.stdout.close()  # long before anything is written
             assert started.stderr.read() == b""
         assert started.returncode == 141
+
+
+def spiked(path: Path, seed: int = 0) -> Path:
+    """A random LoRA whose first layer has its first unit 20 times as large."""
+    g = torch.Generator().manual_seed(seed)
+    modules: dict[str, LowRank] = {}
+    for i, name in enumerate(NAMES):
+        A, B = torch.randn(4, 64, generator=g), torch.randn(64, 4, generator=g)
+        if i == 0:
+            A[0] *= 20
+        modules[name] = LowRank(A, B)
+    return save(Adapter(modules), path, format="kohya")
+
+
+def test_inspect_lists_findings():
+    spiked(Path("s.safetensors"))
+    spiked(Path("copy.safetensors"))
+    data = json.loads(done("inspect", "s.safetensors", "copy.safetensors", "--json"))
+    assert [(f["kind"], f["loras"]) for f in data["findings"]] == [
+        ("spike", ["s"]),
+        ("spike", ["copy"]),
+        ("duplicate", ["s", "copy"]),
+    ]
+    assert list(data["findings"][0]) == ["kind", "loras", "layers", "value", "threshold", "text", "remedy"]
+    assert data["findings"][0]["layers"] == [NAMES[0]]
+    assert data["findings"][0]["value"] > data["findings"][0]["threshold"] == 8
+    text = squeezed(done("inspect", "s.safetensors", "copy.safetensors"))
+    assert "● s: red" in text
+    assert "fault: s has a spectral spike" in text
+    assert "To do: merge or convert it with cap 8" in text
+
+
+def test_inspect_of_one_lora_has_findings_unless_it_cannot_be_merged():
+    assert json.loads(done("inspect", str(spiked(Path("s.safetensors"))), "--json"))["findings"][0]["kind"] == "spike"
+    save_file({"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)}, "lokr.safetensors")
+    data = json.loads(done("inspect", "lokr.safetensors", "--json"))
+    assert "findings" not in data
+    assert "LoKr" in data["findings_missing"]
+    assert "no findings, because the LoRA cannot be merged" in done("inspect", "lokr.safetensors")
+
+
+def test_inspect_finds_nan_and_shows_the_rest():
+    modules = {name: LowRank(torch.eye(4, 8) * (i or float("nan")), torch.eye(6, 4)) for i, name in enumerate(NAMES)}
+    save_file({f"{n}.lora_down.weight": p.A for n, p in modules.items()}
+              | {f"{n}.lora_up.weight": p.B for n, p in modules.items()}, "nan.safetensors")  # fmt: skip
+    for arguments in (("nan.safetensors",), ("nan.safetensors", "nan.safetensors", "--plot", "report.html")):
+        (finding, *_) = json.loads(done("inspect", *arguments, "--json"))["findings"]
+        assert (finding["kind"], finding["layers"]) == ("not_finite", [NAMES[0]])
+    assert "NaN or infinite numbers in 1 layers" in Path("report.html").read_text()
+
+
+def test_inspect_compares_with_the_base_model():
+    spiked(Path("s.safetensors"))
+    g = torch.Generator().manual_seed(1)
+    base = {name.removeprefix("lora_unet_").replace("_to_", ".to_"): torch.randn(64, 64, generator=g) for name in NAMES}
+    save_file({f"{name}.weight": W for name, W in base.items()}, "base.safetensors")
+    data = json.loads(done("inspect", "s.safetensors", "--base", "base.safetensors", "--json"))
+    assert "larger_than_weights" in [finding["kind"] for finding in data["findings"]]

@@ -1,4 +1,4 @@
-"""Findings of a survey in plain sentences.
+"""Summary of a survey in plain sentences.
 
 Thresholds: two LoRAs share a direction above a cosine of `report.SHARED`, work against each other below its negative,
 and are nearly the same above `report.SAME`, as in a merge report; from `_LITTLE` on they do so a little. One LoRA is
@@ -31,14 +31,14 @@ def report_title(survey: Survey) -> str:
     return f"LoRA report: {names if len(others) < 4 else f'{len(others) + 1} LoRAs'}"
 
 
-def findings(survey: Survey) -> list[str]:
+def summary_lines(survey: Survey) -> list[str]:
     """Summarise a survey in sentences, the most important first."""
     return [
-        *_overlap_findings(survey),
-        *_size_findings(survey),
-        *_region_findings(survey),
-        *_rank_findings(survey),
-        *_lego_findings(survey),
+        *_overlap_sentences(survey),
+        *_size_sentences(survey),
+        *_region_sentences(survey),
+        *_rank_sentences(survey),
+        *_lego_sentences(survey),
     ]
 
 
@@ -47,7 +47,7 @@ def format_cosine(cosine: float) -> str:
     return f"{cosine:+.2f}" if abs(cosine) >= 0.005 else "0.00"
 
 
-def _overlap_findings(survey: Survey) -> Iterator[str]:
+def _overlap_sentences(survey: Survey) -> Iterator[str]:
     names = survey.report.inputs
     by_region = {region: survey.report_of(layers).overlap() for region, layers in _layers_by_region(survey).items()}
     overall = survey.report.overlap()
@@ -65,12 +65,12 @@ def _overlap_findings(survey: Survey) -> Iterator[str]:
         return
     for i, j in pairs[:_NAMED]:
         regions = {region: table[i][j] for region, table in by_region.items() if len(by_region) > 1}
-        yield f"{_short_name(names[i])} and {_short_name(names[j])} {_pair_finding(overall[i][j], regions)}."
+        yield f"{_short_name(names[i])} and {_short_name(names[j])} {_pair_sentence(overall[i][j], regions)}."
     if len(pairs) > _NAMED:
         yield f"The other {len(pairs) - _NAMED} pairs overlap less."
 
 
-def _pair_finding(overall: float, regions: dict[str, float]) -> str:
+def _pair_sentence(overall: float, regions: dict[str, float]) -> str:
     """Describe the cosine of a pair over the whole model and, where they differ from it, in the regions."""
     text = f"{_relation(overall)} (cosine {format_cosine(overall)})"
     exceptions: list[str] = []
@@ -108,7 +108,7 @@ def _strongest_region(cosines: dict[str, float]) -> str:
     return f"{most} in {region} ({format_cosine(cosines[region])})"
 
 
-def _size_findings(survey: Survey) -> Iterator[str]:
+def _size_sentences(survey: Survey) -> Iterator[str]:
     names, sizes = survey.report.inputs, survey.energies().sum(0).sqrt().tolist()
     nonzero = [i for i, size in enumerate(sizes) if size > 0]
     for i in range(len(names)):
@@ -123,7 +123,7 @@ def _size_findings(survey: Survey) -> Iterator[str]:
             )
 
 
-def _region_findings(survey: Survey) -> Iterator[str]:
+def _region_sentences(survey: Survey) -> Iterator[str]:
     energies = survey.energies()
     names, total = survey.report.inputs, energies.sum(0)
     for region in (FIRST, MIDDLE, LAST, TEXT):
@@ -139,7 +139,7 @@ def _region_findings(survey: Survey) -> Iterator[str]:
             yield f"{_short_name(names[i])} acts mostly in {region} ({shares[i]:.0%} of its energy)."
 
 
-def _rank_findings(survey: Survey) -> Iterator[str]:
+def _rank_sentences(survey: Survey) -> Iterator[str]:
     whose = "the sum's" if len(survey.report.inputs) > 1 else "its"
     sufficient, full = survey.rank_for(0.95), survey.rank_for(1 - 1e-9)
     if sufficient == full:
@@ -149,7 +149,7 @@ def _rank_findings(survey: Survey) -> Iterator[str]:
         yield f"Rank {sufficient} keeps {kept} of {whose} energy; all of it needs rank {full}."
 
 
-def _lego_findings(survey: Survey) -> Iterator[str]:
+def _lego_sentences(survey: Survey) -> Iterator[str]:
     report, mixed = survey.report, survey.report.mixed_clusters()
     if len(report.inputs) < 2 or mixed is None:
         return

@@ -1,0 +1,1 @@
+"""Findings: faults and risks of LoRAs that are to be merged, each in one sentence with its value and its threshold."""
