@@ -56,6 +56,8 @@ def merge(
     text_encoder_weights: Sequence[float] | None = None,
     module_weights: Mapping[str, float] | None = None,
     normalize: bool = False,
+    cap: float | None = None,
+    equalize: float = 0.0,
     convert_rank: int | None = None,
     dtype: str | torch.dtype | None = None,
     format: str | None = None,
@@ -84,9 +86,11 @@ def merge(
         method: A name in ``METHODS``, or an instance of a method.
         weights: One finite number per LoRA; default 1. A negative one subtracts.
         text_encoder_weights: Weights of the text encoder modules; default `weights`.
-        module_weights: Shell pattern of module names -> factor on the weights of matching modules, e.g.
-            ``{"*attn2*": 0.5}``, for every LoRA that has some.
+        module_weights: Pattern of module names, or name of a part of the model -> factor on the weights of matching
+            modules, e.g. ``{"*attn2*": 0.5, "text-encoder": 0}``, for every LoRA that has some; see docs/recipes.md.
         normalize: Divide the weights by the sum of their magnitudes.
+        cap: Lower the singular values of every LoRA in each layer to this many times their median, e.g. 8. Default: no.
+        equalize: Share, 0 .. 1, by which the loudness of the LoRAs is brought together.
         convert_rank: Rank at which LoHa, LoKr and full differences are approximated; default: refuse LoHa and LoKr, and
             sum full differences exactly.
         dtype: Dtype of the result, e.g. ``"float16"`` or ``"fp16"``; default the widest of the inputs'.
@@ -141,6 +145,8 @@ def merge(
             ],
             "module_weights": dict(module_weights or {}),
             "normalize": normalize,
+            "cap": cap,
+            "equalize": equalize,
             "dtype": None if dtype is None else str(dtype),
             "format": format,
             "reader": reader,

@@ -56,6 +56,12 @@ def parse_layer_rules(texts: Iterable[str], count: int) -> list[LayerRule]:
         raise typer.BadParameter(" ".join(str(error).split())) from None
 
 
+def rule_to_keep(text: str) -> str:
+    """The rule for layer weights that leaves out all layers but those of ``[N:]PATTERN[,PATTERN]``."""
+    number, colon, pattern = text.rpartition(":")
+    return f"{number}{colon}!{pattern.replace(' ', '')}=0"
+
+
 def parse_per_lora(texts: Sequence[str], loras: int, option: str) -> list[str]:
     """Parse an option that is given per LoRA: ``N:VALUE`` for the N-th LoRA, or once for every LoRA, in order.
 

@@ -16,7 +16,7 @@ from .console import clean, out, plain, print_json
 from .environment import base_path, local_path
 from .findings_report import findings_of, print_findings
 from .gates_report import gates_facts, print_gates, report_broken_record
-from .options import Base, ConvertRank, Dtype, For, FormatName, Json, Output, Overwrite, check_output, size_of
+from .options import Base, Cap, ConvertRank, Dtype, For, FormatName, Json, Output, Overwrite, check_output, size_of
 from .plot_report import check_plot, print_summary, survey_files, write_plot
 
 if TYPE_CHECKING:
@@ -270,6 +270,16 @@ def convert(
     ] = None,
     reader: For = None,
     dtype: Dtype = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            "--only",
+            "--keep",
+            metavar="LAYERS",
+            help="PATTERN[,PATTERN]. Keep only these layers: 'attention', 'feed-forward,text-encoder', 'layers.8-15'.",
+        ),
+    ] = None,
+    cap: Cap = None,
     convert_rank: ConvertRank = None,
     base: Base = None,
     overwrite: Overwrite = False,
@@ -296,6 +306,8 @@ def convert(
         None if dtype is None else getattr(torch, dtype),
         reader=reader,
         rename_for_format=rename_for_format,
+        only=only,
+        cap=cap,
     )
     written = save(adapter, target, format=format)
     kept = energy_kept(original, load(written))

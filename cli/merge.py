@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .arguments import parse_input, parse_layer_rules, parse_settings
+from ..hosts.hub import cached_folder
+from ..hosts.names import key_map
+from .arguments import parse_input, parse_layer_rules, parse_settings, rule_to_keep
 from .calibrate_merge import BaseOptions, calibrate_merge
+from .console import out, progress_bar
 from .environment import base_path, check_device, recipe_path
 from .options import (
     BASE,
@@ -16,6 +19,7 @@ from .options import (
     METHOD,
     WEIGHTS,
     Base,
+    Cap,
     ConvertRank,
     Device,
     Dtype,
@@ -33,6 +37,7 @@ from .run_recipe import check_target, run_recipe
 
 if TYPE_CHECKING:
     from ..core.recipes.recipe import Recipe
+    from ..core.recipes.suggest import Suggestion
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -49,6 +54,9 @@ Measured on the base model first, which then stays as it is where neither LoRA i
 [cyan]legomole merge style.safetensors subject.safetensors --base sd15 --words '1:ember style' --words 2:heart \\
   -o both.safetensors[/cyan]
 [cyan]legomole merge sums/ poems/ --base ./llama --texts 1:sums.txt --instruction '2:Write a poem.' -o both/[/cyan]
+
+Spikes capped, only the attention layers of the first LoRA, and strengths computed from norms and overlaps:
+[cyan]legomole merge a.safetensors b.safetensors --cap 8 --only 1:attention --suggest -o ab.safetensors[/cyan]
 
 Repeat a merge from the file it made, or from a recipe:
 [cyan]legomole merge --config both.safetensors -o again.safetensors[/cyan]
@@ -205,9 +213,51 @@ def merge(
             metavar="RULE",
             rich_help_panel=WEIGHTS,
             help="[N:]PATTERN=FACTOR. Multiply the weight of matching modules, in the N-th LoRA or in all: "
-            "'1:*attn2*=0.5'. Repeatable. Module names: legomole inspect --modules.",
+            "'1:*attn2*=0.5', 'text-encoder=0', 'double_blocks.0-4=0.5'. Repeatable. Module names: legomole inspect "
+            "--modules; names of parts: docs/recipes.md.",
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only",
+            "--keep",
+            metavar="LAYERS",
+            rich_help_panel=WEIGHTS,
+            help="[N:]PATTERN[,PATTERN]. Keep only these layers of the N-th LoRA, or of all: '1:attention', "
+            "'feed-forward,text-encoder', 'layers.8-15'. Repeatable.",
+        ),
+    ] = None,
+    cap: Cap = None,
+    equalize: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=WEIGHTS,
+            help="Bring the loudness of the LoRAs together by this share: 0 not at all (default), 1 all equally loud.",
+        ),
+    ] = None,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest",
+            rich_help_panel=WEIGHTS,
+            help="Compute strengths from the LoRAs' norms and overlaps, and settings from the findings; print them, "
+            "and merge with them. Weights on the command line are multiplied; a method, rank, cap or equalize that is "
+            "given stays.",
+        ),
+    ] = False,
+    loudness: Annotated[
+        Literal["each", "loudest"],
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=WEIGHTS,
+            help="With --suggest. each (default): every LoRA acts in the sum as it does alone. loudest: the sum is as "
+            "loud as the loudest LoRA alone.",
+        ),
+    ] = "each",
     convert_rank: ConvertRank = None,
     dtype: Dtype = None,
     format: Format = None,
@@ -253,7 +303,7 @@ def merge(
     previous = None if config is None else _recipe_of(config)
     entries = [parse_input(text) for text in inputs or ()]
     count = len(entries) or (0 if previous is None else len(previous.inputs))
-    layer_rules = parse_layer_rules(module_weight or (), count)
+    layer_rules = parse_layer_rules([*(module_weight or ()), *map(rule_to_keep, only or ())], count)
     typed = {
         "rank": rank,
         "geometry": geometry,
@@ -274,6 +324,8 @@ def merge(
         module_weights=factors_by_pattern(layer_rules, None),
         input_module_weights=[factors_by_pattern(layer_rules, i) for i in range(count)],
         normalize=normalize,
+        cap=cap,
+        equalize=equalize,
         dtype=dtype,
         format=format,
         reader=reader,
@@ -282,6 +334,11 @@ def merge(
         file=config,
     )
     folder = Path() if inputs or config is None else config.parent
+    suggestion = None
+    if suggest:
+        chosen = method is not None or config is not None or any(value is not None for value in typed.values())
+        suggestion = _suggest(recipe, folder, loudness, choose_method=not chosen and base is None, quiet=json)
+        recipe = suggestion.apply(recipe)
     measured, notes = None, (obstacle,) if obstacle and keep_base is None else ()
     if path_of_base is not None and not obstacle and keep_base != "off":
         check_target(recipe, folder, output, overwrite=overwrite)
@@ -296,8 +353,25 @@ def merge(
         )
         recipe, notes = with_statistics(recipe, path), (note,) if note else ()
     run_recipe(
-        recipe, folder, output, measured=measured, notes=notes, device=device, ray=ray, overwrite=overwrite, json=json
-    )
+        recipe, folder, output, measured=measured, notes=notes, suggestion=suggestion, device=device, ray=ray,
+        overwrite=overwrite, json=json,
+    )  # fmt: skip
+
+
+def _suggest(
+    recipe: Recipe, folder: Path, loudness: Literal["each", "loudest"], *, choose_method: bool, quiet: bool
+) -> Suggestion:
+    """Suggest strengths and settings for a recipe, and print them unless `quiet`."""
+    from ..core.layers.align import align
+    from ..core.recipes.run import load_inputs
+    from ..core.recipes.suggest import suggest
+
+    with progress_bar("measuring", quiet=quiet) as progress:
+        adapters = align(load_inputs(recipe, folder, cached_folder), key_map=key_map)
+        suggestion = suggest(recipe, adapters, loudness, choose_method=choose_method, progress=progress)
+    if not quiet:
+        out().print(suggestion.text([adapter.label for adapter in adapters]), markup=False)
+    return suggestion
 
 
 def _recipe_of(config: Path) -> Recipe:

@@ -99,6 +99,16 @@ Base = Annotated[
         "name in the local Hugging Face cache. Needs --convert-rank. Default: refuse DoRA.",
     ),
 ]
+Cap = Annotated[
+    float | None,
+    typer.Option(
+        metavar="TIMES",
+        min=1.0,
+        rich_help_panel=WEIGHTS,
+        help="Lower the singular values of every LoRA in each layer to this many times their median, which removes "
+        "spectral spikes: 8. Default: no.",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device to compute on: cpu, cuda, cuda:1.")]
 Seed = Annotated[
     int | None,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ..core.merge.statistics import Statistics
     from ..core.recipes.recipe import Recipe
+    from ..core.recipes.suggest import Suggestion
 
 
 def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool) -> Path:
@@ -36,6 +37,7 @@ def run_recipe(
     *,
     measured: Statistics | None = None,
     notes: Sequence[str] = (),
+    suggestion: Suggestion | None = None,
     device: str,
     ray: str | None = None,
     overwrite: bool,
@@ -48,6 +50,7 @@ def run_recipe(
         folder: Base of its relative paths.
         output: Path as typed.
         measured, notes: Statistics and notes of `calibrate_merge`.
+        suggestion: What the recipe's strengths and settings were taken from, for JSON.
         device, ray, overwrite, json: Options as typed.
     """
     from ..core.formats import save
@@ -65,7 +68,8 @@ def run_recipe(
         )  # fmt: skip
     written = save(result.adapter, target)
     if json:
-        print_json({"output": str(written), "report": result.report.to_dict()})
+        data = {} if suggestion is None else {"suggestion": suggestion.to_dict()}
+        print_json({"output": str(written), **data, "report": result.report.to_dict()})
         return
     out().print(result.report.text(), markup=False)
     out().print(f"wrote {written} ({size_of(written)})", markup=False)

@@ -20,9 +20,10 @@ from .findings.find import find
 from .findings.measure import LayerValues
 from .leftovers import merge_leftovers
 from .methods import METHODS, MergeMethod
-from .report import MergeReport, ModuleReport
+from .remedies import CappedLayer, cap_notes, check_remedies, equalizing_factors
+from .report import MANY, MergeReport, ModuleReport
 from .statistics import Statistics
-from .tasks import BatchMerger, BatchResult, ModuleBatch, plan_batches
+from .tasks import BatchMerger, BatchResult, ModuleBatch, plan_batches, pool_of
 from .threads import run_in_threads
 from .weights import Weights
 
@@ -52,6 +53,8 @@ def merge(
     each: BatchRunner | None = None,
     cache: GramCache | None = None,
     statistics: Statistics | None = None,
+    cap: float | None = None,
+    equalize: float = 0.0,
 ) -> MergeResult:
     """Merge adapters that name their modules alike (see `align`) into one.
 
@@ -60,8 +63,9 @@ def merge(
         method: An instance of a row of `METHODS`.
         weights: One finite number per adapter, default 1; negative subtracts, 0 leaves the adapter out.
         text_encoder_weights: Per adapter, the weight of its text encoder modules; default the same as `weights`.
-        module_weights: Per adapter, shell patterns of module names and a factor on its weight there, e.g.
-            ``{"*attn2*": 0.5, "*single_blocks*": 0}``. The factors of all patterns that match are multiplied.
+        module_weights: Per adapter, patterns of module names and a factor on its weight there, e.g.
+            ``{"*attn2*": 0.5, "text-encoder": 0, "!blocks.0-9": 0}``, see `layers_matching`. The factors of all
+            patterns that match are multiplied.
         normalize: Divide the weights by the sum of their magnitudes: an average instead of a sum.
         dtype: Dtype of the merged factors and diffs; default the widest factor dtype of the adapters that take part.
         device: Device to compute on, ``cpu`` or ``cuda``. The result is on the CPU.
@@ -70,6 +74,10 @@ def merge(
         cache: Kept by the caller between merges: the next merge of the same factors is faster.
         statistics: Statistics measured with these adapters, from which the report predicts what merges keep; default
             the method's own, if it has any.
+        cap: Lower the singular values of each adapter's delta in each module to this many times their median (see
+            `cap_limits`), at least 1; diffs stay. Default: do not.
+        equalize: Bring the loudness of the adapters together by this share, 0 .. 1: their weights are multiplied by
+            `equalizing_factors` of their norms over all modules with a weight, after the cap.
 
     Returns:
         The merged adapter (scale 1: no alpha) and its report.
@@ -81,24 +89,30 @@ def merge(
     """
     if not adapters:
         raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
+    check_remedies(cap, equalize)
     checked = Weights.of(adapters, weights, text_encoder_weights, module_weights, normalize)
+    device = _checked_device(device)
+    if equalize:
+        checked = checked.scaled(equalizing_factors([*_loudness(adapters, checked, device, cap)], equalize))
     dtype = dtype or _widest_dtype([adapter for adapter, used in zip(adapters, checked.used, strict=True) if used])
     batches = plan_batches(adapters, checked.modules, getattr(method, "batch", None))
     _check_rank(method, batches)
     statistics = statistics or getattr(method, "statistics", None)
-    merger = BatchMerger(method, checked.modules, dtype, _checked_device(device), cache, statistics)
+    merger = BatchMerger(method, checked.modules, dtype, device, cache, statistics, cap)
 
     modules: dict[str, LowRank] = {}
     reports: dict[str, ModuleReport] = {}
     remarks: dict[str, str] = {}
     accounts: list[ModuleAccount] = []
     values: dict[str, LayerValues] = {}
+    capped: list[CappedLayer] = []
     for result in _run(merger, adapters, batches, each, progress):
         modules.update(result.modules)
         reports.update((report.name, report) for report in result.reports)
         remarks.update(result.remarks)
         accounts += result.accounts
         values.update(result.values)
+        capped += result.capped
     with torch.no_grad(), report_out_of_memory():
         leftovers = merge_leftovers(adapters, checked, dtype)
 
@@ -113,6 +127,8 @@ def merge(
         notes=(
             *checked.notes(adapters),
             *(note for adapter, used in zip(adapters, checked.used, strict=True) if used for note in adapter.notes),
+            *_equalize_notes(adapters, checked.model, equalize),
+            *cap_notes(adapters, cap or 0, capped),
             *_strength_notes(method, checked.model),
             *_module_notes(reports, remarks),
         ),
@@ -121,6 +137,19 @@ def merge(
     )
     merged = {name: modules[name] for name in sorted(modules)}
     return MergeResult(Adapter(merged, leftovers.diffs, leftovers.extras), report)
+
+
+@torch.no_grad()
+def _loudness(
+    adapters: Sequence[Adapter], weights: Weights, device: torch.device, cap: float | None
+) -> Iterator[float]:
+    """Norm of each adapter's delta at weight 1, over all modules in which it has a weight."""
+    for adapter, table in zip(adapters, weights.modules, strict=True):
+        ones = [{name: float(weight != 0) for name, weight in table.items()}]
+        batches = plan_batches([adapter], ones)
+        yield math.sqrt(
+            sum(float(pool_of([adapter], batch, ones, device, cap=cap)[0].inner.sum()) for batch in batches)
+        )
 
 
 def _run(
@@ -170,6 +199,12 @@ def _checked_device(device: torch.device | str) -> torch.device:
             remedy="merge on the CPU: --device cpu (device='cpu' in Python)",
         )
     return checked
+
+
+def _equalize_notes(adapters: Sequence[Adapter], weights: Sequence[float], share: float) -> Iterator[str]:
+    if share:
+        pairs = (f"{adapter.label} {weight:.4g}" for adapter, weight in zip(adapters, weights, strict=True))
+        yield f"equalize {share:g} changed the weights: {name_some(pairs, MANY)}"
 
 
 def _strength_notes(method: MergeMethod, weights: Sequence[float]) -> Iterator[str]:

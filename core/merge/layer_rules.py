@@ -1,8 +1,7 @@
-"""Rules for the weight of single layers, as text: ``[N:]PATTERN=FACTOR``."""
+"""Rules for the weight of single layers, as text: ``[N:]PATTERN=FACTOR``, see `core.layers.parts` for patterns."""
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import MergeError
 
-_FORM = "[N:]PATTERN=FACTOR, e.g. *attn2*=0.5, or 2:*attn2*=0.5 for the second LoRA alone"
+_FORM = "[N:]PATTERN=FACTOR, e.g. *attn2*=0.5, or 2:text-encoder=0 for the second LoRA alone"
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class LayerRule:
 
     Args:
         adapter: Position of the LoRA that the rule is for; ``None``: all.
-        pattern: Shell pattern of layer names.
+        pattern: Shell patterns of layer names, names of parts and ranges of blocks, see `layers_matching`.
         factor: Any finite number.
     """
 
@@ -107,5 +106,7 @@ def _positions(rule: LayerRule, count: int, layers: Sequence[Sequence[str]] | No
         return [rule.adapter]
     if layers is None:
         return range(count)
-    matched = [i for i, names in enumerate(layers) if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names)]
+    from ..layers.parts import layers_matching  # here, because it loads torch, which the command line's parser avoids
+
+    matched = [i for i, names in enumerate(layers) if layers_matching(rule.pattern, names)]
     return matched or range(count)

@@ -21,6 +21,7 @@ from .merged import Merged, relative_error
 from .methods import MergeMethod
 from .pool import Pool, overlap
 from .rank import Rank
+from .remedies import CappedLayer, cap_parts
 from .report import ModuleReport
 from .statistics import Statistics
 
@@ -50,6 +51,7 @@ class BatchResult:
         remarks: Remarks on some of them, see `Merged`.
         accounts: What merges are predicted to keep, where there are statistics.
         values: Layer -> values for findings.
+        capped: Layers whose singular values were lowered.
     """
 
     modules: Mapping[str, LowRank]
@@ -57,6 +59,7 @@ class BatchResult:
     remarks: Mapping[str, str]
     accounts: tuple[ModuleAccount, ...] = ()
     values: Mapping[str, LayerValues] = field(default_factory=dict[str, LayerValues])
+    capped: tuple[CappedLayer, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +72,7 @@ class BatchMerger:
         dtype: Dtype of the merged factors. device: Device to compute on.
         cache: Values from earlier merges.
         statistics: Statistics to predict with what merges keep, if there are any.
+        cap: Limit of singular values, see `remedies.cap_limits`; ``None`` for none.
     """
 
     method: MergeMethod
@@ -77,6 +81,7 @@ class BatchMerger:
     device: torch.device
     cache: GramCache | None = None
     statistics: Statistics | None = None
+    cap: float | None = None
 
     @torch.no_grad()
     def __call__(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> BatchResult:
@@ -88,14 +93,15 @@ class BatchMerger:
             FormatError: NaN in an input.
         """
         with report_out_of_memory():
-            pool = self._pool(adapters, batch)
+            pool, capped = pool_of(adapters, batch, self.weights, self.device, cache=self.cache, cap=self.cap)
             merged = self._merge(pool)
             if self.cache is not None:
                 self.cache.store(batch, pool)
             modules = dict(_updates(adapters, pool, merged, self.dtype))
             reports = tuple(_module_reports(pool, merged, self.dtype, self._lost(adapters, batch)))
             accounts = tuple(self._accounts(pool, merged))
-            return BatchResult(modules, reports, dict(merged.remarks), accounts, layer_values(pool, reports))
+            values = layer_values(pool, reports)
+            return BatchResult(modules, reports, dict(merged.remarks), accounts, values, tuple(capped))
 
     def _accounts(self, pool: Pool, merged: Merged) -> Sequence[ModuleAccount]:
         if self.statistics is None:
@@ -122,29 +128,48 @@ class BatchMerger:
                 remedy="lower the weights; a LoRA with such values is broken",
             ) from error
 
-    def _pool(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> Pool:
-        """The units of a batch. Their Gram matrices are computed, and checked to be finite."""
-        parts = [[adapters[i].modules[name] for i in batch.adapters] for name in batch.names]
-        weights = torch.tensor(
-            [[self.weights[i][name] for i in batch.adapters] for name in batch.names], dtype=torch.float64
-        )
-        scales = torch.tensor([[part.scale for part in row] for row in parts], dtype=torch.float64)
-        scale = scales.repeat_interleave(torch.tensor(batch.ranks), 1)
-        pool = Pool(
-            names=batch.names,
-            factors=FileFactors(parts, self.device),
-            scale=scale.to(self.device),
-            weights=weights.to(self.device),
-            ranks=batch.ranks,
-            adapters=batch.adapters,
-        )
-        if self.cache is not None:
-            self.cache.restore(batch, pool)
-        # a unit's square sums all its values, and in float64 no square of a float32 overflows
-        if not all(torch.isfinite(G.diagonal(dim1=1, dim2=2).sum()) for G in (pool.G_A, pool.G_B)):
-            for i in batch.adapters:
-                adapters[i].check_finite()
-        return pool
+
+def pool_of(
+    adapters: Sequence[Adapter],
+    batch: ModuleBatch,
+    weights: Sequence[Mapping[str, float]],
+    device: torch.device,
+    *,
+    cache: GramCache | None = None,
+    cap: float | None = None,
+) -> tuple[Pool, list[CappedLayer]]:
+    """The units of a batch, and the layers whose singular values were lowered.
+
+    Gram matrices are computed, and checked to be finite.
+
+    Args:
+        adapters, batch: See `BatchMerger`. weights, device, cache, cap: Its fields.
+    """
+    parts = [[adapters[i].modules[name] for i in batch.adapters] for name in batch.names]
+    table = torch.tensor([[weights[i][name] for i in batch.adapters] for name in batch.names], dtype=torch.float64)
+    pool = _pool(parts, batch, table, device)
+    if cache is not None:
+        cache.restore(batch, pool)
+    # a unit's square sums all its values, and in float64 no square of a float32 overflows
+    if not all(torch.isfinite(G.diagonal(dim1=1, dim2=2).sum()) for G in (pool.G_A, pool.G_B)):
+        for i in batch.adapters:
+            adapters[i].check_finite()
+    if cap is None:
+        return pool, []
+    capped_parts, capped = cap_parts(pool, parts, cap)
+    return (_pool(capped_parts, batch, table, device) if capped else pool), capped
+
+
+def _pool(parts: Sequence[Sequence[LowRank]], batch: ModuleBatch, weights: torch.Tensor, device: torch.device) -> Pool:
+    scales = torch.tensor([[part.scale for part in row] for row in parts], dtype=torch.float64)
+    return Pool(
+        names=batch.names,
+        factors=FileFactors(parts, device),
+        scale=scales.repeat_interleave(torch.tensor(batch.ranks), 1).to(device),
+        weights=weights.to(device),
+        ranks=batch.ranks,
+        adapters=batch.adapters,
+    )
 
 
 def plan_batches(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..adapter import Adapter, is_text_encoder
 from ..errors import MergeError, name_some
+from ..layers.parts import PARTS, layers_matching, unknown_terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,18 @@ class Weights:
             raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
         return cls(model, text_encoder, modules, used)
 
+    def scaled(self, factors: Sequence[float]) -> Weights:
+        """The weights times a factor per adapter."""
+        return Weights(
+            tuple(weight * factor for weight, factor in zip(self.model, factors, strict=True)),
+            tuple(weight * factor for weight, factor in zip(self.text_encoder, factors, strict=True)),
+            tuple(
+                {name: weight * factor for name, weight in table.items()}
+                for table, factor in zip(self.modules, factors, strict=True)
+            ),
+            self.used,
+        )
+
     def notes(self, adapters: Sequence[Adapter]) -> Iterator[str]:
         """Sentences for the report on adapters that are left out, in whole or in part."""
         for i, adapter in enumerate(adapters):
@@ -73,9 +85,7 @@ class Weights:
 
 def adapters_matching(pattern: str, adapters: Sequence[Adapter]) -> list[int]:
     """Positions of the adapters that have a layer which a pattern matches: those a rule for all LoRAs applies to."""
-    return [
-        i for i, adapter in enumerate(adapters) if any(fnmatch.fnmatchcase(name, pattern) for name in adapter.layers)
-    ]
+    return [i for i, adapter in enumerate(adapters) if layers_matching(pattern, adapter.layers)]
 
 
 def _checked(adapters: Sequence[Adapter], weights: Sequence[float] | None, normalize: bool) -> tuple[float, ...]:
@@ -99,13 +109,15 @@ def _layer_weights(
     for pattern, factor in patterns.items():
         if not math.isfinite(factor):
             raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)
-        matched = [name for name in values if fnmatch.fnmatchcase(name, pattern)]
-        if not matched:
+        matched = layers_matching(pattern, list(values))
+        unknown = unknown_terms(pattern, list(values))
+        # a negated pattern may match nothing: then the adapter has only layers that it excepts
+        if unknown or not (matched or pattern.startswith("!")):
             raise MergeError(
                 "A module pattern matches nothing.",
                 file=adapter.source.path or None,
-                expected=f"a pattern of names like {name_some(adapter.modules, 3)}",
-                found=pattern,
+                expected=f"a pattern of names like {name_some(adapter.modules, 3)}, or a part: {', '.join(PARTS)}",
+                found=", ".join(unknown) or pattern,
                 remedy="list the module names with `legomole inspect --modules`",
             )
         for name in matched:

@@ -20,6 +20,8 @@ def compose(
     module_weights: Mapping[str, float] | None = None,
     input_module_weights: Sequence[Mapping[str, float]] = (),
     normalize: bool | None = None,
+    cap: float | None = None,
+    equalize: float | None = None,
     dtype: str | None = None,
     format: str | None = None,
     reader: str | None = None,
@@ -39,7 +41,7 @@ def compose(
         settings: Settings of the method, by name; those with value ``None`` are not given.
         module_weights: Pattern -> factor for every input; replaces the base's factor of an equal pattern.
         input_module_weights: The same per input, in order; may be shorter than the inputs.
-        normalize, dtype, format, reader: See `Recipe`; ``None`` keeps the base's.
+        normalize, cap, equalize, dtype, format, reader: See `Recipe`; ``None`` keeps the base's.
         convert_rank: The same; also replaces those of the base's inputs.
         base_model: `Recipe.base`; ``None`` keeps the base's.
         file: File of the base, named in errors.
@@ -62,7 +64,10 @@ def compose(
     data["settings"] = {**data.get("settings", {}), **given}
     if dtype is not None or format is not None or reader is not None:
         data.pop("conversions", None)
-    fields = {"normalize": normalize, "dtype": dtype, "format": format, "reader": reader, "convert_rank": convert_rank}
+    fields = {
+        **{"normalize": normalize, "cap": cap, "equalize": equalize},
+        **{"dtype": dtype, "format": format, "reader": reader, "convert_rank": convert_rank},
+    }
     if base_model is not None:
         data |= {"base": base_model}
         data.pop("base_fingerprint", None)

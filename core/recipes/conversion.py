@@ -11,6 +11,7 @@ from ..errors import name_some
 from ..formats import FORMATS, format_of, reread
 from ..formats.writing import cast_adapter
 from ..layers.families.table import Reader
+from ..merge.edits import Edits
 from .dtype_names import DTYPES
 from .metadata import KEY, NOT_REPEATABLE, with_conversion, with_note
 from .output import RenameForFormat, name_output
@@ -24,6 +25,8 @@ def convert(
     *,
     reader: Reader | None = None,
     rename_for_format: RenameForFormat | None = None,
+    only: str | None = None,
+    cap: float | None = None,
 ) -> Adapter:
     """Return an adapter under the names of a file format and in a dtype, ready for `core.formats.save`.
 
@@ -37,15 +40,18 @@ def convert(
         reader: Program that shall read the file, see `name_output`; default ``comfy`` for the format ``comfy``. Names
             are kept if neither it nor another format is given.
         rename_for_format: The host's function for families without a table; ``None`` keeps their names.
+        only: Patterns of the layers to keep, see `layers_matching`; default all.
+        cap: Limit of singular values, see `cap_limits`; default none.
 
     Raises:
         SaveError: The dtype cannot hold a value, or the reader has no names for some layers.
-        MergeError: A layer has no name in the format.
+        MergeError: A layer has no name in the format, a pattern that matches nothing, or a cap below 1.
     """
     own_format = format_of(adapter)
     target = format or own_format
     reader = "comfy" if reader is None and format == "comfy" else reader
-    converted = _converted(adapter, target, dtype, reader, rename_for_format)
+    edits = Edits(only, cap)
+    converted = _converted(adapter, target, dtype, reader, rename_for_format, edits)
     if KEY not in adapter.metadata:
         return converted
     from_folder = adapter.source.format == "peft" and CONFIG_KEY in adapter.metadata
@@ -53,7 +59,7 @@ def convert(
     if converted is adapter and target == own_format and saved.metadata == adapter.metadata:
         return converted
     if not adapter.source.sha256:  # its file has other alphas and more metadata
-        converted = _converted(saved, target, dtype, reader, rename_for_format)
+        converted = _converted(saved, target, dtype, reader, rename_for_format, edits)
     dtype_name: DtypeName | None = next((name for name in DTYPES if getattr(torch, name) == dtype), None)
     unusual = [] if rename_for_format else [n for n in converted.layers if not FORMATS[target].is_native_name(n)]
     if unusual:
@@ -63,7 +69,7 @@ def convert(
     elif adapter.source.convert_rank:
         obstacle = f"updates that were not low rank were approximated at rank {adapter.source.convert_rank}"
     else:
-        step = Conversion(format=target, reader=reader, dtype=dtype_name, from_folder=from_folder)
+        step = Conversion(format=target, reader=reader, dtype=dtype_name, from_folder=from_folder, only=only, cap=cap)
         return replace(converted, metadata=with_conversion(converted.metadata, step))
     return replace(converted, metadata=with_note(converted.metadata, f"{NOT_REPEATABLE}: {obstacle}"))
 
@@ -76,7 +82,8 @@ def repeat_conversion(adapter: Adapter, step: Conversion, rename_for_format: Ren
     """
     dtype = None if step.dtype is None else getattr(torch, step.dtype)
     saved = reread(adapter, folder=step.from_folder)
-    converted = _converted(saved, step.format, dtype, step.reader, rename_for_format)
+    edits = Edits(step.only, step.cap)
+    converted = _converted(saved, step.format, dtype, step.reader, rename_for_format, edits)
     metadata = with_conversion(converted.metadata, step)
     return replace(converted, metadata=metadata, source=Source(format=step.format))
 
@@ -87,8 +94,10 @@ def _converted(
     dtype: torch.dtype | None,
     reader: Reader | None,
     rename_for_format: RenameForFormat | None,
+    edits: Edits,
 ) -> Adapter:
     own_format = format_of(adapter)
+    adapter = edits.apply(adapter)
     if reader is not None or format != own_format:
         named, _ = name_output(
             adapter, first_format=own_format, format=format, reader=reader, rename_for_format=rename_for_format

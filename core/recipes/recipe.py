@@ -53,6 +53,8 @@ class Conversion(BaseModel):
         reader: Program whose names the layers get; default those of the file before, or the format's if it is another.
         dtype: Dtype of its factors and diffs; default that of the file before.
         from_folder: The file before was a PEFT folder, which has a configuration, and not a single file.
+        only: Patterns of the layers that were kept, see `layers_matching`; default all.
+        cap: Limit of singular values, see `merge`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +63,8 @@ class Conversion(BaseModel):
     reader: ReaderName | None = None
     dtype: DtypeName | None = None
     from_folder: bool = False
+    only: str | None = None
+    cap: float | None = Field(default=None, ge=1)
 
 
 class Recipe(BaseModel):
@@ -74,6 +78,7 @@ class Recipe(BaseModel):
         inputs: The adapters, at least one.
         module_weights: Pattern of module names -> factor, for every input that has matching modules.
         normalize: Divide the weights by the sum of their magnitudes, see `merge`.
+        cap, equalize: Limit of singular values, and share by which the loudness is brought together, see `merge`.
         dtype: Dtype of the result; default the widest of the inputs'. ``bf16``, ``fp16`` and ``fp32`` are read too.
         format: File format; default that of the first input if it can name all merged modules.
         reader: Program that shall read the file and decides the layers' names: ``comfy``, ``diffusers``, ``kohya`` or
@@ -94,6 +99,8 @@ class Recipe(BaseModel):
     inputs: list[Input] = Field(min_length=1)
     module_weights: dict[str, float] = Field(default_factory=dict)
     normalize: bool = False
+    cap: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    equalize: float = Field(default=0.0, ge=0, le=1)
     dtype: DtypeName | None = None
     format: str | None = None
     reader: ReaderName | None = None

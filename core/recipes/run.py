@@ -19,6 +19,7 @@ from ..layers.align import KeyMapResolver, align
 from ..layers.resolve import copies
 from ..merge.cache import GramCache
 from ..merge.engine import BatchRunner, MergeResult, merge
+from ..merge.findings.names import refuse_noise_halves
 from ..merge.methods import MergeMethod
 from ..merge.statistics import Statistics
 from ..merge.weights import adapters_matching
@@ -137,14 +138,16 @@ def merge_aligned(
     """Merge the inputs of a recipe, given as adapters under common module names.
 
     Args:
-        recipe: Weights, module weights and dtype are taken from here.
+        recipe: Weights, module weights, cap, equalize and dtype are taken from here.
         method: The recipe's method.
         adapters: The recipe's inputs, in order.
         device, progress, run_batches, cache, statistics: See `merge`.
 
     Raises:
-        MergeError: See `merge`.
+        MergeError: LoRAs for both noise halves of Wan 2.2; and see `merge`.
     """
+    weights_of = [(entry.weight, entry.text_encoder_weight) for entry in recipe.inputs]
+    refuse_noise_halves([adapter for adapter, given in zip(adapters, weights_of, strict=True) if any(given)])
     return merge(
         adapters,
         method,
@@ -154,6 +157,8 @@ def merge_aligned(
         ],
         module_weights=_module_weights(recipe, adapters),
         normalize=recipe.normalize,
+        cap=recipe.cap,
+        equalize=recipe.equalize,
         dtype=None if recipe.dtype is None else getattr(torch, recipe.dtype),
         device=device,
         progress=progress,
@@ -250,6 +255,20 @@ def _check_names_of_extras(merged: Adapter) -> None:
             found=f"layers such as {name_some(merged.modules, 2)}",
             remedy="merge them in ComfyUI with the model connected, or convert the others to ComfyUI's names first",
         )
+
+
+def load_inputs(recipe: Recipe, folder: Path, find_cached: Callable[[str], Path] | None) -> list[Adapter]:
+    """Load the inputs of a recipe, without comparing their hashes.
+
+    Args:
+        recipe: The merge. folder, find_cached: See `run`.
+
+    Raises:
+        RecipeError, FormatError: See `run`.
+    """
+    base = None if recipe.base is None else BaseWeights(folder / recipe.base)
+    paths = input_paths(recipe, folder, find_cached)
+    return [_load(entry, path, recipe.convert_rank, base) for entry, path in zip(recipe.inputs, paths, strict=True)]
 
 
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:

@@ -164,3 +164,20 @@ def test_a_peft_adapter_is_for_peft():
     done("convert", "zimage.safetensors", "--for", "peft", "-o", "adapter")
     assert list(load("adapter").modules) == [f"layers.0.attention.to_{x}" for x in "kqv"]
     assert Path("adapter/adapter_config.json").is_file()
+
+
+def test_convert_caps_and_keeps_layers():
+    text = done("convert", "a.safetensors", "--cap", "1", "--only", "*attn1*", "-o", "out.safetensors")
+    assert "cap 1 lowered singular values" in text
+    assert "2 layers of a were left out" in text
+    assert done("inspect", "--modules", "out.safetensors").split() == sorted(n for n in NAMES if "attn1" in n)
+    for part in load(Path("out.safetensors")).modules.values():
+        S = torch.linalg.svdvals(part.delta())[: part.rank]
+        assert float(S[0]) == pytest.approx(float(S[part.rank // 2]), rel=1e-3)
+
+
+def test_a_converted_merge_with_a_cap_can_be_repeated():
+    done("merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors")
+    done("convert", "out.safetensors", "--cap", "1.5", "--only", "*attn1*", "-o", "capped.safetensors")
+    done("merge", "--config", "capped.safetensors", "-o", "again.safetensors")
+    assert Path("capped.safetensors").read_bytes() == Path("again.safetensors").read_bytes()

@@ -130,7 +130,7 @@ def test_inspect_lists_findings():
     ]
     assert list(data["findings"][0]) == ["kind", "loras", "layers", "value", "threshold", "text", "remedy"]
     assert data["findings"][0]["layers"] == [NAMES[0]]
-    assert data["findings"][0]["value"] > data["findings"][0]["threshold"] == 8
+    assert data["findings"][0]["value"] > data["findings"][0]["threshold"] == 8.1
     text = squeezed(done("inspect", "s.safetensors", "copy.safetensors"))
     assert "● s: red" in text
     assert "fault: s has a spectral spike" in text

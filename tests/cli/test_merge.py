@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -128,3 +130,43 @@ def test_a_cluster_needs_ray(monkeypatch):
     assert "pip install 'legomole[ray]'" in squeezed(result.output)
     assert run("merge", "a.safetensors", "--ray", "auto", "--device", "cuda", "-o", "out").exit_code == 2
     assert not Path("out.safetensors").exists()
+
+
+def test_cap_equalize_and_only_are_recorded_and_repeated():
+    text = done(
+        *("merge", "a.safetensors", "b.safetensors:2", "--cap", "2", "--equalize", "0.5", "--only", "1:*attn1*"),
+        *("--method", "concat", "-o", "out.safetensors"),
+    )
+    assert "equalize 0.5 changed the weights" in text
+    data = json.loads(done("inspect", "out.safetensors", "--recipe", "--json"))
+    assert (data["cap"], data["equalize"]) == (2.0, 0.5)
+    assert data["inputs"][0]["module_weights"] == {"!*attn1*": 0.0}
+    done("merge", "--config", "out.safetensors", "-o", "again.safetensors")
+    assert Path("out.safetensors").read_bytes() == Path("again.safetensors").read_bytes()
+
+
+def test_suggest_shows_strengths_and_reasons_before_it_merges():
+    shutil.copy("a.safetensors", "copy.safetensors")
+    text = done("merge", "a.safetensors", "copy.safetensors", "--suggest", "-o", "out.safetensors")
+    lines = text.splitlines()
+    assert lines[0] == "suggested: a 0.5, copy 0.5"
+    assert "strengths times 0.50, 0.50" in lines[1]
+    assert "[1] a: weight 0.5" in text
+    recipe = json.loads(done("inspect", "out.safetensors", "--recipe", "--json"))
+    assert [entry["weight"] for entry in recipe["inputs"]] == [0.5, 0.5]
+    options = ("--suggest", "--loudness", "loudest", "--rank", "1", "--json", "-o", "other.safetensors")
+    data = json.loads(done("merge", "a.safetensors", "copy.safetensors:3", *options))
+    assert (data["suggestion"]["method"], data["suggestion"]["rank"]) == ("lego", None)
+    assert data["suggestion"]["weights"] == pytest.approx([0.75, 2.25])
+    assert data["report"]["weights"] == pytest.approx([0.75, 2.25])
+
+
+def test_halves_of_wan_are_refused_unless_one_has_no_weight():
+    shutil.copy("a.safetensors", "wan_high_noise.safetensors")
+    shutil.copy("b.safetensors", "wan_low_noise.safetensors")
+    result = run("merge", "wan_high_noise.safetensors", "wan_low_noise.safetensors", "-o", "out.safetensors")
+    assert result.exit_code == 3
+    assert "high and the low noise half" in squeezed(result.stderr)
+    done("merge", "wan_high_noise.safetensors", "wan_low_noise.safetensors:0", "-o", "out.safetensors")
+    findings = json.loads(done("inspect", "wan_high_noise.safetensors", "wan_low_noise.safetensors", "--json"))
+    assert "wan_noise_halves" in [finding["kind"] for finding in findings["findings"]]

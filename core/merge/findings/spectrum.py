@@ -10,9 +10,10 @@ from ...errors import name_some
 from .examined import Examined, median
 from .finding import Finding
 
-SPIKE = 8.0
+SPIKE = 8.1
 """A spike is so many times the layer's next singular value, and the largest one of the other layers: in trained LoRAs
-the first ratio is mostly below 6."""
+the first ratio is mostly below 6. It is just above the usual cap of 8, so that a capped layer is no spike, also after
+rounding."""
 DEAD = 1e-6
 """Norm of a dead layer, relative to the median layer: below float16's resolution of everything that is added to it."""
 UNUSED_SHARE, USED_ENERGY, SMALL_RANK = 0.25, 0.99, 8
