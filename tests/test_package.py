@@ -144,7 +144,7 @@ def test_the_readmes_commands_work_one_after_the_other(readme_files):
         for line in lines
         if line.startswith("legomole ") and not {"train-gates", "--base"} & {*line.split()}
     ]
-    assert len(commands) == 9
+    assert len(commands) == 11
     for command in commands:
         arguments = command[: command.index(">")] if ">" in command else command
         result = CliRunner().invoke(app, arguments)

@@ -9,12 +9,13 @@ const MIN_HEIGHT = 48, MAX_HEIGHT = 168; // pixels
 const LINE_HEIGHT = 16; // pixels
 
 const DROPPED = /^\s*(\d+ keys? could not be |DROPPED \((\d+)\))/;
+const FAULT = /^(fault:|🔴)/u, WARNING = /^(note:|warning:|🟡)/u;
 
 /** A line of text. Long keys wrap after dots and underscores, further lines are indented as the first. */
 function lineElement(line) {
   const words = line.trim();
   const parts = words.split(/(?<=[._/\\])(?=\w)/).flatMap((part) => [part, h("wbr")]);
-  const className = DROPPED.test(line) ? "lm-bad" : /^note:/.test(words) ? "lm-warn" : "";
+  const className = DROPPED.test(line) || FAULT.test(words) ? "lm-bad" : WARNING.test(words) ? "lm-warn" : "";
   const element = h("div", { className }, ...(words ? parts : [" "]));
   element.style.paddingLeft = `${4 * line.search(/\S|$/)}px`;
   return element;

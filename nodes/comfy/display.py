@@ -15,6 +15,8 @@ from comfy_execution.utils import get_executing_context
 from server import PromptServer
 from torch import Tensor
 
+from ...core.merge.findings.finding import lights
+from ...core.merge.report import MergeReport
 from ...core.progress import Progress
 
 _SHOWN_KEYS = 20  # dropped keys that a report lists
@@ -89,3 +91,12 @@ def _send_text(text: str) -> None:
 def to_image(picture: Any) -> Tensor:
     """Convert a Pillow image to an IMAGE: ``(1, height, width, 3)`` in 0 .. 1."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255.0)[None]
+
+
+_LIGHTS = {"red": "\N{LARGE RED CIRCLE}", "yellow": "\N{LARGE YELLOW CIRCLE}", "green": "\N{LARGE GREEN CIRCLE}"}
+
+
+def lights_text(report: MergeReport) -> str:
+    """A line per LoRA: its traffic light, its name, and the sentence of its most severe finding."""
+    rows = lights(report.inputs, report.findings)
+    return "\n".join(f"{_LIGHTS[light]} {label}: {text}" for label, light, text in rows)

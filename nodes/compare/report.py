@@ -54,7 +54,11 @@ class LoRAReport(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("IMAGE", tooltip="The report as an image."),
-                io.String.Output("summary", display_name="summary", tooltip="The findings, in sentences."),
+                io.String.Output(
+                    "summary",
+                    display_name="summary",
+                    tooltip="A traffic light per LoRA, the findings, and the comparison in sentences.",
+                ),
             ],
         )
 
@@ -73,7 +77,9 @@ class LoRAReport(io.ComfyNode):
             rank=Rank.parse(rank),
             progress=display.progress_bar(),
         )
-        text = "\n".join([*summary_lines(result), *loaded.dropped, *loaded.notes])
+        findings = [finding.line for finding in result.report.findings]
+        lights = display.lights_text(result.report)
+        text = "\n".join([lights, *findings, *summary_lines(result), *loaded.dropped, *loaded.notes])
         shown_text = text
         if path is not None:
             write_bytes(path, html_page(result, loaded.adapters).encode(errors="xmlcharrefreplace"))

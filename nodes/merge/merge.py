@@ -33,12 +33,13 @@ from ..sockets import (
 )
 from ..words import words_input, words_of_loras
 from .read_cache import read
-from .recorded import merge_loaded
+from .recorded import Remedies, merge_loaded
 
 _LOG = logging.getLogger(__name__)
 
 _LEGO = METHODS["lego"]
 _OTHER_METHODS = {name: method for name, method in METHODS.items() if method is not _LEGO}
+_MINE, _SUGGESTED = "mine", "suggested"
 _BASIC_SETTINGS = ("rank", "geometry", "parameter_reweight", "output_reweight")  # the others are advanced
 
 
@@ -61,7 +62,8 @@ class LegoMerge(io.ComfyNode):
                 *model_inputs(),
                 statistics_input(),
                 module_weights_input(),
-                *_keep_base_inputs(),  # last, because workflows hold the values of widgets by position
+                *_keep_base_inputs(),
+                *_remedy_inputs(),  # last, because workflows hold the values of widgets by position
             ],
             outputs=_outputs(),
         )
@@ -76,12 +78,15 @@ class LegoMerge(io.ComfyNode):
         clip: Any = None,
         statistics: Statistics | None = None,
         module_weights: str | None = None,
+        cap: float = 0.0,
+        equalize: float = 0.0,
+        strengths: str = _MINE,
         **settings: Any,
     ) -> io.NodeOutput:
         refuse_unknown(settings, [setting.name for setting in settings_of(_LEGO)])
         widgets = {**settings, "method": "lego"}
         base = BaseModel(model, clip, statistics, keep_base, words or "")
-        return _merge(loras, widgets, base, module_weights or "")
+        return _merge(loras, widgets, base, module_weights or "", _remedies(cap, equalize, strengths))
 
 
 class MergeLoRAs(io.ComfyNode):
@@ -111,7 +116,8 @@ class MergeLoRAs(io.ComfyNode):
                 *model_inputs(),
                 statistics_input(),
                 module_weights_input(),
-                *_keep_base_inputs(),  # last, because workflows hold the values of widgets by position
+                *_keep_base_inputs(),
+                *_remedy_inputs(),  # last, because workflows hold the values of widgets by position
             ],
             outputs=_outputs(),
         )
@@ -127,10 +133,14 @@ class MergeLoRAs(io.ComfyNode):
         clip: Any = None,
         statistics: Statistics | None = None,
         module_weights: str | None = None,
+        cap: float = 0.0,
+        equalize: float = 0.0,
+        strengths: str = _MINE,
         **unknown: Any,
     ) -> io.NodeOutput:
         refuse_unknown(unknown)
-        return _merge(loras, method, BaseModel(model, clip, statistics, keep_base, words or ""), module_weights or "")
+        base = BaseModel(model, clip, statistics, keep_base, words or "")
+        return _merge(loras, method, base, module_weights or "", _remedies(cap, equalize, strengths))
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +177,43 @@ def _keep_base_inputs() -> list[Any]:
     ]
 
 
+def _remedy_inputs() -> list[Any]:
+    return [
+        io.Float.Input(
+            "cap",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=1.0,
+            optional=True,
+            tooltip="Against spectral spikes: lower the singular values of every LoRA in each layer to this many times "
+            "their median, e.g. 8. 0: do not.",
+        ),
+        io.Float.Input(
+            "equalize",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            optional=True,
+            tooltip="Bring the loudness of the LoRAs together. 0: not at all. 1: all equally loud.",
+        ),
+        io.Combo.Input(
+            "strengths",
+            options=[_MINE, _SUGGESTED],
+            default=_MINE,
+            optional=True,
+            tooltip="suggested: your strengths times factors with which every LoRA acts in the merge as it does alone, "
+            "so that what several have in common counts once; with a cap and equalize where they are needed. The "
+            "report shows them.",
+        ),
+    ]
+
+
+def _remedies(cap: float, equalize: float, strengths: str) -> Remedies:
+    return Remedies(cap or None, equalize, strengths == _SUGGESTED)
+
+
 def _outputs() -> list[Any]:
     return [
         lora_output("The merged LoRA. Connect it to Apply LoRA, Save LoRA or another merge."),
@@ -174,7 +221,9 @@ def _outputs() -> list[Any]:
     ]
 
 
-def _merge(loras: Mapping[str, Any], widgets: Mapping[str, Any], base: BaseModel, module_weights: str) -> io.NodeOutput:
+def _merge(
+    loras: Mapping[str, Any], widgets: Mapping[str, Any], base: BaseModel, module_weights: str, remedies: Remedies
+) -> io.NodeOutput:
     """Load and merge LoRAs, and show the report.
 
     Args:
@@ -182,6 +231,7 @@ def _merge(loras: Mapping[str, Any], widgets: Mapping[str, Any], base: BaseModel
         widgets: The method and its settings.
         base: What is known of the base model.
         module_weights: Rules for layer weights.
+        remedies: What is done about findings.
     """
     if base.statistics is not None and base.model is None:
         raise MergeError(
@@ -206,16 +256,20 @@ def _merge(loras: Mapping[str, Any], widgets: Mapping[str, Any], base: BaseModel
         progress = display.progress_bar_with_text()
         statistics, note = calibrate_merge(values, loaded, words, base.model, base.clip, base.keep_base, progress)
     method = method_from_widgets(METHODS, widgets, statistics, why_none=note)
-    lora, report = merge_loaded(values, loaded, method, module_weights, display.progress_bar(), statistics=statistics)
+    lora, report = merge_loaded(
+        values, loaded, method, module_weights, display.progress_bar(), statistics=statistics, remedies=remedies
+    )
     notes = [note] if note else []
     if base.model is None and isinstance(lora.content, Adapter):
         notes += _notes_for_comfyui(lora.content)
     report = replace(report, notes=(*report.notes, *notes))
     text = report.text()
     shown_text = text
+    if any(finding.level != "note" for finding in report.findings):
+        shown_text = f"{display.lights_text(report)}\n{text}"
     if report.dropped:
         # a node shows a few lines, and the list of dropped keys comes late in the report
-        shown_text = f"{len(report.dropped)} keys could not be merged, see below.\n{text}"
+        shown_text = f"{len(report.dropped)} keys could not be merged, see below.\n{shown_text}"
         _LOG.warning("LegoMoLE: %d keys could not be merged: %s", len(report.dropped), report.dropped)
     return io.NodeOutput(lora, text, ui=display.show_text(shown_text))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,23 @@ from ...core.recipes.method_settings import method_settings
 from ...core.recipes.output import name_output
 from ...core.recipes.recipe import Input, Recipe
 from ...core.recipes.run import describe, merge_aligned, run
+from ...core.recipes.suggest import suggest
 from ..graph_lora import GraphLora
 from ..loaded_loras import LoadedLoras, adapter_of, file_key_map, read_files
+
+
+@dataclass(frozen=True)
+class Remedies:
+    """Settings of a merge against what is found in its inputs.
+
+    Args:
+        cap, equalize: See `core.merge.engine.merge`.
+        suggested: Multiply the strengths by suggested factors, see `core.recipes.suggest`.
+    """
+
+    cap: float | None = None
+    equalize: float = 0.0
+    suggested: bool = False
 
 
 def merge_loaded(
@@ -36,6 +51,7 @@ def merge_loaded(
     progress: Progress | None = None,
     *,
     statistics: Statistics | None = None,
+    remedies: Remedies | None = None,
 ) -> tuple[GraphLora, MergeReport]:
     """Merge LoRAs that have been loaded.
 
@@ -45,6 +61,7 @@ def merge_loaded(
         method: The merge method.
         rules: Weights per layer, see `core.merge.layer_rules`.
         progress, statistics: See `core.merge.engine.merge`.
+        remedies: What is done about findings; default nothing.
 
     Returns:
         The merged LoRA, with its recipe in the metadata, and the report. Why a recipe cannot be repeated from files is
@@ -66,18 +83,25 @@ def merge_loaded(
         )
         for lora, adapter, weights in zip(loras, loaded.originals, tables, strict=True)
     ]
+    recipe = Recipe(
+        method=next(name for name, row in METHODS.items() if isinstance(method, row)),
+        inputs=inputs,
+        cap=remedies.cap if remedies else None,
+        equalize=remedies.equalize if remedies else 0.0,
+    )
+    suggested_notes: tuple[str, ...] = ()
+    if remedies is not None and remedies.suggested:
+        suggestion = suggest(recipe, loaded.adapters, choose_method=False)
+        recipe = suggestion.apply(recipe)
+        suggested_notes = (suggestion.text([adapter.label for adapter in loaded.adapters]),)
     method, rank_notes = with_possible_rank(
         method,
         loaded.adapters,
-        [lora.strength_model for lora in loras],
-        [lora.strength_clip for lora in loras],
+        [entry.weight for entry in recipe.inputs],
+        [entry.text_encoder_weight or 0.0 for entry in recipe.inputs],
         tables,
     )
-    recipe = Recipe(
-        method=next(name for name, row in METHODS.items() if isinstance(method, row)),
-        settings=method_settings(method),
-        inputs=inputs,
-    )
+    recipe = recipe.model_copy(update={"settings": method_settings(method)})
     result = merge_aligned(
         recipe, method, loaded.adapters, progress=progress, cache=loaded.cache, statistics=statistics
     )
@@ -102,7 +126,7 @@ def merge_loaded(
     label = f"{recipe.method}({', '.join(report.inputs)})"
     adapter = replace(described.adapter, source=Source(label, format=described.adapter.source.format))
     stored_notes = (note for note in described.report.notes if note not in hidden_notes)
-    shown = (*loaded.file_notes, *rank_notes, *stored_notes)
+    shown = (*suggested_notes, *loaded.file_notes, *rank_notes, *stored_notes)
     return GraphLora(adapter, label, recipe=None if obstacles else recipe), replace(described.report, notes=shown)
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import legomole
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
-from legomole.core.lowrank import LowRank
+from legomole.core.formats import load
+from legomole.core.lowrank import LowRank, truncated_svd
 from legomole.core.merge.edits import Edits
 from legomole.core.merge.engine import merge
+from legomole.core.merge.methods import MergeMethod
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.lego import Lego
+from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.remedies import cap_limits, equalizing_factors
 
@@ -123,3 +130,40 @@ def test_a_capped_module_keeps_its_kernel_and_what_was_lost():
     convolution = LowRank(torch.eye(3, 18) * torch.tensor([[90.0], [1], [1]]), torch.eye(4, 3), kernel=(3, 3), lost=2.0)
     capped = Edits(cap=8).apply(Adapter({"conv": convolution})).modules["conv"]
     assert (capped.kernel, capped.lost) == ((3, 3), 2.0)
+
+
+LAYER = "transformer.transformer_blocks.1.ff.net.0.proj"
+
+
+def with_spike(lora: Adapter) -> Adapter:
+    """The LoRA with the top direction of one feed-forward layer 20 times as large."""
+    update = lora.modules[LAYER]
+    A, B = truncated_svd(update.A.double(), update.scale * update.B.double(), update.rank)
+    B[:, 0] *= 20
+    return replace(lora, modules={**lora.modules, LAYER: LowRank(A.float(), B.float())})
+
+
+@pytest.mark.parametrize("method", [Concat(), SVD(), Lego()])
+def test_a_cap_takes_most_of_a_spike_out_of_trained_loras(method: MergeMethod):
+    """Distance from the merge of the sound LoRAs, relative to it, at rank 4.
+
+    Measured with spikes: 4.3 to 4.9; with cap 8: 0.8 to 0.9; the cap on the sound LoRAs: 0.04 at most.
+    """
+    folder = Path(legomole.__file__).parent / "nano" / "weights" / "loras"
+    sound = [load(folder / f"{name}-0.safetensors") for name in ("heart", "wood")]
+    spiked = [with_spike(lora) for lora in sound]
+
+    def merged(loras: Sequence[Adapter], cap: float | None) -> torch.Tensor:
+        modules = merge(loras, method, cap=cap, dtype=torch.float32).adapter.modules
+        return torch.cat([modules[name].delta().flatten() for name in sorted(modules)])
+
+    wanted = merged(sound, None)
+    broken, capped, harmless = (
+        float((merged(loras, cap) - wanted).norm() / wanted.norm())
+        for loras, cap in ((spiked, None), (spiked, 8.0), (sound, 8.0))
+    )
+    assert broken > 4
+    assert capped < 1
+    assert harmless < 0.05
+    found = [f for f in merge(spiked, method).report.findings if f.kind == "spike"]
+    assert [(f.loras, f.layers) for f in found] == [((name,), (LAYER,)) for name in ("heart-0", "wood-0")]

@@ -18,9 +18,10 @@ from legomole.core.recipes.metadata import KEY
 from legomole.core.recipes.method_settings import build_method
 from legomole.core.recipes.read import read_recipe
 from legomole.core.recipes.recipe import RecipeError
+from legomole.core.recipes.run import run
 from legomole.nodes.graph_lora import GraphLora
-from legomole.nodes.loaded_loras import read_files
-from legomole.nodes.merge.recorded import merge_loaded, save_lora
+from legomole.nodes.loaded_loras import adapter_of, read_files
+from legomole.nodes.merge.recorded import Remedies, merge_loaded, save_lora
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -282,3 +283,20 @@ def test_a_merge_of_a_trained_lora_says_so(write, tmp_path) -> None:
 def test_statistics_that_are_no_file_are_named(write, tmp_path) -> None:
     loras = [write("a", kohya(4, 0)), write("b", kohya(2, 100))]
     assert "statistics" in why(merge(loras, statistics=Statistics({})), tmp_path)
+
+
+def test_suggested_strengths_and_remedies_are_recorded_and_repeated(tmp_path: Path):
+    """One LoRA twice: half of each, at the same cap."""
+    path = tmp_path / "a.safetensors"
+    save_file(kohya(4, 1), path)
+    loras = [GraphLora.of_file("a.safetensors", path, 1.0, 1.0) for _ in range(2)]
+    remedies = Remedies(cap=1.5, suggested=True)
+    lora, report = merge_loaded(loras, read_files(loras), METHODS["concat"](), remedies=remedies)
+    assert report.weights == (0.5, 0.5)
+    assert report.notes[0].startswith("suggested: a 0.5, a 0.5")
+    recipe = lora.recipe
+    assert recipe is not None
+    assert (recipe.cap, [entry.weight for entry in recipe.inputs]) == (1.5, [0.5, 0.5])
+    again, merged = run(recipe).adapter, adapter_of(lora)
+    assert list(again.modules) == list(merged.modules)
+    assert all(torch.equal(again.modules[name].A, part.A) for name, part in merged.modules.items())
