@@ -20,9 +20,8 @@ def _gives_zeros(linear: Any) -> bool:
     patched = linear.weight_function or linear.bias_function or "forward" in vars(linear)
     if patched or not {linear.weight.dtype, linear.bias.dtype} <= {torch.float16, torch.float32}:
         return False
-    return not any(
-        tensor.view(torch.int64).any() for tensor in (linear.bias, linear.weight)
-    )  # fewer and larger numbers
+    words = (tensor.view(torch.int64) for tensor in (linear.bias, linear.weight))  # faster to look through than halves
+    return not any(word.any() for word in words)
 
 
 def _forward_unless_idle(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

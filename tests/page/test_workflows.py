@@ -191,7 +191,7 @@ def test_row_of_loras_grows(tab: Any) -> None:
                 const load = LiteGraph.createNode('LegoMoLE_LoadLoRA');
                 app.graph.add(load);
                 load.connect(0, merge, merge.inputs.findIndex(x => x.name === `loras.lora${i}`));
-                await new Promise(resolve => setTimeout(resolve, 50));
+                for (let j = 0; j < 6; j++) await new Promise(next => requestAnimationFrame(next));
             }
             return counts;
         }"""
@@ -212,7 +212,7 @@ def test_choosing_a_method_shows_its_widgets(comfy: Server, tab: Any) -> None:
                 const choice = merge.widgets.find(widget => widget.name === 'method');
                 choice.value = method;
                 choice.callback?.(method, app.canvas, merge);
-                await new Promise(resolve => setTimeout(resolve, 50));
+                for (let j = 0; j < 6; j++) await new Promise(next => requestAnimationFrame(next));
                 return Object.values((await app.graphToPrompt()).output)[0].inputs;
             }""",
             option["key"],
