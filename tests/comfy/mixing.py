@@ -48,6 +48,7 @@ from torch import Tensor  # noqa: E402
 LORAS = BASE / "models" / "loras"
 noise = torch.Generator().manual_seed(0)
 CHANNELS = {"flux": 16, "sd3": 16, "sd15": 4}
+SIDES = {"flux": 8, "sd3": 8, "sd15": 4}  # of a latent; this U-Net has one level, with convolutions of 320 channels
 # Two LoRAs under the names of two trainers, and the second again under names that the stock loader reads.
 PAIRS = {
     "flux": ("flux_kohya", "flux_split", "flux_split"),
@@ -71,7 +72,8 @@ def conditioning(base: str, seed: int, **more: Any) -> Any:
 
 
 def starting_noise(base: str) -> Tensor:
-    return torch.randn(1, CHANNELS[base], 8, 8, generator=torch.Generator().manual_seed(7))
+    side = SIDES[base]
+    return torch.randn(1, CHANNELS[base], side, side, generator=torch.Generator().manual_seed(7))
 
 
 def sample(model: Any, base: str, cfg: float = 2.0, prompt: int = 1, hooks: Any = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 HIDDEN = 128  # of Flux, one attention head
 CONTEXT = 768
 CLIP_LAYERS = 12
+BUSY_CLIP_LAYERS = (0, CLIP_LAYERS - 1)  # the others are identities, which `idle_layers` skips
 
 
 class Weights(dict[str, Tensor]):
@@ -130,7 +131,7 @@ def sd3() -> dict[str, Tensor]:
 
 
 def clip_l() -> dict[str, Tensor]:
-    """Return a CLIP-L text encoder in float16."""
+    """Return a CLIP-L text encoder in float16. Two of its layers change the states."""
     w, c = Weights(3), CONTEXT
     w["text_model.embeddings.token_embedding.weight"] = w.noise(49408, c)  # tokens dominate, as in trained encoders
     w["text_model.embeddings.position_embedding.weight"] = w.noise(77, c, scale=0.2)
@@ -140,6 +141,9 @@ def clip_l() -> dict[str, Tensor]:
             w.layer(f"{layer}.self_attn.{name}", c, c)
         w.layer(f"{layer}.mlp.fc1", 4 * c, c)
         w.layer(f"{layer}.mlp.fc2", c, 4 * c)
+        if i not in BUSY_CLIP_LAYERS:
+            for name in ("self_attn.out_proj", "mlp.fc2"):
+                w[f"{layer}.{name}.weight"].zero_(), w[f"{layer}.{name}.bias"].zero_()
         w.norm(f"{layer}.layer_norm1", c)
         w.norm(f"{layer}.layer_norm2", c)
     w.norm("text_model.final_layer_norm", c)

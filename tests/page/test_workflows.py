@@ -31,6 +31,7 @@ TRAINING = ROOT / "workflows" / "train_gates.json"
 SIZES = {
     "LegoMoLE_TrainGates": {200: 8, 256: 16, 32: 8, 12: 2},  # steps, examples, pictures, sampling steps
     "LegoMoLE_XYCompare": {12: 2},  # steps
+    "KSampler": {12: 2},  # steps
 }
 
 
@@ -47,15 +48,15 @@ TEXTS = {
 }
 
 
-# Id of the node that saves the image of LEGO's merge: a heart in ember style.
+# Id of the node that saves the image of LEGO's merge: a heart in ember style, after all steps.
 LEGO = {"style_plus_subject": "14", "compare_methods": "15"}
 
 
 def shortened(path: Path) -> dict[str, Any]:
-    """Load a workflow with the values of `SIZES`."""
+    """Load a workflow with the values of `SIZES`; images that are looked at keep their steps."""
     workflow = json.loads(path.read_text())
     for node in workflow["nodes"]:
-        swap = SIZES.get(node["type"], {})
+        swap = {} if path.stem in LEGO and node["type"] == "KSampler" else SIZES.get(node["type"], {})
         node["widgets_values"] = [swap.get(value, value) for value in node.get("widgets_values", [])]
     return workflow
 
@@ -190,7 +191,7 @@ def test_row_of_loras_grows(tab: Any) -> None:
                 const load = LiteGraph.createNode('LegoMoLE_LoadLoRA');
                 app.graph.add(load);
                 load.connect(0, merge, merge.inputs.findIndex(x => x.name === `loras.lora${i}`));
-                await new Promise(resolve => setTimeout(resolve, 50));
+                for (let j = 0; j < 6; j++) await new Promise(next => requestAnimationFrame(next));
             }
             return counts;
         }"""
@@ -211,7 +212,7 @@ def test_choosing_a_method_shows_its_widgets(comfy: Server, tab: Any) -> None:
                 const choice = merge.widgets.find(widget => widget.name === 'method');
                 choice.value = method;
                 choice.callback?.(method, app.canvas, merge);
-                await new Promise(resolve => setTimeout(resolve, 50));
+                for (let j = 0; j < 6; j++) await new Promise(next => requestAnimationFrame(next));
                 return Object.values((await app.graphToPrompt()).output)[0].inputs;
             }""",
             option["key"],

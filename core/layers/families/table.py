@@ -131,17 +131,18 @@ class Component:
                 return _fill(canonical, template, numbers), part
         return None
 
-    def slots(self, naming: str, path: str) -> list[Slot]:
+    @lru_cache(maxsize=32768)  # noqa: B019 -- the components are constants of the tables
+    def slots(self, naming: str, path: str) -> tuple[Slot, ...]:
         """The names of a canonical path in one naming; each part once, by its first name."""
         if naming == "":
-            return [Slot(path, WHOLE)]
+            return (Slot(path, WHOLE),)
         numbers = _NUMBER.findall(path)
         result: dict[tuple[tuple[int, ...], int], Slot] = {}
         for template, slot in _slots_by_form(self, naming).get(_NUMBER.sub("#", path), ()):
             if all(mine in ("#", number) for mine, number in zip(template, numbers, strict=True)):
                 name = _fill(slot.path, template, numbers)
                 result.setdefault((slot.part.shares, slot.part.index), Slot(name, slot.part, slot.comfy))
-        return list(result.values())
+        return tuple(result.values())
 
 
 def _fill(path: str, template: Sequence[str], numbers: Sequence[str]) -> str:
