@@ -48,9 +48,11 @@ def rows(log: ResultLog) -> list[Row]:
     results = [(result["key"], result) for result in log.read()]
     alone = {(key["task"], key["seed"]): result for key, result in results if key["what"] == "alone"}
     elsewhere = {(key["task"], key["seed"]): result for key, result in results if key["what"] == "elsewhere"}
-    base = next((result for key, result in results if key["what"] == "base"), None)
-    if base is None:
+    bases = [result for key, result in results if key["what"] == "base"]
+    if not bases:
         return []
+    base = bases[-1]
+    base_accuracies = {task: right for each in bases for task, right in each["accuracies"].items()}
     found: dict[tuple[int, str, int], Row] = {}
 
     def add(method: str, tasks: list[str], seed: int, strength: float, accuracies: list[float], scores: Any) -> None:
@@ -72,7 +74,7 @@ def rows(log: ResultLog) -> list[Row]:
             {score: mean([one[score] for one in each]) for score in ("held_out", "perplexity")} if all(each) else None
         )
         add("alone", tasks, seed, 1.0, [alone[task, seed]["accuracy"] for task in tasks], means)
-        add("base", tasks, seed, 0.0, [base["accuracies"][task] for task in tasks], base)
+        add("base", tasks, seed, 0.0, [base_accuracies[task] for task in tasks], base)
         add(key["method"], tasks, seed, key["strength"], result["accuracies"], result)
     order = ["alone", "base", *METHODS, *ROUTED]
     return sorted(found.values(), key=lambda row: (-row.n, order.index(row.method), row.seed))
