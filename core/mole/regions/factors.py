@@ -88,9 +88,9 @@ class RegionFactors:
         """
         self.named, self._text = None, text
         self._active = tuple(self._acts_now(part, args, kwargs) for part in self.steps)
-        if not self.has_maps:
-            key: Any = self._active
-        else:
+        key: Any = self._active
+        parts = None
+        if self.has_maps:
             picture = picture_of(args, kwargs)
             if picture is None:
                 raise MergeError(
@@ -100,7 +100,7 @@ class RegionFactors:
                     remedy="remove the regions",
                 )
             self._picture = picture
-            parts = None if self.reader is None else self.reader.parts(kwargs, picture.samples)
+            parts = None if self.reader is None else self.reader.parts(kwargs, picture)
             mask = None if text is None or self.layout is None else text_mask(kwargs, text)
             without_padding = self.layout is not None and self.layout.without_padding
             self._text_lengths = text_lengths(text, mask if without_padding else None)
@@ -109,7 +109,6 @@ class RegionFactors:
             self._cache.clear()
             self._key = key
             if self.has_maps and self._picture is not None:
-                parts = None if self.reader is None else self.reader.parts(kwargs, self._picture.samples)
                 self._maps = maps_of_pass(self.maps, self._picture, parts, self.labels)
 
     def end_pass(self) -> None:

@@ -44,8 +44,12 @@ class Part(NamedTuple):
 class SamplingReader(Protocol):
     """What only the host knows of a forward pass."""
 
-    def parts(self, arguments: Mapping[str, Any], samples: int) -> Sequence[Part] | None:
-        """The part of the picture that each sample shows; ``None``: every sample shows all of it."""
+    def parts(self, arguments: Mapping[str, Any], picture: Picture) -> Sequence[Part] | None:
+        """The part of the whole picture that each sample shows; ``None``: every sample shows all of it.
+
+        Args:
+            arguments: Keyword arguments of the model. picture: What the model was called with.
+        """
         ...
 
     def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
