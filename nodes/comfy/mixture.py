@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+from torch import Tensor
 
 from ...core.adapter import Adapter, is_text_encoder
 from ...core.errors import MergeError, name_some
@@ -26,7 +27,7 @@ from ...core.mole.guidance import PromptGateSharing, PromptPassRequired
 from ...core.mole.mixture import MixMode, Mixture
 from ...core.mole.record import Record
 from ...core.mole.trained import TrainedGates
-from ..graph_lora import GraphLora
+from ..graph_lora import ALL_STEPS, GraphLora, steps_in_words
 from ..loaded_loras import LoadedLoras
 from . import guiders, lora_loader
 from .display import dropped_section, with_dropped_first
@@ -75,13 +76,31 @@ class ComfyMixture:
         lines = [f"mix of {count} in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
         for i, (label, strength) in enumerate(zip(m.labels, m.strengths, strict=True)):
             called = f", for {' or '.join(words[i])}" if words[i] else ", always on" if self.routed else ""
-            remark = ": adds nothing" if strength * m.scale == 0 else called
+            where = part_in_words(m.regions[i], m.steps[i])
+            remark = ": adds nothing" if strength * m.scale == 0 else called + where
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
         if len(m.experts) == 1 and s.activation == "softmax":
             lines.append("  note: a softmax over one LoRA is always 1")
         lines += dropped_section(self.loaded.dropped)
-        text = "\n".join([*lines, *(f"  note: {note}" for note in self.loaded.notes)])
+        text = "\n".join([*lines, *(f"  note: {note}" for note in (*self._notes(), *self.loaded.notes))])
         return with_dropped_first(text, self.loaded.dropped)
+
+    def _notes(self) -> Iterator[str]:
+        """What of LoRAs with regions or steps acts everywhere and in all steps."""
+        m = self.mixture
+        for expert, map_, steps, weight in zip(m.experts, m.regions, m.steps, self.text_encoder_weights, strict=True):
+            if map_ is None and steps == ALL_STEPS:
+                continue
+            if _has_ungated(_select(expert, lambda name: not is_text_encoder(name), modules=False)):
+                yield f"{expert.label}: its biases, norms or replaced values have no gate: they act everywhere, always"
+            if weight and any(map(is_text_encoder, (*expert.modules, *expert.diffs))):
+                yield f"{expert.label}: its text encoder layers change every prompt that is encoded with this CLIP"
+
+
+def part_in_words(map_: Tensor | None, steps: tuple[float, float]) -> str:
+    """Where and when a LoRA acts, as the end of a sentence: ``, in 50% of the picture, in steps 0 to 40%``."""
+    where = "" if map_ is None else f", in {100 * float(map_.mean()):.2g}% of the picture"
+    return where + ("" if steps == ALL_STEPS else f", in {steps_in_words(steps)}")
 
 
 def mixtures_of(model: Any) -> tuple[ComfyMixture, ...]:
@@ -171,7 +190,7 @@ def apply_to_model(mix: ComfyMixture, model: Any) -> Any:
     patched = model.clone()
     for adapter, strength in zip(mix.mixture.experts, mix.mixture.strengths, strict=True):
         ungated = _select(adapter, lambda name: not is_text_encoder(name), modules=False)
-        if (ungated.diffs or ungated.extras) and strength:
+        if _has_ungated(ungated) and strength:
             lora = GraphLora(ungated, adapter.label)
             patched, _ = lora_loader.apply(lora, patched, None, strength * mix.mixture.scale, 0.0)
     key = f"{_ATTACHMENT_KEY}_{uuid.uuid4().hex}"
@@ -269,6 +288,10 @@ def apply_to_clip(mix: ComfyMixture, model: Any, clip: Any, method: MergeMethod 
     merged = merge([parts[i] for i in used], method or METHODS["concat"](), weights).adapter
     _, patched = lora_loader.apply(GraphLora(mix.loaded.finish(merged), "text encoders"), model, clip, 0.0, 1.0)
     return patched
+
+
+def _has_ungated(part: Adapter) -> bool:
+    return bool(part.diffs or part.extras)
 
 
 def _select(adapter: Adapter, wanted: Callable[[str], bool], *, modules: bool = True) -> Adapter:
