@@ -181,7 +181,7 @@ def build_mixture(
         tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
         loaded,
         base,
-        ComfySamplingReader(),
+        ComfySamplingReader(mixture.regions, mixture.labels),
     )
 
 

@@ -16,10 +16,16 @@ class ComfySamplingReader:
 
     Areas (Conditioning Set Area) are cut out of the latent before the model sees it; each sample of a pass carries the
     id of its conditioning, which has the area.
+
+    Args:
+        regions, labels: Per expert, its region and its name, see `Mixture`.
     """
 
-    def __init__(self) -> None:
-        self._whole: tuple[int, int] | None = None  # (height, width) of the latent that is sampled
+    def __init__(self, regions: Sequence[Tensor | None] = (), labels: Sequence[str] = ()) -> None:
+        self._several = {
+            label: len(map_) for label, map_ in zip(labels, regions, strict=True) if map_ is not None and len(map_) > 1
+        }  # number of maps of experts with more than one
+        self._whole: tuple[int, int, int] | None = None  # (frames, height, width) of the latent that is sampled
         self._areas: dict[Any, tuple[int, int]] = {}  # id of a conditioning -> (top, left)
         self._sampling: Any = None
 
@@ -28,13 +34,25 @@ class ComfySamplingReader:
 
         Args:
             model: The BaseModel. conds: Per prompt, its conditioning or ``None``. latent: ``(B, C, .., H, W)``.
+
+        Raises:
+            MergeError: An expert has several maps, and the batch another number of pictures.
         """
-        self._sampling, self._whole = model.model_sampling, (latent.shape[-2], latent.shape[-1])
+        frames = latent.shape[2] if latent.ndim == 5 else 1
+        self._sampling, self._whole = model.model_sampling, (frames, latent.shape[-2], latent.shape[-1])
+        for label, maps in self._several.items():
+            if frames == 1 and maps != len(latent):
+                raise MergeError(
+                    f"The region of {label} is for another number of pictures.",
+                    expected=f"one mask, or {len(latent)}, one per picture of the batch",
+                    found=f"{maps} masks",
+                )
         self._areas.clear()
         for part in (part for cond in conds if cond is not None for part in cond):
             area: Any = part.get("area")
-            if area is not None:  # sizes, then positions, of all dimensions
-                self._areas[part.get("uuid")] = int(area[-2]), int(area[-1])
+            if area is not None:  # sizes, then positions, of the last dimensions; of an area for videos the first count
+                positions = area[len(area) // 2 :][: latent.ndim - 2]
+                self._areas[part.get("uuid")] = int(positions[-2]), int(positions[-1])
 
     def parts(self, arguments: Mapping[str, Any], picture: Picture) -> Sequence[Part] | None:
         """Implements `SamplingReader`.
@@ -42,19 +60,22 @@ class ComfySamplingReader:
         Raises:
             MergeError: The model sees a part of the picture that is no area of conditioning.
         """
-        whole = self._whole
-        if whole is None or whole == (picture.height, picture.width):
+        if self._whole is None:
+            return None
+        frames, *whole = self._whole
+        same_frames = frames == picture.frames or not self._several  # a single map is the same in all frames
+        if same_frames and whole == [picture.height, picture.width]:
             return None
         uuids: Sequence[Any] = (arguments.get("transformer_options") or {}).get("uuids") or ()
-        if not uuids or any(uuid not in self._areas for uuid in uuids):
+        if not same_frames or not uuids or any(uuid not in self._areas for uuid in uuids):
             raise MergeError(
                 "A region cannot be laid on a part of the picture whose place is not known.",
-                expected=f"a latent of {whole[0]} x {whole[1]}",
-                found=f"{picture.height} x {picture.width}",
-                remedy="remove the regions, or the node that samples in tiles",
+                expected=f"a latent of {frames} x {whole[0]} x {whole[1]} (frames, height, width)",
+                found=f"{picture.frames} x {picture.height} x {picture.width}",
+                remedy="remove the regions, or the node that samples in tiles or context windows",
             )
         samples = max(picture.samples // len(uuids), 1)
-        return [Part(*self._areas[uuid], *whole) for uuid in uuids for _ in range(samples)]
+        return [Part(*self._areas[uuid], whole[0], whole[1]) for uuid in uuids for _ in range(samples)]
 
     def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
         sigmas: Any = (arguments.get("transformer_options") or {}).get("sigmas")
