@@ -128,7 +128,7 @@ class Attachment:
     def _cross_attentions(self, regions: RegionFactors) -> list[CrossAttentionForward]:
         experts: dict[str, set[int]] = {}
         for path, stack in self.bank.stacks.items():
-            if sees(self.model, path) == "cross":
+            if sees(type(self.model).__name__, path) == "cross":
                 experts.setdefault(cross_attention_of(path), set()).update(stack.owner.tolist())
         return [
             CrossAttentionForward(self.model.get_submodule(path), self._gate_values, path, regions, sorted(members))

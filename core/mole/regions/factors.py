@@ -60,8 +60,8 @@ class RegionFactors:
     ) -> None:
         self.maps, self.steps, self.labels, self.reader = tuple(maps), tuple(steps), tuple(labels), reader
         self.layout, self.patch, self._class = layout_of(model), patch_size(model), type(model).__name__
-        self._sees: dict[str, Sees] = {path: sees(model, path) for path, _ in model.named_modules()}
-        self._has_cross_attention = "cross" in self._sees.values()
+        self._has_cross_attention = any(sees(self._class, path) == "cross" for path, _ in model.named_modules())
+        self._roles: dict[str, Sees] = {}
         self.named: Tensor | None = None
         self.selection: Selection | None = None
         self._picture: Picture | None = None
@@ -140,7 +140,7 @@ class RegionFactors:
         """
         if not self.has_maps:
             return None if all(self._active) else self._expanded(("steps",), self._acting(), stack, z, vector=True)
-        role = self._sees.get(path, "picture")
+        role = self._role(path)
         if role == "cross" and self._sees_picture(z):
             role = "picture"
         if role == "cross" and self.selection is not None:
@@ -162,6 +162,11 @@ class RegionFactors:
                 return factors
             self._cache[cached] = factors
         return self._cache[cached]
+
+    def _role(self, path: str) -> Sees:
+        if path not in self._roles:
+            self._roles[path] = sees(self._class, path)
+        return self._roles[path]
 
     @property
     def _samples(self) -> int:
@@ -247,29 +252,31 @@ class RegionFactors:
         joint = layout.is_joint(path)
         if count < tokens.count:
             raise self._unknown(path, count)
-        rest = self._pooled("mean", self.named if joint else None)
+        text, other = self._pooled("mean", self.named if joint else None), self._pooled("mean")
         if not joint:
             starts = [max(0, count - padded) if layout.order == "picture last" else 0]
         elif layout.order == "picture first":
             starts = [0]
         elif layout.order == "picture last":
             # text and picture are padded alike, or neither is
-            text = self._text_lengths[0] if self._text_lengths else 0
-            starts = [text if count == text + tokens.count else count - padded]
-        else:
-            starts = self._text_lengths or []
+            length = self._text_lengths[0] if self._text_lengths else 0
+            starts = [length if count == length + tokens.count else count - padded]
+        else:  # without a text the picture is alone
+            starts = [0] if count == tokens.count else self._text_lengths or []
         if not starts or max(starts) + tokens.count > count or min(starts) < 0:
             raise self._unknown(path, count)
-        return self._placed(self._flat(maps, tokens), rest, starts, count)
+        after = other if layout.order == "text first" else text  # references, or the text and all else
+        return self._placed(self._flat(maps, tokens), text, after, starts, count)
 
-    def _placed(self, picture: Tensor, rest: Tensor, starts: Sequence[int], count: int) -> Tensor:
-        """The picture's factors ``(S, T, N)`` from `starts` on in a sequence; `rest` ``(S', N)`` everywhere else."""
-        rows = max(len(picture), len(rest), len(starts) if len(set(starts)) > 1 else 1)
-        g = rest.repeat(rows // len(rest), 1)[:, None].repeat(1, count, 1)
-        picture = picture.repeat(rows // len(picture), 1, 1)
+    @staticmethod
+    def _placed(picture: Tensor, before: Tensor, after: Tensor, starts: Sequence[int], count: int) -> Tensor:
+        """The picture's factors ``(S, T, N)`` from `starts` on in a sequence, others ``(S', N)`` before and after."""
+        rows = max(len(picture), len(before), len(after), len(starts) if len(set(starts)) > 1 else 1)
+        g = after.repeat(rows // len(after), 1)[:, None].repeat(1, count, 1)
         for row in range(rows):
             start = starts[row % len(starts)]
-            g[row, start : start + picture.shape[1]] = picture[row]
+            g[row, :start] = before[row % len(before)]
+            g[row, start : start + picture.shape[1]] = picture[row % len(picture)]
         return g
 
     def _flat(self, maps: Tensor, tokens: Tokens) -> Tensor:
