@@ -46,7 +46,6 @@ class SequenceLayout:
 
 
 _FLUX = SequenceLayout(r"single_(transformer_)?blocks\.", "text first")
-_PICTURE_FIRST = SequenceLayout(r"single_(transformer_)?blocks\.", "picture first")
 # By the names of classes: those of diffusers, and those of the models' own code, which ComfyUI follows.
 _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux": _FLUX,
@@ -54,9 +53,8 @@ _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux2Transformer2DModel": _FLUX,
     "Chroma": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
-    "HunyuanVideo": _PICTURE_FIRST,
-    "HunyuanVideoTransformer3DModel": _PICTURE_FIRST,
-    "HunyuanVideo15Transformer3DModel": _PICTURE_FIRST,
+    "HunyuanVideo": SequenceLayout(r"single_blocks\.", "picture last"),
+    "HunyuanVideoTransformer3DModel": SequenceLayout(r"single_transformer_blocks\.", "picture first"),
     "QwenImageTransformer2DModel": SequenceLayout(),
     "NextDiT": SequenceLayout(r"layers\.", "picture last", padded_to=32),
     "Lumina2Transformer2DModel": SequenceLayout(r"layers\.", "text first", without_padding=True),
