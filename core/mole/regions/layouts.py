@@ -20,7 +20,6 @@ _TEXT = re.compile(
     r"(_|\.|$)|(^|\.)(add_[qkv]_proj|to_add_out|ff_context|norm1_context|norm_added|k_img|v_img|img_emb|y_embedder"
     r"|image_embedder|llm_adapter|t_embedder_text)(\.|$)"
 )
-_CROSS_MODULE = re.compile(r"(^|\.)(attn2|cross_attn|cross_attention|crossattn)$")
 
 Sees = Literal["picture", "text", "cross"]
 
@@ -47,7 +46,6 @@ class SequenceLayout:
 
 
 _FLUX = SequenceLayout(r"single_(transformer_)?blocks\.", "text first")
-_PICTURE_FIRST = SequenceLayout(r"single_(transformer_)?blocks\.", "picture first")
 # By the names of classes: those of diffusers, and those of the models' own code, which ComfyUI follows.
 _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux": _FLUX,
@@ -55,9 +53,8 @@ _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux2Transformer2DModel": _FLUX,
     "Chroma": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
-    "HunyuanVideo": _PICTURE_FIRST,
-    "HunyuanVideoTransformer3DModel": _PICTURE_FIRST,
-    "HunyuanVideo15Transformer3DModel": _PICTURE_FIRST,
+    "HunyuanVideo": SequenceLayout(r"single_blocks\.", "picture last"),
+    "HunyuanVideoTransformer3DModel": SequenceLayout(r"single_transformer_blocks\.", "picture first"),
     "QwenImageTransformer2DModel": SequenceLayout(),
     "NextDiT": SequenceLayout(r"layers\.", "picture last", padded_to=32),
     "Lumina2Transformer2DModel": SequenceLayout(r"layers\.", "text first", without_padding=True),
@@ -75,12 +72,15 @@ def layout_of(model: nn.Module) -> SequenceLayout | None:
     return None
 
 
-def sees(model: nn.Module, path: str) -> Sees:
+def sees(architecture: str, path: str) -> Sees:
     """Whether a layer sees the picture (also together with text), a text, or as cross attention's key or value a text.
 
     A vector of the whole picture (of the time step, of a pooled text) counts as picture.
+
+    Args:
+        architecture: Name of the model's class. path: Path of the layer.
     """
-    if _CROSS.search(path) and type(model).__name__ not in _SECOND_ATTENTION_OF_PICTURE:
+    if _CROSS.search(path) and architecture not in _SECOND_ATTENTION_OF_PICTURE:
         return "cross"
     return "text" if _TEXT.search(path) else "picture"
 
@@ -88,7 +88,3 @@ def sees(model: nn.Module, path: str) -> Sees:
 def cross_attention_of(path: str) -> str:
     """Path of the attention module around a layer that `sees` as ``cross``."""
     return path.rpartition(".")[0]
-
-
-def is_cross_attention(path: str) -> bool:
-    return _CROSS_MODULE.search(path) is not None
