@@ -76,7 +76,7 @@ class ComfyMixture:
         lines = [f"mix of {count} in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
         for i, (label, strength) in enumerate(zip(m.labels, m.strengths, strict=True)):
             called = f", for {' or '.join(words[i])}" if words[i] else ", always on" if self.routed else ""
-            where = part_in_words(m.regions[i], m.steps[i])
+            where = part_in_words(self.maps[i], m.steps[i])
             remark = ": adds nothing" if strength * m.scale == 0 else called + where
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
         if len(m.experts) == 1 and s.activation == "softmax":
@@ -85,10 +85,15 @@ class ComfyMixture:
         text = "\n".join([*lines, *(f"  note: {note}" for note in (*self._notes(), *self.loaded.notes))])
         return with_dropped_first(text, self.loaded.dropped)
 
+    @property
+    def maps(self) -> tuple[Tensor | None, ...]:
+        """The map of each expert's region, where it has one before sampling."""
+        return _maps(self.mixture)
+
     def _notes(self) -> Iterator[str]:
         """What of LoRAs with regions or steps acts everywhere and in all steps."""
         m = self.mixture
-        for expert, map_, steps, weight in zip(m.experts, m.regions, m.steps, self.text_encoder_weights, strict=True):
+        for expert, map_, steps, weight in zip(m.experts, self.maps, m.steps, self.text_encoder_weights, strict=True):
             if map_ is None and steps == ALL_STEPS:
                 continue
             if _has_ungated(_select(expert, lambda name: not is_text_encoder(name), modules=False)):
@@ -181,7 +186,7 @@ def build_mixture(
         tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
         loaded,
         base,
-        ComfySamplingReader(mixture.regions, mixture.labels),
+        ComfySamplingReader(_maps(mixture), mixture.labels),
     )
 
 
@@ -288,6 +293,10 @@ def apply_to_clip(mix: ComfyMixture, model: Any, clip: Any, method: MergeMethod 
     merged = merge([parts[i] for i in used], method or METHODS["concat"](), weights).adapter
     _, patched = lora_loader.apply(GraphLora(mix.loaded.finish(merged), "text encoders"), model, clip, 0.0, 1.0)
     return patched
+
+
+def _maps(mixture: Mixture) -> tuple[Tensor | None, ...]:
+    return (None,) * len(mixture.experts) if mixture.regions == "automatic" else mixture.regions
 
 
 def _has_ungated(part: Adapter) -> bool:

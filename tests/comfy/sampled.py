@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 COMFY, BASE = (Path(argument) for argument in sys.argv[1:3])
+MORE = sys.argv[3:]  # further arguments
 sys.argv = [sys.argv[0], "--cpu"]
 sys.path[0:0] = [str(COMFY), str(BASE / "custom_nodes")]
 
