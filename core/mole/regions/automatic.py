@@ -9,7 +9,8 @@ LoRA that it names alone, have no competitor and no map.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import MergeError
 from ..concepts import ConceptDetector, smooth_maximum
-from .picture import Picture, grid_with, tokens_of
+from .layouts import SequenceLayout
+from .picture import AttentionObserver, Picture, SamplingReader, grid_with, tokens_of
 
 UNTIL = 0.25  # share of the sampling run in which attention is read
 SHARPNESS = 4.0
@@ -27,15 +29,14 @@ _NAMED = 0.5  # presence of a LoRA's words in a prompt
 _TEMPERATURE = 0.05  # presence of a token, see `token_shares`
 
 
-class AttentionReader(TorchFunctionMode):
-    """While it is entered, sums up the attention of the picture's positions to given tokens of the text.
+class AttentionSums:
+    """Sums up the attention of the picture's positions to given tokens of the text.
 
     Args:
-        picture: The latent. patch: See `patch_size`.
+        picture: The latent. patch: See `patch_size`. layout: Of sequences that hold text and picture.
         rows: The samples to read.
         shares: ``(rows, L, N)``, how much each token of the text belongs to each LoRA.
         total: Sum of earlier passes.
-        text_first: Whether the text comes first in sequences that hold text and picture.
 
     Attributes:
         total: ``(rows, N, height, width)`` on the finest grid of tokens; ``None`` before the first attention.
@@ -45,52 +46,54 @@ class AttentionReader(TorchFunctionMode):
         self,
         picture: Picture,
         patch: Sequence[int],
+        layout: SequenceLayout,
         rows: Sequence[int],
         shares: Tensor,
         total: Tensor | None,
-        *,
-        text_first: bool,
     ) -> None:
-        super().__init__()
-        self.picture, self.rows, self.shares, self.total = picture, list(rows), shares, total
-        self.text_first = text_first
+        self.picture, self.layout, self.rows, self.shares, self.total = picture, layout, list(rows), shares, total
         self.tokens = tokens_of(picture, patch)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is scaled_dot_product_attention:
-            query = args[0] if args else kwargs["query"]
-            key = args[1] if len(args) > 1 else kwargs["key"]
-            self._read(query.detach(), key.detach(), kwargs.get("scale"))
-        return func(*args, **kwargs)
-
-    def _read(self, query: Tensor, key: Tensor, scale: float | None) -> None:
-        """Sum up one attention ``(B, heads, T, d)`` if its keys are the text, or hold it beside the picture."""
-        length, count = self.shares.shape[1], query.shape[-2]
+    def read(self, query: Tensor, key: Tensor, scale: float | None) -> None:
+        """Add an attention if its keys are the text, or hold it beside the picture; implements `AttentionObserver`."""
+        length, count, tokens = self.shares.shape[1], query.shape[-2], self.tokens
         if query.ndim == key.ndim == 3:  # one head
             query, key = query[:, None], key[:, None]
         if query.ndim != 4 or len(query) != self.picture.samples or query.shape[1] != key.shape[1]:
             return
         if key.shape[-2] == length and count != length:
-            grid, of_picture, of_text = grid_with(self.picture, count), slice(None), slice(None)
-            if self.tokens.count == count:
-                grid = self.tokens
-        elif key.shape[-2] == count and count >= length + self.tokens.count:
-            start = length if self.text_first else 0
-            grid, of_picture = self.tokens, slice(start, start + self.tokens.count)
-            of_text = slice(0, length) if start else slice(count - length, count)
+            grid = tokens if tokens.count == count else grid_with(self.picture, count)
+            of_picture = of_text = 0
+        elif key.shape[-2] == count and count >= length + tokens.count:
+            grid, of_text = tokens, self.layout.text_start(tokens.count)
+            of_picture = next(iter(self.layout.starts(tokens.count, count, [length])), None)
         else:
             return
-        if grid is None or grid.frames > 1:
+        if grid is None or of_picture is None or grid.frames > 1:
             return
-        q, k = query[self.rows][:, :, of_picture].float(), key[self.rows][:, :, of_text].float()
+        q = query[self.rows, :, of_picture : of_picture + grid.count].detach().float()
+        k = key[self.rows, :, of_text : of_text + length].detach().float()
         weights = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).softmax(-1).mean(1)  # (rows, T, L)
         attended = (weights @ self.shares.to(weights)).mT.unflatten(2, (grid.height, grid.width)).cpu()
-        if (grid.height, grid.width) != (self.tokens.height, self.tokens.width):
-            size = (self.tokens.height, self.tokens.width)
-            attended = interpolate(attended, size, mode="bilinear", align_corners=False)
+        if grid != tokens:
+            attended = interpolate(attended, (tokens.height, tokens.width), mode="bilinear", align_corners=False)
         attended = attended / attended.mean((2, 3), keepdim=True).clamp_min(1e-12)
         self.total = attended if self.total is None else self.total + attended
+
+
+class _WatchTorch(TorchFunctionMode):
+    """While it is entered, an observer gets the queries and keys of torch's ``scaled_dot_product_attention``."""
+
+    def __init__(self, read: AttentionObserver) -> None:
+        super().__init__()
+        self.read = read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            query, key = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("query", "key")))
+            self.read(query, key, kwargs.get("scale"))
+        return func(*args, **kwargs)
 
 
 def token_shares(logits: Tensor, valid: Tensor) -> Tensor:
@@ -125,16 +128,16 @@ class AutomaticRegions:
 
     Args:
         architecture: Name of the model's class, for messages.
-        patch: See `patch_size`.
-        text_first: Whether the text comes first in sequences that hold text and picture.
+        patch: See `patch_size`. layout: Of sequences that hold text and picture.
     """
 
-    def __init__(self, architecture: str, patch: Sequence[int], *, text_first: bool) -> None:
-        self.architecture, self.patch, self.text_first = architecture, patch, text_first
+    def __init__(self, architecture: str, patch: Sequence[int], layout: SequenceLayout) -> None:
+        self.architecture, self.patch, self.layout = architecture, patch, layout
         self.maps: Tensor | None = None
         self._total: Tensor | None = None
         self._named: Tensor | None = None
-        self._reader: AttentionReader | None = None
+        self._sums: AttentionSums | None = None
+        self._watch: AbstractContextManager[object] | None = None
 
     def begin_pass(
         self,
@@ -143,8 +146,8 @@ class AutomaticRegions:
         mask: Tensor | None,
         detector: ConceptDetector | None,
         rows: Sequence[int],
-        *,
-        reads: bool,
+        reader: SamplingReader | None,
+        arguments: Mapping[str, Any],
     ) -> None:
         """Begin to read attention, or make the maps if the first steps are over.
 
@@ -152,12 +155,13 @@ class AutomaticRegions:
             picture: The latent. text, mask: Text conditioning ``(B, L, F)`` and its padding.
             detector: Finds the words of the LoRAs in the text.
             rows: The samples of the prompt.
-            reads: Whether this is one of the first steps of a run, whose attention is read.
+            reader: Watches attention in the first steps of a run; ``None`` after them.
+            arguments: Keyword arguments of the model.
 
         Raises:
             MergeError: There are no words, no attention could be read, or the prompt has another number of parts.
         """
-        if not reads:
+        if reader is None:
             if self.maps is None:
                 self.maps = self._found()
             return
@@ -183,14 +187,15 @@ class AutomaticRegions:
             )
         self._named = named.cpu()
         shares = token_shares(logits, is_token)[list(rows)]
-        self._reader = AttentionReader(picture, self.patch, rows, shares, self._total, text_first=self.text_first)
-        self._reader.__enter__()
+        self._sums = AttentionSums(picture, self.patch, self.layout, rows, shares, self._total)
+        self._watch = reader.watch_attention(arguments, self._sums.read) or _WatchTorch(self._sums.read)
+        self._watch.__enter__()
 
     def end_pass(self) -> None:
         """Stop reading. Safe to call again."""
-        if self._reader is not None:
-            self._reader.__exit__(None, None, None)
-            self._total, self._reader = self._reader.total, None
+        if self._watch is not None and self._sums is not None:
+            self._watch.__exit__(None, None, None)
+            self._total, self._sums, self._watch = self._sums.total, None, None
 
     def _found(self) -> Tensor:
         if self._total is None or self._named is None:

@@ -13,7 +13,7 @@ from ...errors import MergeError
 from ..concepts import ConceptDetector, text_mask
 from ..stack import Stack
 from .automatic import UNTIL, AutomaticRegions
-from .layouts import Sees, layout_of, sees
+from .layouts import Sees, SequenceLayout, layout_of, sees
 from .maps import maps_of_pass, resized
 from .picture import Picture, SamplingReader, Tokens, grid_with, patch_size, picture_of, text_lengths, tokens_of
 
@@ -76,8 +76,9 @@ class RegionFactors:
         self._cache: dict[Any, Any] = {}
         self.automatic: AutomaticRegions | None = None
         if maps == "automatic":
-            text_first = self.layout is None or self.layout.order != "picture first"
-            self.automatic = AutomaticRegions(self._class, self.patch, text_first=text_first)
+            self.automatic = AutomaticRegions(
+                self._class, self.patch, self.layout or SequenceLayout(order="text first")
+            )
         if reader is None and (self.automatic is not None or any(part != (0.0, 1.0) for part in self.steps)):
             raise MergeError(
                 "LoRAs that act in a part of the sampling steps, and automatic regions, need a host that counts them.",
@@ -120,7 +121,7 @@ class RegionFactors:
             mask = None if text is None else text_mask(kwargs, text)
             if self.automatic is not None and self.reader is not None:
                 reads = not self.reader.reached(UNTIL, args, kwargs)
-                self.automatic.begin_pass(picture, text, mask, detector, rows, reads=reads)
+                self.automatic.begin_pass(picture, text, mask, detector, rows, self.reader if reads else None, kwargs)
                 found = self.automatic.maps
                 if (found is None) == self.has_maps:  # they were found now, or a new run has begun
                     self.maps = (None,) * len(self.labels) if found is None else tuple(found.unbind(1))
@@ -274,23 +275,14 @@ class RegionFactors:
             if grid is None:
                 raise self._unknown(path, count)
             return self._flat(maps, grid)
-        padded = -(-tokens.count // layout.padded_to) * layout.padded_to
         joint = layout.is_joint(path)
-        if count < tokens.count:
+        if joint:
+            starts = layout.starts(tokens.count, count, self._text_lengths)
+        else:  # references follow the picture, or come before it
+            starts = [max(0, count - layout.padded(tokens.count)) if layout.order == "picture last" else 0]
+        if count < tokens.count or not starts:
             raise self._unknown(path, count)
         text, other = self._pooled("mean", self.named if joint else None), self._pooled("mean")
-        if not joint:
-            starts = [max(0, count - padded) if layout.order == "picture last" else 0]
-        elif layout.order == "picture first":
-            starts = [0]
-        elif layout.order == "picture last":
-            # text and picture are padded alike, or neither is
-            length = self._text_lengths[0] if self._text_lengths else 0
-            starts = [length if count == length + tokens.count else count - padded]
-        else:  # without a text the picture is alone
-            starts = [0] if count == tokens.count else self._text_lengths or []
-        if not starts or max(starts) + tokens.count > count or min(starts) < 0:
-            raise self._unknown(path, count)
         after = other if layout.order == "text first" else text  # references, or the text and all else
         return self._placed(self._flat(maps, tokens), text, after, starts, count)
 

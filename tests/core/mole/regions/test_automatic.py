@@ -11,10 +11,10 @@ from legomole.core.mole.attach import Attachment, attach
 from legomole.core.mole.concepts import ConceptDetector
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
-from legomole.core.mole.regions.automatic import AttentionReader, found_maps, token_shares
+from legomole.core.mole.regions.automatic import AttentionSums, found_maps, token_shares
+from legomole.core.mole.regions.layouts import SequenceLayout
 from legomole.core.mole.regions.picture import Picture
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..mixtures import lora
 from ..models import FEATURES
@@ -23,7 +23,7 @@ from .test_factors import Reader
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-PICTURE = Picture(2, 1, 2, 4)
+PICTURE, TEXT_FIRST = Picture(2, 1, 2, 4), SequenceLayout(order="text first")
 
 
 def queries_and_keys(length: int = 3) -> tuple[Tensor, Tensor]:
@@ -35,13 +35,12 @@ def queries_and_keys(length: int = 3) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-def attended(query: Tensor, key: Tensor, *, text_first: bool = True) -> Tensor | None:
+def attended(query: Tensor, key: Tensor, layout: SequenceLayout = TEXT_FIRST) -> Tensor | None:
     shares = torch.zeros(1, 3, 2)
     shares[0, 1, 0] = shares[0, 2, 1] = 1
-    with AttentionReader(PICTURE, (1, 1, 1), [1], shares, None, text_first=text_first) as reader:
-        y = scaled_dot_product_attention(query, key, key)
-    assert torch.equal(y, scaled_dot_product_attention(query, key, key))
-    return reader.total
+    sums = AttentionSums(PICTURE, (1, 1, 1), layout, [1], shares, None)
+    sums.read(query, key, None)
+    return sums.total
 
 
 def test_cross_attention_is_read() -> None:
@@ -51,11 +50,17 @@ def test_cross_attention_is_read() -> None:
     torch.testing.assert_close(total[0, 1], torch.tensor([[0.0, 0, 2, 2]] * 2), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("text_first", [True, False])
-def test_joint_attention_is_read(text_first: bool) -> None:
+def test_joint_attention_is_read() -> None:
+    """In the order of the architecture, with the picture padded to 3 and with a reference behind it."""
     query, key = queries_and_keys()
-    joint = torch.cat((key, query) if text_first else (query, key), 2)
-    torch.testing.assert_close(attended(joint, joint, text_first=text_first), attended(query, key))
+    expected = attended(query, key)
+    for parts, layout in (
+        ((key, query), TEXT_FIRST),
+        ((key, query, query), TEXT_FIRST),
+        ((query, query[:, :, :1], key), SequenceLayout(order="picture first", padded_to=3)),
+    ):
+        joint = torch.cat(parts, 2)
+        torch.testing.assert_close(attended(joint, joint, layout), expected)
 
 
 def test_other_attention_is_not_read() -> None:
