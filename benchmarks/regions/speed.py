@@ -1,9 +1,9 @@
 """Cost of regions per sampling step in a real ComfyUI: `python benchmarks/regions/speed.py [ROUNDS]`.
 
 Times a step with guidance on a small model (one level of SD 1.5 with random weights, 576 positions) with two LoRAs of
-rank 16 on all matrices of its blocks: MoLE Mix without regions, with two hard and with two soft masks, and ComfyUI's own
-way, two masked pairs of conditioning, each with a LoRA hook. Methods take turns, in another order each round, and ratios
-are taken within a round, so that other load on the machine affects all alike. Needs a ComfyUI, as the tests in
+rank 16 on all matrices of its blocks: MoLE Mix without regions, with two hard and with two soft masks, and ComfyUI's
+own way, two masked pairs of conditioning, each with a LoRA hook. Methods take turns, in another order each round, and
+ratios are taken within a round, so that other load on the machine affects all alike. Needs a ComfyUI, as the tests in
 tests/comfy do.
 """
 
