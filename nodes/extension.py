@@ -16,7 +16,7 @@ class LegoMoleExtension(ComfyExtension):
             from .comfy import routes
             from .compare import report, xy
             from .merge import apply, load, merge, save
-            from .mole import calibrate, gates, mole, train_gates
+            from .mole import calibrate, gates, mole, region, train_gates
         except Exception:
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI logs one line without the traceback
             raise
@@ -31,6 +31,7 @@ class LegoMoleExtension(ComfyExtension):
             apply.ApplyLoRA,
             save.SaveLoRA,
             mole.MoLEMix,
+            region.Region,
             train_gates.TrainGates,
             gates.SaveGates,
             gates.LoadGates,

@@ -12,6 +12,8 @@ from ..core.adapter import Adapter
 from ..core.errors import MergeError
 from ..core.recipes.recipe import Recipe
 
+ALL_STEPS = (0.0, 1.0)
+
 
 @dataclass(frozen=True, eq=False)
 class GraphLora:
@@ -26,6 +28,7 @@ class GraphLora:
         recipe: How to repeat a merged LoRA from files; ``None`` for other LoRAs and where that is impossible.
         note: A sentence for reports, e.g. that the file was found in another folder.
         words: Words that call for it in a prompt, in place of those in its file.
+        steps: Start and end of the part of the sampling steps in which it acts, 0 .. 1; only a mix can follow them.
     """
 
     content: Path | Mapping[str, Tensor] | Adapter
@@ -36,6 +39,7 @@ class GraphLora:
     recipe: Recipe | None = None
     words: tuple[str, ...] = ()
     note: str = ""
+    steps: tuple[float, float] = ALL_STEPS
 
     @classmethod
     def empty(cls) -> GraphLora:
@@ -51,18 +55,19 @@ class GraphLora:
         strength_clip: float,
         convert_rank: int = 0,
         words: tuple[str, ...] = (),
+        steps: tuple[float, float] = ALL_STEPS,
     ) -> GraphLora:
         """A LoRA file that a graph names.
 
         Args:
             name: The file's name in the graph, with ``/`` or ``\\``.
             path: Where the file was found.
-            strength_model, strength_clip, convert_rank, words: See the class.
+            strength_model, strength_clip, convert_rank, words, steps: See the class.
         """
         parts = PureWindowsPath(name).parts  # divides at both kinds of slashes
         moved = path.parts[-len(parts) :] != parts
         note = f"{name} is not in the loras folder: {path} is used, the only file of that name" if moved else ""
-        return cls(path, path.stem, strength_model, strength_clip, convert_rank, words=words, note=note)
+        return cls(path, path.stem, strength_model, strength_clip, convert_rank, words=words, note=note, steps=steps)
 
     @property
     def is_empty(self) -> bool:
@@ -72,20 +77,28 @@ class GraphLora:
 
 
 class StackEntry(tuple[str, float, float]):
-    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that keeps a convert rank and words.
+    """An entry of a LORA_STACK, ``(file name, strength_model, strength_clip)``, that keeps more.
 
-    The convention of other packs has no place for them. They read and pass this on as a tuple of three.
+    The convention of other packs has no place for convert rank, words and steps. They read and pass this on as a tuple
+    of three.
     """
 
     convert_rank: int = 0
     words: tuple[str, ...] = ()
+    steps: tuple[float, float] = ALL_STEPS
 
     @classmethod
     def of(
-        cls, name: str, strength_model: float, strength_clip: float, convert_rank: int, words: Sequence[str] = ()
+        cls,
+        name: str,
+        strength_model: float,
+        strength_clip: float,
+        convert_rank: int = 0,
+        words: Sequence[str] = (),
+        steps: tuple[float, float] = ALL_STEPS,
     ) -> StackEntry:
         entry = cls((name, strength_model, strength_clip))
-        entry.convert_rank, entry.words = convert_rank, tuple(words)
+        entry.convert_rank, entry.words, entry.steps = convert_rank, tuple(words), steps
         return entry
 
 
@@ -141,5 +154,29 @@ def _from_stack(entry: object, socket: str, find_file: Callable[[str], Path]) ->
             expected="(file name, strength_model, strength_clip)",
             found=repr(entry)[:200],
         ) from None
-    convert_rank, words = (entry.convert_rank, entry.words) if isinstance(entry, StackEntry) else (0, ())
-    return GraphLora.of_file(name, find_file(name), *strengths, convert_rank, words)
+    more = entry if isinstance(entry, StackEntry) else StackEntry.of(name, *strengths)
+    return GraphLora.of_file(name, find_file(name), *strengths, more.convert_rank, more.words, more.steps)
+
+
+def steps_in_words(steps: tuple[float, float]) -> str:
+    """A part of the sampling steps for users, e.g. ``steps 0 to 40%``."""
+    start, end = (f"{100 * share:.4g}" for share in steps)
+    return f"steps {start} to {end}%"
+
+
+def require_all_steps(loras: Sequence[GraphLora]) -> None:
+    """Raise if LoRAs that shall be patched or merged into weights act in a part of the sampling steps only.
+
+    Raises:
+        MergeError: A LoRA has a start or an end step.
+    """
+    for lora in loras:
+        if lora.steps != ALL_STEPS:
+            raise MergeError(
+                "A LoRA with a start or an end step cannot be merged or patched in: it would act in all steps.",
+                file=lora.label,
+                expected="0 to 100% of the sampling steps",
+                found=steps_in_words(lora.steps),
+                remedy="connect it to MoLE Mix (in LoRA List: apply mix), or set its start to 0 and its end to 100 in "
+                "LoRA List",
+            )

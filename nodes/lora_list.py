@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from comfy_api.latest import io
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ..core.errors import FormatError, MergeError
 from ..core.formats.sidecar import trigger_words
@@ -29,6 +29,7 @@ class Entry(BaseModel):
         strength: Strength on the diffusion model.
         clip: Strength on the text encoders; ``None`` for that on the model.
         words: Words that call for it in a prompt, separated by commas; ``""`` for the trigger words in its file.
+        start, end: Part of the sampling steps in which it acts, 0 .. 1.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -38,6 +39,14 @@ class Entry(BaseModel):
     strength: float = Field(1.0, ge=-100, le=100)
     clip: float | None = Field(None, ge=-100, le=100)
     words: str = ""
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _starts_before_it_ends(self) -> Entry:
+        if self.start >= self.end:
+            raise ValueError("start must be before end")
+        return self
 
 
 _ENTRIES = TypeAdapter(tuple[Entry, ...])
@@ -101,7 +110,7 @@ class LoRAList(io.ComfyNode):
                     optional=True,
                     tooltip="How the LoRAs are applied to a connected model. chain: one after the other, as stock "
                     "loaders do. mix: as MoLE Mix with its defaults, so with CLIP each LoRA follows its "
-                    "words. merge: as LEGO Merge with its defaults.",
+                    "words; LoRAs with a start or end step need it. merge: as LEGO Merge with its defaults.",
                 ),
             ],
             outputs=[
@@ -141,7 +150,8 @@ class LoRAList(io.ComfyNode):
         stack = list(lora_stack or [])
         for entry in used:
             clip_strength = entry.strength if entry.clip is None else entry.clip
-            stack.append(StackEntry.of(entry.name, entry.strength, clip_strength, 0, split_words(entry.words)))
+            steps = entry.start, entry.end
+            stack.append(StackEntry.of(entry.name, entry.strength, clip_strength, 0, split_words(entry.words), steps))
         if model is None:
             return io.NodeOutput(stack, words, None, clip)
         if not stack:

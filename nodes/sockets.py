@@ -43,6 +43,59 @@ def loras_input() -> Any:
     )
 
 
+def per_lora_input(name: str, socket: Any, tooltip: str) -> Any:
+    """A growing row of optional sockets, one per LoRA."""
+    template = io.Autogrow.TemplatePrefix(socket, prefix=name, min=0, max=50)
+    return io.Autogrow.Input(name, template=template, optional=True, tooltip=tooltip)
+
+
+def regions_input() -> Any:
+    """A growing row of optional masks, numbered from 1 like the LoRAs on the node."""
+    socket = io.Mask.Input(
+        "region",
+        tooltip="A mask, white where the LoRA of this number acts. The LoRAs are numbered on the switches below; those "
+        "of a list count one each.",
+    )
+    template = io.Autogrow.TemplateNames(socket, names=[f"region{i}" for i in range(1, 51)], min=0)
+    return io.Autogrow.Input(
+        "regions",
+        template=template,
+        optional=True,
+        tooltip="Where in the picture each LoRA acts: region1 is for the first LoRA. A LoRA without a mask acts "
+        "everywhere.",
+    )
+
+
+def by_lora(
+    row: str, values: Mapping[str, Any] | None, loras: int, *, prefix: str = "", first: int = 0
+) -> dict[int, Any]:
+    """Return what is connected to a growing row, by the position of its LoRA.
+
+    Args:
+        row: Name of the row.
+        values: Socket name -> value.
+        loras: Number of LoRAs.
+        prefix: What the sockets' names begin with; default the name of the row.
+        first: Number of the first socket.
+
+    Raises:
+        MergeError: Something is connected past the last LoRA.
+    """
+    prefix = prefix or row
+    connected = {
+        int(name.removeprefix(prefix)) - first: value for name, value in (values or {}).items() if value is not None
+    }
+    if connected and max(connected) >= loras:
+        raise MergeError(
+            f"More {row} are connected than LoRAs.",
+            expected=f"at most {loras}, because that many LoRAs are connected and switched on",
+            found=f"{prefix}{max(connected) + first}",
+            remedy=f"disconnect it; or keep the LoRA switched on: a row of LoRA List that is off does not count, which "
+            f"moves the {row} of the LoRAs after it",
+        )
+    return dict(sorted(connected.items()))
+
+
 def refuse_unknown(inputs: Mapping[str, Any], known: Collection[str] = ()) -> None:
     """Raise if a prompt links an input that the node does not have, which ComfyUI passes on.
 
@@ -57,7 +110,8 @@ def refuse_unknown(inputs: Mapping[str, Any], known: Collection[str] = ()) -> No
     if unknown:
         raise MergeError(
             "The node has no such input.",
-            expected="loras.lora0, loras.lora1 .. for the sockets of LoRAs, and the names in /object_info",
+            expected="loras.lora0, loras.lora1 .. for the sockets of LoRAs, regions.region1 .. for those of masks, and "
+            "the names in /object_info",
             found=", ".join(unknown),
             remedy="change the name in the prompt that was sent to the server",
         )

@@ -13,12 +13,34 @@ function word(value) {
   }, value);
 }
 
+export const toPercent = (share) => Math.round(share * 1e4) / 100;
+
+/** The inputs for the part of the sampling steps in which a LoRA acts, in percent. */
+function stepsInputs({ start, end }, change) {
+  const steps = { start, end };
+  const input = (key, least, most) => h("input", {
+    type: "number", className: `lm-${key}`, min: 0, max: 100, step: 1, value: toPercent(steps[key]),
+    title: text(`${key}Help`), aria: { label: text(`${key}Help`) },
+    on: {
+      change: ({ target }) => {
+        const percent = Number.isFinite(target.valueAsNumber) ? Math.round(target.valueAsNumber * 100) / 100 : toPercent(steps[key]);
+        steps[key] = Math.min(Math.max(percent, least()), most()) / 100;
+        target.value = toPercent(steps[key]);
+        change({ ...steps });
+      },
+    },
+  });
+  return [
+    input("start", () => 0, () => toPercent(steps.end) - 1), "–", input("end", () => toPercent(steps.start) + 1, () => 100), "%",
+  ];
+}
+
 /**
- * Show the dialog of a file.
- * @param own Words that the user wrote for this LoRA.
- * @param setOwn Called with other ones.
+ * Show the dialog of a row.
+ * @param entry The row: its file's `name`, and what the user can change here: `words`, `start` and `end`.
+ * @param change Called with the values that the user has changed.
  */
-export async function showInfo(name, own, setOwn) {
+export async function showInfo({ name, words: own, start, end }, change) {
   const dialog = h("dialog", { className: "lm lm-dialog", aria: { label: short(name) } });
   const close = h("button", { type: "button", className: "lm-close", title: text("close"), on: { click: () => dialog.close() } }, "✕");
   const body = h("dl");
@@ -41,8 +63,9 @@ export async function showInfo(name, own, setOwn) {
   add("words", ...(file.words.length > 1 ? [...file.words, file.words.join(", ")] : file.words).map(word));
   add("ownWords", h("input", {
     type: "text", value: own, placeholder: file.words.join(", "), title: text("ownWordsHelp"),
-    on: { change: ({ target }) => setOwn(target.value.trim()) },
+    on: { change: ({ target }) => change({ words: target.value.trim() }) },
   }));
+  add("steps", ...stepsInputs({ start, end }, change));
   add("tags", ...file.tags.map(word));
   add("notes", file.notes);
   add("size", size(file.bytes));

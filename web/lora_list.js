@@ -1,7 +1,7 @@
 // The widget of LoRA List. Its value is a JSON text, see nodes/lora_list.py.
 import { app } from "../../scripts/app.js";
 import { LoraSearch, describe, fetchNames, matchTags } from "./lora_search.js";
-import { showInfo } from "./lora_info.js";
+import { showInfo, toPercent } from "./lora_info.js";
 import { MARGIN, changed, fit, h, mount, setHeight, short, text, widen } from "./page.js";
 
 const TYPE = "LEGOMOLE_LORA_LIST";
@@ -9,8 +9,17 @@ const HEAD_HEIGHT = 34, ROW_HEIGHT = 28; // pixels
 const LEAST_ROWS = 3, MOST_ROWS = 12; // of which the node is as tall; more rows scroll
 const DRAG_STEP = 0.01; // of a strength, per pixel
 
+const DEFAULTS = { words: "", start: 0, end: 1 }; // not kept in a row
+
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+const isShare = (value) => isNumber(value) && value >= 0 && value <= 1;
 const clamped = (value) => Math.min(Math.max(Math.round(value * 100) / 100, -100), 100);
+
+/** Remove what a row has anyway from its entry. */
+function withoutDefaults(entry) {
+  for (const [key, value] of Object.entries(DEFAULTS)) if (entry[key] === value) delete entry[key];
+  return entry;
+}
 
 class LoraList {
   /** @param node The node that shows the list: a LoRA List, or a subgraph node. */
@@ -48,10 +57,12 @@ class LoraList {
       entries = [];
     }
     if (!Array.isArray(entries) || JSON.stringify(entries) === this.value) return;
-    this.entries = entries.filter((entry) => typeof entry?.name === "string").map(({ name, on, strength, clip, words }) => ({
-      name, on: on !== false, strength: isNumber(strength) ? strength : 1, ...(isNumber(clip) ? { clip } : {}),
-      ...(typeof words === "string" && words ? { words } : {}),
-    }));
+    this.entries = entries.filter((entry) => typeof entry?.name === "string").map(
+      ({ name, on, strength, clip, words, start, end }) => withoutDefaults({
+        name, on: on !== false, strength: isNumber(strength) ? strength : 1, ...(isNumber(clip) ? { clip } : {}),
+        ...(typeof words === "string" ? { words } : {}), ...(isShare(start) ? { start } : {}), ...(isShare(end) ? { end } : {}),
+      }),
+    );
     this.draw();
   }
 
@@ -70,11 +81,11 @@ class LoraList {
     changed(this.node);
   }
 
-  /** Show what is known about a row's file, and its words, which can be changed there. */
+  /** Show what is known about a row's file, and its words and steps, which can be changed there. */
   showInfo(entry) {
-    showInfo(entry.name, entry.words ?? "", (words) => {
-      if (words) entry.words = words;
-      else delete entry.words;
+    showInfo({ ...DEFAULTS, ...entry }, (changes) => {
+      withoutDefaults(Object.assign(entry, changes));
+      this.draw();
       this.commit();
     });
   }
@@ -175,7 +186,7 @@ class LoraList {
         type: "checkbox", checked: entry.on, aria: { label: text("use", { name }) },
         on: { change: ({ target }) => this.switch(entry, target.checked) },
       }),
-      file, badge, this.number(entry, "strength"),
+      file, this.steps(entry), badge, this.number(entry, "strength"),
       ...(this.hasClip ? [this.number(entry, "clip")] : []),
       button("lm-info", "i", "info", () => this.showInfo(entry)),
       button("lm-remove", "✕", "remove", () => this.remove(entry)),
@@ -188,6 +199,14 @@ class LoraList {
       badge.textContent = badge.title = base;
     });
     return item;
+  }
+
+  /** The part of the sampling steps in which a row's LoRA acts; empty for all. */
+  steps({ name, start = DEFAULTS.start, end = DEFAULTS.end }) {
+    if (start === DEFAULTS.start && end === DEFAULTS.end) return "";
+    const percent = { start: toPercent(start), end: toPercent(end) };
+    const title = text("stepsOf", { name: short(name), ...percent });
+    return h("span", { className: "lm-badge lm-steps", title }, `${percent.start}–${percent.end}%`);
   }
 
   /** The input of a strength: typed, stepped by the arrow keys, or dragged sideways. */

@@ -20,6 +20,11 @@ function distinct(names) {
   return words.map((parts) => parts.slice(first, parts.length - last).join("").replace(/[_\-. ]$/, ""));
 }
 
+/** The numbers of the LoRAs that have a mask, from 1. */
+const connectedRegions = ({ inputs = [] }) => inputs
+  .filter(({ name, link }) => name.startsWith("regions.") && link != null)
+  .map(({ name }) => Number(name.match(/\d+$/)[0]));
+
 class MaskStrip {
   constructor(node) {
     this.node = node;
@@ -43,7 +48,8 @@ class MaskStrip {
   refresh() {
     const labels = this.labels;
     const value = this.switchedOff?.value ?? "";
-    const state = JSON.stringify([labels, value]);
+    const regions = connectedRegions(this.node);
+    const state = JSON.stringify([labels, value, regions]);
     if (state === this.state) return;
     this.state = state;
     const words = String(value).split(",").map((word) => word.trim());
@@ -58,8 +64,9 @@ class MaskStrip {
     }
     const names = distinct(labels);
     this.buttons.forEach((button, i) => {
-      button.textContent = `${i + 1} ${names[i]}`;
-      button.title = labels[i];
+      const hasRegion = regions.includes(i + 1);
+      button.textContent = `${i + 1} ${names[i]}${hasRegion ? " ▣" : ""}`;
+      button.title = hasRegion ? `${labels[i]}\n${text("hasRegion", { number: i + 1 })}` : labels[i];
       button.setAttribute("aria-pressed", String(!this.off[i]));
     });
   }

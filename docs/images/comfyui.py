@@ -19,13 +19,24 @@ from PIL import Image, ImageOps
 
 ROOT = Path(__file__).parents[2]
 OUT = Path(__file__).parent / "comfyui"
-WORKFLOWS = ("style_plus_subject", "compare_loras", "xy_compare", "mix_by_words", "train_gates", "mix_with_masks")
+WORKFLOWS = (
+    "style_plus_subject",
+    "compare_loras",
+    "xy_compare",
+    "mix_by_words",
+    "two_subjects_by_regions",
+    "regions_by_prompt_areas",
+    "train_gates",
+    "switch_loras_on_and_off",
+)
 # Templates whose thumbnail is drawn here -> node types between which it shows the graph, above the sampled images.
 THUMBNAILS = {
     "style_plus_subject": ("UNETLoader", "LegoMoLE_LegoMerge"),
     "mix_by_words": ("LegoMoLE_MoLEMix", "SaveImage"),
+    "two_subjects_by_regions": ("LegoMoLE_Region", "SaveImage"),
+    "regions_by_prompt_areas": ("LegoMoLE_MoLEMix", "SaveImage"),
     "train_gates": ("LegoMoLE_MoLEMix", "LegoMoLE_GateMap"),
-    "mix_with_masks": ("LegoMoLE_MoLEMix", "SaveImage"),
+    "switch_loras_on_and_off": ("LegoMoLE_MoLEMix", "SaveImage"),
 }
 THUMBNAIL = 480  # pixels
 SIZE = (1500, 940)
@@ -108,7 +119,7 @@ def draw(page: Any, comfy: Server) -> None:
     for name, value in (("Comfy.Minimap.Visible", False), ("LiteGraph.Canvas.MinFontSizeForLOD", 0)):
         page.evaluate("([name, value]) => app.extensionManager.setting.set(name, value)", [name, value])
     for name in WORKFLOWS:
-        if name == "mix_with_masks":  # only a page loaded later lists the gates saved by train_gates
+        if name == "switch_loras_on_and_off":  # only a page loaded later lists the gates saved by train_gates
             page.reload()
             page.wait_for_function("() => window.app?.graph && LiteGraph.registered_node_types.LegoMoLE_LegoMerge")
             page.wait_for_timeout(3000)  # the page restores the workflow that was open

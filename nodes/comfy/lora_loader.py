@@ -25,7 +25,7 @@ from ...core.formats.convert import approximation_note, is_matrix, low_rank_of_t
 from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, best_rank_k
-from ..graph_lora import GraphLora
+from ..graph_lora import GraphLora, require_all_steps
 from ..loaded_loras import LoadedLoras, file_notes
 from .display import progress_bar
 from .patches import (
@@ -393,7 +393,7 @@ def apply_with_dropped(
         changes nothing, or of strength 0, leaves both as they are.
 
     Raises:
-        MergeError: No layer of the LoRA fits, or a strength is not finite.
+        MergeError: No layer of the LoRA fits, a strength is not finite, or the LoRA has a start or an end step.
         FormatError: NaN or infinity in the LoRA, which the stock loader would sample with.
     """
     strength_model, strength_clip = strength_model * lora.strength_model, strength_clip * lora.strength_clip
@@ -406,6 +406,7 @@ def apply_with_dropped(
         )
     if lora.is_empty or (strength_model == 0 and strength_clip == 0):
         return model, clip, ()
+    require_all_steps([lora])
     tensors, _ = open_lora(lora)
     file = str(lora.content) if isinstance(lora.content, Path) else lora.label
     for key, tensor in tensors.items():

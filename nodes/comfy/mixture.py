@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+from torch import Tensor
 
 from ...core.adapter import Adapter, is_text_encoder
 from ...core.errors import MergeError, name_some
@@ -26,12 +27,13 @@ from ...core.mole.guidance import PromptGateSharing, PromptPassRequired
 from ...core.mole.mixture import MixMode, Mixture
 from ...core.mole.record import Record
 from ...core.mole.trained import TrainedGates
-from ..graph_lora import GraphLora
+from ..graph_lora import ALL_STEPS, GraphLora, steps_in_words
 from ..loaded_loras import LoadedLoras
 from . import guiders, lora_loader
 from .display import dropped_section, with_dropped_first
 from .live_gates import gate_sender
 from .merge_guard import guard
+from .sampling_reader import ComfySamplingReader
 
 _MODEL_PREFIX = "diffusion_model."
 _ATTACHMENT_KEY = "legomole_mixes"  # under which a model patcher holds its mixtures
@@ -49,6 +51,7 @@ class ComfyMixture:
         text_encoder_weights: Strengths of the experts in the text encoders.
         loaded: The LoRAs of the mixture.
         base: The kind of model, e.g. ``Flux``.
+        reader: Reads areas of conditioning and the sampling step, for experts with regions or steps.
         routed: Whether the gates open for words, without training.
     """
 
@@ -59,6 +62,7 @@ class ComfyMixture:
     text_encoder_weights: tuple[float, ...]
     loaded: LoadedLoras
     base: str
+    reader: ComfySamplingReader
     routed: bool = False
 
     def report(self) -> str:
@@ -72,13 +76,36 @@ class ComfyMixture:
         lines = [f"mix of {count} in {len(self.bank.stacks)} layers, {kind} per {s.granularity}"]
         for i, (label, strength) in enumerate(zip(m.labels, m.strengths, strict=True)):
             called = f", for {' or '.join(words[i])}" if words[i] else ", always on" if self.routed else ""
-            remark = ": adds nothing" if strength * m.scale == 0 else called
+            where = part_in_words(self.maps[i], m.steps[i])
+            remark = ": adds nothing" if strength * m.scale == 0 else called + where
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
         if len(m.experts) == 1 and s.activation == "softmax":
             lines.append("  note: a softmax over one LoRA is always 1")
         lines += dropped_section(self.loaded.dropped)
-        text = "\n".join([*lines, *(f"  note: {note}" for note in self.loaded.notes)])
+        text = "\n".join([*lines, *(f"  note: {note}" for note in (*self._notes(), *self.loaded.notes))])
         return with_dropped_first(text, self.loaded.dropped)
+
+    @property
+    def maps(self) -> tuple[Tensor | None, ...]:
+        """The map of each expert's region, where it has one before sampling."""
+        return _maps(self.mixture)
+
+    def _notes(self) -> Iterator[str]:
+        """What of LoRAs with regions or steps acts everywhere and in all steps."""
+        m = self.mixture
+        for expert, map_, steps, weight in zip(m.experts, self.maps, m.steps, self.text_encoder_weights, strict=True):
+            if map_ is None and steps == ALL_STEPS:
+                continue
+            if _has_ungated(_select(expert, lambda name: not is_text_encoder(name), modules=False)):
+                yield f"{expert.label}: its biases, norms or replaced values have no gate: they act everywhere, always"
+            if weight and any(map(is_text_encoder, (*expert.modules, *expert.diffs))):
+                yield f"{expert.label}: its text encoder layers change every prompt that is encoded with this CLIP"
+
+
+def part_in_words(map_: Tensor | None, steps: tuple[float, float]) -> str:
+    """Where and when a LoRA acts, as the end of a sentence: ``, in 50% of the picture, in steps 0 to 40%``."""
+    where = "" if map_ is None else f", in {100 * float(map_.mean()):.2g}% of the picture"
+    return where + ("" if steps == ALL_STEPS else f", in {steps_in_words(steps)}")
 
 
 def mixtures_of(model: Any) -> tuple[ComfyMixture, ...]:
@@ -108,6 +135,8 @@ def build_mixture(
     scale: float = 1.0,
     mixing: MixMode = "delta",
     switched_off: Sequence[int] = (),
+    regions: Sequence[Any] = (),
+    steps: Sequence[tuple[float, float]] = (),
 ) -> ComfyMixture:
     """Build a mixture of LoRAs for a model.
 
@@ -121,6 +150,7 @@ def build_mixture(
         scale: Factor on all strengths.
         mixing: See `Mixture`.
         switched_off: Positions of experts that are switched off.
+        regions, steps: Where in the picture, and in which part of the sampling steps, each LoRA acts, see `Mixture`.
 
     Raises:
         MergeError: LoRAs or gates of another model, or all LoRAs are switched off.
@@ -145,7 +175,7 @@ def build_mixture(
             )
     strengths = tuple(lora.strength_model for lora in loras)
     with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode allow no gradients
-        all_experts = Mixture(tuple(loaded.adapters), gate_set, strengths, scale, mixing, layers)
+        all_experts = Mixture(tuple(loaded.adapters), gate_set, strengths, scale, mixing, layers, regions, steps)
         mixture = all_experts.without(*switched_off)
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     return ComfyMixture(
@@ -156,6 +186,7 @@ def build_mixture(
         tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
         loaded,
         base,
+        ComfySamplingReader(_maps(mixture), mixture.labels),
     )
 
 
@@ -164,7 +195,7 @@ def apply_to_model(mix: ComfyMixture, model: Any) -> Any:
     patched = model.clone()
     for adapter, strength in zip(mix.mixture.experts, mix.mixture.strengths, strict=True):
         ungated = _select(adapter, lambda name: not is_text_encoder(name), modules=False)
-        if (ungated.diffs or ungated.extras) and strength:
+        if _has_ungated(ungated) and strength:
             lora = GraphLora(ungated, adapter.label)
             patched, _ = lora_loader.apply(lora, patched, None, strength * mix.mixture.scale, 0.0)
     key = f"{_ATTACHMENT_KEY}_{uuid.uuid4().hex}"
@@ -195,6 +226,7 @@ def _begin_run(mix: ComfyMixture) -> None:
 def _calculate(
     mix: ComfyMixture, send_gates: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
 ) -> Any:
+    mix.reader.begin_step(model, conds, rest[0])
     predictions = _predict_prompt_first(mix, calculate, model, conds, *rest)
     send_gates()
     return predictions
@@ -230,7 +262,9 @@ def _injection(mix: ComfyMixture) -> PatcherInjection:
             return
         stack = ExitStack()
         network = patcher.model.diffusion_model
-        attachment = stack.enter_context(Attachment(network, mix.bank, prompt_gates=mix.prompt_gates))
+        attachment = stack.enter_context(
+            Attachment(network, mix.bank, prompt_gates=mix.prompt_gates, sampling=mix.reader)
+        )
         stack.enter_context(attachment.watch(mix.record))
         attached[patcher] = stack
 
@@ -259,6 +293,14 @@ def apply_to_clip(mix: ComfyMixture, model: Any, clip: Any, method: MergeMethod 
     merged = merge([parts[i] for i in used], method or METHODS["concat"](), weights).adapter
     _, patched = lora_loader.apply(GraphLora(mix.loaded.finish(merged), "text encoders"), model, clip, 0.0, 1.0)
     return patched
+
+
+def _maps(mixture: Mixture) -> tuple[Tensor | None, ...]:
+    return (None,) * len(mixture.experts) if mixture.regions == "automatic" else mixture.regions
+
+
+def _has_ungated(part: Adapter) -> bool:
+    return bool(part.diffs or part.extras)
 
 
 def _select(adapter: Adapter, wanted: Callable[[str], bool], *, modules: bool = True) -> Adapter:

@@ -19,7 +19,7 @@ from ...core.progress import Progress
 from ..comfy import mixture
 from ..comfy.lora_loader import apply
 from ..comfy.sampling import decode, encode, sample
-from ..graph_lora import GraphLora
+from ..graph_lora import GraphLora, require_all_steps
 from ..loaded_loras import LoadedLoras
 from ..merge.read_cache import read
 from ..merge.recorded import merge_loaded
@@ -93,9 +93,11 @@ class ModelPreparer:
         """Prepare a model for every setup, and encode the prompts of its cells. Only text encoders are loaded.
 
         Raises:
-            MergeError: LoRAs, gates or statistics that do not fit.
+            MergeError: LoRAs, gates or statistics that do not fit, or LoRAs with start or end steps are to be merged.
             FormatError: A file that cannot be read.
         """
+        if any(setup.is_merge for setup in cells):
+            require_all_steps(self.loras)
         return {setup: self._prepare(setup, [cell.prompt for cell in members]) for setup, members in cells.items()}
 
     def _prepare(self, setup: ModelSetup, prompts: Sequence[str]) -> PreparedModel:
@@ -137,7 +139,15 @@ class ModelPreparer:
 
     def _mix(self, loras: Sequence[GraphLora], loaded: LoadedLoras) -> tuple[Any, Any, str, tuple[str, ...]]:
         settings = GateSettings(granularity="block")
-        mix = mixture.build_mixture(loras, self.model, self.clip, loaded=loaded, gates=self.gates, settings=settings)
+        mix = mixture.build_mixture(
+            loras,
+            self.model,
+            self.clip,
+            loaded=loaded,
+            gates=self.gates,
+            settings=settings,
+            steps=[lora.steps for lora in loras],
+        )
         clip = mixture.apply_to_clip(mix, self.model, self.clip)
         remark = "trained gates" if mix.mixture.gates.trained else "even gates"
         return mixture.apply_to_model(mix, self.model), clip, remark, (*loaded.dropped, *loaded.notes)

@@ -16,7 +16,7 @@ from ...core.merge.statistics import Statistics
 from ...core.recipes.method_settings import takes_statistics
 from ..comfy import display, folders
 from ..comfy.merge_calibration import KeepBase, calibrate_merge
-from ..graph_lora import GraphLora, connected_loras
+from ..graph_lora import GraphLora, connected_loras, require_all_steps
 from ..settings import method_from_widgets, settings_of, works_without_statistics
 from ..sockets import (
     CATEGORY,
@@ -244,6 +244,7 @@ def _merge(
     if not values:
         text = "no LoRA is connected or switched on: there is nothing to merge, and Apply LoRA changes nothing"
         return io.NodeOutput(GraphLora.empty(), text, ui=display.show_text(text))
+    require_all_steps(values)
     words = words_of_loras(base.words, values)
     name, statistics, note = widgets["method"], base.statistics, ""
     measures = statistics is None and takes_statistics(name)

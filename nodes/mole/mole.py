@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 from ...core.adapter import Source
 from ...core.errors import MergeError
 from ...core.merge.methods import METHODS
-from ...core.mole.freeze import freeze
+from ...core.mole.freeze import freeze, require_whole
 from ...core.mole.gates import GateSettings
 from ...core.mole.mixture import MixMode
 from ...core.mole.trained import TrainedGates
@@ -27,10 +27,12 @@ from ..sockets import (
     ESSENTIALS,
     GRANULARITIES,
     LEGOMOLE_GATES,
+    by_lora,
     lora_output,
     loras_input,
     method_input,
     refuse_unknown,
+    regions_input,
     report_output,
     seed_input,
 )
@@ -59,6 +61,8 @@ class MoLEMix(io.ComfyNode):
                 "moe lora",
                 "x-lora",
                 "regional lora",
+                "attention couple",
+                "masked lora",
                 "lora schedule",
                 "combine loras",
                 "lora loader",
@@ -68,6 +72,7 @@ class MoLEMix(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, without the LoRAs."),
                 loras_input(),
+                regions_input(),
                 LEGOMOLE_GATES.Input(
                     "gates",
                     optional=True,
@@ -143,6 +148,7 @@ class MoLEMix(io.ComfyNode):
         words: str | None = None,
         switched_off: str | None = None,
         clip: Any = None,
+        regions: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> io.NodeOutput:
         refuse_unknown(unknown)
@@ -153,6 +159,7 @@ class MoLEMix(io.ComfyNode):
         off = _parse_switched_off(switched_off or "", labels)
         if len(set(off)) == len(values):
             return _passed_through(model, clip, labels, "every LoRA is switched off")
+        masks = by_lora("regions", regions, len(values), prefix="region", first=1)
         concepts = words_of_loras(words or "", values)
         mix = mixture.build_mixture(
             values,
@@ -163,6 +170,8 @@ class MoLEMix(io.ComfyNode):
             scale=scale,
             mixing=mixing,
             switched_off=off,
+            regions=[masks.get(i) for i in range(len(values))],
+            steps=[lora.steps for lora in values],
         )
         text_encoders = mixture.apply_to_clip(mix, model, clip, build_method(clip_method, {}))
         notes = () if gates is None else gates.notes
@@ -248,6 +257,7 @@ class FreezeToLoRA(io.ComfyNode):
             text = "every LoRA of the mix is switched off: there is nothing to freeze"
             return io.NodeOutput(GraphLora.empty(), text, ui=display.show_text(text))
         mix, progress = mixes[-1], display.progress_bar()
+        require_whole(mix.mixture)  # before an image is sampled
         sampling.sample(  # only the recorded gates are used
             model,
             positive,

@@ -8,12 +8,20 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...core.errors import MergeError
 from ...core.mole.gates import GateSettings
 from ...core.pictures.charts import curves
 from ...core.train import TrainingResult, TrainSettings
 from ..comfy import display, folders, training
-from ..sockets import CATEGORY, GRANULARITIES, LEGOMOLE_GATES, refuse_unknown, report_output, seed_input
+from ..sockets import (
+    CATEGORY,
+    GRANULARITIES,
+    LEGOMOLE_GATES,
+    by_lora,
+    per_lora_input,
+    refuse_unknown,
+    report_output,
+    seed_input,
+)
 from .sampling_setup import model_and_prompt_inputs, sampling_inputs, sampling_setup
 
 _LOG = logging.getLogger(__name__)
@@ -124,12 +132,12 @@ class TrainGates(io.ComfyNode):
                     tooltip="Use less memory by computing each block twice. Slower.",
                 ),
                 seed_input("Random seed. The same seed gives the same gates."),
-                _per_lora_input(
+                per_lora_input(
                     "latents",
                     io.Latent.Input("latents", tooltip="Encoded images of this LoRA's subject or style, as a batch."),
                     "For denoise: one batch of encoded images per LoRA, in the order of the LoRAs.",
                 ),
-                _per_lora_input(
+                per_lora_input(
                     "captions",
                     io.Conditioning.Input("captions", tooltip="An encoded prompt that describes this LoRA's images."),
                     "For denoise: a prompt that describes the images of each LoRA. Optional: without it prompts with "
@@ -196,8 +204,8 @@ class TrainGates(io.ComfyNode):
             setup,
             settings,
             checkpointing=save_memory,
-            images={i: latent["samples"] for i, latent in _by_lora("latents", latents, experts).items()},
-            captions=_by_lora("captions", captions, experts),
+            images={i: latent["samples"] for i, latent in by_lora("latents", latents, experts).items()},
+            captions=by_lora("captions", captions, experts),
             folder=folders.unfinished_folder(),
             progress=display.progress_bar_with_text(),
             keep=_keep,
@@ -206,26 +214,6 @@ class TrainGates(io.ComfyNode):
         fit = result.fit
         chart = curves({"loss": fit.losses, "entropy": fit.entropies}, f"Gate training: {objective}")
         return io.NodeOutput(result.gates, display.to_image(chart), text, ui=display.show_text(text))
-
-
-def _per_lora_input(name: str, socket: Any, tooltip: str) -> Any:
-    """A growing row of optional sockets, one per LoRA."""
-    template = io.Autogrow.TemplatePrefix(socket, prefix=name, min=0, max=50)
-    return io.Autogrow.Input(name, template=template, optional=True, tooltip=tooltip)
-
-
-def _by_lora(row: str, values: Mapping[str, Any] | None, experts: int) -> dict[int, Any]:
-    """Return what is connected to a growing row, by the position of its LoRA.
-
-    Raises:
-        MergeError: Something is connected past the last LoRA.
-    """
-    connected = {int(name.removeprefix(row)): value for name, value in (values or {}).items() if value is not None}
-    if connected and max(connected) >= experts:
-        raise MergeError(
-            f"More {row} are connected than LoRAs.", expected=f"at most {experts}", found=f"{row}{max(connected)}"
-        )
-    return dict(sorted(connected.items()))
 
 
 def _keep(partial: TrainingResult) -> None:

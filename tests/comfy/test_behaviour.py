@@ -27,6 +27,7 @@ NODES = (
     "LegoMoLE_ApplyLoRA",
     "LegoMoLE_SaveLoRA",
     "LegoMoLE_MoLEMix",
+    "LegoMoLE_Region",
     "LegoMoLE_TrainGates",
     "LegoMoLE_SaveGates",
     "LegoMoLE_LoadGates",

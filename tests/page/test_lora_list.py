@@ -438,7 +438,7 @@ def test_chinese(board: Any) -> None:
 def test_words_of_a_row_are_written_in_its_dialog(board: Any, renderer: str) -> None:
     add(board, "ember")
     board.locator(".lm-info").first.click()
-    field = board.locator(".lm-dialog input")
+    field = board.locator(".lm-dialog input[type=text]")
     field.wait_for()
     assert field.get_attribute("placeholder") == "ember style, burning"
     field.fill(" glowing ember ")

@@ -50,6 +50,11 @@ TEXTS = {
 
 # Id of the node that saves the image of LEGO's merge: a heart in ember style, after all steps.
 LEGO = {"style_plus_subject": "14", "compare_methods": "15"}
+# Subject and style that the left and the right half of each image show; "" for any style but ember.
+HALVES = {
+    "two_subjects_by_regions": (("heart", ""), ("fish", "")),
+    "regions_by_prompt_areas": (("heart", ""), ("star", "ember")),
+}
 
 
 def shortened(path: Path) -> dict[str, Any]:
@@ -135,7 +140,8 @@ def test_workflow_opens_completely_and_runs(comfy: Server, page: Any, trained: R
     assert result.answer.get("node_errors") == {}, result.answer
     history = result.history
     assert history["status"]["status_str"] == "success", history["status"]
-    shows_pictures = ("SaveImage", "PreviewImage", "LegoMoLE_GateMap", "LegoMoLE_LoRAReport", "LegoMoLE_XYCompare")
+    ours = ("LegoMoLE_GateMap", "LegoMoLE_LoRAReport", "LegoMoLE_XYCompare", "LegoMoLE_Region")
+    shows_pictures = ("SaveImage", "PreviewImage", *ours)
     pictures = [str(node["id"]) for node in workflow["nodes"] if node["type"] in shows_pictures]
     assert {node for node, output in history["outputs"].items() if output.get("images")} == set(pictures)
     for kind, text in TEXTS.items():
@@ -145,6 +151,13 @@ def test_workflow_opens_completely_and_runs(comfy: Server, page: Any, trained: R
     if path.stem in LEGO:
         images = torch.stack([pixels(comfy, entry) for entry in history["outputs"][LEGO[path.stem]]["images"]])
         assert judge(Store().oracle, images, [("heart", "ember")] * 4).both.sum() >= 3
+    if path.stem in HALVES:
+        (saved,) = (output["images"] for output in history["outputs"].values() if len(output.get("images", ())) == 4)
+        images = torch.stack([pixels(comfy, entry) for entry in saved])
+        for half, (subject, style) in zip(images.chunk(2, -1), HALVES[path.stem], strict=True):
+            verdict = judge(Store().oracle, half, [(subject, style or "ember")] * 4)
+            assert verdict.subject.sum() >= 3
+            assert verdict.style.sum() >= 3 if style else verdict.style.sum() <= 1
 
 
 def pixels(comfy: Server, entry: dict[str, str]) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Regions: what they cost, and how well they keep LoRAs apart."""
