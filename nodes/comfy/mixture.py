@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -79,6 +79,10 @@ class ComfyMixture:
             where = part_in_words(self.maps[i], m.steps[i])
             remark = ": adds nothing" if strength * m.scale == 0 else called + where
             lines.append(f"  [{i + 1}] {label}: strength {strength * m.scale:g}{remark}")
+        if m.regions == "automatic":
+            lines.append(
+                "  regions: automatic, from the attention to each LoRA's words in the first quarter of the steps"
+            )
         if len(m.experts) == 1 and s.activation == "softmax":
             lines.append("  note: a softmax over one LoRA is always 1")
         lines += dropped_section(self.loaded.dropped)
@@ -135,7 +139,7 @@ def build_mixture(
     scale: float = 1.0,
     mixing: MixMode = "delta",
     switched_off: Sequence[int] = (),
-    regions: Sequence[Any] = (),
+    regions: Sequence[Any] | Literal["automatic"] = (),
     steps: Sequence[tuple[float, float]] = (),
 ) -> ComfyMixture:
     """Build a mixture of LoRAs for a model.

@@ -127,6 +127,14 @@ class MoLEMix(io.ComfyNode):
                     tooltip="How the LoRAs are merged in the text encoders, which have no gates. concat is their exact "
                     "sum.",
                 ),
+                io.Boolean.Input(
+                    "automatic_regions",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Find the regions of LoRAs that a prompt names together, from the model's attention to "
+                    "their words in the first quarter of the steps. Needs words and CLIP, or gates that read text.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The model with the mix, for any sampler."),
@@ -149,6 +157,7 @@ class MoLEMix(io.ComfyNode):
         switched_off: str | None = None,
         clip: Any = None,
         regions: dict[str, Any] | None = None,
+        automatic_regions: bool = False,
         **unknown: Any,
     ) -> io.NodeOutput:
         refuse_unknown(unknown)
@@ -160,6 +169,10 @@ class MoLEMix(io.ComfyNode):
         if len(set(off)) == len(values):
             return _passed_through(model, clip, labels, "every LoRA is switched off")
         masks = by_lora("regions", regions, len(values), prefix="region", first=1)
+        if automatic_regions and masks:
+            raise MergeError(
+                "Regions are either automatic or drawn.", remedy="switch automatic_regions off, or remove the masks"
+            )
         concepts = words_of_loras(words or "", values)
         mix = mixture.build_mixture(
             values,
@@ -170,7 +183,7 @@ class MoLEMix(io.ComfyNode):
             scale=scale,
             mixing=mixing,
             switched_off=off,
-            regions=[masks.get(i) for i in range(len(values))],
+            regions="automatic" if automatic_regions else [masks.get(i) for i in range(len(values))],
             steps=[lora.steps for lora in values],
         )
         text_encoders = mixture.apply_to_clip(mix, model, clip, build_method(clip_method, {}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,9 @@ from sampled import CHANNELS, PAIRS, conditioning, distance, load, lora, mixed, 
 import comfy.sample
 import torch
 from legomole.core.errors import LegoMoleError
+from legomole.core.mole.concepts import ConceptDetector
+from legomole.core.mole.gates import GateSet, GateSettings
+from legomole.nodes.comfy import mixture
 from torch import Tensor
 
 FULL = torch.ones(1, 64, 64)
@@ -211,8 +215,36 @@ def tiles(runs: Runs) -> dict[str, str]:
     return errors
 
 
+def automatic(runs: Runs) -> dict[str, Any]:
+    """Maps from the attention to two tokens of the prompt, one per LoRA."""
+    settings = GateSettings(reads="text", granularity="network")
+    mix = mixture.build_mixture(runs.loras, runs.model, None, settings=settings, regions="automatic")
+    text = conditioning(runs.base, 1)[0][0][0]
+    tokens = text[[1, 2]] / text[[1, 2]].square().mean(1, keepdim=True).sqrt()
+    with torch.inference_mode(False):
+        detector = ConceptDetector(0.1 * tokens.clone(), torch.full((2,), -30.0), [["one"], ["two"]])
+        mix.bank.gates = gates = GateSet(2, settings, detector=detector)
+    named = replace(mix, mixture=replace(mix.mixture, gates=gates))
+    start = {"noise": runs.noise.repeat(2, 1, 1, 1), "steps": 4}
+    found = runs.sample(mixture.apply_to_model(named, runs.model), **start)
+    everywhere, plain = (runs.sample(model, **start) for model in (runs.mix(None, None), runs.model))
+    unnamed = mixture.build_mixture(runs.loras, runs.model, None, regions="automatic")
+    return {
+        "differs": distance(found, everywhere, plain),
+        "no words": error_of(partial(runs.sample, mixture.apply_to_model(unnamed, runs.model))),
+    }
+
+
 with torch.inference_mode():
-    CASES: tuple[Callable[[Runs], dict[str, Any]], ...] = (masks, batch, samplers, areas_and_guidance, steps, tiles)
+    CASES: tuple[Callable[[Runs], dict[str, Any]], ...] = (
+        masks,
+        batch,
+        samplers,
+        areas_and_guidance,
+        steps,
+        tiles,
+        automatic,
+    )
     measured: dict[str, Any] = {}
     for base in CHANNELS:
         one = Runs(base)

@@ -99,3 +99,9 @@ def test_parts_of_the_picture_whose_place_is_unknown_are_an_error(base: dict[str
     assert "A region cannot be laid on a part of the picture whose place is not known." in case["with"]
     assert case["without"] == ""
     assert float(case["base after"]) == 0
+
+
+def test_automatic_regions_divide_the_picture_and_need_words(base: dict[str, Any]) -> None:
+    """Through the hook of ComfyUI's attention, with two prompts of guidance and two pictures."""
+    assert base["automatic"]["differs"] > VISIBLE
+    assert "Automatic regions follow the words of the LoRAs" in base["automatic"]["no words"]
