@@ -25,6 +25,8 @@ def test_the_page_works_from_top_to_bottom(folder: Path) -> None:
     everywhere = names["image"].tobytes()
     (code,) = blocks("regions.md", "python")
     exec(code, names)
-    assert names["early_style"].steps == ((0, 0.4), (0, 1))
     assert torch.equal(names["left"].mean(), torch.tensor(0.5))
     assert names["image"].tobytes() != everywhere
+    assert names["early"].tobytes() == everywhere  # the tiny pipeline takes one step, the first
+    exec(code.replace("steps=[(0, 0.4)", "steps=[(0.4, 1)"), names)
+    assert names["early"].tobytes() != everywhere
