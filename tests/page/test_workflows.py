@@ -61,7 +61,7 @@ def shortened(path: Path) -> dict[str, Any]:
     """Load a workflow with the values of `SIZES`; images that are looked at keep their steps."""
     workflow = json.loads(path.read_text())
     for node in workflow["nodes"]:
-        swap = {} if path.stem in LEGO and node["type"] == "KSampler" else SIZES.get(node["type"], {})
+        swap = {} if path.stem in {*LEGO, *HALVES} and node["type"] == "KSampler" else SIZES.get(node["type"], {})
         node["widgets_values"] = [swap.get(value, value) for value in node.get("widgets_values", [])]
     return workflow
 
