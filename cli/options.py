@@ -105,8 +105,8 @@ Cap = Annotated[
         metavar="TIMES",
         min=1.0,
         rich_help_panel=WEIGHTS,
-        help="Lower the singular values of every LoRA in each layer to this many times their median, which removes "
-        "spectral spikes: 8. Default: no.",
+        help="Lower singular values that exceed this many times their layer's median to the largest one that does not, "
+        "which removes spectral spikes: 8. Default: no.",
     ),
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Device to compute on: cpu, cuda, cuda:1.")]

@@ -42,6 +42,9 @@ def check_remedies(cap: float | None, equalize: float) -> None:
 def cap_limits(S: Tensor, cap: float) -> Tensor:
     """Largest singular value that `cap` allows: `cap` times the lower median of those that are not 0.
 
+    Values above it are lowered further, to the largest value within it: a layer whose other values lie close together
+    never had one at the limit.
+
     The lower median of 4 values is the third one. In a layer of rank 1 it is the only one, which stays.
 
     Args:
@@ -57,7 +60,7 @@ def cap_limits(S: Tensor, cap: float) -> Tensor:
 def cap_parts(
     pool: Pool, parts: Sequence[Sequence[LowRank]], cap: float
 ) -> tuple[list[list[LowRank]], list[CappedLayer]]:
-    """Lower the singular values of every adapter in every layer to its limit, see `cap_limits`.
+    """Lower the singular values of every adapter in every layer that exceed its limit, see `cap_limits`.
 
     Args:
         pool: The units of a batch. parts: Its updates, per layer and adapter. cap: At least 1.
@@ -77,12 +80,13 @@ def cap_parts(
 
 
 def _capped(part: LowRank, svd: GramSVD, m: int, limit: Tensor) -> tuple[LowRank, float]:
-    """The update of a layer with its singular values at most `limit`, and the energy that it loses."""
+    """The update of a layer without singular values above `limit`, and the energy that it loses."""
     S = svd.S[m]
-    root = torch.where(limit < S, limit / torch.where(S > 0, S, 1), 1).sqrt()
+    allowed = S[limit * 1.002 >= S].max()  # the median at least
+    root = torch.where(allowed < S, allowed / torch.where(S > 0, S, 1), 1).sqrt()
     A = (root[:, None] * svd.R_A[m]).cpu() @ part.A.double()
     B = part.B.double() @ (svd.R_B[m] * root).cpu()
-    removed = float((S.square() - S.clamp_max(limit).square()).sum())
+    removed = float((S.square() - S.clamp_max(allowed).square()).sum())
     return replace(part, A=A.to(part.dtype), B=B.to(part.dtype), alpha=None), removed
 
 

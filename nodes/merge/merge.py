@@ -186,8 +186,8 @@ def _remedy_inputs() -> list[Any]:
             max=1000.0,
             step=1.0,
             optional=True,
-            tooltip="Against spectral spikes: lower the singular values of every LoRA in each layer to this many times "
-            "their median, e.g. 8. 0: do not.",
+            tooltip="Against spectral spikes: lower singular values that exceed this many times their layer's median, "
+            "e.g. 8, to the largest one that does not. 0: do not.",
         ),
         io.Float.Input(
             "equalize",

@@ -40,20 +40,21 @@ def test_the_limit_is_times_the_lower_median_of_what_is_not_zero(values: tuple[f
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 6), st.floats(1, 20), st.integers(0, 1000))
-def test_a_capped_layer_has_clipped_singular_values_and_the_same_vectors(rank: int, cap: float, seed: int):
+def test_values_above_the_limit_become_the_largest_within_it_and_vectors_stay(rank: int, cap: float, seed: int):
     update = part(rank, 12, 9, seed=seed, alpha=2.0)
     U, S, Vh = torch.linalg.svd(update.delta().double(), full_matrices=False)
     limit = cap * S[:rank].median()  # torch's median is the lower one
+    allowed = S[limit * 1.002 >= S].max()
     capped = Edits(cap=cap).apply(Adapter({"a": update})).modules["a"]
     assert capped.rank == rank
-    torch.testing.assert_close(capped.delta().double(), (U * S.clamp_max(limit)) @ Vh, rtol=3e-3, atol=1e-4)
+    torch.testing.assert_close(capped.delta().double(), (U * S.clamp_max(allowed)) @ Vh, rtol=3e-3, atol=1e-4)
 
 
 def test_layers_within_the_limit_stay_as_they_are_and_a_second_cap_changes_nothing():
     lora = named("a", {"spiked": diagonal(50, 1, 1), "sound": diagonal(5, 1, 1)})
     once = Edits(cap=8).apply(lora)
     assert once.modules["sound"] is lora.modules["sound"]
-    assert "1 layers of a, which removes 97.4% of their energy: spiked" in once.notes[0]  # (2500 - 64) / 2502
+    assert "1 layers of a, which removes 99.9% of their energy: spiked" in once.notes[0]  # (2500 - 1) / 2502
     assert Edits(cap=8).apply(once).modules["spiked"] is once.modules["spiked"]
     half = Adapter({"a": lora.modules["spiked"].to(torch.float16)})
     once = Edits(cap=8).apply(half)
@@ -90,8 +91,8 @@ def test_equalize_hears_only_layers_that_take_part_and_what_the_cap_leaves():
     b = adapter("b", diagonal(2, first=4), diagonal(1, first=4))
     report = merge([a, b], Concat(), equalize=1.0, module_weights=[{"blocks.0.*": 0}, {"blocks.0.*": 0}]).report
     assert report.modules[0].norms == pytest.approx((7**0.5, 7**0.5), rel=1e-5)
-    report = merge([a, b], Concat(), equalize=1.0, cap=2).report  # 2, 1, 1 and 7 against 2 and 1
-    loud, quiet = math.sqrt(4 + 1 + 1 + 49), math.sqrt(4 + 1)
+    report = merge([a, b], Concat(), equalize=1.0, cap=2).report  # 1, 1, 1 and 7 against 2 and 1
+    loud, quiet = math.sqrt(1 + 1 + 1 + 49), math.sqrt(4 + 1)
     mean = math.sqrt(loud * quiet)
     assert report.weights == pytest.approx((mean / loud, mean / quiet), rel=1e-4)
 
@@ -144,10 +145,11 @@ def with_spike(lora: Adapter) -> Adapter:
 
 
 @pytest.mark.parametrize("method", [Concat(), SVD(), Lego()])
-def test_a_cap_takes_most_of_a_spike_out_of_trained_loras(method: MergeMethod):
+def test_a_cap_takes_a_spike_out_of_trained_loras(method: MergeMethod):
     """Distance from the merge of the sound LoRAs, relative to it, at rank 4.
 
-    Measured with spikes: 4.3 to 4.9; with cap 8: 0.8 to 0.9; the cap on the sound LoRAs: 0.04 at most.
+    A layer whose first value is high in the sound LoRA too is capped as well: that is the distance that is left, and
+    the one of the sound LoRAs with a cap. In pictures it costs nothing, see docs/recipes.md.
     """
     folder = Path(legomole.__file__).parent / "nano" / "weights" / "loras"
     sound = [load(folder / f"{name}-0.safetensors") for name in ("heart", "wood")]
@@ -163,7 +165,7 @@ def test_a_cap_takes_most_of_a_spike_out_of_trained_loras(method: MergeMethod):
         for loras, cap in ((spiked, None), (spiked, 8.0), (sound, 8.0))
     )
     assert broken > 4
-    assert capped < 1
-    assert harmless < 0.05
+    assert capped < 0.3
+    assert harmless < 0.2
     found = [f for f in merge(spiked, method).report.findings if f.kind == "spike"]
     assert [(f.loras, f.layers) for f in found] == [((name,), (LAYER,)) for name in ("heart-0", "wood-0")]
