@@ -57,7 +57,7 @@ Mixing (`mole`, `train`):
 
 Reports (`survey`, `pictures`):
 
-- *overlap*: cosine of two deltas. *spectrum*: singular values. *region*: first, middle or last blocks of a model.
+- *overlap*: cosine of two deltas. *spectrum*: singular values. *section*: first, middle or last blocks of a model.
 - *summary*: what a survey says in sentences. *finding*: a fault or risk of the inputs, with value and threshold.
   *canvas*: an image that is drawn on. *sheet*: several with labels.
 """

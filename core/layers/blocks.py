@@ -25,13 +25,13 @@ class ModelBlock:
 
     Args:
         name: The common prefix of its layers' names.
-        region: Region of the model, as words for a sentence: `FIRST`, `MIDDLE`, `LAST` (thirds of the blocks), `ALL`
+        section: Section of the model, as words for a sentence: `FIRST`, `MIDDLE`, `LAST` (thirds of the blocks), `ALL`
             where there are fewer than three blocks, `TEXT`, `REST`.
         layers: Names of its layers, sorted.
     """
 
     name: str
-    region: str
+    section: str
     layers: tuple[str, ...]
 
 
@@ -54,9 +54,10 @@ def blocks_of(layers: Iterable[str]) -> list[ModelBlock]:
         grouped[block[name]].append(name)
     ordered = sorted(grouped, key=_order)
     numbered = [name for name in ordered if name != _OUTSIDE and not is_text_encoder(name)]
-    region = {name: _third(i, len(numbered)) for i, name in enumerate(numbered)}
+    section = {name: _third(i, len(numbered)) for i, name in enumerate(numbered)}
     return [
-        ModelBlock(name, region.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name])) for name in ordered
+        ModelBlock(name, section.get(name, REST if name == _OUTSIDE else TEXT), tuple(grouped[name]))
+        for name in ordered
     ]
 
 

@@ -37,9 +37,9 @@ _BY_NAME: dict[str, Callable[[str], bool]] = {
     "double-blocks": lambda name: _DOUBLE.search(name) is not None,
     "single-blocks": lambda name: _SINGLE.search(name) is not None,
 }
-_BY_REGION = {"first-blocks": FIRST, "middle-blocks": MIDDLE, "last-blocks": LAST}
+_BY_SECTION = {"first-blocks": FIRST, "middle-blocks": MIDDLE, "last-blocks": LAST}
 
-PARTS = (*_BY_NAME, *_BY_REGION)
+PARTS = (*_BY_NAME, *_BY_SECTION)
 """Names of parts that can stand in place of a pattern."""
 
 
@@ -69,8 +69,8 @@ def _terms(pattern: str) -> list[str]:
 def _matching_term(term: str, names: Iterable[str]) -> list[str]:
     if term in _BY_NAME:
         return [name for name in names if _BY_NAME[term](name)]
-    if term in _BY_REGION:
-        return [name for block in blocks_of(names) if block.region == _BY_REGION[term] for name in block.layers]
+    if term in _BY_SECTION:
+        return [name for block in blocks_of(names) if block.section == _BY_SECTION[term] for name in block.layers]
     blocks = _RANGE.fullmatch(term)
     if blocks is None:
         return [name for name in names if fnmatch.fnmatchcase(name, term)]

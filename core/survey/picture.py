@@ -45,7 +45,7 @@ def draw_survey(survey: Survey) -> Image:
     _draw_spectrum(canvas, survey, _MARGIN + _AXIS, y + 74, half - _AXIS)
     _draw_energy_by_rank(canvas, survey, _MARGIN + half + 60 + _AXIS, y + 74, half - _AXIS)
     y += 74 + _CHART
-    maps = [unit_map for unit_map in survey.unit_maps if len(unit_map.points)][:3]  # regions of the model come first
+    maps = [unit_map for unit_map in survey.unit_maps if len(unit_map.points)][:3]  # sections of the model come first
     width = (_INNER - 2 * 24) / 3
     for i, unit_map in enumerate(maps):
         _draw_map(canvas, unit_map, _MARGIN + i * (width + 24), y + 74, width)
@@ -239,7 +239,7 @@ def _draw_curve(
 
 
 def _draw_map(canvas: Canvas, unit_map: UnitMap, x: float, top: float, width: float) -> None:
-    canvas.text(x, top - 44, f"units in {unit_map.region}", size=14)
+    canvas.text(x, top - 44, f"units in {unit_map.section}", size=14)
     canvas.text(x, top - 26, "PCA of the units", PALE, size=10.5)
     canvas.text(x, top - 12, canvas.fitted(unit_map.layer, width, 10.5), PALE, size=10.5)
     top += 6

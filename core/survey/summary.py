@@ -2,7 +2,7 @@
 
 Thresholds: two LoRAs share a direction above a cosine of `report.SHARED`, work against each other below its negative,
 and are nearly the same above `report.SAME`, as in a merge report; from `_LITTLE` on they do so a little. One LoRA is
-called larger than another from `_LARGER` times its norm on. It acts mostly in a region of the model that holds more
+called larger than another from `_LARGER` times its norm on. It acts mostly in a section of the model that holds more
 than `_MOSTLY` of its energy. A rank is called sufficient at 95 % of the sum's energy.
 """
 
@@ -36,7 +36,7 @@ def summary_lines(survey: Survey) -> list[str]:
     return [
         *_overlap_sentences(survey),
         *_size_sentences(survey),
-        *_region_sentences(survey),
+        *_section_sentences(survey),
         *_rank_sentences(survey),
         *_lego_sentences(survey),
     ]
@@ -49,40 +49,40 @@ def format_cosine(cosine: float) -> str:
 
 def _overlap_sentences(survey: Survey) -> Iterator[str]:
     names = survey.report.inputs
-    by_region = {region: survey.report_of(layers).overlap() for region, layers in _layers_by_region(survey).items()}
+    by_section = {section: survey.report_of(layers).overlap() for section, layers in _layers_by_section(survey).items()}
     overall = survey.report.overlap()
 
     def strongest(pair: tuple[int, int]) -> float:
         i, j = pair
-        return max(abs(table[i][j]) for table in (overall, *by_region.values()))
+        return max(abs(table[i][j]) for table in (overall, *by_section.values()))
 
     pairs = sorted(combinations(range(len(names)), 2), key=lambda pair: (-strongest(pair), pair))
     if len(pairs) > 1 and strongest(pairs[0]) < _LITTLE:
         yield (
             f"The {len(names)} LoRAs hardly touch each other: every cosine is within {strongest(pairs[0]):.2f} of 0, "
-            "over the whole model and in each region of it."
+            "over the whole model and in each section of it."
         )
         return
     for i, j in pairs[:_NAMED]:
-        regions = {region: table[i][j] for region, table in by_region.items() if len(by_region) > 1}
-        yield f"{_short_name(names[i])} and {_short_name(names[j])} {_pair_sentence(overall[i][j], regions)}."
+        sections = {section: table[i][j] for section, table in by_section.items() if len(by_section) > 1}
+        yield f"{_short_name(names[i])} and {_short_name(names[j])} {_pair_sentence(overall[i][j], sections)}."
     if len(pairs) > _NAMED:
         yield f"The other {len(pairs) - _NAMED} pairs overlap less."
 
 
-def _pair_sentence(overall: float, regions: dict[str, float]) -> str:
-    """Describe the cosine of a pair over the whole model and, where they differ from it, in the regions."""
+def _pair_sentence(overall: float, sections: dict[str, float]) -> str:
+    """Describe the cosine of a pair over the whole model and, where they differ from it, in the sections."""
     text = f"{_relation(overall)} (cosine {format_cosine(overall)})"
     exceptions: list[str] = []
     for relation, strong, is_overall in (
-        ("work against each other", {r: c for r, c in regions.items() if c < -SHARED}, overall < -SHARED),
-        ("share a direction", {r: c for r, c in regions.items() if c > SHARED}, overall > SHARED),
+        ("work against each other", {r: c for r, c in sections.items() if c < -SHARED}, overall < -SHARED),
+        ("share a direction", {r: c for r, c in sections.items() if c > SHARED}, overall > SHARED),
     ):
-        if strong and len(strong) < len(regions):
+        if strong and len(strong) < len(sections):
             if is_overall:
-                text += _strongest_region(strong)
+                text += _strongest_section(strong)
             else:
-                exceptions.append(f"{relation}{_strongest_region(strong)}")
+                exceptions.append(f"{relation}{_strongest_section(strong)}")
     return f"{text}, but they {' and '.join(exceptions)}" if exceptions else text
 
 
@@ -102,10 +102,10 @@ def _relation(cosine: float) -> str:
     return "hardly touch each other"
 
 
-def _strongest_region(cosines: dict[str, float]) -> str:
-    region = max(cosines, key=lambda region: abs(cosines[region]))
+def _strongest_section(cosines: dict[str, float]) -> str:
+    section = max(cosines, key=lambda section: abs(cosines[section]))
     most = "" if len(cosines) == 1 else ", most"
-    return f"{most} in {region} ({format_cosine(cosines[region])})"
+    return f"{most} in {section} ({format_cosine(cosines[section])})"
 
 
 def _size_sentences(survey: Survey) -> Iterator[str]:
@@ -123,20 +123,20 @@ def _size_sentences(survey: Survey) -> Iterator[str]:
             )
 
 
-def _region_sentences(survey: Survey) -> Iterator[str]:
+def _section_sentences(survey: Survey) -> Iterator[str]:
     energies = survey.energies()
     names, total = survey.report.inputs, energies.sum(0)
-    for region in (FIRST, MIDDLE, LAST, TEXT):
-        inside = torch.tensor([block.region == region for block in survey.blocks])
+    for section in (FIRST, MIDDLE, LAST, TEXT):
+        inside = torch.tensor([block.section == section for block in survey.blocks])
         shares = (energies[inside].sum(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).tolist()
         mostly_here = [i for i, share in enumerate(shares) if share > _MOSTLY]
         if not mostly_here or inside.all():
             continue
         if len(mostly_here) > _NAMED:
-            yield f"{len(mostly_here)} of the {len(names)} LoRAs act mostly in {region}."
+            yield f"{len(mostly_here)} of the {len(names)} LoRAs act mostly in {section}."
             continue
         for i in mostly_here:
-            yield f"{_short_name(names[i])} acts mostly in {region} ({shares[i]:.0%} of its energy)."
+            yield f"{_short_name(names[i])} acts mostly in {section} ({shares[i]:.0%} of its energy)."
 
 
 def _rank_sentences(survey: Survey) -> Iterator[str]:
@@ -170,8 +170,8 @@ def _percent(share: float | torch.Tensor) -> str:
     return f"{share:.0%}" if share >= 1 - 1e-9 or share < 0.995 else f"{int(share * 1000) / 10:.1f}%"
 
 
-def _layers_by_region(survey: Survey) -> dict[str, list[str]]:
-    regions: dict[str, list[str]] = {}
+def _layers_by_section(survey: Survey) -> dict[str, list[str]]:
+    sections: dict[str, list[str]] = {}
     for block in survey.blocks:
-        regions.setdefault(block.region, []).extend(block.layers)
-    return regions
+        sections.setdefault(block.section, []).extend(block.layers)
+    return sections

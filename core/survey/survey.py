@@ -51,14 +51,14 @@ class UnitMap:
 
     Args:
         layer: Name of the layer.
-        region: Region of the model that the layer represents, see `ModelBlock`.
+        section: Section of the model that the layer represents, see `ModelBlock`.
         points: Principal components of the units as matrices, ``(P, 2)``.
         owner: Position of each unit's adapter, ``(P,)`` long.
         sizes: Frobenius norms of the units, ``(P,)``.
     """
 
     layer: str
-    region: str
+    section: str
     points: Tensor
     owner: Tensor
     sizes: Tensor
@@ -72,7 +72,7 @@ class Survey:
         report: Report of their LEGO merge, with the findings.
         blocks: Blocks of the model with the layers that were merged.
         layers: Layer name -> its spectra.
-        unit_maps: Units of the largest layer in each region.
+        unit_maps: Units of the largest layer in each section.
         rank: Rank of the LEGO merge.
     """
 
@@ -208,7 +208,7 @@ def survey(
     """
     rank = rank or Rank(1, "x")
     blocks = blocks_of(name for adapter in adapters for name in adapter.modules)
-    method = _MeasuringLego(Lego(rank), {name: block.region for block in blocks for name in block.layers})
+    method = _MeasuringLego(Lego(rank), {name: block.section for block in blocks for name in block.layers})
     result = merge_sound_layers(
         adapters,
         method,
@@ -218,12 +218,12 @@ def survey(
         progress=progress,
     )
     blocks = [replace(block, layers=tuple(name for name in block.layers if name in method.layers)) for block in blocks]
-    by_region = sorted(method.largest.items(), key=lambda item: _REGION_ORDER.get(item[0], len(_REGION_ORDER)))
+    by_section = sorted(method.largest.items(), key=lambda item: _REGION_ORDER.get(item[0], len(_REGION_ORDER)))
     return Survey(
         replace(result.report, method="lego"),
         tuple(block for block in blocks if block.layers),
         method.layers,
-        tuple(layer.unit_map(region) for region, layer in by_region),
+        tuple(layer.unit_map(section) for section, layer in by_section),
         rank,
     )
 
@@ -234,7 +234,7 @@ _MAP_UNITS = 400  # units on a map, at most: the largest
 
 @dataclass(frozen=True, eq=False)
 class _LayerUnits:
-    """Units of the largest layer seen so far in a region.
+    """Units of the largest layer seen so far in a section.
 
     Args:
         size: Number of adapters that change the layer, and energy of their units.
@@ -247,8 +247,8 @@ class _LayerUnits:
     G: Tensor
     owner: Tensor
 
-    def unit_map(self, region: str) -> UnitMap:
-        return UnitMap(self.name, region, pca(self.G), self.owner, self.G.diagonal().clamp_min(0).sqrt())
+    def unit_map(self, section: str) -> UnitMap:
+        return UnitMap(self.name, section, pca(self.G), self.owner, self.G.diagonal().clamp_min(0).sqrt())
 
 
 @dataclass
@@ -256,7 +256,7 @@ class _MeasuringLego:
     """`Lego` as a merge method that also measures every batch; batches may come from several threads."""
 
     lego: Lego
-    region: dict[str, str]
+    section: dict[str, str]
     layers: dict[str, LayerSpectra] = field(default_factory=dict)
     largest: dict[str, _LayerUnits] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
@@ -276,12 +276,12 @@ class _MeasuringLego:
             of_adapters = tuple(part[m].cpu() for part in pool.split(S, 1))
             self.layers[name] = LayerSpectra(of_sum[m].cpu(), of_adapters, shared_in[m].cpu(), shared_out[m].cpu())
             size = (len(pool.adapters), float(S[m].square().sum()))
-            region = self.region[name]
+            section = self.section[name]
             with self._lock:
-                best = self.largest.get(region)
+                best = self.largest.get(section)
                 # among equals the first by name, because threads may finish batches in any order
                 if best is None or (best.size, name) < (size, best.name):
-                    self.largest[region] = _layer_units(pool, name, size, (G_A * G_B)[m], S[m])
+                    self.largest[section] = _layer_units(pool, name, size, (G_A * G_B)[m], S[m])
         return self.lego(pool)
 
 

@@ -8,8 +8,8 @@ from legomole.core.layers.blocks import ALL, FIRST, LAST, MIDDLE, REST, TEXT, Mo
 from ... import lora_files as files
 
 
-def regions(layers) -> dict[str, str]:
-    return {block.name: block.region for block in blocks_of(layers)}
+def sections(layers) -> dict[str, str]:
+    return {block.name: block.section for block in blocks_of(layers)}
 
 
 def test_dotted_and_underscored_names_have_the_same_blocks():
@@ -44,7 +44,7 @@ def test_flux_runs_from_double_to_single_blocks():
         "text_encoder.text_model.encoder.layers.1.mlp.fc1",
     ]
     double, single = ("transformer.transformer_blocks", "transformer.single_transformer_blocks")
-    assert list(regions(layers).items()) == [
+    assert list(sections(layers).items()) == [
         (f"{double}.0", FIRST),
         (f"{double}.1", FIRST),
         (f"{double}.2", MIDDLE),
@@ -57,11 +57,11 @@ def test_flux_runs_from_double_to_single_blocks():
 
 
 def test_layers_of_one_kind_belong_to_the_outermost_number():
-    assert regions(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]) == {
+    assert sections(["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]) == {
         "model.layers.0": ALL,
         "model.layers.1": ALL,
     }
-    assert regions(["x", "y"]) == {"outside of blocks": REST}
+    assert sections(["x", "y"]) == {"outside of blocks": REST}
     assert blocks_of([]) == []
 
 

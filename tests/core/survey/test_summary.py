@@ -25,7 +25,7 @@ def test_two_that_work_against_each_other_in_the_middle_blocks():
     assert text[3] == "It takes rank 2 to keep 95% of the sum's energy, and that keeps all of it."
 
 
-def test_a_region_that_differs_from_the_whole_is_named():
+def test_a_section_that_differs_from_the_whole_is_named():
     """Products 20 x 20 with cosine 0, 1 with cosine -1, 1 with 0."""
     a = adapter("a", layers(part((20, 0, 0)), part((1, 1, 1)), part((1, 0, 0))))
     b = adapter("b", layers(part((20, 1, 1)), part((-1, 1, 1)), part((1, 2, 2))))
@@ -34,7 +34,7 @@ def test_a_region_that_differs_from_the_whole_is_named():
     )
 
 
-def test_regions_that_differ_in_both_directions():
+def test_sections_that_differ_in_both_directions():
     """Products 1, 1, 1 with cosines 1, -1, 0; then 4, 1, 1: 3 / 6 = 0.5 over all."""
     a, b = (adapter(n, layers(part((1, 0, 0)), part((s, 1, 1)), part((1, 0, s % 5)))) for n, s in (("a", 1), ("b", -1)))
     assert summary_of(a, b)[0] == (
@@ -83,7 +83,7 @@ def test_a_little():
         assert summary_of(a, adapter("b", layers(part((sign * 3, 0, 0), (72**0.5, 2, 2)))))[0] == f"a and b {text}."
 
 
-def test_many_in_one_region_and_long_names():
+def test_many_in_one_section_and_long_names():
     several = [
         adapter(f"{'long' * 20}_{i}", layers(part((9, i, i)), part((1, 0, 0)), part((1, 0, 0)))) for i in range(4)
     ]

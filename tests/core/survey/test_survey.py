@@ -126,9 +126,9 @@ def test_origins_count_merged_units():
     close(mixed[2], [0.5, 0.5])
 
 
-def test_maps_show_the_largest_layer_of_each_region():
+def test_maps_show_the_largest_layer_of_each_section():
     found = survey([A, B])
-    assert [(m.layer, m.region) for m in found.unit_maps] == [
+    assert [(m.layer, m.section) for m in found.unit_maps] == [
         ("blocks.0.a.q", "the first blocks"),
         ("blocks.1.a.q", "the middle blocks"),
         ("blocks.2.a.q", "the last blocks"),
