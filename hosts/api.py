@@ -49,7 +49,14 @@ def experts(model: Any, adapters: Sequence[Adapter]) -> list[Adapter]:
     return _host(model, "mixing").experts(model, adapters)
 
 
-def mixed(model: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attachment:
+def mixed(
+    model: Any,
+    mixture: Mixture,
+    *,
+    checkpointing: bool = False,
+    regions: Sequence[Any] | None = None,
+    steps: Sequence[tuple[float, float]] | None = None,
+) -> Attachment:
     """Attach a mixture to a model.
 
     Use it in a ``with`` block, or call `Attachment.detach` at the end::
@@ -57,15 +64,25 @@ def mixed(model: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attac
         with mixed(pipe, mixture):
             pipe("a heart in ember style")
 
+        with mixed(pipe, mixture, regions=[left, right]):  # masks: the first LoRA acts on the left, the second right
+            pipe("a cat and a dog")
+
     Args:
         model: A diffusers pipeline or a transformers model.
         mixture: Adapters from `experts`, with their gates.
         checkpointing: Recompute blocks in the backward pass, see `attach`.
+        regions: Pipelines only: per expert, ``None`` or a map ``(H, W)`` of 0 .. 1 of any size, see `Mixture`.
+        steps: Pipelines only: per expert, the start and end of the part of the sampling steps in which it acts, 0 .. 1.
 
     Raises:
         MergeError: `model` is of another kind, or the mixture does not fit it.
     """
-    return _host(model, "mixing").mixed(model, mixture, checkpointing=checkpointing)
+    only_pictures = {name: value for name, value in (("regions", regions), ("steps", steps)) if value is not None}
+    if only_pictures and kind_of_model(model) != "pipeline":
+        raise MergeError(
+            "Regions and steps are for pictures.", expected="a diffusers pipeline", found=type(model).__name__
+        )
+    return _host(model, "mixing").mixed(model, mixture, checkpointing=checkpointing, **only_pictures)
 
 
 def routed(

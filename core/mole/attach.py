@@ -23,6 +23,10 @@ from .guidance import PromptGateSharing, PromptRows
 from .mixture import Mixture
 from .observers import GateObserver, InputObserver
 from .recompute import recomputable
+from .regions.attention import CrossAttentionForward
+from .regions.factors import RegionFactors
+from .regions.layouts import cross_attention_of, sees
+from .regions.picture import SamplingReader
 from .scopes import NETWORK, uncompiled
 from .texts import TextReader
 
@@ -34,6 +38,7 @@ def attach(
     checkpointing: bool = False,
     prompt_rows: PromptRows | PromptGateSharing | None = None,
     texts: TextReader | None = None,
+    sampling: SamplingReader | None = None,
 ) -> Attachment:
     """Attach a mixture to a model. Use it in a ``with`` block, or call `Attachment.detach` at the end.
 
@@ -48,6 +53,7 @@ def attach(
             prompt too: its samples get the gates of the prompt, see `core.mole.guidance`. Or the object that shares
             them. Default: every sample has its own gates.
         texts: Finds a language model's padding and prompts, see `core.mole.texts`. Default: gates read all positions.
+        sampling: Reads the step and the part of the picture of a pass, for experts with regions or steps.
 
     Raises:
         MergeError: The experts or gates are for another model.
@@ -59,7 +65,9 @@ def attach(
             mixture.to(parameter.device)
     if prompt_rows is not None and not isinstance(prompt_rows, PromptGateSharing):
         prompt_rows = PromptGateSharing(prompt_rows)
-    return Attachment(model, mixture, checkpointing=checkpointing, prompt_gates=prompt_rows, texts=texts)
+    return Attachment(
+        model, mixture, checkpointing=checkpointing, prompt_gates=prompt_rows, texts=texts, sampling=sampling
+    )
 
 
 class Attachment:
@@ -67,7 +75,7 @@ class Attachment:
 
     Args:
         model: The module tree. bank: A bank built for it.
-        checkpointing, texts: See `attach`.
+        checkpointing, texts, sampling: See `attach`.
         prompt_gates: Gives negative prompts the gates of the prompt.
     """
 
@@ -79,15 +87,24 @@ class Attachment:
         checkpointing: bool = False,
         prompt_gates: PromptGateSharing | None = None,
         texts: TextReader | None = None,
+        sampling: SamplingReader | None = None,
     ) -> None:
         self.model, self.bank = uncompiled(model), bank
-        self._gate_values = values = GateValues(bank, prompt_gates=prompt_gates, text_reader=texts)
+        regions = None
+        if bank.is_partial:
+            regions = RegionFactors(self.model, bank.regions, bank.steps, bank.labels, sampling)
+        self._gate_values = values = GateValues(bank, prompt_gates=prompt_gates, text_reader=texts, regions=regions)
         self._at_detach: list[Callable[[], None]] = []
         first_layer_decides = NETWORK in values.scopes and values.reads not in READS_TEXT
         if checkpointing and first_layer_decides and bank.gates.settings.granularity == "network":
             raise MergeError(
                 "One gate for the whole network that reads its first layer cannot be trained with checkpointing.",
                 remedy="switch checkpointing off, or choose gates that read text or a finer granularity",
+            )
+        if checkpointing and regions is not None:
+            raise MergeError(
+                "Blocks cannot be recomputed in a mixture with regions or steps.",
+                remedy="train gates without regions, and add the regions afterwards",
             )
         blocks = bank.blocks if values.reads not in READS_TEXT or bank.mixing == "output" or checkpointing else {}
         only_read = {
@@ -105,6 +122,18 @@ class Attachment:
         for path, stack in bank.stacks.items():
             scope = values.scopes[bank.scopes[path].name]
             self._forwards.append(LayerForward(modules[path], values, path, stack, scope))
+        if regions is not None and regions.has_maps:
+            self._forwards += self._cross_attentions(regions)
+
+    def _cross_attentions(self, regions: RegionFactors) -> list[CrossAttentionForward]:
+        experts: dict[str, set[int]] = {}
+        for path, stack in self.bank.stacks.items():
+            if sees(type(self.model).__name__, path) == "cross":
+                experts.setdefault(cross_attention_of(path), set()).update(stack.owner.tolist())
+        return [
+            CrossAttentionForward(self.model.get_submodule(path), self._gate_values, path, regions, sorted(members))
+            for path, members in experts.items()
+        ]
 
     @property
     def left_out(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class Bank(nn.Module):
         paths: Module name of an expert -> path of the layer it changes.
         stacks: Path of a layer -> its `Stack`. scopes: Path of a layer -> its scope.
         gates: The gates in use.
+        regions, steps, labels, is_partial: See `Mixture`.
         left_out: Parts of the experts that cannot be mixed at run time, each with the reason.
 
     Raises:
@@ -48,6 +49,8 @@ class Bank(nn.Module):
         self.scopes: dict[str, Scope] = scopes(model, self.stacks, mixture.gates.settings.granularity)
         self.gates = self._copy_used_gates(mixture.gates)
         self.mixing, self.experts = mixture.mixing, len(mixture.experts)
+        self.regions, self.steps, self.labels = mixture.regions, mixture.steps, mixture.labels
+        self.is_partial = mixture.is_partial
         self.left_out = tuple(_left_out(mixture))
         for path, stack in self.stacks.items():
             stack.to(dtype=_stack_dtype(layers[path], dtype))

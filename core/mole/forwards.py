@@ -91,7 +91,11 @@ class LayerForward(ReplacedForward):
         g = self.scope.value
         if g is None:
             g = self.gate_values.open_at_layer(self.scope, self.path, self.stack, x, z)
-        y = self.stack.add(y, z * self.gate_values.unit_gates(g, self.stack, z), in_place=in_place)
+        gated = z * self.gate_values.unit_gates(g, self.stack, z)
+        if self.gate_values.regions is not None:
+            factors = self.gate_values.regions.unit_factors(self.path, self.stack, z)
+            gated = gated if factors is None else gated * factors
+        y = self.stack.add(y, gated, in_place=in_place)
         return y[0] if unbatched else y
 
 

@@ -40,8 +40,14 @@ def freeze(
         progress: See `merge`.
 
     Raises:
-        MergeError: Nothing was recorded, or the gates were shut for all experts.
+        MergeError: Nothing was recorded, the gates were shut for all experts, or experts have regions or steps.
     """
+    if mixture.is_partial:
+        raise MergeError(
+            "An ordinary LoRA acts everywhere and in all steps.",
+            expected="a mixture without regions and steps",
+            remedy="remove the regions and the start and end steps, or keep the mixture",
+        )
     mean, spread = record.mean(), record.spread()
     scope_of = {module: bank.scopes[path].name for module, path in bank.paths.items()}
     missing = sorted({scope for scope in scope_of.values() if scope not in mean})

@@ -15,6 +15,7 @@ from .gate_inputs import check_size, expert_features, layer_input_features, miss
 from .gates import READS_LAYER_INPUT, READS_TEXT, Gate, GateSet, Reads
 from .guidance import PromptGateSharing
 from .observers import GateObserver, InputObserver
+from .regions.factors import RegionFactors
 from .stack import Stack
 from .texts import TextPositions, TextReader
 
@@ -56,6 +57,7 @@ class GateValues:
         bank: The experts and their gates.
         prompt_gates: Gives negative prompts the gates of the prompt.
         text_reader: Interprets the arguments of a language model.
+        regions: Where in the picture, and when, each expert acts; ``None``: everywhere and always.
 
     Attributes:
         reads: What the gates read, see `GateSettings`.
@@ -68,9 +70,14 @@ class GateValues:
     """
 
     def __init__(
-        self, bank: Bank, *, prompt_gates: PromptGateSharing | None = None, text_reader: TextReader | None = None
+        self,
+        bank: Bank,
+        *,
+        prompt_gates: PromptGateSharing | None = None,
+        text_reader: TextReader | None = None,
+        regions: RegionFactors | None = None,
     ) -> None:
-        self.bank = bank
+        self.bank, self.regions = bank, regions
         self.reads: Reads = bank.gates.settings.reads
         self.scopes = {scope.name: GateScope(scope.name) for scope in bank.scopes.values()}
         self.use(bank.gates)
@@ -112,8 +119,12 @@ class GateValues:
         self.clear()
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer.begin_pass(kwargs)
+        if self.regions is not None:
+            self.regions.begin_pass(text, args, kwargs)
         if self.reads in READS_TEXT and self.held_values is None:
             self._open_text_gates(text, kwargs)
+        if self.regions is not None:
+            self.regions.named = self._named if self.held_values is None else self.held_named
         if self.text_reader is not None and self.gates_need_input:
             self.positions = self.text_reader.begin_pass(args, kwargs)
         if self.prompt_positions is not None and self.positions.prompt_gates is None and self.reads != "token":
@@ -124,6 +135,8 @@ class GateValues:
         if self.text_reader is not None and self.gates_need_input:
             values = {name: scope.value for name, scope in self.scopes.items() if scope.value is not None}
             self.text_reader.end_pass(output, values)
+        if self.regions is not None:
+            self.regions.end_pass()
         self.clear()
 
     def clear(self) -> None:

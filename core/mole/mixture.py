@@ -6,12 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from ..adapter import Adapter
 from ..errors import MergeError
 from ..layers.keymap import ParameterSlice
 from .gates import GateSet
+from .regions.maps import checked_maps
 
 MixMode = Literal["delta", "output"]
 
@@ -24,6 +27,8 @@ class _MixtureFields:
     scale: float
     mixing: MixMode
     targets: Mapping[str, ParameterSlice]
+    regions: tuple[Tensor | None, ...]
+    steps: tuple[tuple[float, float], ...]
 
 
 class Mixture(_MixtureFields):
@@ -40,10 +45,14 @@ class Mixture(_MixtureFields):
         scale: Multiplies all strengths.
         mixing: ``delta`` or ``output``.
         targets: Module name -> rows of a parameter in the model, for names that are not paths of the model.
+        regions: Per expert, ``None`` (everywhere) or a map ``(H, W)`` of 0 .. 1 that multiplies its gates at every
+            position of the picture, of any size; ``(K, H, W)`` for the pictures of a batch or a video's frames. See
+            `core.mole.regions`.
+        steps: Per expert, the part of the sampling run in which it acts: start and end, 0 .. 1.
 
     Raises:
-        MergeError: No experts, gates for another number of experts, strengths or a scale that are not finite, or output
-            mixing with gates that are not per block.
+        MergeError: No experts, gates for another number of experts, strengths or a scale that are not finite, regions
+            or steps that are not for these experts, or output mixing with regions or with gates that are not per block.
 
     Source: arXiv:2404.13628 eq. 5 to 8, with ``E_i(x) = F_i(x) - F(x)``: an expert's output is what its LoRA adds.
     """
@@ -56,6 +65,8 @@ class Mixture(_MixtureFields):
         scale: float = 1.0,
         mixing: MixMode = "delta",
         targets: Mapping[str, ParameterSlice] | None = None,
+        regions: Sequence[Any] = (),
+        steps: Sequence[tuple[float, float]] = (),
     ) -> None:
         n = len(experts)
         if n == 0:
@@ -67,6 +78,8 @@ class Mixture(_MixtureFields):
             scale,
             mixing,
             MappingProxyType(dict(targets or {})),
+            checked_maps(regions, [adapter.label for adapter in experts]),
+            tuple((float(start), float(end)) for start, end in steps) or ((0.0, 1.0),) * n,
         )
         if len(self.strengths) != n:
             raise MergeError("Every LoRA needs one strength.", expected=n, found=len(self.strengths))
@@ -88,6 +101,21 @@ class Mixture(_MixtureFields):
                 found=f"granularity {self.gates.settings.granularity}",
                 remedy="train gates of granularity block, or use delta mixing",
             )
+        if len(self.steps) != n or not all(0 <= start <= end <= 1 for start, end in self.steps):
+            raise MergeError(
+                "Every LoRA needs a part of the sampling steps.",
+                expected=f"{n} pairs of start and end, 0 <= start <= end <= 1",
+                found=list(self.steps),
+            )
+        if self.mixing == "output" and self.is_partial:
+            raise MergeError(
+                "Output mixing mixes whole blocks in all steps, without regions.", remedy="use delta mixing"
+            )
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether an expert acts in a region, or in a part of the sampling steps."""
+        return any(map_ is not None for map_ in self.regions) or any(part != (0.0, 1.0) for part in self.steps)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -120,6 +148,8 @@ class Mixture(_MixtureFields):
             experts=tuple(self.experts[i] for i in keep),
             gates=self.gates.select(keep),
             strengths=tuple(self.strengths[i] for i in keep),
+            regions=tuple(self.regions[i] for i in keep),
+            steps=tuple(self.steps[i] for i in keep),
         )
 
     def without(self, *off: int) -> Mixture:

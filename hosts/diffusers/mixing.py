@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ...core.mole.trained import TrainedGates
 from ..base_model import base_model_name, other_base_model
 from .encoded_prompts import EncodedTexts, GuidanceRows, watch_prompts
 from .layer_names import key_map
+from .sampling_steps import PipelineSteps
 
 
 def denoising_model(pipe: Any) -> nn.Module:
@@ -88,7 +90,14 @@ def prompt_rows(pipe: Any) -> PromptRows:
     return GuidanceRows(pipe)
 
 
-def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attachment:
+def mixed(
+    pipe: Any,
+    mixture: Mixture,
+    *,
+    checkpointing: bool = False,
+    regions: Sequence[Any] | None = None,
+    steps: Sequence[tuple[float, float]] | None = None,
+) -> Attachment:
     """Attach a mixture to a pipeline's transformer or U-Net.
 
     Use it in a ``with`` block, or call `Attachment.detach` at the end::
@@ -104,10 +113,16 @@ def mixed(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> Attach
         pipe: The pipeline.
         mixture: Adapters from `experts`, with their gates.
         checkpointing: Recompute blocks in the backward pass, see `attach`.
+        regions, steps: Where in the picture, and in which part of the sampling steps, each expert acts: instead of the
+            mixture's own, see `Mixture`.
 
     Raises:
-        MergeError: See `attach`.
+        MergeError: See `attach` and `Mixture`.
     """
+    if regions is not None:
+        mixture = replace(mixture, regions=regions)
+    if steps is not None:
+        mixture = replace(mixture, steps=steps)
     attachment = _attached(pipe, mixture, checkpointing=checkpointing)
     attachment.at_detach(watch_prompts(pipe, lambda encoded: _warn(encoded, attachment, mixture.labels)))
     return attachment
@@ -117,7 +132,7 @@ def _attached(pipe: Any, mixture: Mixture, *, checkpointing: bool = False) -> At
     """The mixture, attached so that negative prompts take the gates of the prompt."""
     model, rows = denoising_model(pipe), GuidanceRows(pipe)
     sharing = PromptGateSharing(rows)
-    attachment = attach(model, mixture, checkpointing=checkpointing, prompt_rows=sharing)
+    attachment = attach(model, mixture, checkpointing=checkpointing, prompt_rows=sharing, sampling=PipelineSteps(pipe))
     attachment.at_detach(rows.watch(model, sharing))
     return attachment
 

@@ -32,6 +32,7 @@ from . import guiders, lora_loader
 from .display import dropped_section, with_dropped_first
 from .live_gates import gate_sender
 from .merge_guard import guard
+from .sampling_reader import ComfySamplingReader
 
 _MODEL_PREFIX = "diffusion_model."
 _ATTACHMENT_KEY = "legomole_mixes"  # under which a model patcher holds its mixtures
@@ -49,6 +50,7 @@ class ComfyMixture:
         text_encoder_weights: Strengths of the experts in the text encoders.
         loaded: The LoRAs of the mixture.
         base: The kind of model, e.g. ``Flux``.
+        reader: Reads areas of conditioning and the sampling step, for experts with regions or steps.
         routed: Whether the gates open for words, without training.
     """
 
@@ -59,6 +61,7 @@ class ComfyMixture:
     text_encoder_weights: tuple[float, ...]
     loaded: LoadedLoras
     base: str
+    reader: ComfySamplingReader
     routed: bool = False
 
     def report(self) -> str:
@@ -108,6 +111,8 @@ def build_mixture(
     scale: float = 1.0,
     mixing: MixMode = "delta",
     switched_off: Sequence[int] = (),
+    regions: Sequence[Any] = (),
+    steps: Sequence[tuple[float, float]] = (),
 ) -> ComfyMixture:
     """Build a mixture of LoRAs for a model.
 
@@ -121,6 +126,7 @@ def build_mixture(
         scale: Factor on all strengths.
         mixing: See `Mixture`.
         switched_off: Positions of experts that are switched off.
+        regions, steps: Where in the picture, and in which part of the sampling steps, each LoRA acts, see `Mixture`.
 
     Raises:
         MergeError: LoRAs or gates of another model, or all LoRAs are switched off.
@@ -145,7 +151,7 @@ def build_mixture(
             )
     strengths = tuple(lora.strength_model for lora in loras)
     with torch.inference_mode(False), torch.no_grad():  # tensors made in inference mode allow no gradients
-        all_experts = Mixture(tuple(loaded.adapters), gate_set, strengths, scale, mixing, layers)
+        all_experts = Mixture(tuple(loaded.adapters), gate_set, strengths, scale, mixing, layers, regions, steps)
         mixture = all_experts.without(*switched_off)
         bank = Bank(model.model.diffusion_model, mixture, dtype=model.model.get_dtype_inference())
     return ComfyMixture(
@@ -156,6 +162,7 @@ def build_mixture(
         tuple(lora.strength_clip for i, lora in enumerate(loras) if i not in switched_off),
         loaded,
         base,
+        ComfySamplingReader(),
     )
 
 
@@ -195,6 +202,7 @@ def _begin_run(mix: ComfyMixture) -> None:
 def _calculate(
     mix: ComfyMixture, send_gates: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
 ) -> Any:
+    mix.reader.begin_step(model, conds, rest[0])
     predictions = _predict_prompt_first(mix, calculate, model, conds, *rest)
     send_gates()
     return predictions
@@ -230,7 +238,9 @@ def _injection(mix: ComfyMixture) -> PatcherInjection:
             return
         stack = ExitStack()
         network = patcher.model.diffusion_model
-        attachment = stack.enter_context(Attachment(network, mix.bank, prompt_gates=mix.prompt_gates))
+        attachment = stack.enter_context(
+            Attachment(network, mix.bank, prompt_gates=mix.prompt_gates, sampling=mix.reader)
+        )
         stack.enter_context(attachment.watch(mix.record))
         attached[patcher] = stack
 

@@ -1,0 +1,92 @@
+"""What a layer sees, by its path and its model: positions of the picture, of the text, or of both in one sequence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+# Keys and values of cross attention: a picture's positions read them.
+_CROSS = re.compile(
+    r"(^|\.)(attn2|cross_attn|cross_attention|crossattn)\."
+    r"(to_k|to_v|k|v|k_proj|v_proj|kv|kv_linear|kv_proj|to_kv|linear_k|linear_v)$"
+)
+# A prompt's own layers, for text or for image prompts.
+_TEXT = re.compile(
+    r"(^|[._])(txt|text|cap|caption|context|encoder_hid|byt5|token_refiner|llm|siglip|clip|vision)"
+    r"(_|\.|$)|(^|\.)(add_[qkv]_proj|to_add_out|ff_context|norm1_context|norm_added|k_img|v_img|img_emb|y_embedder"
+    r"|image_embedder|llm_adapter|t_embedder_text)(\.|$)"
+)
+
+Sees = Literal["picture", "text", "cross"]
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Where the picture's tokens are in a model's sequences.
+
+    Args:
+        joint: Pattern of the paths of layers whose sequence holds text and picture; ``""``: there are none.
+        order: ``text first``: text, picture, references. ``picture first``: picture, then the rest. ``picture last``:
+            the picture ends the sequence.
+        padded_to: The picture is padded to a multiple of this number of tokens.
+        without_padding: Whether each sample's text has no padding tokens in joint sequences.
+    """
+
+    joint: str = ""
+    order: Literal["text first", "picture first", "picture last"] = "picture first"
+    padded_to: int = 1
+    without_padding: bool = False
+
+    def is_joint(self, path: str) -> bool:
+        return bool(self.joint) and re.match(self.joint, path) is not None
+
+
+_FLUX = SequenceLayout(r"single_(transformer_)?blocks\.", "text first")
+_PICTURE_FIRST = SequenceLayout(r"single_(transformer_)?blocks\.", "picture first")
+# By the names of classes: those of diffusers, and those of the models' own code, which ComfyUI follows.
+_LAYOUTS: Mapping[str, SequenceLayout] = {
+    "Flux": _FLUX,
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX,
+    "Chroma": _FLUX,
+    "ChromaTransformer2DModel": _FLUX,
+    "HunyuanVideo": _PICTURE_FIRST,
+    "HunyuanVideoTransformer3DModel": _PICTURE_FIRST,
+    "HunyuanVideo15Transformer3DModel": _PICTURE_FIRST,
+    "QwenImageTransformer2DModel": SequenceLayout(),
+    "NextDiT": SequenceLayout(r"layers\.", "picture last", padded_to=32),
+    "Lumina2Transformer2DModel": SequenceLayout(r"layers\.", "text first", without_padding=True),
+    "ZImageTransformer2DModel": SequenceLayout(r"layers\.", "picture first", padded_to=32),
+}
+# Their second attention is one of the picture with itself.
+_SECOND_ATTENTION_OF_PICTURE = ("SD3Transformer2DModel", "OpenAISignatureMMDITWrapper", "MMDiT")
+
+
+def layout_of(model: nn.Module) -> SequenceLayout | None:
+    """The known layout of a model's sequences; ``None``: all sequences are of the picture alone or of text alone."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in _LAYOUTS:
+            return _LAYOUTS[kind.__name__]
+    return None
+
+
+def sees(architecture: str, path: str) -> Sees:
+    """Whether a layer sees the picture (also together with text), a text, or as cross attention's key or value a text.
+
+    A vector of the whole picture (of the time step, of a pooled text) counts as picture.
+
+    Args:
+        architecture: Name of the model's class. path: Path of the layer.
+    """
+    if _CROSS.search(path) and architecture not in _SECOND_ATTENTION_OF_PICTURE:
+        return "cross"
+    return "text" if _TEXT.search(path) else "picture"
+
+
+def cross_attention_of(path: str) -> str:
+    """Path of the attention module around a layer that `sees` as ``cross``."""
+    return path.rpartition(".")[0]

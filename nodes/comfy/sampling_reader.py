@@ -1,0 +1,63 @@
+"""What a sampling step of ComfyUI tells of the model's passes: areas of conditioning, and how far sampling has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ...core.errors import MergeError
+from ...core.mole.regions.picture import Part, Picture
+
+
+class ComfySamplingReader:
+    """Implements `SamplingReader` for ComfyUI.
+
+    Areas (Conditioning Set Area) are cut out of the latent before the model sees it; each sample of a pass carries the
+    id of its conditioning, which has the area.
+    """
+
+    def __init__(self) -> None:
+        self._whole: tuple[int, int] | None = None  # (height, width) of the latent that is sampled
+        self._areas: dict[Any, tuple[int, int]] = {}  # id of a conditioning -> (top, left)
+        self._sampling: Any = None
+
+    def begin_step(self, model: Any, conds: Sequence[Any], latent: Tensor) -> None:
+        """Read the conditioning of a step.
+
+        Args:
+            model: The BaseModel. conds: Per prompt, its conditioning or ``None``. latent: ``(B, C, .., H, W)``.
+        """
+        self._sampling, self._whole = model.model_sampling, (latent.shape[-2], latent.shape[-1])
+        self._areas.clear()
+        for part in (part for cond in conds if cond is not None for part in cond):
+            area: Any = part.get("area")
+            if area is not None:  # sizes, then positions, of all dimensions
+                self._areas[part.get("uuid")] = int(area[-2]), int(area[-1])
+
+    def parts(self, arguments: Mapping[str, Any], picture: Picture) -> Sequence[Part] | None:
+        """Implements `SamplingReader`.
+
+        Raises:
+            MergeError: The model sees a part of the picture that is no area of conditioning.
+        """
+        whole = self._whole
+        if whole is None or whole == (picture.height, picture.width):
+            return None
+        uuids: Sequence[Any] = (arguments.get("transformer_options") or {}).get("uuids") or ()
+        if not uuids or any(uuid not in self._areas for uuid in uuids):
+            raise MergeError(
+                "A region cannot be laid on a part of the picture whose place is not known.",
+                expected=f"a latent of {whole[0]} x {whole[1]}",
+                found=f"{picture.height} x {picture.width}",
+                remedy="remove the regions, or the node that samples in tiles",
+            )
+        samples = max(picture.samples // len(uuids), 1)
+        return [Part(*self._areas[uuid], *whole) for uuid in uuids for _ in range(samples)]
+
+    def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
+        sigmas: Any = (arguments.get("transformer_options") or {}).get("sigmas")
+        if sigmas is None or self._sampling is None:
+            return fraction <= 0
+        return float(sigmas.flatten()[0]) <= float(self._sampling.percent_to_sigma(fraction)) * (1 + 1e-6)
