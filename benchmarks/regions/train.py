@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from legomole.core.formats import save
 from legomole.nano.model import SIDE
 from legomole.nano.store import Store
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..common import Say
@@ -55,7 +57,7 @@ def train(work: Path, size: Size, say: Say) -> RegionStore:
         path = store.lora(subject, seed)
         if not path.exists():
             data = lora_scenes(nano, subject, seed, size.lora_times)
-            with torch.autocast("cpu", torch.bfloat16):
+            with _bfloat16():
                 lora = train_loras.train(
                     store.transformer, data, prompts, steps=size.lora_steps, batch=size.lora_batch, lr=_LORA_RATE,
                     seed=100 * seed + NEW_SUBJECTS.index(subject), say=say,
@@ -64,19 +66,30 @@ def train(work: Path, size: Size, say: Say) -> RegionStore:
     return store
 
 
-_BASE_RATE, _LORA_RATE = 7e-4, 1.5e-3
+def _bfloat16() -> torch.autocast:
+    """Compute in bfloat16, without the cache of weights, which would hold those of the first step."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
+_BASE_RATES = (7e-4, 1e-3)  # of the rounds of `Size.base_steps` steps
+_LORA_RATE = 1.5e-3
 _SIDE_SIZE = 0.3  # of the vector that tells the halves apart; a position's own values are -1 .. 1
 
 
 def _base(nano: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor]:
     shipped = nano.transformer.state_dict()
+    weights = {**shipped, _POSITIONS: wide_positions(shipped[_POSITIONS])}
     scenes = base_scenes(size.base_times) if size.base_times else base_scenes(1)[::100]
-    data = rendered(nano.vae, scenes, 20)
-    with torch.autocast("cpu", torch.bfloat16):
-        weights = resumable_base(
-            work / "base.state", data, size.base_steps, batch=size.base_batch, lr=_BASE_RATE,
-            initial={**shipped, _POSITIONS: wide_positions(shipped[_POSITIONS])}, prompts=encoder(short=True), say=say,
+    data, prompts = rendered(nano.vae, scenes, 20), encoder(short=True)
+    for i, rate in enumerate(_BASE_RATES):
+        path = work / f"base-{i}.safetensors"
+        fine_tune = partial(
+            resumable_base, path.with_suffix(".state"), data, size.base_steps, batch=size.base_batch, lr=rate, seed=i,
+            initial=weights, prompts=prompts, say=say,
         )  # fmt: skip
+        with _bfloat16():
+            stage(path, say, fine_tune)
+        weights = {name: tensor.float() for name, tensor in load_file(path).items()}
     return {name: tensor for name, tensor in weights.items() if not tensor.equal(shipped[name])}
 
 
