@@ -48,6 +48,8 @@ Mixing (`mole`, `train`):
   part of a model with several layers.
 - *concept*: what an expert shows, named in prompts by its words. *detector*: scores whether a text names the
   concepts; the score is a concept's *presence*. *router*: gates from the words of a prompt, without training.
+- *region*: the part of the picture in which an expert acts, given by a *map* ``(H, W)`` of 0 .. 1. *steps*: the part of
+  the sampling run in which it acts. Both become *factors* of an expert's units at each position of a layer.
 - *pass*: one forward pass of the model. *record*: gate values of passes. *freeze*: make one LoRA of a mixture with
   its gates at their recorded mean.
 - ``B``, ``T``: samples of a batch and positions (tokens) in shapes of activations; ``t`` noise level; ``x`` latents

@@ -90,10 +90,12 @@ class Attachment:
         sampling: SamplingReader | None = None,
     ) -> None:
         self.model, self.bank = uncompiled(model), bank
-        regions = None
+        self.regions: RegionFactors | None = None  # where in the picture, and when, each expert acts
         if bank.is_partial:
-            regions = RegionFactors(self.model, bank.regions, bank.steps, bank.labels, sampling)
-        self._gate_values = values = GateValues(bank, prompt_gates=prompt_gates, text_reader=texts, regions=regions)
+            self.regions = RegionFactors(self.model, bank.regions, bank.steps, bank.labels, sampling)
+        self._gate_values = values = GateValues(
+            bank, prompt_gates=prompt_gates, text_reader=texts, regions=self.regions
+        )
         self._at_detach: list[Callable[[], None]] = []
         first_layer_decides = NETWORK in values.scopes and values.reads not in READS_TEXT
         if checkpointing and first_layer_decides and bank.gates.settings.granularity == "network":
@@ -101,7 +103,7 @@ class Attachment:
                 "One gate for the whole network that reads its first layer cannot be trained with checkpointing.",
                 remedy="switch checkpointing off, or choose gates that read text or a finer granularity",
             )
-        if checkpointing and regions is not None:
+        if checkpointing and self.regions is not None:
             raise MergeError(
                 "Blocks cannot be recomputed in a mixture with regions or steps.",
                 remedy="train gates without regions, and add the regions afterwards",
@@ -122,8 +124,8 @@ class Attachment:
         for path, stack in bank.stacks.items():
             scope = values.scopes[bank.scopes[path].name]
             self._forwards.append(LayerForward(modules[path], values, path, stack, scope))
-        if regions is not None and regions.has_maps:
-            self._forwards += self._cross_attentions(regions)
+        if self.regions is not None and (self.regions.has_maps or self.regions.automatic is not None):
+            self._forwards += self._cross_attentions(self.regions)
 
     def _cross_attentions(self, regions: RegionFactors) -> list[CrossAttentionForward]:
         experts: dict[str, set[int]] = {}

@@ -11,7 +11,7 @@ from ..adapter import is_text_encoder
 from ..errors import MergeError, name_some
 from .adapted_layers import LayerSlice, rows_of, stacks
 from .gates import GateSet
-from .mixture import Mixture
+from .mixture import Mixture, Regions
 from .scopes import Scope, scopes, uncompiled
 
 # Prefixes that files put before the path of a layer in its own model.
@@ -49,7 +49,8 @@ class Bank(nn.Module):
         self.scopes: dict[str, Scope] = scopes(model, self.stacks, mixture.gates.settings.granularity)
         self.gates = self._copy_used_gates(mixture.gates)
         self.mixing, self.experts = mixture.mixing, len(mixture.experts)
-        self.regions, self.steps, self.labels = mixture.regions, mixture.steps, mixture.labels
+        self.regions: Regions = mixture.regions
+        self.steps, self.labels = mixture.steps, mixture.labels
         self.is_partial = mixture.is_partial
         self.left_out = tuple(_left_out(mixture))
         for path, stack in self.stacks.items():

@@ -65,6 +65,11 @@ class ConceptDetector(nn.Module):
         Raises:
             MergeError: A text conditioning of another width.
         """
+        logits, is_token = self.token_logits(text, mask)
+        return torch.sigmoid(smooth_maximum(logits, is_token[..., None])).float()
+
+    def token_logits(self, text: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Score ``(B, T, N)`` of each concept at every token, and whether it is a token ``(B, T)``; see `forward`."""
         if text.shape[-1] != self.features:
             raise MergeError(
                 "The gates read a text conditioning of another width than they were made for.",
@@ -76,7 +81,7 @@ class ConceptDetector(nn.Module):
         square = x.square().mean(-1)
         logits = nn.functional.linear(x, self.weight.to(x)) * square.clamp_min(1e-12).rsqrt()[..., None]  # (B, T, N)
         is_token = (square > 0) if mask is None else (square > 0) & mask
-        return torch.sigmoid(smooth_maximum(logits + self.bias.to(x), is_token[..., None])).float()
+        return logits + self.bias.to(x), is_token
 
     def select(self, keep: Sequence[int]) -> ConceptDetector:
         """The detector of these experts' concepts, in this order."""

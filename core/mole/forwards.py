@@ -129,7 +129,11 @@ class ModelForward(ReplacedForward):
         if self.active:
             text = self.text.find(args, kwargs)
             self.gate_values.begin_pass(text if isinstance(text, Tensor) else None, args, kwargs)
-        output = self.inner(*args, **kwargs)
+        try:
+            output = self.inner(*args, **kwargs)
+        finally:
+            if self.gate_values.regions is not None:
+                self.gate_values.regions.end_pass()
         if self.active:
             self.gate_values.end_pass(output)
         return output

@@ -120,7 +120,9 @@ class GateValues:
         if self.observer is not None and not torch.compiler.is_compiling():
             self.observer.begin_pass(kwargs)
         if self.regions is not None:
-            self.regions.begin_pass(text, args, kwargs)
+            samples = 0 if text is None else len(text)
+            rows = range(samples) if self.prompt_gates is None else self.prompt_gates.prompt_rows
+            self.regions.begin_pass(text, args, kwargs, detector=self.bank.gates.detector, rows=rows)
         if self.reads in READS_TEXT and self.held_values is None:
             self._open_text_gates(text, kwargs)
         if self.regions is not None:
@@ -135,8 +137,6 @@ class GateValues:
         if self.text_reader is not None and self.gates_need_input:
             values = {name: scope.value for name, scope in self.scopes.items() if scope.value is not None}
             self.text_reader.end_pass(output, values)
-        if self.regions is not None:
-            self.regions.end_pass()
         self.clear()
 
     def clear(self) -> None:

@@ -71,6 +71,11 @@ class PromptGateSharing:
         elif self._remembers and self.require_prompt_first and not self._prompt_passed:
             raise PromptPassRequired
 
+    @property
+    def prompt_rows(self) -> Sequence[int]:
+        """The rows of the prompt in this pass."""
+        return self._prompt_rows
+
     def prompt_texts(self, arguments: Mapping[str, Any]) -> Sequence[tuple[Tensor, Tensor | None]]:
         """The prompt's text conditionings, if this pass needs them: it has no sample of the prompt."""
         return [] if self._texts is None or self._prompt_rows or not self._remembers else self._texts(arguments)

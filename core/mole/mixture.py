@@ -17,6 +17,7 @@ from .gates import GateSet
 from .regions.maps import checked_maps
 
 MixMode = Literal["delta", "output"]
+Regions = tuple[Tensor | None, ...] | Literal["automatic"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +28,7 @@ class _MixtureFields:
     scale: float
     mixing: MixMode
     targets: Mapping[str, ParameterSlice]
-    regions: tuple[Tensor | None, ...]
+    regions: Regions
     steps: tuple[tuple[float, float], ...]
 
 
@@ -46,8 +47,8 @@ class Mixture(_MixtureFields):
         mixing: ``delta`` or ``output``.
         targets: Module name -> rows of a parameter in the model, for names that are not paths of the model.
         regions: Per expert, ``None`` (everywhere) or a map ``(H, W)`` of 0 .. 1 that multiplies its gates at every
-            position of the picture, of any size; ``(K, H, W)`` for the pictures of a batch or a video's frames. See
-            `core.mole.regions`.
+            position of the picture, of any size; ``(K, H, W)`` for the pictures of a batch or a video's frames. Or
+            ``"automatic"``: the model's attention to each LoRA's words decides. See `core.mole.regions`.
         steps: Per expert, the part of the sampling run in which it acts: start and end, 0 .. 1.
 
     Raises:
@@ -65,7 +66,7 @@ class Mixture(_MixtureFields):
         scale: float = 1.0,
         mixing: MixMode = "delta",
         targets: Mapping[str, ParameterSlice] | None = None,
-        regions: Sequence[Any] = (),
+        regions: Sequence[Any] | Literal["automatic"] = (),
         steps: Sequence[tuple[float, float]] = (),
     ) -> None:
         n = len(experts)
@@ -78,7 +79,7 @@ class Mixture(_MixtureFields):
             scale,
             mixing,
             MappingProxyType(dict(targets or {})),
-            checked_maps(regions, [adapter.label for adapter in experts]),
+            _regions(regions, [adapter.label for adapter in experts]),
             tuple((float(start), float(end)) for start, end in steps) or ((0.0, 1.0),) * n,
         )
         if len(self.strengths) != n:
@@ -148,10 +149,14 @@ class Mixture(_MixtureFields):
             experts=tuple(self.experts[i] for i in keep),
             gates=self.gates.select(keep),
             strengths=tuple(self.strengths[i] for i in keep),
-            regions=tuple(self.regions[i] for i in keep),
+            regions="automatic" if self.regions == "automatic" else tuple(self.regions[i] for i in keep),
             steps=tuple(self.steps[i] for i in keep),
         )
 
     def without(self, *off: int) -> Mixture:
         """The mixture with these experts switched off, see `only`."""
         return self.only([i for i in range(len(self.experts)) if i not in off])
+
+
+def _regions(regions: Sequence[Any] | Literal["automatic"], labels: Sequence[str]) -> Regions:
+    return "automatic" if isinstance(regions, str) and regions == "automatic" else checked_maps(regions, labels)

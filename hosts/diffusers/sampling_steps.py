@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.mole.regions.picture import Part, Picture
+from ...core.mole.regions.picture import AttentionObserver, Part, Picture
 
 _ROUNDING = 1e-6
 
@@ -31,6 +31,9 @@ class PipelineSteps:
     def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
         scheduler = self.pipe.scheduler
         return self._step(scheduler, args, arguments) >= fraction * len(scheduler.timesteps) - _ROUNDING
+
+    def watch_attention(self, arguments: Mapping[str, Any], read: AttentionObserver) -> None:
+        return None
 
     @staticmethod
     def _step(scheduler: Any, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ...core.errors import MergeError
-from ...core.mole.regions.picture import Part, Picture
+from ...core.mole.regions.picture import AttentionObserver, Part, Picture
+
+_OVERRIDE = "optimized_attention_override"  # of transformer_options: calls the attention in place of ComfyUI
 
 
 class ComfySamplingReader:
@@ -61,3 +65,34 @@ class ComfySamplingReader:
         if sigmas is None or self._sampling is None:
             return fraction <= 0
         return float(sigmas.flatten()[0]) <= float(self._sampling.percent_to_sigma(fraction)) * (1 + 1e-6)
+
+    @contextmanager
+    def watch_attention(self, arguments: Mapping[str, Any], read: AttentionObserver) -> Generator[None]:
+        """ComfyUI has several attention functions, and one place where they can be replaced."""
+        options: Any = arguments.get("transformer_options")
+        if options is None:
+            yield
+            return
+        inner = options.get(_OVERRIDE)
+
+        def attend(
+            function: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, *rest: Any, **more: Any
+        ) -> Any:
+            parts = (query, key) if more.get("skip_reshape") else (_by_head(query, heads), _by_head(key, heads))
+            read(*parts, more.get("scale"))
+            call = function if inner is None else partial(inner, function)
+            return call(query, key, value, heads, *rest, **more)
+
+        options[_OVERRIDE] = attend
+        try:
+            yield
+        finally:
+            if inner is None:
+                del options[_OVERRIDE]
+            else:
+                options[_OVERRIDE] = inner
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """``(B, T, heads d)`` as ``(B, heads, T, d)``."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

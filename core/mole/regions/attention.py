@@ -48,12 +48,7 @@ class CrossAttentionForward(ReplacedForward):
     def __init__(
         self, module: nn.Module, gate_values: GateValues, path: str, regions: RegionFactors, experts: Sequence[int]
     ) -> None:
-        self.path, self.regions = path, regions
-        groups: dict[int, list[int]] = {}  # the experts of each map: several may share one
-        for i in regions.mapped:
-            if i in experts:
-                groups.setdefault(id(regions.maps[i]), []).append(i)
-        self.groups = list(groups.values())
+        self.path, self.regions, self.experts = path, regions, experts
         super().__init__(module, gate_values)
         self.query, self.text = ArgumentFinder(self.inner, _QUERY), ArgumentFinder(self.inner, _TEXT)
 
@@ -61,7 +56,7 @@ class CrossAttentionForward(ReplacedForward):
         x, text = self.query.find(args, kwargs), self.text.find(args, kwargs)
         if x is None and args:
             x = args[0]
-        if not self.active or not self.groups or not isinstance(x, Tensor) or x.ndim != 3 or text is None:
+        if not self.active or not self.regions.has_maps or not isinstance(x, Tensor) or x.ndim != 3 or text is None:
             return self.inner(*args, **kwargs)
         runs = self.regions.cached(
             ("runs", self.path, x.shape[1], x.device), lambda: self._runs(x, self._may_select(x, text, args, kwargs))
@@ -102,14 +97,18 @@ class CrossAttentionForward(ReplacedForward):
     def _runs(self, x: Tensor, may_select: bool) -> list[_Run] | None:
         """The runs whose weighted sum is the attention's output; ``None`` if one run with all experts is enough."""
         m = self.regions.picture_positions(x.shape[1])  # (S, T, N)
-        if m is None:
+        groups: dict[int, list[int]] = {}  # the experts of each map: several may share one
+        for i, map_ in enumerate(self.regions.maps):
+            if map_ is not None and i in self.experts:
+                groups.setdefault(id(map_), []).append(i)
+        if m is None or not groups:
             return None
         n = m.shape[-1]
-        grouped = [i for members in self.groups for i in members]
+        grouped = [i for members in groups.values() for i in members]
         always = torch.tensor([float(i not in grouped) for i in range(n)])
-        shares = [m[..., members[0]] for members in self.groups]
+        shares = [m[..., members[0]] for members in groups.values()]
         parts = [(always, 1 - torch.stack(shares).sum(0))]
-        for members, share in zip(self.groups, shares, strict=True):
+        for members, share in zip(groups.values(), shares, strict=True):
             parts.append((always + torch.tensor([float(i in members) for i in range(n)]), share))
         runs: list[_Run] = []
         for experts, share in parts:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import MergeError
-from ..concepts import text_mask
+from ..concepts import ConceptDetector, text_mask
 from ..stack import Stack
-from .layouts import Sees, layout_of, sees
+from .automatic import UNTIL, AutomaticRegions
+from .layouts import Sees, SequenceLayout, layout_of, sees
 from .maps import maps_of_pass, resized
 from .picture import Picture, SamplingReader, Tokens, grid_with, patch_size, picture_of, text_lengths, tokens_of
 
@@ -36,12 +37,13 @@ class RegionFactors:
 
     Args:
         model: The module tree.
-        maps: Per expert, see `core.mole.regions.maps`.
+        maps: Per expert, see `core.mole.regions.maps`; or ``"automatic"``.
         steps: Per expert, the part of the sampling run in which it acts, 0 .. 1.
         labels: Names of the experts.
         reader: Reads what only the host knows.
 
     Attributes:
+        automatic: Reads maps from the model's attention, if they are automatic.
         named: ``(1 or B, N)`` bool, the experts whose words each sample's text has; ``None`` if unknown. Their text
             layers act in full in models of joint attention.
         selection: Set while a part of a cross attention runs by itself.
@@ -53,12 +55,13 @@ class RegionFactors:
     def __init__(
         self,
         model: nn.Module,
-        maps: Sequence[Tensor | None],
+        maps: Sequence[Tensor | None] | Literal["automatic"],
         steps: Sequence[tuple[float, float]],
         labels: Sequence[str],
         reader: SamplingReader | None = None,
     ) -> None:
-        self.maps, self.steps, self.labels, self.reader = tuple(maps), tuple(steps), tuple(labels), reader
+        self.maps: tuple[Tensor | None, ...] = (None,) * len(labels) if maps == "automatic" else tuple(maps)
+        self.steps, self.labels, self.reader = tuple(steps), tuple(labels), reader
         self.layout, self.patch, self._class = layout_of(model), patch_size(model), type(model).__name__
         self._has_cross_attention = any(sees(self._class, path) == "cross" for path, _ in model.named_modules())
         self._roles: dict[str, Sees] = {}
@@ -71,26 +74,40 @@ class RegionFactors:
         self._key: Any = None  # of what the caches hold
         self._maps: Tensor | None = None  # (1 or B, N, frames, height, width)
         self._cache: dict[Any, Any] = {}
-        if reader is None and any(part != (0.0, 1.0) for part in self.steps):
+        self.automatic: AutomaticRegions | None = None
+        if maps == "automatic":
+            self.automatic = AutomaticRegions(
+                self._class, self.patch, self.layout or SequenceLayout(order="text first")
+            )
+        if reader is None and (self.automatic is not None or any(part != (0.0, 1.0) for part in self.steps)):
             raise MergeError(
-                "LoRAs that act in a part of the sampling steps need a host that counts them.",
+                "LoRAs that act in a part of the sampling steps, and automatic regions, need a host that counts them.",
                 remedy="use legomole.mixed on a diffusers pipeline, or ComfyUI",
             )
 
-    def begin_pass(self, text: Tensor | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def begin_pass(
+        self,
+        text: Tensor | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        detector: ConceptDetector | None = None,
+        rows: Sequence[int] = (),
+    ) -> None:
         """Read the size of the picture, and which experts act now.
 
         Args:
             text: Text conditioning ``(B, tokens, F)``, if the model has one. args, kwargs: The model's arguments.
+            detector, rows: For automatic regions, see `AutomaticRegions.begin_pass`.
 
         Raises:
-            MergeError: There are maps, and no picture in the arguments.
+            MergeError: There are maps, and no picture in the arguments; or see `AutomaticRegions.begin_pass`.
         """
         self.named, self._text = None, text
         self._active = tuple(self._acts_now(part, args, kwargs) for part in self.steps)
         key: Any = self._active
         parts = None
-        if self.has_maps:
+        if self.has_maps or self.automatic is not None:
             picture = picture_of(args, kwargs)
             if picture is None:
                 raise MergeError(
@@ -101,10 +118,23 @@ class RegionFactors:
                 )
             self._picture = picture
             parts = None if self.reader is None else self.reader.parts(kwargs, picture)
-            mask = None if text is None or self.layout is None else text_mask(kwargs, text)
+            mask = None if text is None else text_mask(kwargs, text)
+            if self.automatic is not None and self.reader is not None:
+                reads = not self.reader.reached(UNTIL, args, kwargs)
+                self.automatic.begin_pass(picture, text, mask, detector, rows, self.reader if reads else None, kwargs)
+                found = self.automatic.maps
+                if (found is None) == self.has_maps:  # they were found now, or a new run has begun
+                    self.maps = (None,) * len(self.labels) if found is None else tuple(found.unbind(1))
+                    self._key = None
             without_padding = self.layout is not None and self.layout.without_padding
             self._text_lengths = text_lengths(text, mask if without_padding else None)
-            key = (self._active, picture, parts if parts is None else tuple(parts), tuple(self._text_lengths or ()))
+            key = (
+                self._active,
+                id(self.maps),
+                picture,
+                parts if parts is None else tuple(parts),
+                tuple(self._text_lengths or ()),
+            )
         if key != self._key:
             self._cache.clear()
             self._key = key
@@ -113,15 +143,12 @@ class RegionFactors:
 
     def end_pass(self) -> None:
         self.named = self._text = None
+        if self.automatic is not None:
+            self.automatic.end_pass()
 
     @property
     def has_maps(self) -> bool:
         return any(map_ is not None for map_ in self.maps)
-
-    @property
-    def mapped(self) -> list[int]:
-        """The experts that have a map."""
-        return [i for i, map_ in enumerate(self.maps) if map_ is not None]
 
     def _acts_now(self, part: tuple[float, float], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         start, end = part
@@ -248,23 +275,14 @@ class RegionFactors:
             if grid is None:
                 raise self._unknown(path, count)
             return self._flat(maps, grid)
-        padded = -(-tokens.count // layout.padded_to) * layout.padded_to
         joint = layout.is_joint(path)
-        if count < tokens.count:
+        if joint:
+            starts = layout.starts(tokens.count, count, self._text_lengths)
+        else:  # references follow the picture, or come before it
+            starts = [max(0, count - layout.padded(tokens.count)) if layout.order == "picture last" else 0]
+        if count < tokens.count or not starts:
             raise self._unknown(path, count)
         text, other = self._pooled("mean", self.named if joint else None), self._pooled("mean")
-        if not joint:
-            starts = [max(0, count - padded) if layout.order == "picture last" else 0]
-        elif layout.order == "picture first":
-            starts = [0]
-        elif layout.order == "picture last":
-            # text and picture are padded alike, or neither is
-            length = self._text_lengths[0] if self._text_lengths else 0
-            starts = [length if count == length + tokens.count else count - padded]
-        else:  # without a text the picture is alone
-            starts = [0] if count == tokens.count else self._text_lengths or []
-        if not starts or max(starts) + tokens.count > count or min(starts) < 0:
-            raise self._unknown(path, count)
         after = other if layout.order == "text first" else text  # references, or the text and all else
         return self._placed(self._flat(maps, tokens), text, after, starts, count)
 

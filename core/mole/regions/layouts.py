@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,9 +44,35 @@ class SequenceLayout:
     def is_joint(self, path: str) -> bool:
         return bool(self.joint) and re.match(self.joint, path) is not None
 
+    def padded(self, picture: int) -> int:
+        """Number of tokens of a picture of this many, with its padding."""
+        return -(-picture // self.padded_to) * self.padded_to
+
+    def starts(self, picture: int, count: int, texts: Sequence[int] | None) -> list[int]:
+        """Where the picture's tokens begin in joint sequences: one number for all samples, or one per sample.
+
+        Args:
+            picture: Number of the picture's tokens. count: Length of the sequence.
+            texts: Length of each sample's text, if there is one.
+
+        Returns:
+            Empty if the picture does not fit in.
+        """
+        if self.order == "picture first":
+            starts = [0]
+        elif self.order == "picture last":  # text and picture are padded alike, or neither is
+            length = texts[0] if texts else 0
+            starts = [length if count == length + picture else count - self.padded(picture)]
+        else:  # without a text the picture is alone
+            starts = [0] if count == picture else list(texts or ())
+        return starts if starts and min(starts) >= 0 and max(starts) + picture <= count else []
+
+    def text_start(self, picture: int) -> int:
+        """Where the text's tokens begin in joint sequences."""
+        return self.padded(picture) if self.order == "picture first" else 0
+
 
 _FLUX = SequenceLayout(r"single_(transformer_)?blocks\.", "text first")
-_PICTURE_FIRST = SequenceLayout(r"single_(transformer_)?blocks\.", "picture first")
 # By the names of classes: those of diffusers, and those of the models' own code, which ComfyUI follows.
 _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux": _FLUX,
@@ -54,9 +80,8 @@ _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux2Transformer2DModel": _FLUX,
     "Chroma": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
-    "HunyuanVideo": _PICTURE_FIRST,
-    "HunyuanVideoTransformer3DModel": _PICTURE_FIRST,
-    "HunyuanVideo15Transformer3DModel": _PICTURE_FIRST,
+    "HunyuanVideo": SequenceLayout(r"single_blocks\.", "picture last"),
+    "HunyuanVideoTransformer3DModel": SequenceLayout(r"single_transformer_blocks\.", "picture first"),
     "QwenImageTransformer2DModel": SequenceLayout(),
     "NextDiT": SequenceLayout(r"layers\.", "picture last", padded_to=32),
     "Lumina2Transformer2DModel": SequenceLayout(r"layers\.", "text first", without_padding=True),

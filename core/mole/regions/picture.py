@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -41,6 +42,10 @@ class Part(NamedTuple):
     whole_width: int
 
 
+# Gets queries and keys (B, heads, T, d) and the factor of their products (default 1 / sqrt(d)).
+AttentionObserver = Callable[[Tensor, Tensor, "float | None"], None]
+
+
 class SamplingReader(Protocol):
     """What only the host knows of a forward pass."""
 
@@ -54,6 +59,15 @@ class SamplingReader(Protocol):
 
     def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
         """Whether sampling has reached this fraction of its run, 0 .. 1; 0 is always reached."""
+        ...
+
+    def watch_attention(
+        self, arguments: Mapping[str, Any], read: AttentionObserver
+    ) -> AbstractContextManager[object] | None:
+        """A context in which `read` gets the queries and keys of every attention.
+
+        ``None``: the model's attention is torch's ``scaled_dot_product_attention``.
+        """
         ...
 
 

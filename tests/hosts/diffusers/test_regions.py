@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import pytest
 import torch
-from legomole.core.adapter import Adapter
-from legomole.core.lowrank import LowRank
-from legomole.core.mole.attach import attach
-from legomole.core.mole.mixture import Mixture
 from torch import Tensor, nn
 
-
-class Case(NamedTuple):
-    """A model, a layer that no attention comes before, and a call with a change ``(height, width)`` of the latent."""
-
-    model: nn.Module
-    layer: str
-    size: tuple[int, int]
-    call: Callable[[Tensor], Any]
-
-
-def noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+from ...core.mole.regions.arrivals import Case, check, noise
 
 
 def places(references: int = 0, width: int = 3) -> Tensor:
@@ -229,59 +214,7 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def update(layer: nn.Module, rank: int = 2) -> LowRank:
-    d_out, d_in = layer.weight.shape
-    g = torch.Generator().manual_seed(0)
-    return LowRank(torch.randn(rank, d_in, generator=g), torch.randn(d_out, rank, generator=g))
-
-
-def measured_factors(case: Case, region: Tensor) -> Tensor:
-    """Size of the LoRA's update at every position of the layer, in units of its size without a region."""
-    layer = case.model.get_submodule(case.layer)
-    adapter = Adapter({case.layer: update(layer)})
-    sizes: list[Tensor] = []
-    for map_ in (None, region):
-        with attach(case.model, Mixture([adapter], regions=[map_])):
-            x, y = input_and_output(case, layer)
-        sizes.append((y - nn.functional.linear(x, layer.weight, layer.bias)).norm(dim=-1))
-    return sizes[1] / sizes[0]
-
-
-def input_and_output(case: Case, layer: nn.Module) -> tuple[Tensor, Tensor]:
-    seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _, args, y: seen.extend([args[0].clone(), y.clone()]))
-    with torch.no_grad():
-        case.call(torch.zeros(case.size))
-    hook.remove()
-    return seen[0], seen[1]
-
-
-def arrivals(case: Case, change: Tensor) -> Tensor:
-    """The positions of the layer's input that a change of the latent reaches. Repeated last tokens are padding."""
-    inputs: list[Tensor] = []
-    layer = case.model.get_submodule(case.layer)
-    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
-    with torch.no_grad():
-        for size in (0, 1):
-            case.call(size * change)
-    hook.remove()
-    repeated = nn.functional.pad((inputs[0].diff(dim=-2) == 0).all(-1), (1, 0))
-    return (inputs[0] != inputs[1]).any(-1) & ~repeated
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_map_acts_where_its_part_of_the_picture_is(name: str) -> None:
-    """1 in the map's quarter, 0 in the rest of the picture, the map's mean at the text, references and padding."""
     torch.manual_seed(0)
-    case = CASES[name]()
-    case.model.eval()
-    height, width = case.size
-    quarter = torch.zeros(height, width)
-    quarter[: height // 2, width // 2 :] = 1
-    inside, picture = arrivals(case, quarter), arrivals(case, torch.ones(height, width))
-    factors = measured_factors(case, quarter)
-    factors = torch.where(factors.isnan(), 0.25, factors)  # padding, whose update is 0
-    assert inside.any()
-    assert (picture & ~inside).any()
-    expected = torch.where(inside, 1.0, torch.where(picture, 0.0, 0.25))
-    torch.testing.assert_close(factors, expected, atol=1e-3, rtol=0)
+    check(CASES[name]())

@@ -35,6 +35,9 @@ class Reader:
     def reached(self, fraction: float, args: Any, arguments: Any) -> bool:
         return self.at >= fraction
 
+    def watch_attention(self, arguments: Any, read: Any) -> None:
+        return None
+
 
 class Flux(nn.Module):
     """Only the name of a known architecture."""
