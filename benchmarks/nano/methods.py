@@ -26,6 +26,7 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.guidance import PromptRows
 from legomole.core.mole.mixture import MixMode, Mixture
+from legomole.core.mole.regions.picture import SamplingReader
 from legomole.core.mole.router import COMPOSE, concepts_in, routed_values
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, fit_detector, train
@@ -185,13 +186,17 @@ def _router(rows: PromptRows | None) -> Use:
 
 @contextmanager
 def routed(
-    loras: LoraSet, mixture: Mixture, texts: Sequence[str], rows: PromptRows | None, *, compose: float = COMPOSE
-) -> Generator[Any]:
+    loras: LoraSet, mixture: Mixture, texts: Sequence[str], rows: PromptRows | None, *, compose: float = COMPOSE,
+    sampling: SamplingReader | None = None,
+) -> Generator[Any]:  # fmt: skip
     """Attach a mixture inside the block, with the gates of the prompt router for these prompts, see `routed_values`."""
     named = concepts_in(texts, [[c] for c in loras.concepts])
     values = routed_values(named, mixture.gates.settings, compose)
     values, named = (torch.cat([x, torch.zeros_like(x)]) for x in (values, named))  # the empty prompt names nothing
-    with attach(loras.transformer, mixture, prompt_rows=rows) as attachment, attachment.hold(values, named=named):
+    with (
+        attach(loras.transformer, mixture, prompt_rows=rows, sampling=sampling) as attachment,
+        attachment.hold(values, named=named),
+    ):
         yield loras.transformer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,10 +14,15 @@ from legomole.core.formats import load
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.statistics import Statistics
+from legomole.core.mole.concepts import ConceptDetector
+from legomole.core.mole.gates import GateSet
 from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.regions.picture import AttentionObserver, Picture
+from legomole.core.train import fit_detector
 from legomole.core.train.measure import CalibrationSettings
+from legomole.nano.denoiser import NanoPromptEncoder
 from legomole.nano.model import SIDE, Prompts
-from legomole.nano.sampling import first_half
+from legomole.nano.sampling import STEPS, first_half, sigmas
 from legomole.nano.words import WORDINGS
 from torch import Tensor
 
@@ -156,10 +161,35 @@ def _masks(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
     return nano.routed(loras, mixture, request.texts, first_half, compose=1.0)
 
 
+class _Steps:
+    """Implements `SamplingReader` for `nano.sampling.sample`."""
+
+    def parts(self, arguments: Mapping[str, Any], picture: Picture) -> None:
+        return None
+
+    def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
+        step = int((sigmas()[:-1] - arguments["timestep"][0] / 1000).abs().argmin())
+        return step >= fraction * STEPS
+
+    def watch_attention(self, arguments: Mapping[str, Any], read: AttentionObserver) -> None:
+        return None
+
+
+def _automatic(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
+    gates = GateSet(len(loras.adapters), detector=loras.cached(_detector))
+    mixture = Mixture(loras.adapters, gates, regions="automatic")
+    return nano.routed(loras, mixture, request.texts, first_half, compose=1.0, sampling=_Steps())
+
+
+def _detector(loras: LoraSet) -> ConceptDetector:
+    return fit_detector([[concept] for concept in loras.concepts], NanoPromptEncoder(loras.prompts)).detector
+
+
 METHODS: dict[str, Use] = {
     "sum": _merge(merging(lambda _: Concat(), "1x")),
     "lego": _merge(merging(Lego, "1x", light_statistics)),
     "gates": _gates,
     "hooks": _hooks,
     "masks": _masks,
+    "automatic": _automatic,
 }

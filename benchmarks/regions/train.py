@@ -71,7 +71,7 @@ def _bfloat16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
-_BASE_RATES = (7e-4, 1e-3)  # of the rounds of `Size.base_steps` steps
+_BASE_RATES = (7e-4, 1e-3, 8e-4)  # of the rounds of `Size.base_steps` steps
 _LORA_RATE = 1.5e-3
 _SIDE_SIZE = 0.3  # of the vector that tells the halves apart; a position's own values are -1 .. 1
 

@@ -133,6 +133,26 @@ def test_gates_leave_prompts_for_neither_to_the_base_model(store):
     assert (named - one_pass(store.transformer, request(store))).abs().max() > 0.01
 
 
+def test_masks_act_as_one_lora_where_the_other_is_masked_out(store):
+    """With the same LoRA in both regions the masks cover the picture, as one LoRA with a map of ones."""
+    asked = request(store)
+    twice = methods.load_pair(store, scenes.encoder(), (PAIR[0], PAIR[0]), 0)
+    with methods.METHODS["masks"](twice, asked) as model:
+        masked = one_pass(model, asked)
+    with methods.merged_in(store.transformer, twice.adapters[0], 1.0) as merged:
+        whole = one_pass(merged, asked)
+    base = one_pass(store.transformer, asked)
+    # text tokens get the LoRA of both regions, because the prompt names it: only the order of magnitude is the same
+    assert (masked - whole).abs().mean() < 0.5 * (whole - base).abs().mean()
+
+
+def test_every_method_can_sample(store):
+    loras, asked = methods.load_pair(store, scenes.encoder(), PAIR, 0), request(store, 1)
+    for name in ("masks", "automatic"):
+        with methods.METHODS[name](loras, asked) as model:
+            assert scoring.sampled(store, model, asked, 0).shape == (1, 3, 64, 128)
+
+
 # ---- rows
 
 
