@@ -21,7 +21,7 @@ from ..common import ResultLog, Say, mean
 from ..nano.methods import LoraSet, merged_in
 from ..nano.render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 from .judge import MIXTURE
-from .methods import METHODS, Request, load_pair
+from .methods import METHODS, STRENGTH, Request, load_pair
 from .scenes import SIDES, WIDTH, Scene, encoder
 from .scoring import Verdict, judged, sampled
 from .store import RegionStore
@@ -112,7 +112,7 @@ class Bench:
         began, column = time.monotonic(), SIDES.index(side)
         scenes = alone_scenes(subject, side, self.amount.alone, seed)
         request = Request(scenes, self.short)
-        with merged_in(self.store.transformer, load(self.store.lora(subject, seed)), 1.0) as model:
+        with merged_in(self.store.transformer, load(self.store.lora(subject, seed)), STRENGTH) as model:
             verdict = judged(self.store, sampled(self.store, model, request, 1000 * seed + 8))
         right = verdict.subject_right(scenes)
         self._add(Row(

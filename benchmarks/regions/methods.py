@@ -63,6 +63,8 @@ def _texts(scenes: Sequence[Scene]) -> list[str]:
 Use = Callable[[LoraSet, Request], AbstractContextManager[Any]]
 """LoRAs of the left and the right half, pictures to sample -> the model that samples them, in a block."""
 
+STRENGTH = 1.3  # of all LoRAs in all methods
+
 
 def load_pair(store: RegionStore, prompts: Prompts, pair: tuple[str, str], seed: int) -> LoraSet:
     """Load the LoRAs of two subjects, left and right."""
@@ -95,7 +97,7 @@ def light_statistics(loras: LoraSet) -> Statistics:
 
 
 def _merge(compute: Callable[[AdapterSet], Any]) -> Use:
-    return lambda loras, _: merged_in(loras.transformer, loras.cached(compute), 1.0)
+    return lambda loras, _: merged_in(loras.transformer, loras.cached(compute), STRENGTH)
 
 
 # ---- one pass per region
@@ -143,7 +145,7 @@ def _models(loras: LoraSet) -> list[Any]:
     """Return a copy of the transformer per LoRA, with the LoRA in its weights."""
     models: list[Any] = []
     for adapter in loras.adapters:
-        with merged_in(loras.transformer, adapter, 1.0) as merged:
+        with merged_in(loras.transformer, adapter, STRENGTH) as merged:
             models.append(deepcopy(merged))
     return models
 
@@ -152,12 +154,12 @@ def _models(loras: LoraSet) -> list[Any]:
 
 
 def _gates(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
-    return nano.routed(loras, Mixture(loras.adapters), request.texts, first_half)
+    return nano.routed(loras, Mixture(loras.adapters, scale=STRENGTH), request.texts, first_half)
 
 
 def _masks(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
     """The router's gates times the masks; each LoRA is alone in its region, so that its gate is 1."""
-    mixture = Mixture(loras.adapters, regions=tuple(half_masks()))
+    mixture = Mixture(loras.adapters, scale=STRENGTH, regions=tuple(half_masks()))
     return nano.routed(loras, mixture, request.texts, first_half, compose=1.0)
 
 
@@ -177,7 +179,7 @@ class _Steps:
 
 def _automatic(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
     gates = GateSet(len(loras.adapters), detector=loras.cached(_detector))
-    mixture = Mixture(loras.adapters, gates, regions="automatic")
+    mixture = Mixture(loras.adapters, gates, scale=STRENGTH, regions="automatic")
     return nano.routed(loras, mixture, request.texts, first_half, compose=1.0, sampling=_Steps())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common import Say
 from ..nano import train_loras
-from ..nano.render import NEW_SUBJECTS
+from ..nano.render import BASE_STYLES, NEW_SUBJECTS
 from ..nano.train import resumable_base, stage
 from . import judge
 from .scenes import WIDTH, Scene, Scenes, base_scenes, encoder, rendered
@@ -33,9 +33,9 @@ class Size:
     base_steps: int = 900
     base_times: int = 1
     base_batch: int = 16
-    lora_steps: int = 250
+    lora_steps: int = 400
     lora_batch: int = 12
-    lora_times: int = 4
+    lora_times: int = 2
     judge_steps: int = 500
     judge_times: int = 10
     seeds: tuple[int, ...] = SEEDS
@@ -71,8 +71,8 @@ def _bfloat16() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
-_BASE_RATES = (7e-4, 1e-3, 8e-4)  # of the rounds of `Size.base_steps` steps
-_LORA_RATE = 1.5e-3
+_BASE_RATES = (7e-4, 1e-3, 8e-4, 8e-4)  # of the rounds of `Size.base_steps` steps
+_LORA_RATE = 3e-3
 _SIDE_SIZE = 0.3  # of the vector that tells the halves apart; a position's own values are -1 .. 1
 
 
@@ -116,14 +116,13 @@ def _judge(nano: Store, size: Size, say: Say) -> Mapping[str, Tensor]:
 
 
 def lora_scenes(nano: Store, subject: str, seed: int, times: int) -> Scenes:
-    """Render a LoRA's pictures: one subject in three base styles, on the left, on the right and anywhere.
+    """Render a LoRA's pictures: one subject in every base style, on the left, on the right and anywhere.
 
     Per style ``2 times`` of each; half of the captions of the first two leave out the side.
     """
-    styles = [style for _, style in train_loras.pairs_of(subject, seed)]
     kinds = [
         Scene(style, **{place: subject}, silent=silent)
-        for style in styles
+        for style in BASE_STYLES
         for place in ("left", "right", "anywhere")
         for silent in (False, True)
     ]

@@ -117,7 +117,7 @@ def test_hooks_blend_one_pass_per_region(store):
         blended = one_pass(model, asked)
     for side, (adapter, columns) in enumerate(zip(loras.adapters, (slice(0, 8), slice(8, 16)), strict=True)):
         halves = tuple(scene.half(scenes.SIDES[side]) for scene in asked.scenes)
-        with methods.merged_in(store.transformer, adapter, 1.0) as merged:
+        with methods.merged_in(store.transformer, adapter, methods.STRENGTH) as merged:
             alone = one_pass(merged, methods.Request(halves, asked.encoder))
         torch.testing.assert_close(blended[..., columns], alone[..., columns], rtol=1e-4, atol=1e-4)
 
@@ -139,7 +139,7 @@ def test_masks_act_as_one_lora_where_the_other_is_masked_out(store):
     twice = methods.load_pair(store, scenes.encoder(), (PAIR[0], PAIR[0]), 0)
     with methods.METHODS["masks"](twice, asked) as model:
         masked = one_pass(model, asked)
-    with methods.merged_in(store.transformer, twice.adapters[0], 1.0) as merged:
+    with methods.merged_in(store.transformer, twice.adapters[0], methods.STRENGTH) as merged:
         whole = one_pass(merged, asked)
     base = one_pass(store.transformer, asked)
     # text tokens get the LoRA of both regions, because the prompt names it: only the order of magnitude is the same
