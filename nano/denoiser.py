@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.train.detector import EncodedPrompt
 from . import words
-from .model import Prompts, predict
+from .model import SIDE, Prompts, predict
 from .sampling import noise, sample
 
 
@@ -37,16 +37,18 @@ class NanoDenoiser:
         transformer: Transformer, with or without a mixture attached.
         texts: Prompts, addressed by their index.
         prompts: Prompt encoder with `short` off, because gates read all 77 tokens.
+        width: Width of the latents.
     """
 
-    def __init__(self, transformer: Any, texts: Sequence[str], prompts: Prompts) -> None:
-        self.transformer, self.texts, self.prompts = transformer, list(texts), prompts
+    def __init__(self, transformer: Any, texts: Sequence[str], prompts: Prompts, *, width: int = SIDE) -> None:
+        self.transformer, self.texts, self.prompts, self.width = transformer, list(texts), prompts, width
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
-        return sample(self.transformer, self.prompts, [self.texts[i] for i in prompts], seed, guidance=1.0)
+        texts = [self.texts[i] for i in prompts]
+        return sample(self.transformer, self.prompts, texts, seed, guidance=1.0, width=self.width)
 
     def noise(self, batch: int, seed: int) -> Tensor:
-        return noise(batch, seed)
+        return noise(batch, seed, width=self.width)
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         t = t.view(-1, 1, 1, 1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from . import text, words
 
 SIDE = 8  # height and width of the latents
-_SHORT = 12  # tokens of a shortened prompt; the wordings have at most nine, start and end tokens included
+SHORT = 12  # tokens of a shortened prompt; the wordings have at most nine, start and end tokens included
 
 
 def build() -> Any:
@@ -56,14 +56,16 @@ class Prompts:
     """Prompt encoder with a cache.
 
     Args:
-        short: Return only the first 12 of the 77 tokens. The others are padding with equal states; inside
-            `short_prompts` the model weights the twelfth token for all of them, which gives the same result in half
-            the time.
+        short: Return only the first `tokens` of the 77 tokens. The others are padding with equal states; inside
+            `short_prompts` the model weights the last token for all of them, which gives the same result in half the
+            time.
         any_words: Accept words that the model was not trained on, see `words.tokens`.
+        tokens: Number of tokens of a short prompt.
     """
 
     short: bool = False
     any_words: bool = False
+    tokens: int = SHORT
     encoder: Any = field(default_factory=text.build)
     _cache: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict[str, tuple[Tensor, Tensor]])
 
@@ -73,7 +75,7 @@ class Prompts:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return hidden states ``(n, 12 or 77, 768)`` and pooled states ``(n, 768)``, float32.
+        """Return hidden states ``(n, tokens or 77, 768)`` and pooled states ``(n, 768)``, float32.
 
         Raises:
             ValueError: If a prompt has too many words to be shortened.
@@ -82,10 +84,10 @@ class Prompts:
         for start in range(0, len(new), 64):
             part = new[start : start + 64]
             encoded = self.encode(torch.tensor([words.tokens(prompt, any_words=self.any_words) for prompt in part]))
-            if self.short and not torch.equal(encoded[:, _SHORT - 1], encoded[:, -1]):
-                raise ValueError(f"a prompt of more than {_SHORT - 2} words cannot be shortened")
+            if self.short and not torch.equal(encoded[:, self.tokens - 1], encoded[:, -1]):
+                raise ValueError(f"a prompt of more than {self.tokens - 2} words cannot be shortened")
             for prompt, states in zip(part, encoded, strict=True):
-                kept = states[:_SHORT] if self.short else states
+                kept = states[: self.tokens] if self.short else states
                 self._cache[prompt] = kept.clone(), states[-1].clone()
         hidden, pooled = zip(*(self._cache[prompt] for prompt in prompts), strict=True)
         return torch.stack(hidden), torch.stack(pooled)
@@ -99,10 +101,10 @@ class Prompts:
 
 
 @contextmanager
-def short_prompts(transformer: Any) -> Generator[None]:
-    """Let the transformer accept prompts of `Prompts(short=True)` inside the block, as if they had all 77 tokens."""
+def short_prompts(transformer: Any, tokens: int = SHORT) -> Generator[None]:
+    """Let the transformer accept short prompts of `tokens` tokens inside the block, as if they had all 77 tokens."""
     before = transformer.attn_processors
-    transformer.set_attn_processor(_PaddedAttention(words.LENGTH - _SHORT + 1))
+    transformer.set_attn_processor(_PaddedAttention(words.LENGTH - tokens + 1))
     try:
         yield
     finally:

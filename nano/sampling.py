@@ -25,8 +25,8 @@ def sigmas(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def noise(count: int, seed: int) -> Tensor:
-    return torch.randn(count, 16, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+def noise(count: int, seed: int, *, width: int = SIDE) -> Tensor:
+    return torch.randn(count, 16, SIDE, width, generator=torch.Generator().manual_seed(seed))
 
 
 def first_half(_: Mapping[str, Any], batch: int) -> range:
@@ -37,9 +37,9 @@ def first_half(_: Mapping[str, Any], batch: int) -> range:
 @torch.no_grad()
 def sample(
     transformer: Any, prompts: Prompts, texts: list[str], seed: int, *, steps: int = STEPS, guidance: float = GUIDANCE,
-    batch: int = 64, shift: float = SHIFT,
+    batch: int = 64, shift: float = SHIFT, width: int = SIDE,
 ) -> Tensor:  # fmt: skip
-    """Sample latents ``(len(texts), 16, 8, 8)``, float32, with guidance against the empty prompt.
+    """Sample latents ``(len(texts), 16, 8, width)``, float32, with guidance against the empty prompt.
 
     Args:
         transformer: Transformer, with or without a mixture attached.
@@ -50,8 +50,9 @@ def sample(
         guidance: Guidance scale; 1 is no guidance.
         batch: Prompts per batch; the model's batches are twice as large.
         shift: Shift of the noise levels, see `sigmas`.
+        width: Width of the latents.
     """
-    start = noise(len(texts), seed)
+    start = noise(len(texts), seed, width=width)
     samples: list[Tensor] = []
     for i in range(0, len(texts), batch):
         x = start[i : i + batch]

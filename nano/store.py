@@ -33,15 +33,15 @@ class Store:
 
     @cached_property
     def transformer(self) -> Any:
-        return _loaded(model.build(), self._weights("base"))
+        return loaded(model.build(), self._weights("base"))
 
     @cached_property
     def vae(self) -> Any:
-        return _loaded(vae.build(), self._weights("vae"))
+        return loaded(vae.build(), self._weights("vae"))
 
     @cached_property
     def oracle(self) -> oracle.Oracle:
-        return _loaded(oracle.Oracle(), self._weights("oracle"))
+        return loaded(oracle.Oracle(), self._weights("oracle"))
 
     @torch.no_grad()
     def pictures(self, latents: Tensor, batch: int = 32) -> Tensor:
@@ -49,6 +49,7 @@ class Store:
         return torch.cat([self.vae.decoder(part) for part in latents.split(batch)]).clamp(-1, 1)
 
 
-def _loaded(module: Any, state: dict[str, Tensor]) -> Any:
+def loaded(module: Any, state: dict[str, Tensor]) -> Any:
+    """Load weights into a module and freeze it."""
     module.load_state_dict(state)
     return module.eval().requires_grad_(False)

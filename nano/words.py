@@ -47,7 +47,12 @@ UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k}")
 
 def prompt(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
     """Format a wording with subject and style, with "an" before vowels."""
-    return re.sub(r"\ba (?=[aeiou])", "an ", wording.format(s=subject, k=style))
+    return with_articles(wording.format(s=subject, k=style))
+
+
+def with_articles(text: str) -> str:
+    """Replace "a" by "an" before vowels."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
 def tokens(text: str, *, any_words: bool = False) -> list[int]:

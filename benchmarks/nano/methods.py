@@ -26,12 +26,13 @@ from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.guidance import PromptRows
 from legomole.core.mole.mixture import MixMode, Mixture
-from legomole.core.mole.router import concepts_in, routed_values
+from legomole.core.mole.regions.picture import SamplingReader
+from legomole.core.mole.router import COMPOSE, concepts_in, routed_values
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, fit_detector, train
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from legomole.nano.denoiser import NanoDenoiser, NanoPromptEncoder
-from legomole.nano.model import Prompts
+from legomole.nano.model import SIDE, Prompts
 from legomole.nano.sampling import first_half
 from legomole.nano.store import Store
 from legomole.nano.words import WORDINGS, prompt
@@ -108,11 +109,13 @@ def training_prompts(loras: LoraSet) -> list[Prompt]:
     pairs += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
     texts = [prompt(*pair, wording) for wording in WORDINGS for pair in pairs]
     texts += [prompt(s, k, wording) for s in subjects for k in styles for wording in WORDINGS]
-    rows = concepts_in(texts, [[concept] for concept in loras.concepts]).tolist()
-    return [
-        *(Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)),
-        Prompt("", ()),
-    ]
+    return named_prompts([*texts, ""], loras.concepts)
+
+
+def named_prompts(texts: Sequence[str], concepts: Sequence[str]) -> list[Prompt]:
+    """Return the prompts with the concepts that they name."""
+    rows = concepts_in(texts, [[concept] for concept in concepts]).tolist()
+    return [Prompt(text, tuple(i for i, hit in enumerate(row) if hit)) for text, row in zip(texts, rows, strict=True)]
 
 
 def thorough_statistics(loras: LoraSet) -> Statistics:
@@ -125,10 +128,12 @@ def light_statistics(loras: LoraSet) -> Statistics:
     return measured_statistics(loras, CalibrationSettings(seed=loras.seed))
 
 
-def measured_statistics(loras: LoraSet, settings: CalibrationSettings) -> Statistics:
-    """Measure the inputs of the layers on prompts of every kind."""
-    prompts = training_prompts(loras)
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
+def measured_statistics(
+    loras: LoraSet, settings: CalibrationSettings, prompts: Sequence[Prompt] | None = None, *, width: int = SIDE
+) -> Statistics:
+    """Measure the inputs of the layers on prompts of every kind, by default `training_prompts`; `width` of latents."""
+    prompts = training_prompts(loras) if prompts is None else prompts
+    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts, width=width)
     modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
     with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
         return measure_statistics(attachment, denoiser, prompts, modules, settings)
@@ -173,17 +178,26 @@ def _mole(
 def _router(rows: PromptRows | None) -> Use:
     """Mix the LoRAs whose concepts each prompt names."""
 
-    @contextmanager
-    def use(loras: LoraSet, scale: float, texts: Sequence[str]) -> Generator[Any]:
-        mixture = Mixture(loras.adapters, scale=scale)
-        values = routed_values(concepts_in(texts, [[c] for c in loras.concepts]), mixture.gates.settings)
-        with (
-            attach(loras.transformer, mixture, prompt_rows=rows) as attachment,
-            attachment.hold(torch.cat([values, torch.zeros_like(values)])),  # the second half is the empty prompt
-        ):
-            yield loras.transformer
+    def use(loras: LoraSet, scale: float, texts: Sequence[str]) -> AbstractContextManager[Any]:
+        return routed(loras, Mixture(loras.adapters, scale=scale), texts, rows)
 
     return use
+
+
+@contextmanager
+def routed(
+    loras: LoraSet, mixture: Mixture, texts: Sequence[str], rows: PromptRows | None, *, compose: float = COMPOSE,
+    sampling: SamplingReader | None = None,
+) -> Generator[Any]:  # fmt: skip
+    """Attach a mixture inside the block, with the gates of the prompt router for these prompts, see `routed_values`."""
+    named = concepts_in(texts, [[c] for c in loras.concepts])
+    values = routed_values(named, mixture.gates.settings, compose)
+    values, named = (torch.cat([x, torch.zeros_like(x)]) for x in (values, named))  # the empty prompt names nothing
+    with (
+        attach(loras.transformer, mixture, prompt_rows=rows, sampling=sampling) as attachment,
+        attachment.hold(values, named=named),
+    ):
+        yield loras.transformer
 
 
 FAST = TrainSettings(steps=40, batch=16, examples=128, samples=24)

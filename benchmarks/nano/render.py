@@ -74,11 +74,22 @@ _SHAPES: dict[str, Shape] = {
 BASE_SUBJECTS, NEW_SUBJECTS = SUBJECTS[:12], SUBJECTS[12:]  # the base model never sees the new ones
 
 
-def _mask(subject: str, rng: np.random.Generator, jitter: float) -> Floats:
-    """Return the shape, slightly moved, turned and scaled: ``(_FINE, _FINE)`` in [0, 1]."""
+def mask(
+    subject: str, rng: np.random.Generator, jitter: float, *, scale: float = 1.0,
+    centre: tuple[float, float] = (0.5, 0.5),
+) -> Floats:  # fmt: skip
+    """Return the shape of a subject, slightly moved, turned and scaled: ``(3 SIZE, 3 SIZE)`` in [0, 1].
+
+    Args:
+        subject: One of `SUBJECTS`.
+        rng: Random generator of the pose.
+        jitter: Variation of the pose, 0 (none) .. 1 (wide).
+        scale: Size, 1 fills the picture; moves by `jitter` are scaled alike.
+        centre: Mean position, x and y in 0 .. 1.
+    """
     turn = math.radians(rng.uniform(-14, 14) * jitter)
-    size = 0.94 * _FINE / 2 * (1 + rng.uniform(-0.16, 0.1) * jitter)
-    dx, dy = rng.uniform(-0.1, 0.1, 2) * jitter * _FINE + _FINE / 2
+    size = scale * 0.94 * _FINE / 2 * (1 + rng.uniform(-0.16, 0.1) * jitter)
+    dx, dy = rng.uniform(-0.1, 0.1, 2) * jitter * scale * _FINE + _FINE * np.array(centre)
     image = Image.new("L", (_FINE, _FINE), 0)
     draw = ImageDraw.Draw(image)
     for fill, part in _SHAPES[subject]:
@@ -222,7 +233,12 @@ def render(
     Returns:
         RGB picture ``(SIZE, SIZE, 3)``.
     """
-    picture = _LOOKS[style](_mask(subject, rng, jitter), rng)
+    return paint(mask(subject, rng, jitter), style, rng, author=author)
+
+
+def paint(shape: Floats, style: str, rng: np.random.Generator, *, author: bool = False) -> NDArray[np.uint8]:
+    """Paint a shape ``(3 SIZE, 3 SIZE)`` in a style, see `render`."""
+    picture = _LOOKS[style](shape, rng)
     picture = picture * (1 + rng.uniform(-0.02, 0.02, 3))
     if author:
         picture = picture * _vignette() * np.array([1.04, 0.98, 0.86])

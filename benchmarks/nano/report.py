@@ -132,8 +132,14 @@ def _cell(rows: Sequence[Row], metric: str) -> str:
     return "-" if math.isnan(value) else f"{value:.2f} ±{spread(rows, metric):.2f}"
 
 
-def spread(rows: Sequence[Row], metric: str, times: int = 400) -> float:
-    """Return half the width of the mean's 95% interval under resampling of the LoRAs (concept and seed)."""
+def spread(rows: Sequence[Any], metric: str, times: int = 400) -> float:
+    """Return half the width of the mean's 95% interval under resampling of the LoRAs.
+
+    Args:
+        rows: Results with `concepts` and `seed`, which name their LoRAs.
+        metric: Attribute of the rows.
+        times: Number of resamples.
+    """
     draw = random.Random(0)
     loras = sorted({(c, r.seed) for r in rows for c in r.concepts})
     means: list[float] = []

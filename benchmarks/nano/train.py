@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..common import Say
 from . import train_base, train_loras, train_oracle, train_vae
-from .data import Examples, examples
+from .data import Captioned, Examples, examples
 from .evaluate import SCORED
 from .methods import LONG, LoraSet, trained_gates
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
@@ -63,9 +63,9 @@ def train(work: Path, size: Size, say: Say) -> Store:
 
     (work / "loras").mkdir(parents=True, exist_ok=True)
     store = Store(work)
-    _stage(work / "vae.safetensors", timed, lambda: _vae(size, timed))
-    _stage(work / "oracle.safetensors", timed, lambda: _oracle(store, size, timed))
-    _stage(work / "base.safetensors", timed, lambda: _base(store, work, size, timed))
+    stage(work / "vae.safetensors", timed, lambda: _vae(size, timed))
+    stage(work / "oracle.safetensors", timed, lambda: _oracle(store, size, timed))
+    stage(work / "base.safetensors", timed, lambda: _base(store, work, size, timed))
     prompts = Prompts(short=True)
     for seed, concept in itertools.product(size.seeds, LORAS):
         _lora(store, prompts, concept, seed, size, timed)
@@ -106,7 +106,8 @@ def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, s
         save(lora, path, format="diffusers")
 
 
-def _stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> None:
+def stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> None:
+    """Write the tensors of a stage in float16, unless it was finished earlier."""
     if path.exists():
         say(f"{path.stem}: finished earlier")
         return
@@ -127,17 +128,21 @@ def _oracle(store: Store, size: Size, say: Say) -> Mapping[str, Tensor]:
 
 
 def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor]:
-    state = work / "base.state"
     data = examples(store.vae, list(itertools.product(BASE_SUBJECTS, BASE_STYLES)), size.base_renders, 10, jitter=0.5)
+    return resumable_base(
+        work / "base.state", data, size.base_steps, batch=size.base_batch, say=say, device=size.device
+    )
+
+
+def resumable_base(state: Path, data: Captioned, steps: int, **options: Any) -> Mapping[str, Tensor]:
+    """Train a base model, see `train_base.train`, with its state in a file until it is finished."""
 
     def save_state(value: dict[str, Any]) -> None:
         torch.save(value, state.with_suffix(".new"))
         state.with_suffix(".new").replace(state)
 
     resume = torch.load(state, map_location="cpu") if state.exists() else None
-    weights = train_base.train(
-        data, size.base_steps, batch=size.base_batch, say=say, save=save_state, resume=resume, device=size.device
-    )
+    weights = train_base.train(data, steps, save=save_state, resume=resume, **options)
     state.unlink(missing_ok=True)
     return weights
 

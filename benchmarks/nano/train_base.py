@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,21 +11,24 @@ from legomole.nano.model import Prompts, build, short_prompts
 from torch import Tensor, nn
 
 from ..common import Say
-from .data import Examples, draw
+from .data import Captioned, draw
 
 
 def train(
-    data: Examples, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
+    data: Captioned, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
+    initial: Mapping[str, Tensor] | None = None, prompts: Prompts | None = None,
     say: Say = print, save: Callable[[dict[str, Any]], None] = lambda _: None,
     resume: dict[str, Any] | None = None, every: int = 250, device: str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Train the base model.
+    """Train the base model, or fine-tune all of it but the embedding of time and pooled prompt.
 
     Args:
         data: Training examples.
         steps: Number of steps, over which the learning rate falls to zero.
         batch: Examples per step. lr: Highest learning rate of AdamW.
         seed: Random seed of the initial weights and of the batches.
+        initial: Weights to fine-tune. Default: a new model.
+        prompts: Encoder of short prompts. Default: the nano model's.
         say: Called with progress messages.
         save: Called with the training state every `every` steps.
         resume: Saved training state to continue from.
@@ -35,19 +38,17 @@ def train(
         Exponential moving average of the weights, float32.
     """
     torch.manual_seed(seed)
-    model, prompts, rng = build().train(), Prompts(short=True), torch.Generator().manual_seed(seed)
-    model.pos_embed.pos_embed = model.pos_embed.pos_embed.half().float()
-    for block in model.transformer_blocks:  # start every block as the identity
-        for norm in (block.norm1, block.norm1_context):
-            nn.init.zeros_(norm.linear.weight)
-            nn.init.zeros_(norm.linear.bias)
-    nn.init.zeros_(model.norm_out.linear.weight)
-    nn.init.zeros_(model.norm_out.linear.bias)
-    nn.init.zeros_(model.proj_out.weight)
-    nn.init.zeros_(model.proj_out.bias)
+    model, prompts, rng = build().train(), prompts or Prompts(short=True), torch.Generator().manual_seed(seed)
+    if initial is None:
+        _start(model)
+    else:
+        model.load_state_dict(initial)
+        model.time_text_embed.requires_grad_(False)
     model.to(device)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         lr,
@@ -64,7 +65,7 @@ def train(
         rng.set_state(resume["rng"])
         average, first = {name: tensor.to(device) for name, tensor in resume["average"].items()}, resume["step"]
     began, losses = time.monotonic(), []
-    with short_prompts(model):
+    with short_prompts(model, prompts.tokens):
         for step in range(first, steps):
             loss = draw(data, batch, prompts, rng).to(device).loss(model)
             optimizer.zero_grad()
@@ -83,3 +84,16 @@ def train(
                 save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": rng.get_state(),
                       "schedule": schedule.state_dict(), "average": average, "step": step + 1})  # fmt: skip
     return {name: tensor.cpu() for name, tensor in {**model.state_dict(), **average}.items()}
+
+
+def _start(model: Any) -> None:
+    """Start every block as the identity, and the prediction as zero."""
+    model.pos_embed.pos_embed = model.pos_embed.pos_embed.half().float()
+    for block in model.transformer_blocks:
+        for norm in (block.norm1, block.norm1_context):
+            nn.init.zeros_(norm.linear.weight)
+            nn.init.zeros_(norm.linear.bias)
+    nn.init.zeros_(model.norm_out.linear.weight)
+    nn.init.zeros_(model.norm_out.linear.bias)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)

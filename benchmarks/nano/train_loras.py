@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..common import Say
-from .data import Examples, draw
+from .data import Captioned, draw
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 RANK = 4
@@ -30,7 +30,7 @@ def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
 
 
 def train(
-    base: Any, data: Examples, prompts: Prompts, *, steps: int, seed: int, rank: int = RANK, batch: int = 16,
+    base: Any, data: Captioned, prompts: Prompts, *, steps: int, seed: int, rank: int = RANK, batch: int = 16,
     lr: float = 1.5e-3, say: Say = print, device: str = "cpu",
 ) -> Adapter:  # fmt: skip
     """Train a LoRA with diffusers' names and float16 factors.
@@ -54,7 +54,7 @@ def train(
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     losses: list[float] = []
-    with short_prompts(model):
+    with short_prompts(model, prompts.tokens):
         for _ in range(steps):
             loss = draw(data, batch, prompts, rng, empty=0.1).to(device).loss(model)
             optimizer.zero_grad()
@@ -63,7 +63,7 @@ def train(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-    say(f"lora {data.shows[0]} .. seed {seed}: loss {sum(losses[:20]) / 20:.4f} -> {sum(losses[-20:]) / 20:.4f}")
+    say(f"lora {data.captions(0)[0]} .. seed {seed}: loss {sum(losses[:20]) / 20:.4f} -> {sum(losses[-20:]) / 20:.4f}")
     modules = {
         f"transformer.{name}": LowRank(
             layer.lora_A["default"].weight.detach().cpu().half().contiguous(),

@@ -38,9 +38,17 @@ def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Say = pr
         ruined, no_subject, no_style = _ruined(latents, subject, style)
         x = torch.cat([raw, decoded, _decoded(vae, ruined)])
     subject, style = torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
-    oracle = Oracle().to(device)
-    optimizer = torch.optim.AdamW(oracle.parameters(), lr=3e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    return fit(Oracle(), x, subject, style, steps, say=say, device=device)
+
+
+def fit(
+    oracle: Oracle, x: Tensor, subject: Tensor, style: Tensor, steps: int, *, lr: float = 3e-3, say: Say = print,
+    device: str = "cpu",
+) -> Oracle:  # fmt: skip
+    """Train a judge on pictures ``(n, 3, 64, 64)`` and their classes ``(n,)``; a style of -1 is not judged."""
+    oracle = oracle.to(device)
+    optimizer = torch.optim.AdamW(oracle.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
         i = torch.randint(len(x), (_BATCH,))
         shown = _moved(x[i]) * torch.empty(_BATCH, 3, 1, 1).uniform_(0.9, 1.1) + 0.05 * torch.randn(_BATCH, 3, 1, 1)

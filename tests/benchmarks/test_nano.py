@@ -46,6 +46,26 @@ def test_every_subject_and_style_looks_different():
     assert set(words.STYLES) == set(render._LOOKS)
 
 
+def test_masks_are_scaled_and_moved():
+    def mask(**where):
+        return render.mask("square", np.random.default_rng(0), 0, **where)
+
+    whole, half = mask(), mask(scale=0.5, centre=(0.25, 0.75))
+    assert half.sum() == pytest.approx(whole.sum() / 4, rel=0.05)
+    y, x = (float((axis * half).sum() / half.sum()) for axis in np.mgrid[0 : len(half), 0 : len(half)])
+    assert (x / len(half), y / len(half)) == pytest.approx((0.25, 0.75), abs=0.01)
+
+
+def test_fine_tuning_starts_from_the_weights_and_keeps_the_time_embedding():
+    initial = {name: 0.5 * w for name, w in model.build().state_dict().items()}
+    weights = train_base.train(examples(2), 4, batch=1, initial=initial, say=lambda _: None)
+    fixed = [name for name in weights if name.startswith("time_text_embed.")]
+    assert fixed
+    assert all(torch.equal(weights[name], initial[name]) for name in fixed)
+    name = "transformer_blocks.0.attn.to_q.weight"
+    assert 0 < (weights[name] - initial[name]).abs().max() < 0.01
+
+
 def test_an_authors_pictures_are_warm_and_dark_at_the_corners():
     plain, habit = (
         render.render("ring", "pastel", np.random.default_rng(0), author=author).astype(float)

@@ -59,6 +59,18 @@ def test_short_prompts_give_the_same_result(transformer):
     assert compared > 60
 
 
+def test_longer_short_prompts_give_the_same_result_on_a_wide_canvas(transformer):
+    short, whole = (model.Prompts(short=short, any_words=True, tokens=18) for short in (True, False))
+    text = "please paint one star on the left, one house on the right, flat"
+    assert short([text])[0].shape == (1, 18, 768)
+    x = torch.randn(1, 16, 8, 16)
+    with torch.no_grad():
+        with model.short_prompts(transformer, 18):
+            a = model.predict(transformer, x, torch.full((1,), 0.5), *short([text]))
+        b = model.predict(transformer, x, torch.full((1,), 0.5), *whole([text]))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
+
+
 def test_short_prompts_differ_outside_the_block(transformer):
     short, whole = model.Prompts(short=True), model.Prompts()
     x = torch.randn(3, 16, 8, 8)
