@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def store() -> Store:
 def expected(store: Store, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
     """Returns the latents that `sampling.sample` gives for ComfyUI's noise."""
 
-    def noise(count: int, seed: int) -> Tensor:
+    def noise(count: int, seed: int, **_: Any) -> Tensor:
         return folded(torch.randn(count, 16, 16, 16, generator=torch.Generator().manual_seed(seed)))
 
     monkeypatch.setattr(sampling, "noise", noise)
