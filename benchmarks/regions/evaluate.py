@@ -40,6 +40,7 @@ class Row:
         seed: Seed of the LoRAs and of the noise.
         right_place: Share of pictures of both subjects in which each half shows its own.
         halves: Share of halves that do.
+        other: Share of halves that show the other LoRA's subject; of a LoRA alone, its own in the other half.
         bleeding: Share of halves that show the other LoRA's subject, or a mixture of two.
         base: Share of halves of pictures of base subjects that show their subject and style.
         seconds: Time to combine, sample and judge.
@@ -50,6 +51,7 @@ class Row:
     seed: int
     right_place: float
     halves: float
+    other: float
     bleeding: float
     base: float
     seconds: float
@@ -96,10 +98,11 @@ class Bench:
             with METHODS[name](loras, request) as model:
                 verdict = judged(self.store, sampled(self.store, model, request, 1000 * seed + 7))
             own = verdict.subject_right(scenes)[asked]
-            bleeding = bled(verdict, loras.concepts)[asked]
+            other, mixed = swapped(verdict, loras.concepts)[asked], (verdict.subjects == MIXTURE)[asked]
             self._add(Row(
                 name, pair, seed, own.all(1).float().mean().item(), own.float().mean().item(),
-                bleeding.float().mean().item(), self._base(verdict, scenes), time.monotonic() - began,
+                other.float().mean().item(), (other | mixed).float().mean().item(), self._base(verdict, scenes),
+                time.monotonic() - began,
             ))  # fmt: skip
 
     def _base(self, verdict: Verdict, scenes: Sequence[Scene]) -> float:
@@ -115,9 +118,11 @@ class Bench:
         with merged_in(self.store.transformer, load(self.store.lora(subject, seed)), STRENGTH) as model:
             verdict = judged(self.store, sampled(self.store, model, request, 1000 * seed + 8))
         right = verdict.subject_right(scenes)
+        other = verdict.shows(subject)[:, 1 - column]
+        bled = other | (verdict.subjects == MIXTURE)[:, 1 - column]
         self._add(Row(
             f"alone {side}", (subject,), seed, right.all(1).float().mean().item(),
-            right[:, column].float().mean().item(), verdict.shows(subject)[:, 1 - column].float().mean().item(),
+            right[:, column].float().mean().item(), other.float().mean().item(), bled.float().mean().item(),
             right[:, 1 - column].float().mean().item(), time.monotonic() - began,
         ))  # fmt: skip
 
@@ -131,7 +136,7 @@ class Bench:
         verdict = judged(self.store, sampled(self.store, self.store.transformer, request, 1000 * seed + 7))
         own = verdict.subject_right(scenes)
         self._add(Row(
-            "base", (), seed, own.all(1).float().mean().item(), own.float().mean().item(),
+            "base", (), seed, own.all(1).float().mean().item(), own.float().mean().item(), 0.0,
             (verdict.subjects == MIXTURE).float().mean().item(), verdict.right(scenes).float().mean().item(),
             time.monotonic() - began,
         ))  # fmt: skip
@@ -150,10 +155,9 @@ class Bench:
         return mean([self.rows[f"alone {side}", (subject,), seed].halves for subject, side in placed])
 
 
-def bled(verdict: Verdict, pair: Sequence[str]) -> torch.Tensor:
-    """Return whether each half shows the other half's LoRA or a mixture, ``(n, 2)`` bool."""
-    others = torch.tensor([SUBJECTS.index(subject) for subject in reversed(pair)])
-    return (verdict.subjects == others) | (verdict.subjects == MIXTURE)
+def swapped(verdict: Verdict, pair: Sequence[str]) -> torch.Tensor:
+    """Return whether each half shows the subject of the other half, ``(n, 2)`` bool."""
+    return verdict.subjects == torch.tensor([SUBJECTS.index(subject) for subject in reversed(pair)])
 
 
 def both_scenes(pair: Sequence[str], count: int, seed: int) -> tuple[Scene, ...]:

@@ -18,7 +18,7 @@ from .scoring import judged, sampled
 from .store import RegionStore
 from .train import SEEDS
 
-_METRICS = ("right_place", "halves", "bleeding", "base")
+_METRICS = ("right_place", "halves", "other", "bleeding", "base")
 
 
 def evaluate(store: RegionStore, out: Path, say: Say) -> None:
@@ -56,20 +56,20 @@ def _relative(bench: Bench, row: Row) -> float | None:
 def table(bench: Bench, seconds: dict[str, float]) -> str:
     """Return a Markdown table of means over pairs and seeds with 95% intervals, see `nano.report.spread`."""
     lines = [f"**{len(PAIRS)} pairs x {len(SEEDS)} seeds**", "",
-             "| method | right place | right halves | relative | bleeding | base | ms per step | to gates |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+             "| method | right place | right halves | relative | other | bleeding | base | ms per step | to gates |",
+             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in METHODS:
         rows = [bench.rows[name, pair, seed] for pair in PAIRS for seed in SEEDS]
-        right, halves, bleeding, base = (_cell(rows, metric) for metric in _METRICS)
+        right, halves, other, bleeding, base = (_cell(rows, metric) for metric in _METRICS)
         relative = mean([row.halves for row in rows]) / mean([bench.alone_halves(r.pair, r.seed) for r in rows])
         step = f"{1000 * seconds[name]:.1f} | {seconds[name] / seconds['gates']:.2f}"
-        lines.append(f"| {name} | {right} | {halves} | {relative:.2f} | {bleeding} | {base} | {step} |")
+        lines.append(f"| {name} | {right} | {halves} | {relative:.2f} | {other} | {bleeding} | {base} | {step} |")
     alone = [row for row in bench.rows.values() if row.method.startswith("alone")]
     base_rows = [row for row in bench.rows.values() if row.method == "base"]
     lines += [
         "",
         f"Each LoRA alone shows its subject in its half in {mean([r.halves for r in alone]):.2f} of the pictures, also "
-        f"in the other half in {mean([r.bleeding for r in alone]):.2f}, where the base subject is right in "
+        f"in the other half in {mean([r.other for r in alone]):.2f}, where the base subject is right in "
         f"{mean([r.base for r in alone]):.2f}. The base model shows both base subjects in their place in "
         f"{mean([r.right_place for r in base_rows]):.2f}; its `base` is {mean([r.base for r in base_rows]):.2f}.",
     ]

@@ -166,11 +166,11 @@ def test_scores_by_hand():
     judged = verdict(("heart", "fish"), ("fish", "fish"), ("mixture", "none"), ("heart", "heart"))
     asked = [Scene("flat", *PAIR)] * 4
     assert judged.subject_right(asked).tolist() == [[True, True], [False, True], [False, False], [True, False]]
-    assert evaluate.bled(judged, PAIR).tolist() == [[False, False], [True, False], [True, False], [False, True]]
+    assert evaluate.swapped(judged, PAIR).tolist() == [[False, False], [True, False], [False, False], [False, True]]
 
 
 def row(method: str, pair: tuple[str, ...], seed: int, halves: float = 0.5) -> evaluate.Row:
-    return evaluate.Row(method, pair, seed, 0.25, halves, 0.125, 0.75, 1.0)
+    return evaluate.Row(method, pair, seed, 0.25, halves, 0.125, 0.25, 0.75, 1.0)
 
 
 def bench_of(tmp_path: Path, rows: list[evaluate.Row]) -> evaluate.Bench:
@@ -198,6 +198,7 @@ def test_results_and_table(tmp_path):
     assert len(results["rows"]) == len(methods.METHODS) * len(evaluate.PAIRS) * len(train.SEEDS)
     first = results["rows"][0]
     assert first == {"method": "sum", "pair": "heart+bolt", "seed": 0, "right_place": 0.25, "halves": 0.5,
-                     "bleeding": 0.125, "base": 0.75, "relative": 0.625, "seconds_per_step": 0.02}  # fmt: skip
+                     "other": 0.125, "bleeding": 0.25, "base": 0.75, "relative": 0.625,
+                     "seconds_per_step": 0.02}  # fmt: skip
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| sum")]
-    assert lines == ["| sum | 0.25 ±0.00 | 0.50 ±0.00 | 0.62 | 0.12 ±0.00 | 0.75 ±0.00 | 20.0 | 1.00 |"]
+    assert lines == ["| sum | 0.25 ±0.00 | 0.50 ±0.00 | 0.62 | 0.12 ±0.00 | 0.25 ±0.00 | 0.75 ±0.00 | 20.0 | 1.00 |"]
