@@ -116,7 +116,8 @@ class Mixture(_MixtureFields):
     @property
     def is_partial(self) -> bool:
         """Whether an expert acts in a region, or in a part of the sampling steps."""
-        return any(map_ is not None for map_ in self.regions) or any(part != (0.0, 1.0) for part in self.steps)
+        has_regions = self.regions == "automatic" or any(map_ is not None for map_ in self.regions)
+        return has_regions or any(part != (0.0, 1.0) for part in self.steps)
 
     @property
     def labels(self) -> tuple[str, ...]:

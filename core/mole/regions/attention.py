@@ -53,10 +53,12 @@ class CrossAttentionForward(ReplacedForward):
         self.query, self.text = ArgumentFinder(self.inner, _QUERY), ArgumentFinder(self.inner, _TEXT)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active or not self.regions.has_maps:
+            return self.inner(*args, **kwargs)
         x, text = self.query.find(args, kwargs), self.text.find(args, kwargs)
         if x is None and args:
             x = args[0]
-        if not self.active or not self.regions.has_maps or not isinstance(x, Tensor) or x.ndim != 3 or text is None:
+        if not isinstance(x, Tensor) or x.ndim != 3 or text is None:
             return self.inner(*args, **kwargs)
         runs = self.regions.cached(
             ("runs", self.path, x.shape[1], x.device), lambda: self._runs(x, self._may_select(x, text, args, kwargs))

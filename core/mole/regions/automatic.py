@@ -52,7 +52,7 @@ class AttentionSums:
         total: Tensor | None,
     ) -> None:
         self.picture, self.layout, self.rows, self.shares, self.total = picture, layout, list(rows), shares, total
-        self.tokens = tokens_of(picture, patch)
+        self.patch, self.tokens = patch, tokens_of(picture, patch)
 
     def read(self, query: Tensor, key: Tensor, scale: float | None) -> None:
         """Add an attention if its keys are the text, or hold it beside the picture; implements `AttentionObserver`."""
@@ -62,7 +62,7 @@ class AttentionSums:
         if query.ndim != 4 or len(query) != self.picture.samples or query.shape[1] != key.shape[1]:
             return
         if key.shape[-2] == length and count != length:
-            grid = tokens if tokens.count == count else grid_with(self.picture, count)
+            grid = grid_with(self.picture, self.patch, count)
             of_picture = of_text = 0
         elif key.shape[-2] == count and count >= length + tokens.count:
             grid, of_text = tokens, self.layout.text_start(tokens.count)

@@ -128,13 +128,7 @@ class RegionFactors:
                     self._key = None
             without_padding = self.layout is not None and self.layout.without_padding
             self._text_lengths = text_lengths(text, mask if without_padding else None)
-            key = (
-                self._active,
-                id(self.maps),
-                picture,
-                parts if parts is None else tuple(parts),
-                tuple(self._text_lengths or ()),
-            )
+            key = (self._active, picture, parts if parts is None else tuple(parts), tuple(self._text_lengths or ()))
         if key != self._key:
             self._cache.clear()
             self._key = key
@@ -166,29 +160,33 @@ class RegionFactors:
             MergeError: The layer's positions fit no known layout of the picture.
         """
         if not self.has_maps:
-            return None if all(self._active) else self._expanded(("steps",), self._acting(), stack, z, vector=True)
+            return None if all(self._active) else self._same_everywhere("steps", self._acting, stack, z)
         role = self._role(path)
         if role == "cross" and self._sees_picture(z):
             role = "picture"
         if role == "cross" and self.selection is not None:
-            return self._expanded(None, self.selection.experts[None] * self._acting(), stack, z, vector=True)
+            experts = self.selection.experts[None]
+            return self._same_everywhere(None, lambda: experts * self._acting(), stack, z)
         if role != "picture":
             named = self.named if role == "text" and not self._has_cross_attention else None
             kind = "largest" if role == "cross" or self._has_cross_attention else "mean"
-            g = self._pooled(kind, named)
-            return self._expanded(None if named is not None else (kind,), g, stack, z, vector=True)
+            key = kind if named is None else None  # another prompt names others
+            return self._same_everywhere(key, lambda: self._pooled(kind, named), stack, z)
         if not stack.kernel and (z.ndim == 2 or z.shape[1:-1].numel() == 1) and len(z) == self._samples:
-            return self._expanded(("mean",), self._pooled("mean"), stack, z, vector=True)
+            return self._same_everywhere("mean", lambda: self._pooled("mean"), stack, z)
+
+        def compute() -> Tensor:
+            units = self._positions(path, stack, z).index_select(-1, stack.owner.cpu())
+            units = units.movedim(-1, 1) if stack.kernel else units
+            if len(units) not in (1, len(z)):
+                units = units.repeat(len(z) // len(units), *(1,) * (units.ndim - 1))
+            return units.to(z)
+
+        joint = self.layout is not None and self.layout.is_joint(path)
+        if self.selection is not None or (joint and self.named is not None):
+            return compute()  # not for another selection or another prompt
         shape = tuple(z.shape[2:] if stack.kernel else z.shape[1:-1])
-        key = ("positions", shape, len(z), self._joint(path), None if self.selection is None else id(self.selection))
-        cached = (*key, stack.layout, z.dtype, z.device)
-        if cached not in self._cache or self.selection is not None:
-            g = self._positions(path, stack, z)
-            factors = self._expanded(None, g, stack, z, vector=False)
-            if self.selection is not None:
-                return factors
-            self._cache[cached] = factors
-        return self._cache[cached]
+        return self.cached(("positions", shape, len(z), joint, stack.layout, z.dtype, z.device), compute)
 
     def _role(self, path: str) -> Sees:
         if path not in self._roles:
@@ -199,14 +197,11 @@ class RegionFactors:
     def _samples(self) -> int:
         return 1 if self._picture is None else self._picture.samples
 
-    def _joint(self, path: str) -> bool:
-        return self.layout is not None and self.layout.is_joint(path)
-
     def _sees_picture(self, z: Tensor) -> bool:
         """Whether a layer named as cross attention's key or value sees the picture: a second self-attention."""
         if self._picture is None or z.ndim != 3 or (self._text is not None and z.shape[1] == self._text.shape[1]):
             return False
-        return grid_with(self._picture, z.shape[1]) is not None and self.selection is None
+        return grid_with(self._picture, self.patch, z.shape[1]) is not None and self.selection is None
 
     def _acting(self) -> Tensor:
         return torch.tensor([[float(on) for on in self._active]])
@@ -269,12 +264,12 @@ class RegionFactors:
     def _sequence_of(self, path: str, maps: Tensor, count: int) -> Tensor:
         assert self._picture is not None
         layout, picture = self.layout, self._picture
-        tokens = tokens_of(picture, self.patch)
         if layout is None:
-            grid = tokens if tokens.count == count else grid_with(picture, count)
+            grid = grid_with(picture, self.patch, count)
             if grid is None:
                 raise self._unknown(path, count)
             return self._flat(maps, grid)
+        tokens = tokens_of(picture, self.patch)
         joint = layout.is_joint(path)
         if joint:
             starts = layout.starts(tokens.count, count, self._text_lengths)
@@ -304,26 +299,23 @@ class RegionFactors:
     def _at(maps: Tensor, tokens: Tokens) -> Tensor:
         return resized(maps.flatten(0, 1), (tokens.frames, tokens.height, tokens.width)).unflatten(0, maps.shape[:2])
 
-    def _expanded(self, key: Any, g: Tensor, stack: Stack, z: Tensor, *, vector: bool) -> Tensor:
-        """Factors of experts ``(S, .., N)`` as factors of units that broadcast with `z`, cached under `key`."""
-        cached = None if key is None else (*key, stack.layout, z.ndim, z.dtype, z.device)
-        if cached is not None and cached in self._cache:
-            return self._cache[cached]
-        owner = stack.owner.cpu()
-        units = g.index_select(-1, owner)
-        if vector:
+    def _same_everywhere(self, key: str | None, g: Callable[[], Tensor], stack: Stack, z: Tensor) -> Tensor:
+        """Factors of experts ``(S, N)``, the same at all positions of `z`, as factors of units.
+
+        Args:
+            key: What the factors are, to keep them; ``None``: do not. g: Computes the factors of experts.
+        """
+
+        def compute() -> Tensor:
+            units = g().index_select(-1, stack.owner.cpu())
             if len(units) not in (1, len(z)):
                 units = units.repeat(len(z) // len(units), 1) if len(z) % len(units) == 0 else units.mean(0, True)
             ones = (1,) * (z.ndim - 2)
-            units = units.view(*units.shape, *ones) if stack.kernel else units.view(len(units), *ones, -1)
-        elif stack.kernel:
-            units = units.movedim(-1, 1)
-        if not vector and len(units) not in (1, len(z)):
-            units = units.repeat(len(z) // len(units), *(1,) * (units.ndim - 1))
-        units = units.to(z)
-        if cached is not None:
-            self._cache[cached] = units
-        return units
+            return (units.view(*units.shape, *ones) if stack.kernel else units.view(len(units), *ones, -1)).to(z)
+
+        return (
+            compute() if key is None else self.cached((key, stack.layout, z.ndim, len(z), z.dtype, z.device), compute)
+        )
 
     @contextmanager
     def selected(self, selection: Selection) -> Generator[None]:
@@ -344,8 +336,7 @@ class RegionFactors:
         """``(1 or B, count, N)`` values of the maps at the picture's positions; ``None`` if `count` fits no grid."""
         if self._picture is None or self._maps is None:
             return None
-        grid = tokens_of(self._picture, self.patch)
-        grid = grid if grid.count == count else grid_with(self._picture, count)
+        grid = grid_with(self._picture, self.patch, count)
         return None if grid is None else self._flat(self._maps, grid)
 
     def _unknown(self, path: str, found: Any) -> MergeError:

@@ -70,15 +70,16 @@ def maps_of_pass(
         fitted = [_fitted(m, picture, size, label) for m, label in zip(maps, labels, strict=True)]
         samples = max(map(len, fitted))
         return torch.stack([m.expand(samples, -1, -1, -1) for m in fitted], 1)
+    wholes = {
+        whole: [_fitted(m, picture, whole, label) for m, label in zip(maps, labels, strict=True)]
+        for whole in {(part.whole_height, part.whole_width) for part in parts}
+    }
     rows: list[Tensor] = []
     for row, part in enumerate(parts):
-        whole = [
-            _fitted(m, picture, (part.whole_height, part.whole_width), label)
-            for m, label in zip(maps, labels, strict=True)
-        ]
+        top, left = part.top, part.left
         cut = [
-            m[row % len(m), :, part.top : part.top + size[0], part.left : part.left + size[1]].expand(-1, *size)
-            for m in whole
+            m[row % len(m), :, top : top + size[0], left : left + size[1]].expand(-1, *size)
+            for m in wholes[part.whole_height, part.whole_width]
         ]
         rows.append(torch.stack(cut))
     return torch.stack(rows)

@@ -167,8 +167,11 @@ def tokens_of(picture: Picture, patch: Sequence[int]) -> Tokens:
     return Tokens(*(-(-side // size) for side, size in zip(sides, patch, strict=True)))
 
 
-def grid_with(picture: Picture, count: int) -> Tokens | None:
-    """The grid with this many positions: the latent's, or one that was halved once or several times."""
+def grid_with(picture: Picture, patch: Sequence[int], count: int) -> Tokens | None:
+    """The grid with this many positions: the tokens of `tokens_of`, or the latent halved any number of times."""
+    tokens = tokens_of(picture, patch)
+    if tokens.count == count:
+        return tokens
     for time in (1, 2, 4, 8) if picture.frames > 1 else (1,):
         side = 1
         while side < 2 * max(picture.height, picture.width):

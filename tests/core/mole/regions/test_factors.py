@@ -91,6 +91,18 @@ def test_text_of_joint_attention_vectors_and_references() -> None:
     assert torch.equal(joint[0, :, 1:], torch.full((13, 2), 0.25))
 
 
+def test_another_prompt_of_the_same_length_has_its_own_factors() -> None:
+    """As the negative prompt's pass has, with the same latent and as many tokens."""
+    maps, text = [left(4, 8), torch.full((1, 1), 0.25)], torch.zeros(1, 3, 2)
+    regions = factors(Flux(), maps, torch.zeros(1, 4, 4, 8), text=text)
+    for named, expected in (((True, False), (1, 0.25)), ((False, True), (0.5, 0.25)), ((False, False), (0.5, 0.25))):
+        regions.begin_pass(text, (torch.zeros(1, 4, 4, 8),), {})
+        regions.named = torch.tensor([named])
+        joint = regions.unit_factors("single_blocks.0.linear1", stack(), torch.zeros(1, 3 + 8, 3))
+        assert joint[0, :3, 0].tolist() == [expected[0]] * 3
+        assert joint[0, :3, 1].tolist() == [expected[1]] * 3
+
+
 def test_every_picture_of_a_batch_has_its_map_in_every_prompt() -> None:
     """Guidance doubles the batch: the maps of both pictures repeat."""
     model = ByPosition()
