@@ -114,11 +114,17 @@ def is_text_encoder(module: str) -> bool:
     return module.startswith(_TEXT_ENCODER_PREFIXES)
 
 
-def check_finite(tensor: Tensor, module: str, file: str) -> None:
-    """Raise FormatError if a tensor holds NaN or infinity."""
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
     tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     # NaN or infinity always makes the sum non-finite: one pass without a temporary tensor; the exact test runs rarely
-    if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not bool(torch.isfinite(tensor).all()):
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
+def check_finite(tensor: Tensor, module: str, file: str) -> None:
+    """Raise FormatError if a tensor holds NaN or infinity."""
+    if not is_finite(tensor):
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
         raise FormatError(
             "The file contains NaN or infinite numbers.",
             file=file or None,

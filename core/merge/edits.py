@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..adapter import Adapter
-from ..errors import MergeError, name_some
-from ..layers.parts import PARTS, layers_matching, unknown_terms
+from ..errors import name_some
 from .remedies import CappedLayer, cap_notes, cap_parts, check_remedies
 from .tasks import plan_batches, pool_of
+from .weights import matched_layers
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,7 @@ class Edits:
 
 
 def _with_layers(adapter: Adapter, pattern: str) -> Adapter:
-    kept, unknown = set(layers_matching(pattern, adapter.layers)), unknown_terms(pattern, adapter.layers)
-    if unknown or not kept:
-        raise MergeError(
-            "A pattern of layers to keep matches nothing.",
-            file=adapter.source.path or None,
-            expected=f"a pattern of names like {name_some(adapter.layers, 3)}, or a part: {', '.join(PARTS)}",
-            found=", ".join(unknown) or pattern,
-            remedy="list the module names with `legomole inspect --modules`",
-        )
+    kept = set(matched_layers(adapter, pattern))
     modules = {name: part for name, part in adapter.modules.items() if name in kept}
     diffs = {name: diff for name, diff in adapter.diffs.items() if name.rpartition(".")[0] in kept}
     left_out = [name for name in adapter.layers if name not in kept]

@@ -74,8 +74,8 @@ def merge(
         cache: Kept by the caller between merges: the next merge of the same factors is faster.
         statistics: Statistics measured with these adapters, from which the report predicts what merges keep; default
             the method's own, if it has any.
-        cap: Lower the singular values of each adapter's delta in each module to this many times their median (see
-            `cap_limits`), at least 1; diffs stay. Default: do not.
+        cap: Lower singular values of each adapter's delta that exceed this many times their module's median to the
+            largest one that does not (see `cap_limits`), at least 1; diffs stay. Default: do not.
         equalize: Bring the loudness of the adapters together by this share, 0 .. 1: their weights are multiplied by
             `equalizing_factors` of their norms over all modules with a weight, after the cap.
 

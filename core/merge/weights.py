@@ -109,17 +109,26 @@ def _layer_weights(
     for pattern, factor in patterns.items():
         if not math.isfinite(factor):
             raise MergeError("A module weight is not a finite number.", module=pattern, found=factor)
-        matched = layers_matching(pattern, list(values))
-        unknown = unknown_terms(pattern, list(values))
         # a negated pattern may match nothing: then the adapter has only layers that it excepts
-        if unknown or not (matched or pattern.startswith("!")):
-            raise MergeError(
-                "A module pattern matches nothing.",
-                file=adapter.source.path or None,
-                expected=f"a pattern of names like {name_some(adapter.modules, 3)}, or a part: {', '.join(PARTS)}",
-                found=", ".join(unknown) or pattern,
-                remedy="list the module names with `legomole inspect --modules`",
-            )
-        for name in matched:
+        for name in matched_layers(adapter, pattern, may_be_none=pattern.startswith("!")):
             values[name] *= factor
     return values
+
+
+def matched_layers(adapter: Adapter, pattern: str, *, may_be_none: bool = False) -> list[str]:
+    """The layers of an adapter that a pattern matches, see `layers_matching`.
+
+    Raises:
+        MergeError: A term matches nothing, or the whole pattern unless it `may_be_none`.
+    """
+    names = list(adapter.layers)
+    matched, unknown = layers_matching(pattern, names), unknown_terms(pattern, names)
+    if unknown or not (matched or may_be_none):
+        raise MergeError(
+            "A module pattern matches nothing.",
+            file=adapter.source.path or None,
+            expected=f"a pattern of names like {name_some(names, 3)}, or a part: {', '.join(PARTS)}",
+            found=", ".join(unknown) or pattern,
+            remedy="list the module names with `legomole inspect --modules`",
+        )
+    return matched

@@ -43,6 +43,9 @@ class Remedies:
     suggested: bool = False
 
 
+NO_REMEDIES = Remedies()
+
+
 def merge_loaded(
     loras: Sequence[GraphLora],
     loaded: LoadedLoras,
@@ -51,7 +54,7 @@ def merge_loaded(
     progress: Progress | None = None,
     *,
     statistics: Statistics | None = None,
-    remedies: Remedies | None = None,
+    remedies: Remedies = NO_REMEDIES,
 ) -> tuple[GraphLora, MergeReport]:
     """Merge LoRAs that have been loaded.
 
@@ -86,11 +89,11 @@ def merge_loaded(
     recipe = Recipe(
         method=next(name for name, row in METHODS.items() if isinstance(method, row)),
         inputs=inputs,
-        cap=remedies.cap if remedies else None,
-        equalize=remedies.equalize if remedies else 0.0,
+        cap=remedies.cap,
+        equalize=remedies.equalize,
     )
     suggested_notes: tuple[str, ...] = ()
-    if remedies is not None and remedies.suggested:
+    if remedies.suggested:
         suggestion = suggest(recipe, loaded.adapters, choose_method=False)
         recipe = suggestion.apply(recipe)
         suggested_notes = (suggestion.text([adapter.label for adapter in loaded.adapters]),)

@@ -11,7 +11,7 @@ from ...adapter import Adapter
 from ...errors import name_some
 from ...formats import BaseWeights
 from ...lowrank import best_rank_k
-from .finding import Finding
+from .finding import Finding, largest_first
 
 LARGER = 1.0
 """Frobenius norm of a delta relative to the weight it is added to: more replaces the weight."""
@@ -70,7 +70,7 @@ def lowest_cosine(W: Tensor, delta: Tensor) -> float:
 
 
 def _larger_than_weights(label: str, ratios: Mapping[str, float]) -> Iterator[Finding]:
-    larger = sorted((name for name, ratio in ratios.items() if ratio >= LARGER), key=lambda name: -ratios[name])
+    larger = largest_first(ratios, LARGER)
     if larger:
         value = ratios[larger[0]]
         yield Finding(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
-from ...adapter import Adapter
+from ...adapter import Adapter, is_finite
 from ...errors import name_some
 from ..report import ModuleReport
 from .examined import Examined
@@ -66,7 +64,7 @@ def without_broken_layers(adapters: Sequence[Adapter]) -> tuple[list[Adapter], t
         broken = [*_broken_layers(adapter)]
         if broken:
             modules = {name: part for name, part in adapter.modules.items() if name not in broken}
-            diffs = {name: diff for name, diff in adapter.diffs.items() if torch.isfinite(diff.float()).all()}
+            diffs = {name: diff for name, diff in adapter.diffs.items() if is_finite(diff)}
             found.append(_not_finite(adapter, broken))
             adapter = replace(adapter, modules=modules, diffs=diffs)
         sound.append(adapter)
@@ -75,10 +73,9 @@ def without_broken_layers(adapters: Sequence[Adapter]) -> tuple[list[Adapter], t
 
 def _broken_layers(adapter: Adapter) -> Iterator[str]:
     for name, part in adapter.modules.items():
-        # NaN or infinity always makes a sum non-finite: one pass without a temporary tensor
-        if not all(torch.isfinite(x.float().sum(dtype=torch.float64)) for x in (part.A, part.B)):
+        if not (is_finite(part.A) and is_finite(part.B)):
             yield name
-    yield from (name for name, diff in adapter.diffs.items() if not torch.isfinite(diff.float()).all())
+    yield from (name for name, diff in adapter.diffs.items() if not is_finite(diff))
 
 
 def _not_finite(adapter: Adapter, broken: Sequence[str]) -> Finding:

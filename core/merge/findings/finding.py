@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,3 +82,8 @@ def lights(labels: Sequence[str], findings: Sequence[Finding]) -> list[tuple[str
         about = most_severe_first([finding for finding in findings if label in finding.loras])
         rows.append((label, _LIGHTS[about[0].level], about[0].text) if about else (label, "green", "nothing found"))
     return rows
+
+
+def largest_first(values: Mapping[str, float], threshold: float) -> list[str]:
+    """The names whose values are at least `threshold`, the largest first."""
+    return sorted((name for name, value in values.items() if value >= threshold), key=lambda name: -values[name])

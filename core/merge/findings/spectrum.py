@@ -8,7 +8,7 @@ from itertools import accumulate
 
 from ...errors import name_some
 from .examined import Examined, median
-from .finding import Finding
+from .finding import Finding, largest_first
 
 SPIKE = 8.1
 """A spike is so many times the layer's next singular value, and the largest one of the other layers: in trained LoRAs
@@ -36,7 +36,7 @@ def spikes(examined: Examined) -> Iterator[Finding]:
         if not usual and len(top) >= _FEW_LAYERS:
             continue
         values = {name: min(ratio, top[name][0] / median(usual)) if usual else ratio for name, ratio in steep.items()}
-        found = sorted((name for name, value in values.items() if value >= SPIKE), key=lambda name: -values[name])
+        found = largest_first(values, SPIKE)
         if found:
             label, value = examined.labels[i], values[found[0]]
             yield Finding(
@@ -95,7 +95,7 @@ def overflows(examined: Examined) -> Iterator[Finding]:
             for module in examined.modules
             if i in module.adapters
         }
-        near = sorted((name for name, value in longest.items() if value >= OVERFLOW), key=lambda n: -longest[n])
+        near = largest_first(longest, OVERFLOW)
         if near:
             label, value = examined.labels[i], longest[near[0]]
             yield Finding(
