@@ -12,9 +12,7 @@ import torch
 from ..common import ResultLog
 from . import report, train
 from .data import TASKS
-from .evaluate import Bench
-from .methods import METHODS
-from .routing import ROUTED
+from .evaluate import ROWS, Bench
 from .world import Size, World
 
 _HERE = Path(__file__).parent
@@ -29,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the pretrained Llama: as saved, or with one GGUF file")
     parser.add_argument("--work", type=Path, required=True, help="folder for hidden states, adapters and the log")
     parser.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the plot")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *ROUTED])
+    parser.add_argument("--methods", nargs="+", default=list(ROWS))
     parser.add_argument("--counts", type=int, nargs="+", default=_COUNTS, help="numbers of adapters")
     parser.add_argument("--seeds", type=int, nargs="+", default=(1, 2))
     parser.add_argument("--report", action="store_true", help="only write tables of the rows in the log")
@@ -55,7 +53,7 @@ def measure(
     def folder(task: str, seed: int) -> Path:
         return train.adapter(world.model, world.task(task), seed, work / f"{task}-{seed}", training, say)
 
-    bench = Bench(world, folder, log, say, METHODS | ROUTED)
+    bench = Bench(world, folder, log, say)
     tasks = learnt(bench, max(counts), gain)
     bench.base(tasks)
     for seed in seeds:

@@ -10,10 +10,13 @@ from typing import Any
 
 from ..common import ResultLog, Say, mean, merged_in
 from .methods import METHODS, Method, TaskAdapters
+from .peers import PEERS
+from .routing import ROUTED
 from .world import World
 
 STRENGTHS = (0.2, 0.3, 0.45, 0.65, 1.0, 1.4, 2.0)
 CHOSEN_ON = 1  # seed of the adapters on which strengths are chosen
+ROWS = METHODS | ROUTED | PEERS  # in the order of the tables
 Folder = Callable[[str, int], Path]  # task, seed -> folder of the adapter
 
 
@@ -30,7 +33,7 @@ class Bench:
     folder: Folder
     log: ResultLog
     say: Say
-    methods: dict[str, Method] = field(default_factory=lambda: METHODS)
+    methods: dict[str, Method] = field(default_factory=lambda: ROWS)
     _logged: dict[tuple[Any, ...], dict[str, Any]] = field(default_factory=dict[Any, Any])
     _sets: dict[Any, TaskAdapters] = field(default_factory=dict[Any, Any])
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common import ResultLog, mean, write
-from .methods import METHODS
-from .routing import ROUTED
+from .evaluate import ROWS
 
 _SCORES = ("normalised", "worst", "held_out", "base")
 
@@ -58,7 +57,7 @@ def rows(log: ResultLog) -> list[Row]:
     def add(method: str, tasks: list[str], seed: int, strength: float, accuracies: list[float], scores: Any) -> None:
         reference = [alone[task, seed]["accuracy"] for task in tasks]
         kept = [right / alone for right, alone in zip(accuracies, reference, strict=True)]
-        known = (METHODS | ROUTED).get(method)
+        known = ROWS.get(method)
         rank, data = (known.rank, known.data) if known else ("-", "the task" if method == "alone" else "")
         found[len(tasks), method, seed] = Row(
             method, len(tasks), seed, rank, strength, mean(kept), min(kept), scores and scores["held_out"],
@@ -76,7 +75,7 @@ def rows(log: ResultLog) -> list[Row]:
         add("alone", tasks, seed, 1.0, [alone[task, seed]["accuracy"] for task in tasks], means)
         add("base", tasks, seed, 0.0, [base_accuracies[task] for task in tasks], base)
         add(key["method"], tasks, seed, key["strength"], result["accuracies"], result)
-    order = ["alone", "base", *METHODS, *ROUTED]
+    order = ["alone", "base", *ROWS]
     return sorted(found.values(), key=lambda row: (-row.n, order.index(row.method), row.seed))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from legomole.core.adapter import Adapter
+from legomole.core.lowrank import LowRank
 from legomole.core.merge.methods.calibrated import calibrate_units
 from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
@@ -28,7 +31,7 @@ if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so tha
 
 from benchmarks.common import ResultLog, merged_in  # noqa: E402
 from benchmarks.llm import __main__ as main  # noqa: E402
-from benchmarks.llm import core_space, data, evaluate, model, pico, report, routing, separate, train, world  # noqa: E402
+from benchmarks.llm import core_space, data, evaluate, model, peers, pico, report, routing, separate, train, world  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -272,33 +275,66 @@ def bench(tiny: world.World, tmp_path_factory: pytest.TempPathFactory) -> evalua
     def adapter(task: str, seed: int) -> Path:
         return train.adapter(tiny.model, tiny.task(task), seed, work / f"{task}-{seed}", _TRAINING, lambda _: None)
 
-    return evaluate.Bench(tiny, adapter, ResultLog(work / "log.jsonl"), lambda _: None, main.METHODS | main.ROUTED)
+    return evaluate.Bench(tiny, adapter, ResultLog(work / "log.jsonl"), lambda _: None)
 
 
 _TRAINING = train.Training(steps=4, batch=4, lr=0.05)
 PAIR = ("sst2", "sentiment140")
 
 
-def logits(found: world.World) -> Tensor:
+def logits(found: world.World, used: Any = None) -> Tensor:
     with torch.no_grad():
-        return model.last_logits(found.model, [example.ids for example in found.task("sst2").test])
+        return model.last_logits(used or found.model, [example.ids for example in found.task("sst2").test])
 
 
-@pytest.mark.parametrize("name", [*main.METHODS, *main.ROUTED])
+@pytest.mark.parametrize("name", evaluate.ROWS)
 def test_every_method_changes_the_model_and_restores_it(
     bench: evaluate.Bench, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(routing, "_EXAMPLES", 3)
     monkeypatch.setattr(routing, "_STEPS", 3)
+    monkeypatch.setattr(peers, "_STEPS", 3)
     adapters = bench.adapters(PAIR, 1)
     assert {len(part.A) for part in adapters.adapters[0].modules.values()} == {8}
     assert len(adapters.adapters[1].modules) < len(adapters.adapters[0].modules)  # queries and values only
     before = logits(adapters.world)
-    with bench.methods[name].use(adapters, 1.0):
-        changed = (logits(adapters.world) - before).abs().max()
+    with bench.methods[name].use(adapters, 1.0) as used:
+        changed = (logits(adapters.world, used) - before).abs().max()
     assert torch.isfinite(changed)
     assert (changed > 1e-5) == (name != "base")
     assert torch.equal(logits(adapters.world), before)
+
+
+def test_peft_merges_as_we_do(bench: evaluate.Bench):
+    adapters = bench.adapters(PAIR, 1)
+    logits_of: dict[str, Tensor] = {}
+    for name in ("svd", "peft svd", "ties", "peft ties"):
+        with bench.methods[name].use(adapters, 1.0):
+            logits_of[name] = logits(adapters.world)
+    torch.testing.assert_close(logits_of["peft svd"], logits_of["svd"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits_of["peft ties"], logits_of["ties"], rtol=1e-3, atol=1e-4)
+
+
+def test_robust_merge_sums_the_largest_entries_of_each_factor(bench: evaluate.Bench):
+    first = LowRank(torch.tensor([[4.0, 0, 0, 0, 1]]), torch.tensor([[10.0], [0], [0], [0], [1]]))
+    second = LowRank(torch.tensor([[0, 0, 0, 2.0, 2], [1.0, 0, 0, 0, 6]]),
+                     torch.tensor([[0, 5], [0, 0], [0, 0], [7.0, 0], [1, 0]]), alpha=4.0)  # fmt: skip
+    adapters = replace(bench.adapters(PAIR, 1), adapters=(Adapter({"x": first}), Adapter({"x": second})))
+    merged = peers.robust_merge(adapters).modules["x"]
+    # all entries of the first are kept, and of the second all but 1 in the second row of A, so that its s is 7/6
+    torch.testing.assert_close(merged.A, torch.tensor([[4.0, 0, 0, 2, 3], [0, 0, 0, 0, 6]]))
+    rows = [[5.0, 10], [0, 0], [0, 0], [7, 0], [1.5, 0]]
+    torch.testing.assert_close(merged.B, torch.tensor(rows))
+
+
+def test_xlora_adds_a_single_adapter_in_full(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
+    """A softmax over one expert is 1."""
+    monkeypatch.setattr(peers, "_STEPS", 1)
+    adapters = bench.adapters(("sst2",), 1)
+    with merged_in(adapters.world.model, adapters.adapters[0], 1.0):
+        alone = logits(adapters.world)
+    with bench.methods["xlora"].use(adapters, 1.0) as used:
+        torch.testing.assert_close(logits(adapters.world, used), alone, rtol=1e-3, atol=1e-4)
 
 
 def test_an_adapter_alone_is_the_only_expert_that_arrow_can_choose(bench: evaluate.Bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -19,14 +20,22 @@ CHECKBOX, NUMBER = ".lm-row input[type=checkbox]:visible", ".lm-row input[type=n
 
 def add(page: Any, *words: str) -> None:
     """Search for files and add the first result of each search, by keyboard."""
-    page.locator(".lm input[type=search]").click()
-    page.wait_for_selector(".lm-found li")
+    open_search(page)
     for word in words:
-        page.keyboard.type(f"widget {word}")
-        page.wait_for_function("() => document.querySelectorAll('.lm-found li').length === 1")
-        page.keyboard.press("Enter")
+        add_found(page, word)
     page.keyboard.press("Escape")
     settle(page)  # the nodes change their size
+
+
+def open_search(page: Any) -> None:
+    page.locator(".lm input[type=search]").click()
+    page.wait_for_selector(".lm-found li")
+
+
+def add_found(page: Any, word: str) -> None:
+    page.keyboard.type(f"widget {word}")
+    page.wait_for_function("() => document.querySelectorAll('.lm-found li').length === 1")
+    page.keyboard.press("Enter")
 
 
 def rows(page: Any) -> list[tuple[str, bool, float]]:
@@ -290,14 +299,30 @@ def test_promoted_list(board: Any, renderer: str) -> None:
 
 def test_undo_and_redo(board: Any, renderer: str) -> None:
     """Each change by the user is one step for undo. A node that changes its size later would add a step."""
-    add(board, "ember", "heart", "moon")
-    board.wait_for_function("() => document.querySelectorAll('.lm-chip').length === 3")
     steps = ["", "ember", "ember heart", "ember heart moon", "moon ember heart", "moon ember"]
-    drag(board, 2, 0)
-    board.locator(".lm-remove").nth(2).click()
+    queue = "app.extensionManager.workflow.activeWorkflow.changeTracker.undoQueue.length"
+    open_search(board)
+    board.keyboard.press("Control")  # when the key is released, the page looks for changes
+    settle(board)
+    before = board.evaluate(queue)
+    changes: list[Callable[[], None]] = [
+        lambda: add_found(board, "ember"), lambda: add_found(board, "heart"), lambda: add_found(board, "moon"),
+        lambda: drag(board, 2, 0), lambda: board.locator(".lm-remove").nth(2).click(),
+    ]  # fmt: skip
+    for i, change in enumerate(changes):
+        change()
+        if i == 2:
+            board.keyboard.press("Escape")
+        board.wait_for_function(
+            "n => document.querySelectorAll('.lm-chip').length === n", arg=len(steps[i + 1].split())
+        )
+        settle(board)
+        board.keyboard.press("Control")
+        board.wait_for_function(f"n => {queue} >= n", arg=before + i + 1)  # a slow page makes one step of two changes
+    assert board.evaluate(queue) == before + 5
     assert names(board) == steps[-1]
     for key, wanted in [*(("z", step) for step in steps[-2::-1]), *(("y", step) for step in steps[1:])]:
-        board.keyboard.press("Control")  # when the key is released, the page looks for changes
+        board.keyboard.press("Control")
         board.keyboard.press(f"Control+{key}")
         board.wait_for_function(
             """wanted => wanted === [...document.querySelectorAll('.lm-row .lm-name')]
