@@ -311,8 +311,8 @@ class GateMap(io.ComfyNode):
             display_name="Gate Map",
             category=CATEGORY,
             description="Draws how strongly each LoRA was used in the last sampling run, per part of the model and per "
-            "step.",
-            search_aliases=["mole heat map", "gate heatmap", "expert weights", "legomole"],
+            "step; and while sampling, in which region of the picture each LoRA acts.",
+            search_aliases=["mole heat map", "gate heatmap", "expert weights", "region preview", "legomole"],
             is_output_node=True,  # it shows its own image
             has_intermediate_output=True,  # also when its result is cached
             inputs=[
@@ -329,7 +329,7 @@ class GateMap(io.ComfyNode):
                     tooltip="Rows are parts of the model, columns are LoRAs; 1 is a LoRA's own strength. Below: the "
                     "change during sampling.",
                 ),
-                report_output("Mean gate of each LoRA, and the entropy."),
+                report_output("Mean gate of each LoRA, the entropy, and the part of the picture of each region."),
             ],
         )
 
@@ -350,5 +350,8 @@ class GateMap(io.ComfyNode):
             names = ["network"]
         means = ", ".join(f"{label} {float(g):.3g}" for label, g in zip(labels, table.mean((0, 1)), strict=True))
         text = f"mean gates: {means}; entropy {record.entropy():.3g} nats over {len(table)} passes"
+        mapped = ((label, map_) for label, map_ in zip(labels, record.maps, strict=False) if map_ is not None)
+        if regions := ", ".join(f"{label} {float(map_.mean()):.0%}" for label, map_ in mapped):
+            text += f"; regions: {regions} of the picture"
         image = display.to_image(gate_map(table, names, labels))
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -136,6 +137,24 @@ def test_a_mix_in_a_region_with_a_start_is_one_of_half_the_steps(files: dict[str
     latents.append(sample(graph, graph.picture())[1])
     for i, one in enumerate(latents):
         assert all(not torch.equal(one, other) for other in latents[:i])
+
+
+def test_a_mix_sends_its_regions_to_the_page_while_it_samples(comfy: Server, pair: Callable) -> None:
+    """At the picture's aspect, with the node that samples; nothing for a LoRA that acts everywhere."""
+    graph = Graph()
+    mix = graph.mix(*pair(graph), regions__region2=region(graph, width=0.25))
+    graph.picture(mix)
+    chart = graph.add("LegoMoLE_GateMap", model=mix, after=["KSampler0", 0])
+    run = comfy.run(graph.nodes | preview(chart, 1))
+    assert run.outputs["text"]["text"][0].endswith("; regions: flux_split 25% of the picture")
+    sent = [data for kind, data in comfy.messages if kind == "legomole.gates" and data["node"] == mix[0]]
+    assert sent[-1]["sampler"] == "KSampler0"
+    assert sent[-1]["labels"] == ["flux_kohya", "flux_split"]
+    regions = sent[-1]["regions"]
+    assert (regions["height"], regions["width"], regions["maps"][0]) == (32, 32, None)
+    map_ = np.frombuffer(base64.b64decode(regions["maps"][1]), np.uint8).reshape(32, 32)
+    assert (map_[:, :8] == 255).all()
+    assert (map_[:, 8:] == 0).all()
 
 
 def test_output_mixing_has_no_regions(comfy: Server, pair: Callable) -> None:
