@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from .graph import Graph, Link
-from .server import Run, Server
+from .server import Refused, Run, Server
 from .test_lora_list import row, rows
 from .test_mole import preview
 
@@ -115,6 +115,51 @@ def test_more_masks_than_loras_are_refused(comfy: Server, pair: Callable) -> Non
     error = comfy.fail(graph.nodes)
     assert "More regions are connected than LoRAs." in error
     assert "region3" in error
+
+
+def named(graph: Graph, *regions: tuple[str, float]) -> Link:
+    """A chain of regions: the LoRA of each, and the width of its box."""
+    chain: dict[str, Link] = {}
+    for name, width in regions:
+        node, _ = region(graph, lora=name, width=width, **chain)
+        chain = {"regions": [node, 1]}
+    return chain["regions"]
+
+
+def test_named_regions_follow_their_loras(comfy: Server, files: dict[str, str]) -> None:
+    """Whatever their order and the rows that are off; beside masks by number; also of a file with a folder's name."""
+    graph = Graph()
+    names = files["flux_kohya"], files["flux_kohya_2"], files["flux_split"]
+    listed = rows(row(names[0], on=False), row(names[1]), row(names[2]))
+    chain = named(graph, (names[2], 0.25), ("none", 1.0), (f"elsewhere/{names[0]}", 0.5))
+    loras = graph.add("LegoMoLE_LoRAList", loras=listed)
+    text = report(comfy, graph, graph.mix(loras, named_regions=chain, regions__region1=region(graph, width=0.75)))
+    assert "[1] flux_kohya_2: strength 1, in 75% of the picture\n" in text
+    assert "[2] flux_split: strength 1, in 25% of the picture\n" in text
+    assert f"note: the region of elsewhere/{names[0]} is not used: that LoRA is not in this mix" in text
+
+
+def test_a_named_region_equals_one_by_number(files: dict[str, str], sample: Callable, pair: Callable) -> None:
+    graph, other = Graph(), Graph()
+    by_name = graph.mix(*pair(graph), named_regions=named(graph, (files["flux_split"], 0.5)))
+    by_number = other.mix(*pair(other), regions__region2=region(other))
+    assert torch.equal(sample(graph, graph.picture(by_name))[1], sample(other, other.picture(by_number))[1])
+
+
+@pytest.mark.parametrize("twice", ["by name", "by name and number"])
+def test_a_lora_has_one_region(comfy: Server, files: dict[str, str], pair: Callable, twice: str) -> None:
+    graph, name = Graph(), files["flux_split"]
+    chain = named(graph, *[(name, 0.5)] * (2 if twice == "by name" else 1))
+    more = {} if twice == "by name" else {"regions__region2": region(graph)}
+    graph.picture(graph.mix(*pair(graph), named_regions=chain, **more))
+    assert "flux_split has two regions." in comfy.fail(graph.nodes)
+
+
+def test_a_region_of_a_file_that_is_missing_is_refused(comfy: Server) -> None:
+    graph = Graph()
+    region(graph, lora="never.safetensors")
+    with pytest.raises(Refused, match=r"There is no such LoRA\."):
+        comfy.queue(graph.nodes)
 
 
 def test_regions_belong_to_their_lora_when_another_is_switched_off(
