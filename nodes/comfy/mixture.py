@@ -225,6 +225,7 @@ def pass_through(model: Any) -> Any:
 def _begin_run(mix: ComfyMixture) -> None:
     mix.record.passes.clear()
     mix.record.maps = ()
+    mix.reader.begin_run()
     mix.prompt_gates.forget()
 
 

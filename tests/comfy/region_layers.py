@@ -1,6 +1,7 @@
 """Run by ComfyUI's own Python: where maps act in the transformers of ComfyUI's own code.
 
-Usage: region_layers.py <ComfyUI> <base directory>. Prints one JSON object: case -> "" or the error.
+Usage: region_layers.py <ComfyUI> <base directory>. Prints one JSON object: "layers" for where maps act, "attention" for
+what automatic regions read: case -> "" or the error.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 COMFY, BASE = (Path(argument) for argument in sys.argv[1:3])
-sys.argv = [sys.argv[0], "--cpu"]
+sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
 sys.path[0:0] = [str(COMFY), str(BASE / "custom_nodes"), str(Path(__file__).parents[1] / "core/mole/regions")]
 
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import torch  # noqa: E402
-from arrivals import Case, check, noise  # noqa: E402
+from arrivals import Case, check, check_attention, noise  # noqa: E402
 from comfy.ldm.chroma.model import Chroma  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
 from comfy.ldm.hunyuan_video.model import HunyuanVideo  # noqa: E402
@@ -138,12 +139,23 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def problem(case: Callable[[], Case]) -> str:
+ATTENDING = ("Flux", "Flux with a reference", "Chroma", "Lumina2", "Z-Image", "Qwen-Image", "SD3")
+ATTENTION = {
+    **{name: CASES[name] for name in ATTENDING},
+    "Flux, double block": lambda: flux("single_blocks.0.linear1", 1),
+}
+
+
+def problem(test: Callable[[Case], None], case: Callable[[], Case]) -> str:
     try:
-        check(case())
+        test(case())
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:1000] or "failed"
     return ""
 
 
-print(json.dumps({name: problem(case) for name, case in CASES.items()}))
+def problems(test: Callable[[Case], None], cases: dict[str, Callable[[], Case]]) -> dict[str, str]:
+    return {name: problem(test, case) for name, case in cases.items()}
+
+
+print(json.dumps({"layers": problems(check, CASES), "attention": problems(check_attention, ATTENTION)}))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import MergeError
 from ..concepts import ConceptDetector, text_mask
 from ..stack import Stack
-from .automatic import UNTIL, AutomaticRegions
+from .automatic import AutomaticRegions
 from .layouts import Sees, SequenceLayout, layout_of, sees
 from .maps import maps_of_pass, resized
 from .picture import Picture, SamplingReader, Tokens, grid_with, patch_size, picture_of, text_lengths, tokens_of
@@ -120,10 +120,10 @@ class RegionFactors:
             parts = None if self.reader is None else self.reader.parts(kwargs, picture)
             mask = None if text is None else text_mask(kwargs, text)
             if self.automatic is not None and self.reader is not None:
-                reads = not self.reader.reached(UNTIL, args, kwargs)
-                self.automatic.begin_pass(picture, text, mask, detector, rows, self.reader if reads else None, kwargs)
+                before = self.automatic.maps
+                self.automatic.begin_pass(picture, text, mask, detector, rows, self.reader, args, kwargs)
                 found = self.automatic.maps
-                if (found is None) == self.has_maps:  # they were found now, or a new run has begun
+                if found is not before:
                     self.maps = (None,) * len(self.labels) if found is None else tuple(found.unbind(1))
                     self._key = None
             without_padding = self.layout is not None and self.layout.without_padding

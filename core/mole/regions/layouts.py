@@ -29,7 +29,8 @@ class SequenceLayout:
     """Where the picture's tokens are in a model's sequences.
 
     Args:
-        joint: Pattern of the paths of layers whose sequence holds text and picture; ``""``: there are none.
+        joint: Pattern of the paths of layers whose sequence holds text and picture; ``""``: only the attention joins
+            them, in the same order.
         order: ``text first``: text, picture, references. ``picture first``: picture, then the rest. ``picture last``:
             the picture ends the sequence.
         padded_to: The picture is padded to a multiple of this number of tokens.
@@ -82,7 +83,8 @@ _LAYOUTS: Mapping[str, SequenceLayout] = {
     "ChromaTransformer2DModel": _FLUX,
     "HunyuanVideo": SequenceLayout(r"single_blocks\.", "picture last"),
     "HunyuanVideoTransformer3DModel": SequenceLayout(r"single_transformer_blocks\.", "picture first"),
-    "QwenImageTransformer2DModel": SequenceLayout(),
+    "QwenImageTransformer2DModel": SequenceLayout(order="text first"),
+    "SD3Transformer2DModel": SequenceLayout(),
     "NextDiT": SequenceLayout(r"layers\.", "picture last", padded_to=32),
     "Lumina2Transformer2DModel": SequenceLayout(r"layers\.", "text first", without_padding=True),
     "ZImageTransformer2DModel": SequenceLayout(r"layers\.", "picture first", padded_to=32),

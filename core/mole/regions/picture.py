@@ -42,8 +42,9 @@ class Part(NamedTuple):
     whole_width: int
 
 
-# Gets queries and keys (B, heads, T, d) and the factor of their products (default 1 / sqrt(d)).
-AttentionObserver = Callable[[Tensor, Tensor, "float | None"], None]
+# Gets queries and keys (B, heads, T, d), the factor of their products (default 1 / sqrt(d)), and the attention mask,
+# which broadcasts with (B, heads, T, T): of bools, or added to the products.
+AttentionObserver = Callable[[Tensor, Tensor, "float | None", "Tensor | None"], None]
 
 
 class SamplingReader(Protocol):
@@ -61,10 +62,14 @@ class SamplingReader(Protocol):
         """Whether sampling has reached this fraction of its run, 0 .. 1; 0 is always reached."""
         ...
 
+    def step(self, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+        """Number of the sampling step of a pass: it counts up within a run, and is lower when another run begins."""
+        ...
+
     def watch_attention(
         self, arguments: Mapping[str, Any], read: AttentionObserver
     ) -> AbstractContextManager[object] | None:
-        """A context in which `read` gets the queries and keys of every attention.
+        """A context in which `read` gets the queries, keys and masks of every attention.
 
         ``None``: the model's attention is torch's ``scaled_dot_product_attention``.
         """

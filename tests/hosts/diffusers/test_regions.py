@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ...core.mole.regions.arrivals import Case, check, noise
+from ...core.mole.regions.arrivals import Case, check, check_attention, noise
 
 
 def places(references: int = 0, width: int = 3) -> Tensor:
@@ -218,3 +218,17 @@ CASES: dict[str, Callable[[], Case]] = {
 def test_a_map_acts_where_its_part_of_the_picture_is(name: str) -> None:
     torch.manual_seed(0)
     check(CASES[name]())
+
+
+ATTENTION: dict[str, Callable[[], Case]] = {
+    **{name: CASES[name] for name in ("Flux", "Flux with a reference", "Flux.2", "SD3", "Lumina2", "PixArt")},
+    "Flux, double block": lambda: flux(SINGLE, double=1),
+    "Qwen-Image": CASES["Qwen-Image"],
+    "Qwen-Image with a reference": CASES["Qwen-Image with a reference"],
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_automatic_regions_read_the_attention_of_the_picture_to_the_text(name: str) -> None:
+    torch.manual_seed(0)
+    check_attention(ATTENTION[name]())
