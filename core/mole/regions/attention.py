@@ -114,10 +114,12 @@ class CrossAttentionForward(ReplacedForward):
             parts.append((always + torch.tensor([float(i in members) for i in range(n)]), share))
         runs: list[_Run] = []
         for experts, share in parts:
-            acts = (share.abs() > 1e-6).any(0)
-            if not bool(acts.any()):
-                continue
-            positions = acts.nonzero()[:, 0] if may_select and not bool(acts.all()) else None
+            positions = None
+            if not torch.compiler.is_compiling():  # a graph cannot depend on values: compiled, all positions run
+                acts = (share.abs() > 1e-6).any(0)
+                if not bool(acts.any()):
+                    continue
+                positions = acts.nonzero()[:, 0] if may_select and not bool(acts.all()) else None
             weight = share if positions is None else share[:, positions]
             runs.append(_Run(experts, weight[..., None].to(x), None if positions is None else positions.to(x.device)))
         return runs
