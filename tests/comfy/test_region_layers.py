@@ -15,7 +15,7 @@ def measured(measure: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     return measure("region_layers.py")
 
 
-@pytest.mark.parametrize(("kind", "count"), [("layers", 15), ("attention", 8)])
+@pytest.mark.parametrize(("kind", "count"), [("layers", 19), ("attention", 10)])
 def test_maps_act_and_attention_is_read_where_picture_and_text_are(
     measured: dict[str, dict[str, str]], kind: str, count: int
 ) -> None:

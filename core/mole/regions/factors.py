@@ -108,7 +108,7 @@ class RegionFactors:
         key: Any = self._active
         parts = None
         if self.has_maps or self.automatic is not None:
-            picture = picture_of(args, kwargs)
+            picture = picture_of(args, kwargs, frames_first=self.layout is not None and self.layout.frames_first)
             if picture is None:
                 raise MergeError(
                     "The model got no picture that a region could be laid on.",
@@ -277,19 +277,14 @@ class RegionFactors:
             starts = [max(0, count - layout.padded(tokens.count)) if layout.order == "picture last" else 0]
         if count < tokens.count or not starts:
             raise self._unknown(path, count)
-        text, other = self._pooled("mean", self.named if joint else None), self._pooled("mean")
-        after = other if layout.order == "text first" else text  # references, or the text and all else
-        return self._placed(self._flat(maps, tokens), text, after, starts, count)
-
-    @staticmethod
-    def _placed(picture: Tensor, before: Tensor, after: Tensor, starts: Sequence[int], count: int) -> Tensor:
-        """The picture's factors ``(S, T, N)`` from `starts` on in a sequence, others ``(S', N)`` before and after."""
-        rows = max(len(picture), len(before), len(after), len(starts) if len(set(starts)) > 1 else 1)
-        g = after.repeat(rows // len(after), 1)[:, None].repeat(1, count, 1)
+        flat, other = self._flat(maps, tokens), self._pooled("mean")  # other: of references, registers and padding
+        text, lengths = (self._pooled("mean", self.named), self._text_lengths or [0]) if joint else (other, [0])
+        rows = max(len(flat), len(text), len(other), len(starts) if len(set(starts)) > 1 else 1)
+        g = other.repeat(rows // len(other), 1)[:, None].repeat(1, count, 1)
         for row in range(rows):
-            start = starts[row % len(starts)]
-            g[row, :start] = before[row % len(before)]
-            g[row, start : start + picture.shape[1]] = picture[row % len(picture)]
+            start, begin = starts[row % len(starts)], layout.text_start(tokens.count)
+            g[row, begin : begin + lengths[row % len(lengths)]] = text[row % len(text)]
+            g[row, start : start + tokens.count] = flat[row % len(flat)]
         return g
 
     def _flat(self, maps: Tensor, tokens: Tokens) -> Tensor:

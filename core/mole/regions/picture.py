@@ -76,8 +76,15 @@ class SamplingReader(Protocol):
         ...
 
 
-def picture_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
-    """Size of the picture in the arguments of a model's forward method; ``None`` if it cannot be found."""
+def picture_of(args: Sequence[Any], kwargs: Mapping[str, Any], *, frames_first: bool = False) -> Picture | None:
+    """Size of the picture in the arguments of a model's forward method; ``None`` if it cannot be found.
+
+    Args:
+        args, kwargs: The arguments. frames_first: See `core.mole.regions.layouts.SequenceLayout`.
+    """
+    if frames_first and "hidden_states" in kwargs:
+        samples, frames, _, height, width = kwargs["hidden_states"].shape
+        return Picture(samples, frames, height, width)
     for read in _READERS:
         if (picture := read(args, kwargs)) is not None:
             return picture
@@ -143,7 +150,7 @@ def patch_size(model: nn.Module) -> tuple[int, int, int]:
         if name == "all_patch_size" and size is not None:
             size = size[0]
         if isinstance(size, int):
-            time: Any = getattr(config, "patch_size_t", None)
+            time: Any = getattr(model if config is None else config, "patch_size_t", None)
             return (time if isinstance(time, int) else 1), size, size
         if isinstance(size, (tuple, list)):
             frames, height, width = [1, *cast("Sequence[int]", size)][-3:]

@@ -42,10 +42,10 @@ def check_attention(case: Case) -> None:
     finder = ArgumentFinder(case.model.forward, TEXT_ARGUMENTS)
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        text, picture = finder.find(args, kwargs), picture_of(args, kwargs)
+        layout = layout_of(case.model) or SequenceLayout(order="text first")
+        text, picture = finder.find(args, kwargs), picture_of(args, kwargs, frames_first=layout.frames_first)
         assert isinstance(text, Tensor)
         assert picture is not None
-        layout = layout_of(case.model) or SequenceLayout(order="text first")
         texts = text_lengths(text, text_mask(kwargs, text) if layout.without_padding else None) or []
         shares = torch.ones(1, text.shape[1], 1)
         state["sums"] = AttentionSums(picture, patch_size(case.model), layout, [0], shares, texts, None)
