@@ -212,11 +212,11 @@ class RegionFactors:
         largest = self._maps.amax((2, 3, 4))
         g = largest if kind == "largest" else self._maps.mean((2, 3, 4))
         if named is not None:
-            named = named.to(g.device)
-            rows = max(len(named), len(g))
-            if all(rows % len(m) == 0 for m in (named, g)):
-                named, g, largest = (m.repeat(rows // len(m), 1) for m in (named, g, largest))
-                g = torch.where(named, largest, g)
+            tensors: list[Tensor] = [named.to(g.device), g, largest]
+            rows = max(map(len, tensors))
+            if all(rows % len(m) == 0 for m in tensors):
+                in_full, g, largest = (m.repeat(rows // len(m), 1) for m in tensors)
+                g = torch.where(in_full, largest, g)
         return g * self._acting()
 
     def _positions(self, path: str, stack: Stack, z: Tensor) -> Tensor:

@@ -91,10 +91,15 @@ def picture_of(args: Sequence[Any], kwargs: Mapping[str, Any], *, frames_first: 
     return None
 
 
+def _tensor(arguments: Mapping[str, Any], name: str) -> Tensor | None:
+    """An argument, if it is a tensor."""
+    return arguments[name] if isinstance(arguments.get(name), Tensor) else None
+
+
 def _packed_with_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
     """Flux in diffusers: packed tokens with ``img_ids`` (picture or reference, row, column)."""
-    ids, tokens = kwargs.get("img_ids"), kwargs.get("hidden_states")
-    if not isinstance(ids, Tensor) or not isinstance(tokens, Tensor):
+    ids, tokens = _tensor(kwargs, "img_ids"), _tensor(kwargs, "hidden_states")
+    if ids is None or tokens is None:
         return None
     ids = ids.reshape(-1, *ids.shape[-2:])[0]
     own = ids[ids[:, 0] == ids[0, 0]]
@@ -104,8 +109,8 @@ def _packed_with_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pi
 
 def _packed_with_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
     """Qwen-Image in diffusers: packed tokens with ``img_shapes``, the picture's first."""
-    shapes, tokens = kwargs.get("img_shapes"), kwargs.get("hidden_states")
-    if not shapes or not isinstance(tokens, Tensor):
+    shapes, tokens = kwargs.get("img_shapes"), _tensor(kwargs, "hidden_states")
+    if not shapes or tokens is None:
         return None
     first: Any = shapes[0]
     frames, height, width = first[0] if isinstance(first[0], (tuple, list)) else first
@@ -115,8 +120,8 @@ def _packed_with_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pictu
 def _packed_video(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
     """LTX in diffusers: packed tokens with their numbers of frames, rows and columns."""
     frames, height, width = (kwargs.get(name) for name in ("num_frames", "height", "width"))
-    tokens = kwargs.get("hidden_states")
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or frames is None or height is None or width is None:
+    tokens = _tensor(kwargs, "hidden_states")
+    if tokens is None or tokens.ndim != 3 or frames is None or height is None or width is None:
         return None
     return Picture(len(tokens), int(frames), int(height), int(width), True)
 
