@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..core.errors import MergeError
 from ..core.merge.methods import MergeMethod
@@ -13,6 +15,7 @@ from .settings import Setting, settings_of
 
 LEGOMOLE_LORA = io.Custom("LEGOMOLE_LORA")  # a `GraphLora`
 LEGOMOLE_GATES = io.Custom("LEGOMOLE_GATES")  # `core.mole.trained.TrainedGates`
+LEGOMOLE_REGIONS = io.Custom("LEGOMOLE_REGIONS")  # a tuple of `NamedRegion`s
 LEGOMOLE_STATISTICS = io.Custom("LEGOMOLE_STATISTICS")  # `core.merge.statistics.Statistics`
 LORA_MODEL = io.Custom("LORA_MODEL")  # ComfyUI's own: the state dict that Train LoRA returns
 LORA_STACK = io.Custom("LORA_STACK")  # other packs' convention: [(file name, strength_model, strength_clip), ..]
@@ -66,6 +69,18 @@ def regions_input() -> Any:
     )
 
 
+class NamedRegion(NamedTuple):
+    """A region with the LoRA file that acts in it.
+
+    Args:
+        name: The file's name in the graph. path: The file. mask: ``(K, H, W)``, see `Mixture`.
+    """
+
+    name: str
+    path: Path
+    mask: Tensor
+
+
 def by_lora(
     row: str, values: Mapping[str, Any] | None, loras: int, *, prefix: str = "", first: int = 0
 ) -> dict[int, Any]:
@@ -91,7 +106,8 @@ def by_lora(
             expected=f"at most {loras}, because that many LoRAs are connected and switched on",
             found=f"{prefix}{max(connected) + first}",
             remedy=f"disconnect it; or keep the LoRA switched on: a row of LoRA List that is off does not count, which "
-            f"moves the {row} of the LoRAs after it",
+            f"moves the {row} of the LoRAs after it"
+            + (". Regions that name their LoRA (named_regions) do not move" if row == "regions" else ""),
         )
     return dict(sorted(connected.items()))
 

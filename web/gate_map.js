@@ -1,4 +1,5 @@
-// The live map on Gate Map: how strongly each LoRA is used, per part of the model, while the sampler runs.
+// The live map on Gate Map: how strongly each LoRA is used, per part of the model, while the sampler runs; and, for LoRAs
+// with regions, where in the picture, on the sampler's preview.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { MARGIN, h, mount, text, widen } from "./page.js";
@@ -12,6 +13,8 @@ const TOP = 16; // of the map, below the names of the LoRAs
 const NAME_HEIGHT = 11; // of the name of a row
 const MIN_HEIGHT = 190, MAX_HEIGHT = 300; // of the widget; the picture below it gets the rest
 const SCALE_WIDTH = 34; // of the bar of colours with its numbers
+const PICTURE_SHARE = 0.42; // of the width, at most, for the picture with the regions
+const TINT = 0.6; // share of a LoRA's colour where its region is 1
 
 /** The colour of a value in 0 .. 1. */
 function color(value) {
@@ -29,6 +32,37 @@ function isAfter(node, id, visited = new Set()) {
     visited.add(from);
     return String(from.id) === id || isAfter(from, id, visited);
   });
+}
+
+/** The values 0 .. 255 of a map, see nodes/comfy/live_gates.py. */
+const decoded = (map) => Uint8Array.from(atob(map), (character) => character.charCodeAt(0));
+
+/** The regions as an image: each in the colour of its LoRA, blended where they overlap, as opaque as they are strong. */
+function tinted({ width, height, maps }) {
+  const layers = maps.flatMap((map, i) => (map === null ? [] : [{ values: decoded(map), rgb: rgbOf(LINE_COLORS[i % LINE_COLORS.length]) }]));
+  const image = new ImageData(width, height);
+  for (let p = 0; p < width * height; p++) {
+    const total = layers.reduce((sum, { values }) => sum + values[p], 0);
+    if (!total) continue;
+    for (let k = 0; k < 3; k++)
+      image.data[4 * p + k] = layers.reduce((sum, { values, rgb }) => sum + values[p] * rgb[k], 0) / total;
+    image.data[4 * p + 3] = TINT * Math.min(total, 255);
+  }
+  const canvas = h("canvas", { width, height });
+  canvas.getContext("2d").putImageData(image, 0, 0);
+  return canvas;
+}
+
+/** #4c9be8 -> [76, 155, 232] */
+const rgbOf = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+
+/** The share of the picture that each LoRA with a region acts in: "ember 50%, heart 25%". */
+function shares({ labels, regions }) {
+  return labels.flatMap((label, i) => {
+    if (regions.maps[i] === null) return [];
+    const values = decoded(regions.maps[i]);
+    return [`${label} ${Math.round(values.reduce((sum, value) => sum + value, 0) / values.length / 2.55)}%`];
+  }).join(", ");
 }
 
 /** A scope of gates as a row's name: double_blocks.0 -> double 0. */
@@ -51,8 +85,18 @@ class LiveMap {
     this.latest = message;
     const means = labels.map((_, j) => gates.reduce((sum, row) => sum + row[j], 0) / gates.length);
     this.history = [...(isNewRun ? [] : this.history), means]; // mean gates of every pass
+    if (isNewRun) this.picture = null;
+    this.regions = message.regions ? tinted(message.regions) : null;
     const summary = labels.map((label, j) => `${label} ${means[j].toFixed(2)}`).join(", ");
-    this.canvas.setAttribute("aria-label", text("means", { means: summary }));
+    const parts = [text("means", { means: summary })];
+    if (this.regions) parts.push(text("regionShares", { shares: shares(message) }));
+    this.canvas.setAttribute("aria-label", parts.join("; "));
+    requestAnimationFrame(this.draw);
+  }
+
+  /** Show the regions on this preview of the picture, an ImageBitmap. */
+  showPicture(picture) {
+    this.picture = picture;
     requestAnimationFrame(this.draw);
   }
 
@@ -69,12 +113,27 @@ class LiveMap {
     if (!this.latest) return pen.fillText(text("waiting"), 6, 18, width - 12);
     const mapHeight = height - CHART_HEIGHT - TOP - 4;
     const left = this.#drawNames(pen, width, mapHeight);
-    const mapWidth = width - left - SCALE_WIDTH;
+    const right = this.regions ? this.#drawRegions(pen, width, height, textColor) : width;
+    const mapWidth = right - left - SCALE_WIDTH;
     const largest = Math.max(1, ...this.latest.gates.flat());
     this.#drawMap(pen, left, mapWidth, mapHeight, largest);
-    this.#drawScale(pen, width - SCALE_WIDTH, mapHeight, largest, textColor);
+    this.#drawScale(pen, right - SCALE_WIDTH, mapHeight, largest, textColor);
     this.#drawLines(pen, left, mapWidth, height - CHART_HEIGHT, CHART_HEIGHT - 4);
     this.#drawTitle(pen, left, mapWidth, textColor);
+  }
+
+  /** Draw the regions at the right, on the preview if there is one. Returns where they begin. */
+  #drawRegions(pen, width, height, textColor) {
+    const { regions } = this.latest;
+    const scale = Math.min((width * PICTURE_SHARE) / regions.width, (height - TOP - 4) / regions.height);
+    const box = [width - scale * regions.width, TOP, scale * regions.width, scale * regions.height];
+    pen.fillStyle = textColor;
+    pen.fillText(text("regions"), box[0], 11, box[2]);
+    pen.fillStyle = "#808080";
+    if (this.picture) pen.drawImage(this.picture, ...box);
+    else pen.fillRect(...box);
+    pen.drawImage(this.regions, ...box);
+    return box[0] - 6;
   }
 
   #drawTitle(pen, left, width, textColor) {
@@ -150,6 +209,12 @@ app.registerExtension({
     api.addEventListener("legomole.gates", ({ detail }) => {
       const id = String(detail.node).split(":").at(-1); // inside subgraphs, their ids come first
       for (const map of maps) if (isAfter(map.node, id)) map.update(detail);
+    });
+    api.addEventListener("b_preview_with_metadata", async ({ detail: { blob, nodeId } }) => {
+      const shown = [...maps].filter(({ latest }) => latest?.regions && latest.sampler === nodeId);
+      if (!shown.length) return;
+      const picture = await createImageBitmap(blob);
+      for (const map of shown) map.showPicture(picture);
     });
   },
   nodeCreated(node) {

@@ -1,7 +1,7 @@
 // The switches on MoLE Mix, one per incoming LoRA. They read and write the widget switched_off.
 import { app } from "../../scripts/app.js";
 import { MARGIN, changed, fit, h, mount, onChanged, text } from "./page.js";
-import { incomingLoras, signature } from "./sources.js";
+import { incomingLoras, namedRegions, signature } from "./sources.js";
 
 const HEIGHT = 60; // pixels, for two lines of switches
 const POLL_INTERVAL = 500; // milliseconds; there is no event for changed widgets of the nodes before ours
@@ -48,8 +48,8 @@ class MaskStrip {
   refresh() {
     const labels = this.labels;
     const value = this.switchedOff?.value ?? "";
-    const regions = connectedRegions(this.node);
-    const state = JSON.stringify([labels, value, regions]);
+    const regions = connectedRegions(this.node), named = namedRegions(this.node);
+    const state = JSON.stringify([labels, value, regions, [...named]]);
     if (state === this.state) return;
     this.state = state;
     const words = String(value).split(",").map((word) => word.trim());
@@ -64,9 +64,10 @@ class MaskStrip {
     }
     const names = distinct(labels);
     this.buttons.forEach((button, i) => {
-      const hasRegion = regions.includes(i + 1);
-      button.textContent = `${i + 1} ${names[i]}${hasRegion ? " ▣" : ""}`;
-      button.title = hasRegion ? `${labels[i]}\n${text("hasRegion", { number: i + 1 })}` : labels[i];
+      const hasNumber = regions.includes(i + 1), hasName = named.has(labels[i]);
+      const title = hasNumber ? text("hasRegion", { number: i + 1 }) : hasName ? text("hasNamedRegion") : null;
+      button.textContent = `${i + 1} ${names[i]}${title ? " ▣" : ""}`;
+      button.title = title ? `${labels[i]}\n${title}` : labels[i];
       button.setAttribute("aria-pressed", String(!this.off[i]));
     });
   }

@@ -70,6 +70,21 @@ export function incomingLoras(node) {
   return names.includes(null) ? null : names.flat();
 }
 
+/** The names of the LoRAs that have a region by name: those of the Region nodes before a node. */
+export function namedRegions(node) {
+  const names = new Set();
+  const visited = new Set();
+  let from = node, input = "named_regions";
+  while (from && !visited.has(from)) {
+    visited.add(from);
+    from = source(from, from.inputs?.findIndex(({ name }) => name === input))?.node;
+    if (from?.type !== "LegoMoLE_Region") break;
+    names.add(short(widgetValue(from, "lora") ?? ""));
+    input = "regions";
+  }
+  return names;
+}
+
 /** A text that changes when other LoRAs may arrive at a node. */
 export function signature(node) {
   const visited = new Set();

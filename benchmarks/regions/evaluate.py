@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from legomole.core.formats import load
 from legomole.nano.model import predict
-from legomole.nano.sampling import noise
+from legomole.nano.sampling import noise, sigmas
 from legomole.nano.words import SUBJECTS
 
 from ..common import ResultLog, Say, mean
@@ -208,7 +208,8 @@ def seconds_per_step(bench: Bench, pair: tuple[str, str] = PAIRS[0], rounds: int
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     for _, name in itertools.product(range(rounds), METHODS):
         with METHODS[name](loras, request) as model:
-            predict(model, x, torch.ones(2), *prompts)  # the first step, in which automatic regions read attention
+            for early in sigmas()[:2]:  # steps in which automatic regions read attention
+                predict(model, x, early.expand(2), *prompts)
             for _ in range(3):
                 began = time.process_time()
                 predict(model, x, sigma, *prompts)

@@ -169,9 +169,11 @@ class _Steps:
     def parts(self, arguments: Mapping[str, Any], picture: Picture) -> None:
         return None
 
+    def step(self, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+        return int((sigmas()[:-1] - arguments["timestep"][0] / 1000).abs().argmin())
+
     def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
-        step = int((sigmas()[:-1] - arguments["timestep"][0] / 1000).abs().argmin())
-        return step >= fraction * STEPS
+        return self.step(args, arguments) >= fraction * STEPS
 
     def watch_attention(self, arguments: Mapping[str, Any], read: AttentionObserver) -> None:
         return None

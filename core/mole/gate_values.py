@@ -123,6 +123,8 @@ class GateValues:
             samples = 0 if text is None else len(text)
             rows = range(samples) if self.prompt_gates is None else self.prompt_gates.prompt_rows
             self.regions.begin_pass(text, args, kwargs, detector=self.bank.gates.detector, rows=rows)
+            if self.observer is not None and not torch.compiler.is_compiling():
+                self.observer.regions_laid(self.regions.maps)
         if self.reads in READS_TEXT and self.held_values is None:
             self._open_text_gates(text, kwargs)
         if self.regions is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +25,14 @@ class GateObserver(Protocol):
         """
         ...
 
+    def regions_laid(self, maps: Sequence[Tensor | None]) -> None:
+        """Called after `begin_pass` in a mixture with regions, with the map of each expert in this pass.
+
+        Args:
+            maps: Per expert ``(K, H, W)``, see `core.mole.regions.maps`, or ``None``: it acts everywhere.
+        """
+        ...
+
 
 class CollectedGates:
     """A `GateObserver` that keeps the latest value of each gate, by scope."""
@@ -37,3 +45,6 @@ class CollectedGates:
 
     def gate_opened(self, scope: str, value: Tensor) -> None:
         self.values[scope] = value
+
+    def regions_laid(self, maps: Sequence[Tensor | None]) -> None:
+        pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +23,13 @@ class Record:
 
     Attributes:
         passes: One table per forward pass of the model: scope -> ``(B, N)``.
+        maps: Per expert, the map of its region in the last pass, ``(K, H, W)``, or ``None`` if it has none; empty
+            without regions.
     """
 
     rows: PromptRows | None = None
     passes: list[dict[str, Tensor]] = field(default_factory=list)
+    maps: tuple[Tensor | None, ...] = ()
     _arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def begin_pass(self, arguments: Mapping[str, Any]) -> None:
@@ -39,6 +42,9 @@ class Record:
             value = value[list(self.rows(self._arguments, value.shape[0]))]
         if value.shape[0] and self.passes:
             self.passes[-1].setdefault(scope, value)  # stays on its device: copying it now would block a GPU
+
+    def regions_laid(self, maps: Sequence[Tensor | None]) -> None:
+        self.maps = tuple(maps)
 
     @property
     def scopes(self) -> list[str]:

@@ -30,13 +30,13 @@ class PipelineSteps:
 
     def reached(self, fraction: float, args: Sequence[Any], arguments: Mapping[str, Any]) -> bool:
         scheduler = self.pipe.scheduler
-        return self._step(scheduler, args, arguments) >= fraction * len(scheduler.timesteps) - _ROUNDING
+        return self.step(args, arguments) >= fraction * len(scheduler.timesteps) - _ROUNDING
 
     def watch_attention(self, arguments: Mapping[str, Any], read: AttentionObserver) -> None:
         return None
 
-    @staticmethod
-    def _step(scheduler: Any, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+    def step(self, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+        scheduler = self.pipe.scheduler
         if hasattr(scheduler, "step_index"):
             step = scheduler.step_index  # none before the first step
             return int(step if step is not None else scheduler.begin_index or 0)

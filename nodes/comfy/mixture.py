@@ -224,15 +224,22 @@ def pass_through(model: Any) -> Any:
 
 def _begin_run(mix: ComfyMixture) -> None:
     mix.record.passes.clear()
+    mix.record.maps = ()
+    mix.reader.begin_run()
     mix.prompt_gates.forget()
 
 
 def _calculate(
-    mix: ComfyMixture, send_gates: Callable[[], None], calculate: Any, model: Any, conds: Sequence[Any], *rest: Any
+    mix: ComfyMixture,
+    send_gates: Callable[[Tensor], None],
+    calculate: Any,
+    model: Any,
+    conds: Sequence[Any],
+    *rest: Any,
 ) -> Any:
     mix.reader.begin_step(model, conds, rest[0])
     predictions = _predict_prompt_first(mix, calculate, model, conds, *rest)
-    send_gates()
+    send_gates(rest[0])
     return predictions
 
 

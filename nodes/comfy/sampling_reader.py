@@ -32,6 +32,11 @@ class ComfySamplingReader:
         self._whole: tuple[int, int, int] | None = None  # (frames, height, width) of the latent that is sampled
         self._areas: dict[Any, tuple[int, int]] = {}  # id of a conditioning -> (top, left)
         self._sampling: Any = None
+        self._step = 0
+
+    def begin_run(self) -> None:
+        """Count steps from the beginning."""
+        self._step = 0
 
     def begin_step(self, model: Any, conds: Sequence[Any], latent: Tensor) -> None:
         """Read the conditioning of a step.
@@ -42,6 +47,7 @@ class ComfySamplingReader:
         Raises:
             MergeError: An expert has several maps, and the batch another number of pictures.
         """
+        self._step += 1
         frames = latent.shape[2] if latent.ndim == 5 else 1
         self._sampling, self._whole = model.model_sampling, (frames, latent.shape[-2], latent.shape[-1])
         for label, maps in self._several.items():
@@ -87,6 +93,9 @@ class ComfySamplingReader:
             return fraction <= 0
         return float(sigmas.flatten()[0]) <= float(self._sampling.percent_to_sigma(fraction)) * (1 + 1e-6)
 
+    def step(self, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+        return self._step
+
     @contextmanager
     def watch_attention(self, arguments: Mapping[str, Any], read: AttentionObserver) -> Generator[None]:
         """ComfyUI has several attention functions, and one place where they can be replaced."""
@@ -100,7 +109,9 @@ class ComfySamplingReader:
             function: Any, query: Tensor, key: Tensor, value: Tensor, heads: int, *rest: Any, **more: Any
         ) -> Any:
             parts = (query, key) if more.get("skip_reshape") else (_by_head(query, heads), _by_head(key, heads))
-            read(*parts, more.get("scale"))
+            mask: Tensor | None = more.get("mask", rest[0] if rest else None)
+            mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask  # of all heads
+            read(*parts, more.get("scale"), mask)
             call = function if inner is None else partial(inner, function)
             return call(query, key, value, heads, *rest, **more)
 

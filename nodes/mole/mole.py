@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ...core.adapter import Source
 from ...core.errors import MergeError
@@ -27,6 +28,8 @@ from ..sockets import (
     ESSENTIALS,
     GRANULARITIES,
     LEGOMOLE_GATES,
+    LEGOMOLE_REGIONS,
+    NamedRegion,
     by_lora,
     lora_output,
     loras_input,
@@ -135,6 +138,12 @@ class MoLEMix(io.ComfyNode):
                     tooltip="Find the regions of LoRAs that a prompt names together, from the model's attention to "
                     "their words in the first quarter of the steps. Needs words and CLIP, or gates that read text.",
                 ),
+                LEGOMOLE_REGIONS.Input(
+                    "named_regions",
+                    optional=True,
+                    tooltip="Regions that name their LoRAs, from Region. They keep to them when rows of the list are "
+                    "moved or switched off.",
+                ),
             ],
             outputs=[
                 io.Model.Output("MODEL", tooltip="The model with the mix, for any sampler."),
@@ -158,6 +167,7 @@ class MoLEMix(io.ComfyNode):
         clip: Any = None,
         regions: dict[str, Any] | None = None,
         automatic_regions: bool = False,
+        named_regions: Sequence[NamedRegion] = (),
         **unknown: Any,
     ) -> io.NodeOutput:
         refuse_unknown(unknown)
@@ -169,7 +179,8 @@ class MoLEMix(io.ComfyNode):
         if len(set(off)) == len(values):
             return _passed_through(model, clip, labels, "every LoRA is switched off")
         masks = by_lora("regions", regions, len(values), prefix="region", first=1)
-        if automatic_regions and masks:
+        masks, left_over = _with_named(masks, named_regions, values)
+        if automatic_regions and (masks or named_regions):
             raise MergeError(
                 "Regions are either automatic or drawn.", remedy="switch automatic_regions off, or remove the masks"
             )
@@ -194,10 +205,37 @@ class MoLEMix(io.ComfyNode):
         elif any(concepts) and clip is None and gates is None:
             notes = ("connect CLIP to let each LoRA come in only for prompts that contain its words",)
         patched = mixture.apply_to_model(mix, model)
-        text = "\n".join([mix.report(), *(f"  note: {note}" for note in notes)])
+        text = "\n".join([mix.report(), *(f"  note: {note}" for note in (*notes, *left_over))])
         text_encoders = word_router.warn_about_prompts(mix, model, text_encoders, text)
         shown = {**display.show_text(text).as_dict(), "experts": labels}  # web/mask_strip.js reads the labels
         return io.NodeOutput(patched, text_encoders, text, ui=shown)
+
+
+def _with_named(
+    masks: Mapping[int, Tensor], named: Sequence[NamedRegion], loras: Sequence[GraphLora]
+) -> tuple[dict[int, Tensor], list[str]]:
+    """Add regions that name their LoRAs to masks by the positions of LoRAs.
+
+    Returns:
+        All masks by the positions of LoRAs; a note for each region whose LoRA is not there.
+
+    Raises:
+        MergeError: A LoRA with two regions.
+    """
+    joined, notes = dict(masks), []
+    for region in named:
+        positions = [i for i, lora in enumerate(loras) if lora.content == region.path]
+        if not positions:
+            notes.append(f"the region of {region.name} is not used: that LoRA is not in this mix, or its row is off")
+        for i in positions:
+            if i in joined:
+                raise MergeError(
+                    f"{loras[i].label} has two regions.",
+                    expected="one, by name or by number",
+                    remedy="disconnect one; or join their masks (Mask Composite, operation add) before Region",
+                )
+            joined[i] = region.mask
+    return joined, notes
 
 
 def _passed_through(model: Any, clip: Any, labels: Sequence[str], reason: str) -> io.NodeOutput:
@@ -311,8 +349,8 @@ class GateMap(io.ComfyNode):
             display_name="Gate Map",
             category=CATEGORY,
             description="Draws how strongly each LoRA was used in the last sampling run, per part of the model and per "
-            "step.",
-            search_aliases=["mole heat map", "gate heatmap", "expert weights", "legomole"],
+            "step; and while sampling, in which region of the picture each LoRA acts.",
+            search_aliases=["mole heat map", "gate heatmap", "expert weights", "region preview", "legomole"],
             is_output_node=True,  # it shows its own image
             has_intermediate_output=True,  # also when its result is cached
             inputs=[
@@ -329,7 +367,7 @@ class GateMap(io.ComfyNode):
                     tooltip="Rows are parts of the model, columns are LoRAs; 1 is a LoRA's own strength. Below: the "
                     "change during sampling.",
                 ),
-                report_output("Mean gate of each LoRA, and the entropy."),
+                report_output("Mean gate of each LoRA, the entropy, and the part of the picture of each region."),
             ],
         )
 
@@ -350,5 +388,8 @@ class GateMap(io.ComfyNode):
             names = ["network"]
         means = ", ".join(f"{label} {float(g):.3g}" for label, g in zip(labels, table.mean((0, 1)), strict=True))
         text = f"mean gates: {means}; entropy {record.entropy():.3g} nats over {len(table)} passes"
+        mapped = ((label, map_) for label, map_ in zip(labels, record.maps, strict=False) if map_ is not None)
+        if regions := ", ".join(f"{label} {float(map_.mean()):.0%}" for label, map_ in mapped):
+            text += f"; regions: {regions} of the picture"
         image = display.to_image(gate_map(table, names, labels))
         return io.NodeOutput(image, text, ui=ui.PreviewImage(image, cls=cls))

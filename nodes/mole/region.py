@@ -11,11 +11,13 @@ from torch.nn.functional import interpolate
 
 from ...core.errors import MergeError
 from ...core.pictures.regions import box_region, scaled_size, shown_region, with_soft_edges
-from ..sockets import CATEGORY
+from ..comfy import folders
+from ..sockets import CATEGORY, LEGOMOLE_REGIONS, NamedRegion
 
 _LONGEST = 512  # pixels of a box's mask, and of the preview; a model has far fewer positions
 _SHOWN = 8  # images of a batch, or frames, in the preview
 _GREY = 0.5  # of the preview without an image
+_NO_LORA = "none"  # in the combo of LoRAs
 
 
 class Region(io.ComfyNode):
@@ -28,7 +30,7 @@ class Region(io.ComfyNode):
             display_name="Region",
             category=CATEGORY,
             description="The part of the picture in which a LoRA acts: a box, or a mask painted in the mask editor. "
-            "Connect it to a region of MoLE Mix.",
+            "Choose the LoRA here, or connect the mask to its number on MoLE Mix.",
             search_aliases=["regional lora", "mask", "box", "area", "attention couple", "regional prompt", "legomole"],
             is_output_node=True,  # it shows its region also before it is connected
             inputs=[
@@ -62,9 +64,31 @@ class Region(io.ComfyNode):
                     tooltip="An image to show the region on, or the latent to sample: gives the region the picture's "
                     "shape. Without one a box is square, which only matters for soft edges.",
                 ),
+                io.Combo.Input(
+                    "lora",
+                    options=[_NO_LORA, *folders.file_names(folders.LORAS)],
+                    default=_NO_LORA,
+                    optional=True,
+                    tooltip="The LoRA that acts in this region, wherever it is in the list. Connect regions to MoLE "
+                    "Mix for it. none: connect MASK to the number of the LoRA instead.",
+                ),
+                LEGOMOLE_REGIONS.Input(
+                    "regions", optional=True, tooltip="Regions of other LoRAs, from another Region, to add this one to."
+                ),
             ],
-            outputs=[io.Mask.Output("MASK", tooltip="The region, for MoLE Mix. 1 where the LoRA acts, 0 elsewhere.")],
+            outputs=[
+                io.Mask.Output("MASK", tooltip="The region, for MoLE Mix. 1 where the LoRA acts, 0 elsewhere."),
+                LEGOMOLE_REGIONS.Output(
+                    "regions",
+                    display_name="regions",
+                    tooltip="The incoming regions plus this one with its LoRA, for named_regions of MoLE Mix.",
+                ),
+            ],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora: str | None = None) -> bool | str:
+        return lora == _NO_LORA or folders.check_name(lora, folders.LORAS)
 
     @classmethod
     def execute(
@@ -77,6 +101,8 @@ class Region(io.ComfyNode):
         feather: float,
         mask: Tensor | None = None,
         picture: Any = None,
+        lora: str = _NO_LORA,
+        regions: tuple[NamedRegion, ...] = (),
     ) -> io.NodeOutput:
         images = picture if isinstance(picture, torch.Tensor) else None
         shape = None if picture is None else _shape_of(picture)
@@ -86,7 +112,8 @@ class Region(io.ComfyNode):
             region = mask.detach().float().cpu().reshape(-1, *mask.shape[-2:]).clamp(0, 1)
         region = with_soft_edges(1 - region if invert else region, feather, shape)
         preview = shown_region(_background(images, shape or (region.shape[-2], region.shape[-1])), region[:_SHOWN])
-        return io.NodeOutput(region, ui=ui.PreviewImage(preview, cls=cls))
+        named = () if lora == _NO_LORA else (NamedRegion(lora, folders.lora_path(lora), region),)
+        return io.NodeOutput(region, (*regions, *named), ui=ui.PreviewImage(preview, cls=cls))
 
 
 def _share(name: str, default: float, tooltip: str, least: float = 0.0) -> Any:

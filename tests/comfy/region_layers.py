@@ -1,6 +1,7 @@
 """Run by ComfyUI's own Python: where maps act in the transformers of ComfyUI's own code.
 
-Usage: region_layers.py <ComfyUI> <base directory>. Prints one JSON object: case -> "" or the error.
+Usage: region_layers.py <ComfyUI> <base directory>. Prints one JSON object: "layers" for where maps act, "attention" for
+what automatic regions read: case -> "" or the error.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 COMFY, BASE = (Path(argument) for argument in sys.argv[1:3])
-sys.argv = [sys.argv[0], "--cpu"]
+sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
 sys.path[0:0] = [str(COMFY), str(BASE / "custom_nodes"), str(Path(__file__).parents[1] / "core/mole/regions")]
 
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 import torch  # noqa: E402
-from arrivals import Case, check, noise  # noqa: E402
+from arrivals import Case, check, check_attention, noise  # noqa: E402
+from comfy.ldm.aura.mmdit import MMDiT  # noqa: E402
 from comfy.ldm.chroma.model import Chroma  # noqa: E402
+from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
 from comfy.ldm.hunyuan_video.model import HunyuanVideo  # noqa: E402
 from comfy.ldm.lumina.model import NextDiT  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper  # noqa: E402
+from comfy.ldm.omnigen.omnigen2 import OmniGen2Transformer2DModel  # noqa: E402
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from comfy.ldm.wan.model import WanModel  # noqa: E402
 from comfy.ops import disable_weight_init  # noqa: E402
@@ -119,6 +123,35 @@ def sd3(layer: str) -> Case:
     )  # fmt: skip
 
 
+def aura_flow() -> Case:
+    model = built(
+        MMDiT, in_channels=4, out_channels=4, patch_size=2, dim=16, n_layers=2, n_double_layers=1, n_heads=2,
+        global_conddim=16, cond_seq_dim=16, max_seq=64,
+    )  # fmt: skip
+    return Case(model, "double_layers.0.attn.w2q", SIZE, lambda d: model(picture(d, 4), torch.ones(2), noise(2, 7, 16)))
+
+
+def cog_video() -> Case:
+    model = built(
+        CogVideoXTransformer3DModel, num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        time_embed_dim=8, text_embed_dim=16, num_layers=1, sample_width=12, sample_height=8, sample_frames=9,
+        patch_size=2, max_text_seq_length=7,
+    )  # fmt: skip
+    return Case(model, "blocks.0.q", SIZE, lambda d: model(picture(d, 4, 3), torch.ones(2), noise(2, 7, 16)))
+
+
+def omni_gen(*, reference: bool = False) -> Case:
+    model = built(
+        OmniGen2Transformer2DModel, patch_size=2, in_channels=4, hidden_size=24, num_layers=1, num_refiner_layers=0,
+        num_attention_heads=2, num_kv_heads=2, multiple_of=8, axes_dim_rope=(4, 4, 4), axes_lens=(64, 64, 64),
+        text_feat_dim=16, timestep_scale=1.0,
+    )  # fmt: skip
+    more = {"ref_latents": [noise(2, 4, 4, 4)]} if reference else {}
+    return Case(
+        model, "layers.0.attn.to_q", SIZE, lambda d: model(picture(d, 4), torch.ones(2), noise(2, 7, 16), 7, **more)
+    )
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "Flux": lambda: flux("single_blocks.0.linear1"),
     "Flux with a reference": lambda: flux("single_blocks.0.linear1", reference=True),
@@ -135,15 +168,40 @@ CASES: dict[str, Callable[[], Case]] = {
     "Wan": wan,
     "SD3": lambda: sd3("joint_blocks.0.x_block.attn.qkv"),
     "SD3, second attention": lambda: sd3("joint_blocks.0.x_block.attn2.qkv"),
+    "AuraFlow": aura_flow,
+    "CogVideoX": cog_video,
+    "OmniGen2": omni_gen,
+    "OmniGen2 with a reference": lambda: omni_gen(reference=True),
 }
 
 
-def problem(case: Callable[[], Case]) -> str:
+ATTENDING = (
+    "Flux",
+    "Flux with a reference",
+    "Chroma",
+    "Lumina2",
+    "Z-Image",
+    "Qwen-Image",
+    "SD3",
+    "AuraFlow",
+    "OmniGen2",
+)
+ATTENTION = {
+    **{name: CASES[name] for name in ATTENDING},
+    "Flux, double block": lambda: flux("single_blocks.0.linear1", 1),
+}
+
+
+def problem(test: Callable[[Case], None], case: Callable[[], Case]) -> str:
     try:
-        check(case())
+        test(case())
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:1000] or "failed"
     return ""
 
 
-print(json.dumps({name: problem(case) for name, case in CASES.items()}))
+def problems(test: Callable[[Case], None], cases: dict[str, Callable[[], Case]]) -> dict[str, str]:
+    return {name: problem(test, case) for name, case in cases.items()}
+
+
+print(json.dumps({"layers": problems(check, CASES), "attention": problems(check_attention, ATTENTION)}))

@@ -16,8 +16,11 @@ from sampled import CHANNELS, PAIRS, conditioning, distance, load, lora, mixed, 
 
 # isort: split
 # the module above sets the paths that those below need
+import comfy.cldm.cldm
+import comfy.controlnet
 import comfy.sample
 import torch
+from comfy.ops import disable_weight_init
 from legomole.core.errors import LegoMoleError
 from legomole.core.mole.concepts import ConceptDetector
 from legomole.core.mole.gates import GateSet, GateSettings
@@ -46,9 +49,11 @@ class Runs:
     def mix(self, *regions: Tensor | None, **options: Any) -> Any:
         return mixed(self.model, *self.loras, regions=regions, **options)
 
-    def sample(self, model: Any, *, cfg: float = 2.0, area: Any = None, **options: Any) -> Tensor:
+    def sample(self, model: Any, *, cfg: float = 2.0, area: Any = None, control: Any = None, **options: Any) -> Tensor:
         """The latent after two steps (or `steps`) of the stock sampler; options are those of `comfy.sample.sample`."""
-        positive = conditioning(self.base, 1, **({} if area is None else {"area": area, "strength": 1.0}))
+        more = {} if area is None else {"area": area, "strength": 1.0}
+        more |= {} if control is None else {"control": control, "control_apply_to_uncond": True}
+        positive = conditioning(self.base, 1, **more)
         start = options.pop("noise", self.noise)
         latent = options.pop("latent", torch.zeros_like(start))
         schedule = options.pop("steps", 2), cfg, "euler", "simple"
@@ -235,6 +240,29 @@ def automatic(runs: Runs) -> dict[str, Any]:
     }
 
 
+def control(runs: Runs) -> dict[str, float]:
+    """A random ControlNet, whose residuals are added to the U-Net's."""
+    if runs.base != "sd15":
+        return {}
+    network = comfy.cldm.cldm.ControlNet(
+        hint_channels=3, operations=disable_weight_init, **runs.model.model.model_config.unet_config
+    )
+    g = torch.Generator().manual_seed(4)
+    for parameter in network.parameters():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=g)
+    net = comfy.controlnet.ControlNet(network.to(torch.float32), load_device=runs.model.load_device)
+    net.set_cond_hint(torch.rand(1, 3, 64, 64, generator=g), 1.0, (0.0, 1.0))
+    whole, off = runs.mix(None, None), runs.mix(None, None, switched_off=[1])
+    full, plain, without = (runs.sample(model, control=net) for model in (whole, runs.model, off))
+    left = runs.sample(runs.mix(None, LEFT), control=net)
+    return {
+        "ones": float((runs.sample(runs.mix(FULL, FULL), control=net) - full).abs().max()),
+        "zeros": distance(runs.sample(runs.mix(None, 0 * FULL), control=net), without, plain),
+        "left": min(distance(left, other, plain) for other in (full, without)),
+        "controlled": distance(full, runs.sample(whole), plain),
+    }
+
+
 with torch.inference_mode():
     CASES: tuple[Callable[[Runs], dict[str, Any]], ...] = (
         masks,
@@ -244,6 +272,7 @@ with torch.inference_mode():
         steps,
         tiles,
         automatic,
+        control,
     )
     measured: dict[str, Any] = {}
     for base in CHANNELS:

@@ -10,7 +10,15 @@ import pytest
 pytestmark = pytest.mark.comfy
 
 
-def test_a_map_acts_where_its_part_of_the_picture_is(measure: Callable[[str], dict[str, Any]]) -> None:
-    problems = measure("region_layers.py")
-    assert len(problems) == 15
+@pytest.fixture(scope="module")
+def measured(measure: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return measure("region_layers.py")
+
+
+@pytest.mark.parametrize(("kind", "count"), [("layers", 19), ("attention", 10)])
+def test_maps_act_and_attention_is_read_where_picture_and_text_are(
+    measured: dict[str, dict[str, str]], kind: str, count: int
+) -> None:
+    problems = measured[kind]
+    assert len(problems) == count
     assert not any(problems.values()), problems

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from .graph import Graph, Link
-from .server import Run, Server
+from .server import Refused, Run, Server
 from .test_lora_list import row, rows
 from .test_mole import preview
 
@@ -116,6 +117,51 @@ def test_more_masks_than_loras_are_refused(comfy: Server, pair: Callable) -> Non
     assert "region3" in error
 
 
+def named(graph: Graph, *regions: tuple[str, float]) -> Link:
+    """A chain of regions: the LoRA of each, and the width of its box."""
+    chain: dict[str, Link] = {}
+    for name, width in regions:
+        node, _ = region(graph, lora=name, width=width, **chain)
+        chain = {"regions": [node, 1]}
+    return chain["regions"]
+
+
+def test_named_regions_follow_their_loras(comfy: Server, files: dict[str, str]) -> None:
+    """Whatever their order and the rows that are off; beside masks by number; also of a file with a folder's name."""
+    graph = Graph()
+    names = files["flux_kohya"], files["flux_kohya_2"], files["flux_split"]
+    listed = rows(row(names[0], on=False), row(names[1]), row(names[2]))
+    chain = named(graph, (names[2], 0.25), ("none", 1.0), (f"elsewhere/{names[0]}", 0.5))
+    loras = graph.add("LegoMoLE_LoRAList", loras=listed)
+    text = report(comfy, graph, graph.mix(loras, named_regions=chain, regions__region1=region(graph, width=0.75)))
+    assert "[1] flux_kohya_2: strength 1, in 75% of the picture\n" in text
+    assert "[2] flux_split: strength 1, in 25% of the picture\n" in text
+    assert f"note: the region of elsewhere/{names[0]} is not used: that LoRA is not in this mix" in text
+
+
+def test_a_named_region_equals_one_by_number(files: dict[str, str], sample: Callable, pair: Callable) -> None:
+    graph, other = Graph(), Graph()
+    by_name = graph.mix(*pair(graph), named_regions=named(graph, (files["flux_split"], 0.5)))
+    by_number = other.mix(*pair(other), regions__region2=region(other))
+    assert torch.equal(sample(graph, graph.picture(by_name))[1], sample(other, other.picture(by_number))[1])
+
+
+@pytest.mark.parametrize("twice", ["by name", "by name and number"])
+def test_a_lora_has_one_region(comfy: Server, files: dict[str, str], pair: Callable, twice: str) -> None:
+    graph, name = Graph(), files["flux_split"]
+    chain = named(graph, *[(name, 0.5)] * (2 if twice == "by name" else 1))
+    more = {} if twice == "by name" else {"regions__region2": region(graph)}
+    graph.picture(graph.mix(*pair(graph), named_regions=chain, **more))
+    assert "flux_split has two regions." in comfy.fail(graph.nodes)
+
+
+def test_a_region_of_a_file_that_is_missing_is_refused(comfy: Server) -> None:
+    graph = Graph()
+    region(graph, lora="never.safetensors")
+    with pytest.raises(Refused, match=r"There is no such LoRA\."):
+        comfy.queue(graph.nodes)
+
+
 def test_regions_belong_to_their_lora_when_another_is_switched_off(
     files: dict[str, str], sample: Callable, pair: Callable
 ) -> None:
@@ -136,6 +182,24 @@ def test_a_mix_in_a_region_with_a_start_is_one_of_half_the_steps(files: dict[str
     latents.append(sample(graph, graph.picture())[1])
     for i, one in enumerate(latents):
         assert all(not torch.equal(one, other) for other in latents[:i])
+
+
+def test_a_mix_sends_its_regions_to_the_page_while_it_samples(comfy: Server, pair: Callable) -> None:
+    """At the picture's aspect, with the node that samples; nothing for a LoRA that acts everywhere."""
+    graph = Graph()
+    mix = graph.mix(*pair(graph), regions__region2=region(graph, width=0.25))
+    graph.picture(mix)
+    chart = graph.add("LegoMoLE_GateMap", model=mix, after=["KSampler0", 0])
+    run = comfy.run(graph.nodes | preview(chart, 1))
+    assert run.outputs["text"]["text"][0].endswith("; regions: flux_split 25% of the picture")
+    sent = [data for kind, data in comfy.messages if kind == "legomole.gates" and data["node"] == mix[0]]
+    assert sent[-1]["sampler"] == "KSampler0"
+    assert sent[-1]["labels"] == ["flux_kohya", "flux_split"]
+    regions = sent[-1]["regions"]
+    assert (regions["height"], regions["width"], regions["maps"][0]) == (32, 32, None)
+    map_ = np.frombuffer(base64.b64decode(regions["maps"][1]), np.uint8).reshape(32, 32)
+    assert (map_[:, :8] == 255).all()
+    assert (map_[:, 8:] == 0).all()
 
 
 def test_output_mixing_has_no_regions(comfy: Server, pair: Callable) -> None:

@@ -105,3 +105,11 @@ def test_automatic_regions_divide_the_picture_and_need_words(base: dict[str, Any
     """Through the hook of ComfyUI's attention, with two prompts of guidance and two pictures."""
     assert base["automatic"]["differs"] > VISIBLE
     assert "Automatic regions follow the words of the LoRAs" in base["automatic"]["no words"]
+
+
+def test_regions_beside_a_controlnet(measured: dict[str, Any]) -> None:
+    case = measured["sd15"]["control"]
+    assert case["ones"] == 0
+    assert case["zeros"] < ROUNDING
+    assert case["left"] > VISIBLE
+    assert case["controlled"] > VISIBLE

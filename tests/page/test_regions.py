@@ -185,6 +185,32 @@ def test_every_lora_has_a_region_which_stays_its_own(board: Any, renderer: str) 
     assert regions(board) == ["regions.region3"]
 
 
+def test_named_regions_are_marked_on_the_switches(board: Any, renderer: str) -> None:
+    """Those of all Region nodes of the chain, wherever their LoRAs are; and they are sent."""
+    fill_and_connect(board, "widget_ember", "widget_heart", "widget_moon")
+    board.evaluate(
+        f"""() => {{ const [first, second] = ['moon', 'ember'].map((name, i) => {{
+                const region = LiteGraph.createNode('LegoMoLE_Region'); app.graph.add(region);
+                region.pos = [80, 400 + 520 * i];
+                region.widgets.find(({{ name }}) => name === 'lora').value = `widget_${{name}}.safetensors`;
+                return region; }});
+            const mix = app.graph.nodes.find(n => n.type === '{MIX}');
+            const slot = (node, name) => node.inputs.findIndex(input => input.name === name);
+            first.connect(1, second, slot(second, 'regions'));
+            second.connect(1, mix, slot(mix, 'named_regions')); }}"""
+    )
+    settle(board)
+    wait_for_chips(board, "1 ember ▣", "2 heart", "3 moon ▣")
+    assert board.locator(".lm-chip").first.get_attribute("title") == "widget_ember\nacts in the region that names it"
+    assert regions(board) == []
+    assert "named_regions" in sent(board, MIX)
+    saved = board.evaluate("() => JSON.parse(JSON.stringify(app.graph.serialize()))")
+    open_workflow(board, saved)
+    wait_for_chips(board, "1 ember ▣", "2 heart", "3 moon ▣")
+    fill(board, "widget_moon", "widget_heart")
+    wait_for_chips(board, "1 moon ▣", "2 heart")
+
+
 def test_regions_fit_on_the_node(board: Any, renderer: str) -> None:
     """The widgets below the sockets are inside of the node when sockets were added."""
     fill_and_connect(board, *(f"widget_{name}" for name in ("ember", "heart", "moon", "ember", "heart")))

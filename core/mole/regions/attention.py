@@ -55,10 +55,9 @@ class CrossAttentionForward(ReplacedForward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.active or not self.regions.has_maps:
             return self.inner(*args, **kwargs)
-        x, text = self.query.find(args, kwargs), self.text.find(args, kwargs)
-        if x is None and args:
-            x = args[0]
-        if not isinstance(x, Tensor) or x.ndim != 3 or text is None:
+        inputs, text = (self.query.find(args, kwargs), *args[:1]), self.text.find(args, kwargs)
+        x = next((value for value in inputs if isinstance(value, Tensor)), None)
+        if x is None or x.ndim != 3 or text is None:
             return self.inner(*args, **kwargs)
         runs = self.regions.cached(
             ("runs", self.path, x.shape[1], x.device), lambda: self._runs(x, self._may_select(x, text, args, kwargs))
@@ -82,10 +81,9 @@ class CrossAttentionForward(ReplacedForward):
                     found=tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__,
                     remedy="remove the regions",
                 )
-            if out is None:
-                out = y.new_zeros(len(y), x.shape[1], y.shape[2])
+            before: Tensor = y.new_zeros(len(y), x.shape[1], y.shape[2]) if out is None else out
             weighted = run.weight.to(y) * y
-            out = out + weighted if run.positions is None else out.index_add(1, run.positions, weighted)
+            out = before + weighted if run.positions is None else before.index_add(1, run.positions, weighted)
         return out
 
     def _may_select(self, x: Tensor, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -114,10 +112,12 @@ class CrossAttentionForward(ReplacedForward):
             parts.append((always + torch.tensor([float(i in members) for i in range(n)]), share))
         runs: list[_Run] = []
         for experts, share in parts:
-            acts = (share.abs() > 1e-6).any(0)
-            if not bool(acts.any()):
-                continue
-            positions = acts.nonzero()[:, 0] if may_select and not bool(acts.all()) else None
+            positions = None
+            if not torch.compiler.is_compiling():  # a graph cannot depend on values: compiled, all positions run
+                acts = (share.abs() > 1e-6).any(0)
+                if not bool(acts.any()):
+                    continue
+                positions = acts.nonzero()[:, 0] if may_select and not bool(acts.all()) else None
             weight = share if positions is None else share[:, positions]
             runs.append(_Run(experts, weight[..., None].to(x), None if positions is None else positions.to(x.device)))
         return runs

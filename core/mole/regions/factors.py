@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import MergeError
 from ..concepts import ConceptDetector, text_mask
 from ..stack import Stack
-from .automatic import UNTIL, AutomaticRegions
+from .automatic import AutomaticRegions
 from .layouts import Sees, SequenceLayout, layout_of, sees
 from .maps import maps_of_pass, resized
 from .picture import Picture, SamplingReader, Tokens, grid_with, patch_size, picture_of, text_lengths, tokens_of
@@ -108,7 +108,7 @@ class RegionFactors:
         key: Any = self._active
         parts = None
         if self.has_maps or self.automatic is not None:
-            picture = picture_of(args, kwargs)
+            picture = picture_of(args, kwargs, frames_first=self.layout is not None and self.layout.frames_first)
             if picture is None:
                 raise MergeError(
                     "The model got no picture that a region could be laid on.",
@@ -120,10 +120,10 @@ class RegionFactors:
             parts = None if self.reader is None else self.reader.parts(kwargs, picture)
             mask = None if text is None else text_mask(kwargs, text)
             if self.automatic is not None and self.reader is not None:
-                reads = not self.reader.reached(UNTIL, args, kwargs)
-                self.automatic.begin_pass(picture, text, mask, detector, rows, self.reader if reads else None, kwargs)
+                before = self.automatic.maps
+                self.automatic.begin_pass(picture, text, mask, detector, rows, self.reader, args, kwargs)
                 found = self.automatic.maps
-                if (found is None) == self.has_maps:  # they were found now, or a new run has begun
+                if found is not before:
                     self.maps = (None,) * len(self.labels) if found is None else tuple(found.unbind(1))
                     self._key = None
             without_padding = self.layout is not None and self.layout.without_padding
@@ -212,11 +212,11 @@ class RegionFactors:
         largest = self._maps.amax((2, 3, 4))
         g = largest if kind == "largest" else self._maps.mean((2, 3, 4))
         if named is not None:
-            named = named.to(g.device)
-            rows = max(len(named), len(g))
-            if all(rows % len(m) == 0 for m in (named, g)):
-                named, g, largest = (m.repeat(rows // len(m), 1) for m in (named, g, largest))
-                g = torch.where(named, largest, g)
+            tensors: list[Tensor] = [named.to(g.device), g, largest]
+            rows = max(map(len, tensors))
+            if all(rows % len(m) == 0 for m in tensors):
+                in_full, g, largest = (m.repeat(rows // len(m), 1) for m in tensors)
+                g = torch.where(in_full, largest, g)
         return g * self._acting()
 
     def _positions(self, path: str, stack: Stack, z: Tensor) -> Tensor:
@@ -277,19 +277,14 @@ class RegionFactors:
             starts = [max(0, count - layout.padded(tokens.count)) if layout.order == "picture last" else 0]
         if count < tokens.count or not starts:
             raise self._unknown(path, count)
-        text, other = self._pooled("mean", self.named if joint else None), self._pooled("mean")
-        after = other if layout.order == "text first" else text  # references, or the text and all else
-        return self._placed(self._flat(maps, tokens), text, after, starts, count)
-
-    @staticmethod
-    def _placed(picture: Tensor, before: Tensor, after: Tensor, starts: Sequence[int], count: int) -> Tensor:
-        """The picture's factors ``(S, T, N)`` from `starts` on in a sequence, others ``(S', N)`` before and after."""
-        rows = max(len(picture), len(before), len(after), len(starts) if len(set(starts)) > 1 else 1)
-        g = after.repeat(rows // len(after), 1)[:, None].repeat(1, count, 1)
+        flat, other = self._flat(maps, tokens), self._pooled("mean")  # other: of references, registers and padding
+        text, lengths = (self._pooled("mean", self.named), self._text_lengths or [0]) if joint else (other, [0])
+        rows = max(len(flat), len(text), len(other), len(starts) if len(set(starts)) > 1 else 1)
+        g = other.repeat(rows // len(other), 1)[:, None].repeat(1, count, 1)
         for row in range(rows):
-            start = starts[row % len(starts)]
-            g[row, :start] = before[row % len(before)]
-            g[row, start : start + picture.shape[1]] = picture[row % len(picture)]
+            start, begin = starts[row % len(starts)], layout.text_start(tokens.count)
+            g[row, begin : begin + lengths[row % len(lengths)]] = text[row % len(text)]
+            g[row, start : start + tokens.count] = flat[row % len(flat)]
         return g
 
     def _flat(self, maps: Tensor, tokens: Tokens) -> Tensor:

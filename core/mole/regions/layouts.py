@@ -19,6 +19,7 @@ _TEXT = re.compile(
     r"(^|[._])(txt|text|cap|caption|context|encoder_hid|byt5|token_refiner|llm|siglip|clip|vision)"
     r"(_|\.|$)|(^|\.)(add_[qkv]_proj|to_add_out|ff_context|norm1_context|norm_added|k_img|v_img|img_emb|y_embedder"
     r"|image_embedder|llm_adapter|t_embedder_text)(\.|$)"
+    r"|(^|\.)(cond_seq_linear|double_layers\.\d+\.(attn\.w1[qkvo]|mlpC|modC))(\.|$)"  # AuraFlow
 )
 
 Sees = Literal["picture", "text", "cross"]
@@ -29,16 +30,21 @@ class SequenceLayout:
     """Where the picture's tokens are in a model's sequences.
 
     Args:
-        joint: Pattern of the paths of layers whose sequence holds text and picture; ``""``: there are none.
+        joint: Pattern of the paths of layers whose sequence holds text and picture; ``""``: only the attention joins
+            them, in the same order.
         order: ``text first``: text, picture, references. ``picture first``: picture, then the rest. ``picture last``:
             the picture ends the sequence.
         padded_to: The picture is padded to a multiple of this number of tokens.
+        registers: Number of tokens before the text that are neither text nor picture.
+        frames_first: Whether a video's latent is ``(B, F, C, H, W)`` in diffusers.
         without_padding: Whether each sample's text has no padding tokens in joint sequences.
     """
 
     joint: str = ""
     order: Literal["text first", "picture first", "picture last"] = "picture first"
     padded_to: int = 1
+    registers: int = 0
+    frames_first: bool = False
     without_padding: bool = False
 
     def is_joint(self, path: str) -> bool:
@@ -69,20 +75,31 @@ class SequenceLayout:
 
     def text_start(self, picture: int) -> int:
         """Where the text's tokens begin in joint sequences."""
-        return self.padded(picture) if self.order == "picture first" else 0
+        return self.padded(picture) if self.order == "picture first" else self.registers
 
 
+_AURA_FLOW = SequenceLayout(r"single_(transformer_block|layer)s\.", "picture last", registers=8)
 _FLUX = SequenceLayout(r"single_(transformer_)?blocks\.", "text first")
 # By the names of classes: those of diffusers, and those of the models' own code, which ComfyUI follows.
 _LAYOUTS: Mapping[str, SequenceLayout] = {
     "Flux": _FLUX,
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX,
+    "AuraFlowTransformer2DModel": _AURA_FLOW,
+    "MMDiT": _AURA_FLOW,  # ComfyUI's
+    "OpenAISignatureMMDITWrapper": SequenceLayout(order="picture last"),  # SD3, whose base class is an MMDiT too
     "Chroma": _FLUX,
     "ChromaTransformer2DModel": _FLUX,
     "HunyuanVideo": SequenceLayout(r"single_blocks\.", "picture last"),
     "HunyuanVideoTransformer3DModel": SequenceLayout(r"single_transformer_blocks\.", "picture first"),
-    "QwenImageTransformer2DModel": SequenceLayout(),
+    "CogVideoXTransformer3DModel": SequenceLayout(
+        r"(transformer_blocks\.\d+\.(attn1|ff)|blocks\.\d+\.(q|k|v|attn_out|ff_proj|ff_out))(\.|$)",
+        "text first",
+        frames_first=True,
+    ),
+    "OmniGen2Transformer2DModel": SequenceLayout(r"layers\.", "picture last"),
+    "QwenImageTransformer2DModel": SequenceLayout(order="text first"),
+    "SD3Transformer2DModel": SequenceLayout(),
     "NextDiT": SequenceLayout(r"layers\.", "picture last", padded_to=32),
     "Lumina2Transformer2DModel": SequenceLayout(r"layers\.", "text first", without_padding=True),
     "ZImageTransformer2DModel": SequenceLayout(r"layers\.", "picture first", padded_to=32),

@@ -42,8 +42,9 @@ class Part(NamedTuple):
     whole_width: int
 
 
-# Gets queries and keys (B, heads, T, d) and the factor of their products (default 1 / sqrt(d)).
-AttentionObserver = Callable[[Tensor, Tensor, "float | None"], None]
+# Gets queries and keys (B, heads, T, d), the factor of their products (default 1 / sqrt(d)), and the attention mask,
+# which broadcasts with (B, heads, T, T): of bools, or added to the products.
+AttentionObserver = Callable[[Tensor, Tensor, "float | None", "Tensor | None"], None]
 
 
 class SamplingReader(Protocol):
@@ -61,28 +62,44 @@ class SamplingReader(Protocol):
         """Whether sampling has reached this fraction of its run, 0 .. 1; 0 is always reached."""
         ...
 
+    def step(self, args: Sequence[Any], arguments: Mapping[str, Any]) -> int:
+        """Number of the sampling step of a pass: it counts up within a run, and is lower when another run begins."""
+        ...
+
     def watch_attention(
         self, arguments: Mapping[str, Any], read: AttentionObserver
     ) -> AbstractContextManager[object] | None:
-        """A context in which `read` gets the queries and keys of every attention.
+        """A context in which `read` gets the queries, keys and masks of every attention.
 
         ``None``: the model's attention is torch's ``scaled_dot_product_attention``.
         """
         ...
 
 
-def picture_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
-    """Size of the picture in the arguments of a model's forward method; ``None`` if it cannot be found."""
+def picture_of(args: Sequence[Any], kwargs: Mapping[str, Any], *, frames_first: bool = False) -> Picture | None:
+    """Size of the picture in the arguments of a model's forward method; ``None`` if it cannot be found.
+
+    Args:
+        args, kwargs: The arguments. frames_first: See `core.mole.regions.layouts.SequenceLayout`.
+    """
+    if frames_first and "hidden_states" in kwargs:
+        samples, frames, _, height, width = kwargs["hidden_states"].shape
+        return Picture(samples, frames, height, width)
     for read in _READERS:
         if (picture := read(args, kwargs)) is not None:
             return picture
     return None
 
 
+def _tensor(arguments: Mapping[str, Any], name: str) -> Tensor | None:
+    """An argument, if it is a tensor."""
+    return arguments[name] if isinstance(arguments.get(name), Tensor) else None
+
+
 def _packed_with_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
     """Flux in diffusers: packed tokens with ``img_ids`` (picture or reference, row, column)."""
-    ids, tokens = kwargs.get("img_ids"), kwargs.get("hidden_states")
-    if not isinstance(ids, Tensor) or not isinstance(tokens, Tensor):
+    ids, tokens = _tensor(kwargs, "img_ids"), _tensor(kwargs, "hidden_states")
+    if ids is None or tokens is None:
         return None
     ids = ids.reshape(-1, *ids.shape[-2:])[0]
     own = ids[ids[:, 0] == ids[0, 0]]
@@ -92,8 +109,8 @@ def _packed_with_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pi
 
 def _packed_with_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
     """Qwen-Image in diffusers: packed tokens with ``img_shapes``, the picture's first."""
-    shapes, tokens = kwargs.get("img_shapes"), kwargs.get("hidden_states")
-    if not shapes or not isinstance(tokens, Tensor):
+    shapes, tokens = kwargs.get("img_shapes"), _tensor(kwargs, "hidden_states")
+    if not shapes or tokens is None:
         return None
     first: Any = shapes[0]
     frames, height, width = first[0] if isinstance(first[0], (tuple, list)) else first
@@ -103,8 +120,8 @@ def _packed_with_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Pictu
 def _packed_video(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Picture | None:
     """LTX in diffusers: packed tokens with their numbers of frames, rows and columns."""
     frames, height, width = (kwargs.get(name) for name in ("num_frames", "height", "width"))
-    tokens = kwargs.get("hidden_states")
-    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or frames is None or height is None or width is None:
+    tokens = _tensor(kwargs, "hidden_states")
+    if tokens is None or tokens.ndim != 3 or frames is None or height is None or width is None:
         return None
     return Picture(len(tokens), int(frames), int(height), int(width), True)
 
@@ -138,7 +155,7 @@ def patch_size(model: nn.Module) -> tuple[int, int, int]:
         if name == "all_patch_size" and size is not None:
             size = size[0]
         if isinstance(size, int):
-            time: Any = getattr(config, "patch_size_t", None)
+            time: Any = getattr(model if config is None else config, "patch_size_t", None)
             return (time if isinstance(time, int) else 1), size, size
         if isinstance(size, (tuple, list)):
             frames, height, width = [1, *cast("Sequence[int]", size)][-3:]

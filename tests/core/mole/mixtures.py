@@ -123,6 +123,9 @@ class Values:
     def gate_opened(self, scope: str, value: Tensor) -> None:
         self.values[scope] = value
 
+    def regions_laid(self, maps: object) -> None:
+        pass
+
 
 def rms_normalised(x: Tensor, dim: int = -1) -> Tensor:
     """A layer's input as gates read it; 0 if it is 0."""

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..merge.pools import close
 from .mixtures import gradients, lora, trained, untouched
 from .models import InPlace, Transformer, call, inputs
+from .regions.models import ByPosition, latent_and_text, left
+from .regions.test_automatic import experts, text_that_names_both
+from .regions.test_factors import Reader
 
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # PyTorch's, on Python 3.13.0
 
@@ -107,6 +110,43 @@ def test_blocks_compiled_one_by_one():
         assert close(call(model, x, text), expected, 1e-6)
         assert backend.compiled == traced
     assert close(call(model, x, text), base, 1e-6)
+
+
+def in_three_steps(model: nn.Module, mixture: Mixture, call: Callable[..., Tensor], text: Tensor) -> Tensor:
+    """The outputs of three sampling steps."""
+    reader, outputs = Reader(), []
+    with attach(model, mixture, sampling=reader):
+        for at in (0.0, 0.2, 0.6):
+            reader.at = at
+            outputs.append(call(latent_and_text()[0], encoder_hidden_states=text))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_regions_and_steps(blocks: bool):
+    """Cross attention runs for all positions, because a graph cannot depend on the maps."""
+    names = ["conv_in", "conv_out", "blocks.0.ff", "blocks.0.attn2.to_k", "blocks.1.attn2.to_v"]
+    _, text = latent_and_text()
+    model, backend = ByPosition(), Backend()
+    adapters = [lora(model, seed, names=names) for seed in (1, 2)]
+    mixture = Mixture(adapters, regions=[left(), 1 - left()], steps=[(0, 1), (0, 0.5)])
+    expected = in_three_steps(model, mixture, model, text)
+    if blocks:
+        for block in model.blocks:
+            block.compile(backend=backend, fullgraph=True)
+    compiled = model if blocks else torch.compile(model, backend=backend, fullgraph=True)
+    assert close(in_three_steps(model, mixture, compiled, text), expected, 1e-6)
+    assert backend.compiled > 0
+
+
+def test_automatic_regions_of_a_model_whose_blocks_are_compiled():
+    model, text = ByPosition(), text_that_names_both()
+    mixture = experts(model)
+    expected = in_three_steps(model, mixture, model, text)
+    assert not close(expected[1], expected[0], 1e-3)
+    for block in model.blocks:
+        block.compile(backend=Backend(), fullgraph=True)
+    assert close(in_three_steps(model, mixture, model, text), expected, 1e-6)
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ import torch
 from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
 from legomole.core.mole.gates import GateSettings
+from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.record import Record
 
 from .mixtures import lora, trained
 from .models import Transformer, inputs
+from .regions.models import ByPosition, latent_and_text, left
 
 
 def record(*passes: dict[str, list[list[float]]], rows=None, sizes=None) -> Record:
@@ -54,6 +56,18 @@ def test_the_first_value_of_a_pass_counts():
     made = record({"a": [[1.0]]})
     made.gate_opened("a", torch.tensor([[0.0]]))
     assert made.passes == [{"a": torch.tensor([[1.0]])}]
+
+
+def test_maps_of_regions_are_those_of_the_last_pass(no_gradients: None):
+    model, record = ByPosition(), Record()
+    x, text = latent_and_text()
+    experts = [lora(model, seed, names=["conv_in"]) for seed in (1, 2)]
+    for regions, expected in (((), ()), ([left(), None], (left()[None], None))):
+        with attach(model, Mixture(experts, regions=regions)) as attachment, attachment.watch(record):
+            model(x, encoder_hidden_states=text)
+        assert len(record.maps) == len(expected)
+        for map_, wanted in zip(record.maps, expected, strict=True):
+            assert map_ is wanted or torch.equal(map_, wanted)
 
 
 def test_rows_of_the_prompt_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import legomole
 import pytest
 import torch
@@ -24,9 +25,9 @@ def near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def sample(pipe: Any, mixture: legomole.Mixture, **options: Any) -> Tensor:
+def sample(pipe: Any, mixture: legomole.Mixture, *, inputs: dict[str, Any] | None = None, **options: Any) -> Tensor:
     g = torch.Generator().manual_seed(5)
-    size = {"height": 32, "width": 32} if hasattr(pipe, "transformer") else {}
+    size = ({"height": 32, "width": 32} if hasattr(pipe, "transformer") else {}) | (inputs or {})
     with legomole.mixed(pipe, mixture, **options):
         return pipe(
             ["heart in ember style"], num_inference_steps=3, generator=g, output_type="latent", **size
@@ -46,6 +47,44 @@ def test_ones_zeros_and_halves(name: str) -> None:
     assert torch.equal(sample(pipe, mixture, regions=[torch.ones(8, 8), torch.ones(3, 5)]), plain)
     near(sample(pipe, mixture, regions=[torch.zeros(8, 8), None]), off)
     half = sample(pipe, mixture, regions=[LEFT, 1 - LEFT])
+    for other in (plain, off):
+        assert (half - other).abs().mean() > 1e-3 * other.abs().mean()
+
+
+def controlnet(pipe: Any) -> Any:
+    """A ControlNet of the pipeline's model, with random weights where its residuals leave it."""
+    if hasattr(pipe, "transformer"):
+        net = diffusers.SD3ControlNetModel.from_transformer(
+            pipe.transformer, num_layers=1, num_extra_conditioning_channels=0
+        )
+    else:
+        net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    g = torch.Generator().manual_seed(4)
+    for path, parameter in net.named_parameters():
+        if path.startswith("controlnet_") and path.endswith("weight"):
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=g)
+    return net
+
+
+CONTROLLED: dict[str, tuple[Any, str]] = {
+    "SD 1.5": (diffusers.StableDiffusionControlNetPipeline, "image"),
+    "SD3": (diffusers.StableDiffusion3ControlNetPipeline, "control_image"),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_ones_zeros_and_halves_beside_a_controlnet(name: str) -> None:
+    """Its residuals are added to the model's, wherever the LoRAs act."""
+    pipe, (kind, argument) = build(name), CONTROLLED[name]
+    controlled = kind(**pipe.components, controlnet=controlnet(pipe))
+    picture = {argument: torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))}
+    mixture = two_experts(pipe)
+    plain, off = (sample(controlled, m, inputs=picture) for m in (mixture, mixture.without(0)))
+    without = sample(controlled, mixture, inputs={**picture, "controlnet_conditioning_scale": 0.0})
+    assert not torch.allclose(plain, without, atol=1e-3)
+    assert torch.equal(sample(controlled, mixture, inputs=picture, regions=[torch.ones(8, 8), torch.ones(3, 5)]), plain)
+    near(sample(controlled, mixture, inputs=picture, regions=[torch.zeros(8, 8), None]), off)
+    half = sample(controlled, mixture, inputs=picture, regions=[LEFT, 1 - LEFT])
     for other in (plain, off):
         assert (half - other).abs().mean() > 1e-3 * other.abs().mean()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ...core.mole.regions.arrivals import Case, check, noise
+from ...core.mole.regions.arrivals import Case, check, check_attention, noise
 
 
 def places(references: int = 0, width: int = 3) -> Tensor:
@@ -191,6 +191,27 @@ def ltx() -> Case:
     return Case(model, "transformer_blocks.0.attn1.to_q", (4, 6), call)
 
 
+def aura_flow(layer: str) -> Case:
+    """Eight register tokens come before the text."""
+    model = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, out_channels=4, pos_embed_max_size=16,
+    )  # fmt: skip
+    inputs = {"encoder_hidden_states": noise(2, 7, 16), "timestep": torch.ones(2)}
+    return Case(model, layer, (8, 8), lambda d: model(hidden_states=noise(2, 4, 8, 8) + d, **inputs))
+
+
+def cog_video() -> Case:
+    """Frames come before channels."""
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+        num_layers=1, sample_width=8, sample_height=4, sample_frames=9, patch_size=2, max_text_seq_length=7,
+    )  # fmt: skip
+    inputs = {"encoder_hidden_states": noise(2, 7, 16), "timestep": torch.ones(2)}
+    layer = "transformer_blocks.0.attn1.to_q"
+    return Case(model, layer, (4, 8), lambda d: model(hidden_states=noise(2, 3, 4, 4, 8) + d, **inputs))
+
+
 SINGLE = "single_transformer_blocks.0.attn.to_q"
 CASES: dict[str, Callable[[], Case]] = {
     "Flux": lambda: flux(SINGLE),
@@ -211,6 +232,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "Z-Image, patches": lambda: z_image("all_x_embedder.2-1"),
     "HunyuanVideo": hunyuan_video,
     "LTX": ltx,
+    "AuraFlow": lambda: aura_flow("joint_transformer_blocks.0.attn.to_q"),
+    "CogVideoX": cog_video,
 }
 
 
@@ -218,3 +241,20 @@ CASES: dict[str, Callable[[], Case]] = {
 def test_a_map_acts_where_its_part_of_the_picture_is(name: str) -> None:
     torch.manual_seed(0)
     check(CASES[name]())
+
+
+ATTENTION: dict[str, Callable[[], Case]] = {
+    **{
+        name: CASES[name]
+        for name in ("Flux", "Flux with a reference", "Flux.2", "SD3", "Lumina2", "PixArt", "AuraFlow")
+    },
+    "Flux, double block": lambda: flux(SINGLE, double=1),
+    "Qwen-Image": CASES["Qwen-Image"],
+    "Qwen-Image with a reference": CASES["Qwen-Image with a reference"],
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_automatic_regions_read_the_attention_of_the_picture_to_the_text(name: str) -> None:
+    torch.manual_seed(0)
+    check_attention(ATTENTION[name]())

@@ -165,6 +165,9 @@ class GateRecorder:
     def gate_opened(self, scope: str, value: Tensor) -> None:
         self.passes[-1][scope] = value
 
+    def regions_laid(self, maps: object) -> None:
+        pass
+
     def first_pass(self, attachment: Attachment) -> dict[str, Tensor]:
         """Module name -> its gate ``(B, N)`` in the first forward pass."""
         bank = attachment.bank

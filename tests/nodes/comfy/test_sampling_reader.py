@@ -73,3 +73,34 @@ def test_steps_are_reached_at_their_noise_level() -> None:
     assert [reader.reached(0.4, (), at(sigma)) for sigma in (6.1, 6.0, 1.0)] == [False, True, True]
     assert reader.reached(0.0, (), {})
     assert not reader.reached(0.4, (), {})
+
+
+def test_steps_are_counted_in_every_run() -> None:
+    reader = begun((1, 4, 8, 8))
+    first = reader.step((), {})
+    reader.begin_step(MODEL, [], torch.zeros(1, 4, 8, 8))
+    assert reader.step((), {}) == first + 1
+    reader.begin_run()
+    reader.begin_step(MODEL, [], torch.zeros(1, 4, 8, 8))
+    assert reader.step((), {}) == first
+
+
+@pytest.mark.parametrize(("shape", "seen"), [((5, 7), (5, 7)), ((2, 5, 7), (2, 1, 5, 7)), ((2, 3, 5, 7), (2, 3, 5, 7))])
+@pytest.mark.parametrize("positional", [True, False])
+def test_queries_keys_and_masks_of_attention_are_read(
+    shape: tuple[int, ...], seen: tuple[int, ...], positional: bool
+) -> None:
+    """By head; the attention runs as before, also after another replacement of it."""
+    query, key, mask = torch.rand(2, 5, 12), torch.rand(2, 7, 12), torch.rand(shape)
+    read: list[Any] = []
+    options: dict[str, Any] = {"optimized_attention_override": lambda function, *args, **more: ("outer", args, more)}
+    before = dict(options)
+    with ComfySamplingReader().watch_attention({"transformer_options": options}, lambda *parts: read.append(parts)):
+        rest, more = ((mask,), {}) if positional else ((), {"mask": mask})
+        result = options["optimized_attention_override"](None, query, key, key, 3, *rest, **more)
+    assert options == before
+    assert result == ("outer", (query, key, key, 3, *rest), more)
+    ((q, k, scale, m),) = read
+    assert torch.equal(q.transpose(1, 2).flatten(2), query)
+    assert torch.equal(k.transpose(1, 2).flatten(2), key)
+    assert (scale, tuple(m.shape)) == (None, seen)

@@ -12,7 +12,13 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.lowrank import LowRank
 from legomole.core.mole.attach import attach
+from legomole.core.mole.concepts import text_mask
+from legomole.core.mole.forwards import ArgumentFinder
+from legomole.core.mole.gate_inputs import TEXT_ARGUMENTS
 from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.regions.automatic import AttentionSums, Places, WatchTorch
+from legomole.core.mole.regions.layouts import SequenceLayout, layout_of
+from legomole.core.mole.regions.picture import patch_size, picture_of, text_lengths
 from torch import Tensor, nn
 
 
@@ -23,6 +29,47 @@ class Case(NamedTuple):
     layer: str
     size: tuple[int, int]
     call: Callable[[Tensor], Any]
+
+
+def check_attention(case: Case) -> None:
+    """Assert that automatic regions read the queries of the picture and the keys of the text.
+
+    Of the keys in the first attention of picture and text, those that a change of the latent reaches are no text.
+    """
+    case.model.eval()
+    seen: list[tuple[Tensor, Places]] = []
+    state: dict[str, AttentionSums] = {}
+    finder = ArgumentFinder(case.model.forward, TEXT_ARGUMENTS)
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layout = layout_of(case.model) or SequenceLayout(order="text first")
+        text, picture = finder.find(args, kwargs), picture_of(args, kwargs, frames_first=layout.frames_first)
+        assert isinstance(text, Tensor)
+        assert picture is not None
+        texts = text_lengths(text, text_mask(kwargs, text) if layout.without_padding else None) or []
+        shares = torch.ones(1, text.shape[1], 1)
+        state["sums"] = AttentionSums(picture, patch_size(case.model), layout, [0], shares, texts, None)
+
+    def read(query: Tensor, key: Tensor, *_: Any) -> None:
+        if key.ndim == 4 and len(key) == state["sums"].picture.samples:
+            places = state["sums"].places(query.shape[2], key.shape[2])
+            seen.extend([(key[0].detach().clone(), places)] if places is not None else [])
+
+    hook = case.model.register_forward_pre_hook(begin, with_kwargs=True)
+    with torch.no_grad(), WatchTorch(read):
+        case.call(torch.zeros(case.size))
+        count = len(seen)
+        case.call(torch.ones(case.size))
+    hook.remove()
+    assert count > 0
+    (before, places), (after, _) = seen[0], seen[count]
+    of_picture = (before != after).any(-1).any(0)
+    if before.shape[1] == state["sums"].length:  # cross attention
+        assert not of_picture.any()
+    else:
+        start, length = places.picture[0], state["sums"].texts[0]
+        assert of_picture[start : start + places.grid.count].all()
+        assert not of_picture[places.text : places.text + length].any()
 
 
 def noise(*shape: int) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ from legomole.core.mole.gates import GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.regions.automatic import AttentionSums, found_maps, token_shares
 from legomole.core.mole.regions.layouts import SequenceLayout
-from legomole.core.mole.regions.picture import Picture
+from legomole.core.mole.regions.picture import Part, Picture
 from torch import Tensor, nn
 
 from ..mixtures import lora
@@ -24,10 +28,11 @@ from .test_factors import Reader
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 PICTURE, TEXT_FIRST = Picture(2, 1, 2, 4), SequenceLayout(order="text first")
+HALVES = torch.tensor([[5.0, 5, -5, -5]] * 2)
 
 
 def queries_and_keys(length: int = 3) -> tuple[Tensor, Tensor]:
-    """Positions of the left half attend to token 1, those of the right half to token 2."""
+    """Positions of the left half attend to token 1, those of the right half to token 2, by e^10 times as much."""
     query = torch.zeros(2, 1, 8, 4)
     query[..., [0, 1, 4, 5], 1] = query[..., [2, 3, 6, 7], 2] = 20
     key = torch.zeros(2, 1, length, 4)
@@ -35,19 +40,55 @@ def queries_and_keys(length: int = 3) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-def attended(query: Tensor, key: Tensor, layout: SequenceLayout = TEXT_FIRST) -> Tensor | None:
+def attended(
+    query: Tensor, key: Tensor, layout: SequenceLayout = TEXT_FIRST, *, mask: Tensor | None = None, before: Any = None
+) -> Tensor | None:
     shares = torch.zeros(1, 3, 2)
     shares[0, 1, 0] = shares[0, 2, 1] = 1
-    sums = AttentionSums(PICTURE, (1, 1, 1), layout, [1], shares, None)
-    sums.read(query, key, None)
+    sums = AttentionSums(PICTURE, (1, 1, 1), layout, [1], shares, [3, 3], before)
+    sums.read(query, key, None, mask)
     return sums.total
 
 
 def test_cross_attention_is_read() -> None:
+    """The logarithms are 0 and -10, less their mean; a second attention is added."""
     total = attended(*queries_and_keys())
     assert total.shape == (1, 2, 2, 4)
-    torch.testing.assert_close(total[0, 0], torch.tensor([[2.0, 2, 0, 0]] * 2), atol=1e-3, rtol=0)
-    torch.testing.assert_close(total[0, 1], torch.tensor([[0.0, 0, 2, 2]] * 2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(total[0], torch.stack([HALVES, -HALVES]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(attended(*queries_and_keys(), before=total), 2 * total)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 3), (8, 3)])
+def test_the_attention_mask_counts(shape: tuple[int, ...]) -> None:
+    """An additive mask that takes 4 from the upper row's products with token 1; and a word that is hidden from all."""
+    query, key = queries_and_keys()
+    mask = torch.zeros(shape)
+    mask[..., :4, 1] = -4
+    total = attended(query, key, mask=mask)
+    # of the products' logarithms: upper row 0 (e^6 : 1) and -14, clamped at 1e-6; lower row 0 and -10
+    low = math.log(1e-6)
+    expected = torch.tensor([[0.0, 0, low, low], [0, 0, -10, -10]])
+    torch.testing.assert_close(total[0, 0], expected - expected.mean(), atol=3e-3, rtol=0)
+    hidden = torch.ones(shape, dtype=torch.bool)
+    hidden[..., 2] = False
+    assert torch.equal(attended(query, key, mask=hidden), torch.zeros(1, 2, 2, 4))
+
+
+def test_heads_that_share_keys_are_read() -> None:
+    query, key = queries_and_keys()
+    torch.testing.assert_close(attended(query.repeat(1, 2, 1, 1), key), attended(query, key))
+
+
+def test_texts_of_different_lengths_without_padding() -> None:
+    """The second sample's text has two tokens of three, so that its picture begins one position earlier."""
+    query, key = queries_and_keys()
+    layout = SequenceLayout(order="text first", without_padding=True)
+    sequence = torch.cat([key[:, :, 1:], query, key[:, :, :1]], 2)
+    shares = torch.zeros(1, 3, 2)
+    shares[0, 0, 0] = shares[0, 1, 1] = 1
+    sums = AttentionSums(PICTURE, (1, 1, 1), layout, [1], shares, [3, 2], None)
+    sums.read(sequence, sequence, None)
+    torch.testing.assert_close(sums.total, attended(query, key))
 
 
 def test_joint_attention_is_read() -> None:
@@ -68,6 +109,24 @@ def test_other_attention_is_not_read() -> None:
     query, key = queries_and_keys()
     assert attended(query, query) is None
     assert attended(query[:1], key[:1]) is None
+
+
+def test_maps_by_hand() -> None:
+    """Two LoRAs, 3 x 6 positions smoothed over 3 x 3 of them, sharpness 1; what both attend to more does not count."""
+    total = torch.zeros(1, 2, 3, 6)
+    total[0, 0, :, :3] = 6
+    total[0] += torch.arange(18.0).view(3, 6)
+    maps = found_maps(total, torch.ones(1, 2, dtype=torch.bool), 1.0)
+    row = torch.tensor([6.0, 6, 4, 2, 0, 0]) - 3  # less the mean over positions
+    z = row / 2  # less the mean of both LoRAs
+    expected = torch.sigmoid(2 * z / z.square().mean().sqrt())
+    torch.testing.assert_close(maps[0, 0], expected.expand(3, 6))
+    torch.testing.assert_close(maps[0, 1], 1 - maps[0, 0])
+
+
+def test_attention_that_tells_no_lora_apart_divides_nothing() -> None:
+    same = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 2, 1, 1)
+    assert torch.equal(found_maps(same, torch.ones(1, 2, dtype=torch.bool)), torch.full((1, 2, 4, 4), 0.5))
 
 
 def test_maps_share_the_picture_among_the_loras_that_the_prompt_names() -> None:
@@ -100,6 +159,58 @@ def text_that_names_both() -> Tensor:
     text = torch.zeros(2, 3, FEATURES)
     text[:, 0, 0] = text[:, 1, 1] = text[:, 2, 5] = 3
     return text
+
+
+def divided_by(mixture: Mixture, maps: Sequence[Tensor | None], x: Tensor, text: Tensor) -> Tensor:
+    """The model's output with these maps from the start."""
+    model = ByPosition()
+    with attach(model, Mixture(mixture.experts, regions=list(maps))):
+        return model(x, encoder_hidden_states=text)
+
+
+def test_each_step_uses_the_maps_of_the_steps_before_it() -> None:
+    """Also after the first quarter, with the last ones; all passes of a step have the same; a new run has none."""
+    model, reader = ByPosition(), Reader(at=0.0)
+    x, _ = latent_and_text()
+    text = text_that_names_both()
+    mixture = experts(model)
+    with attach(model, Mixture(mixture.experts)):
+        everywhere = model(x, encoder_hidden_states=text)
+    with attach(model, mixture, sampling=reader) as attachment:
+        for _ in range(2):  # two passes of the first step
+            torch.testing.assert_close(model(x, encoder_hidden_states=text), everywhere)
+        reader.at = 0.1
+        second = model(x, encoder_hidden_states=text)
+        maps = maps_of(attachment)
+        assert not torch.allclose(second, everywhere)
+        torch.testing.assert_close(second, divided_by(mixture, maps, x, text))
+        torch.testing.assert_close(
+            model(x.flip(-1), encoder_hidden_states=text), divided_by(mixture, maps, x.flip(-1), text)
+        )
+        reader.at = 0.5
+        model(x, encoder_hidden_states=text)
+        kept = maps_of(attachment)
+        reader.at = 0.9
+        model(x.flip(-1), encoder_hidden_states=text)
+        assert all(map_ is later for map_, later in zip(kept, maps_of(attachment), strict=True))
+        assert any(not torch.equal(map_, later) for map_, later in zip(maps, kept, strict=True))
+        reader.at = 0.0
+        torch.testing.assert_close(model(x, encoder_hidden_states=text), everywhere)
+
+
+def test_a_run_that_begins_late_is_read_for_two_steps() -> None:
+    model, reader = ByPosition(), Reader(at=0.6)
+    x, _ = latent_and_text()
+    text = text_that_names_both()
+    with attach(model, experts(model), sampling=reader) as attachment:
+        seen: list[tuple[Tensor | None, ...]] = []
+        for at in (0.6, 0.7, 0.8, 0.9):
+            reader.at = at
+            model(x * at, encoder_hidden_states=text)
+            seen.append(maps_of(attachment))
+    assert seen[0] == (None, None)
+    same = [all(torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen[1:])]
+    assert same == [False, True]
 
 
 def test_the_first_steps_are_read_and_the_rest_uses_the_maps() -> None:
@@ -141,12 +252,28 @@ def test_words_are_needed() -> None:
 
 
 def test_attention_that_cannot_be_read_is_an_error() -> None:
-    """A run that began elsewhere, or attention by another function."""
+    """As attention by another function: once the steps that are read are over."""
+
+    class Blind(Reader):
+        def watch_attention(self, arguments: Any, read: Any) -> Any:
+            return nullcontext()
+
+    model, reader = ByPosition(), Blind()
+    x, _ = latent_and_text()
+    with attach(model, experts(model), sampling=reader):
+        for reader.at in (0.0, 0.2):
+            model(x, encoder_hidden_states=text_that_names_both())
+        reader.at = 0.4
+        with pytest.raises(MergeError, match="could not read the attention"):
+            model(x, encoder_hidden_states=text_that_names_both())
+
+
+def test_a_prompt_for_an_area_is_an_error() -> None:
     model = ByPosition()
     x, _ = latent_and_text()
     with (
-        attach(model, experts(model), sampling=Reader(at=0.9)),
-        pytest.raises(MergeError, match="could not read the attention"),
+        attach(model, experts(model), sampling=Reader([Part(0, 0, 8, 12)] * 2)),
+        pytest.raises(MergeError, match="follow a prompt for the whole picture"),
     ):
         model(x, encoder_hidden_states=text_that_names_both())
 

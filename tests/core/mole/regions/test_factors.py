@@ -35,6 +35,9 @@ class Reader:
     def reached(self, fraction: float, args: Any, arguments: Any) -> bool:
         return self.at >= fraction
 
+    def step(self, args: Any, arguments: Any) -> int:
+        return round(100 * self.at)
+
     def watch_attention(self, arguments: Any, read: Any) -> None:
         return None
 
