@@ -44,6 +44,8 @@ _UNET = (*BLOCKS, *PRESETS)
 
 PARTS = (*_BY_NAME, *_BY_SECTION, *_UNET)
 """Names of parts that can stand in place of a pattern."""
+PARTS_TEXT = f"{', '.join((*_BY_NAME, *_BY_SECTION))}; for U-Nets also blocks and presets such as IN04 and MIDD"
+"""The same, for errors."""
 
 
 def layers_matching(pattern: str, names: Sequence[str]) -> list[str]:

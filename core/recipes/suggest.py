@@ -176,6 +176,8 @@ class _MeasuringSVD:
 
 def _factors(report: MergeReport, loudness: Loudness) -> tuple[list[float], str]:
     """Factors on the weights, and the reason."""
+    if len(report.inputs) == 1:
+        return [1.0], "one LoRA keeps its strength"
     inner = inner_products(report.modules, len(report.inputs))
     norms = inner.diagonal().clamp_min(0).sqrt()
     total, loudest = math.sqrt(max(0.0, float(inner.sum()))), float(norms.max())
