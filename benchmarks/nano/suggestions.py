@@ -59,13 +59,13 @@ class _Measured:
         self._merges: dict[tuple[str, str], Adapter] = {}
 
     def candidate(self, candidate: Candidate, place: int) -> dict[str, Any]:
-        """The score of a candidate at a place of the sweep, with its predicted errors."""
+        """The score of a candidate at a place of the sweep, with its errors: alone, joint and base."""
         name = f"{candidate.label} x {candidate.strength:g}"
         score = self.rows.score(self.key, name, lambda: self._merged(candidate), candidate.strength)
         errors = candidate.prediction
         return {
             **{"merge": candidate.label, "strength": candidate.strength, "joint": score, "place": place},
-            **{"alone": errors.alone, "predicted_joint": errors.joint, "predicted_base": errors.base},
+            **{"alone": _rounded(errors.alone), "predicted": _rounded((errors.joint, errors.base))},
         }
 
     def _merged(self, candidate: Candidate) -> Adapter:
@@ -118,6 +118,10 @@ def measure(bench: Bench, log: Path, sets: Sequence[LoraKey] = SETS, *, all_meth
             }
         )
     return results
+
+
+def _rounded(errors: Sequence[float | None]) -> list[float | None]:
+    return [None if error is None else round(error, 3) for error in errors]
 
 
 @dataclass(frozen=True)
