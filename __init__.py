@@ -35,6 +35,7 @@ _PUBLIC = {
     "Statistics": "core.merge.statistics",
     "merge": "api",
     "run": "api",
+    "sweep": "api",
     # mixing
     "GateSet": "core.mole.gates",
     "GateSettings": "core.mole.gates",

@@ -1,4 +1,4 @@
-"""Functions of the package root that work on files: merge, run, align and save, with layer names of every dialect."""
+"""Functions of the package root that work on files: merge, sweep, run, align, save; layer names of every dialect."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from .core.recipes.read import read_recipe
 from .core.recipes.recipe import Recipe
 from .core.recipes.run import describe, merge_aligned, with_used_base
 from .core.recipes.run import run as run_recipe
+from .core.recipes.sweep import Sweep
+from .core.recipes.sweep import sweep as sweep_aligned
 from .core.recipes.text import recipe_from_data
 from .hosts.calibration import KeepBase, Prompting, base_path, calibrate, load_base, why_not_measured
 from .hosts.hub import cached_folder
@@ -121,11 +123,7 @@ def merge(
         MergeError: LoRAs that do not fit together, or arguments that do not fit the LoRAs.
         RecipeError: An unknown method or setting, or a value of the wrong type.
     """
-    if not loras:
-        raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
-    for name, values in (("weights", weights), ("text_encoder_weights", text_encoder_weights)):
-        if values is not None and len(values) != len(loras):
-            raise MergeError("Every LoRA needs one weight.", module=name, expected=len(loras), found=len(values))
+    inputs = _recipe_inputs(loras, weights, text_encoder_weights)
     weights_of = BaseWeights(base_path(os.fspath(base))) if isinstance(base, (str, os.PathLike)) else None
     obstacle = why_not_measured(base if weights_of is None else weights_of.path)
     if keep_base not in (None, "off") and (base is None or obstacle):
@@ -135,14 +133,7 @@ def merge(
         {
             "method": method if isinstance(method, str) else _method_name(method),
             "settings": _recipe_settings(method, settings),
-            "inputs": [
-                {
-                    **_recipe_input(lora),
-                    "weight": 1.0 if weights is None else float(weights[i]),
-                    "text_encoder_weight": None if text_encoder_weights is None else float(text_encoder_weights[i]),
-                }
-                for i, lora in enumerate(loras)
-            ],
+            "inputs": inputs,
             "module_weights": dict(module_weights or {}),
             "normalize": normalize,
             "cap": cap,
@@ -187,6 +178,68 @@ def merge(
     if obstacles := _obstacles(recipe, chosen, adapters):
         notes.append(f"{NOT_REPEATABLE}: {'; '.join(obstacles)}")
     return describe(recipe, chosen, result, adapters, renamed=renamed, rename_for_format=rename_for_format, notes=notes)
+
+
+def sweep(
+    loras: Sequence[Adapter | PathLike],
+    *,
+    weights: Sequence[float] | None = None,
+    text_encoder_weights: Sequence[float] | None = None,
+    rank: str | int = "1x",
+    cap: float | None = None,
+    equalize: float = 0.0,
+    convert_rank: int | None = None,
+    device: torch.device | str = "cpu",
+    base: Any = None,
+    words: Sequence[Sequence[str]] = (),
+    texts: Sequence[Sequence[str]] = (),
+    instructions: Sequence[str] = (),
+    tokenizer: Any = None,
+    statistics: Statistics | PathLike | None = None,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Rank merges of LoRAs (methods, ranks and strengths) by what they are predicted to keep. Nothing is merged.
+
+    ::
+
+        table = legomole.sweep(loras, base="sd15", words=[["ember style"], ["heart"]])
+        print(table.text())
+
+    Args:
+        loras, weights, text_encoder_weights, cap, equalize, convert_rank, device: See `merge`.
+        rank: Rank of the merges; calibrated ones are tried at twice that rank too.
+        base, words, texts, instructions, tokenizer: The base model, which is measured (light statistics), see `merge`.
+        statistics: Statistics measured before with these LoRAs, or their file, in place of `base`.
+        progress: See `merge`.
+
+    Returns:
+        The candidates, the best first.
+
+    Raises:
+        FormatError: A file that cannot be read.
+        MergeError: See `merge`; or there is neither a base model that can be measured nor statistics.
+    """
+    inputs = _recipe_inputs(loras, weights, text_encoder_weights)
+    settings = {"settings": {"rank": rank}, "cap": cap, "equalize": equalize, "convert_rank": convert_rank}
+    recipe = recipe_from_data({"method": "lego", "inputs": inputs, **settings})
+    obstacle = "neither base nor statistics" if base is None else why_not_measured(base)
+    is_path = isinstance(base, (str, os.PathLike))
+    weights_of = BaseWeights(base_path(os.fspath(base))) if is_path else None
+    adapters = [
+        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank, base=weights_of)
+        for lora in loras
+    ]
+    if statistics is None and not obstacle:
+        prompting = Prompting(words, texts=texts, instructions=instructions)
+        statistics, _, obstacle = _calibrate(base, adapters, prompting, "light", tokenizer, device, progress)
+    if statistics is None:
+        raise MergeError(
+            "A sweep needs a base model that can be measured, or statistics.",
+            found=obstacle,
+            remedy='pass base="FOLDER" with words (or texts) for every LoRA, or statistics="FILE"',
+        )
+    measured = _loaded_statistics({"statistics": statistics}, adapters)["statistics"]
+    return sweep_aligned(recipe, align(adapters), measured, device=device, progress=progress)
 
 
 def _calibrate(
@@ -282,6 +335,31 @@ def save(
     if format is not None or dtype is not None:
         lora = convert(lora, format, _torch_dtype(dtype), rename_for_format=rename_for_format if format else None)
     return formats.save(lora, Path(path), format=format)
+
+
+def _recipe_inputs(
+    loras: Sequence[Adapter | PathLike],
+    weights: Sequence[float] | None,
+    text_encoder_weights: Sequence[float] | None,
+) -> list[dict[str, Any]]:
+    """The inputs of a recipe.
+
+    Raises:
+        MergeError: No LoRAs, or another number of weights.
+    """
+    if not loras:
+        raise MergeError("There is nothing to merge.", expected="at least one LoRA", found="none")
+    for name, values in (("weights", weights), ("text_encoder_weights", text_encoder_weights)):
+        if values is not None and len(values) != len(loras):
+            raise MergeError("Every LoRA needs one weight.", module=name, expected=len(loras), found=len(values))
+    return [
+        {
+            **_recipe_input(lora),
+            "weight": 1.0 if weights is None else float(weights[i]),
+            "text_encoder_weight": None if text_encoder_weights is None else float(text_encoder_weights[i]),
+        }
+        for i, lora in enumerate(loras)
+    ]
 
 
 def _recipe_input(lora: Adapter | PathLike) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def inspect(
     obstacle = ""
     if examined is None and loras:
         try:
-            examined = _merge_exactly(loras)
+            examined = _examined(loras)
         except LegoMoleError as error:
             if len(loras) > 1:
                 raise
@@ -222,17 +222,16 @@ def _print_recipes(summaries: Sequence[Summary], json: bool) -> None:
             typer.echo(recipe_to_text(recipe), nl=False)
 
 
-def _merge_exactly(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
-    """Aligned LoRAs, and the report of the exact sum of their sound layers."""
+def _examined(paths: Sequence[Path]) -> tuple[Sequence[Adapter], MergeReport]:
+    """Aligned LoRAs, and a report on their sound layers."""
     import torch
 
     from ..core.formats import load
     from ..core.layers.align import align
-    from ..core.merge.methods.concat import Concat
-    from ..core.survey.sound import merge_sound_layers
+    from ..core.survey.sound import NoMerge, merge_sound_layers
 
     adapters = align([load(path, verify=False) for path in paths], key_map=key_map)
-    return adapters, merge_sound_layers(adapters, Concat(), dtype=torch.float32).report
+    return adapters, merge_sound_layers(adapters, NoMerge(), dtype=torch.float32).report
 
 
 def _overlap(paths: Sequence[Path], adapters: Sequence[Adapter], report: MergeReport) -> dict[str, Any]:

@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..hosts.hub import cached_folder
-from ..hosts.names import key_map
 from .arguments import parse_input, parse_layer_rules, parse_settings, rule_to_keep
 from .calibrate_merge import BaseOptions, calibrate_merge
-from .console import out, progress_bar
+from .choose_settings import Inputs, check_sweep, suggest_settings, sweep_settings
 from .environment import base_path, check_device, recipe_path
 from .options import (
     BASE,
@@ -37,7 +35,6 @@ from .run_recipe import check_target, run_recipe
 
 if TYPE_CHECKING:
     from ..core.recipes.recipe import Recipe
-    from ..core.recipes.suggest import Suggestion
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -57,6 +54,10 @@ Measured on the base model first, which then stays as it is where neither LoRA i
 
 Spikes capped, only the attention layers of the first LoRA, and strengths computed from norms and overlaps:
 [cyan]legomole merge a.safetensors b.safetensors --cap 8 --only 1:attention --suggest -o ab.safetensors[/cyan]
+
+The best of 14 methods, ranks and strengths, as predicted on the base model, with the ranking as a page:
+[cyan]legomole merge style.safetensors subject.safetensors --base sd15 --words '1:ember style' --words 2:heart \\
+  --sweep sweep.html -o both.safetensors[/cyan]
 
 Repeat a merge from the file it made, or from a recipe:
 [cyan]legomole merge --config both.safetensors -o again.safetensors[/cyan]
@@ -258,6 +259,15 @@ def merge(
             "loud as the loudest LoRA alone.",
         ),
     ] = "each",
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=WEIGHTS,
+            help="With --base or --statistics: predict what 14 merges keep (methods, ranks and strengths), write the "
+            "ranking to FILE (.html: page with table and chart, .png: chart, .csv: table), and merge with the best.",
+        ),
+    ] = None,
     convert_rank: ConvertRank = None,
     dtype: Dtype = None,
     format: Format = None,
@@ -334,12 +344,9 @@ def merge(
         file=config,
     )
     folder = Path() if inputs or config is None else config.parent
-    suggestion = None
-    if suggest:
-        chosen = method is not None or config is not None or any(value is not None for value in typed.values())
-        suggestion = _suggest(recipe, folder, loudness, choose_method=not chosen and base is None, quiet=json)
-        recipe = suggestion.apply(recipe)
-    measured, notes = None, (obstacle,) if obstacle and keep_base is None else ()
+    if sweep is not None:
+        check_sweep(sweep, method, has_statistics=base is not None or statistics is not None, overwrite=overwrite)
+    measured, path, notes = None, None, (obstacle,) if obstacle and keep_base is None else ()
     if path_of_base is not None and not obstacle and keep_base != "off":
         check_target(recipe, folder, output, overwrite=overwrite)
         check_device(device)
@@ -352,26 +359,22 @@ def merge(
             options, recipe, folder, target, device=device, overwrite=overwrite, json=json
         )
         recipe, notes = with_statistics(recipe, path), (note,) if note else ()
+    suggestion = swept = None
+    if suggest or sweep is not None:
+        inputs_for = Inputs.load(recipe, folder, measured, notes)
+        chosen = method is not None or config is not None or any(value is not None for value in typed.values())
+        if suggest:
+            suggestion = suggest_settings(
+                recipe, inputs_for, loudness, choose_method=not (chosen or base is not None or sweep), quiet=json
+            )
+            recipe = suggestion.apply(recipe)
+        if sweep is not None:
+            swept = sweep_settings(recipe, inputs_for, sweep, device=device, quiet=json)
+            recipe = with_statistics(swept.apply(recipe), path or inputs_for.statistics_path)
     run_recipe(
-        recipe, folder, output, measured=measured, notes=notes, suggestion=suggestion, device=device, ray=ray,
-        overwrite=overwrite, json=json,
+        recipe, folder, output, measured=measured, notes=notes, suggestion=suggestion, swept=swept, device=device,
+        ray=ray, overwrite=overwrite, json=json,
     )  # fmt: skip
-
-
-def _suggest(
-    recipe: Recipe, folder: Path, loudness: Literal["each", "loudest"], *, choose_method: bool, quiet: bool
-) -> Suggestion:
-    """Suggest strengths and settings for a recipe, and print them unless `quiet`."""
-    from ..core.layers.align import align
-    from ..core.recipes.run import load_inputs
-    from ..core.recipes.suggest import suggest
-
-    with progress_bar("measuring", quiet=quiet) as progress:
-        adapters = align(load_inputs(recipe, folder, cached_folder), key_map=key_map)
-        suggestion = suggest(recipe, adapters, loudness, choose_method=choose_method, progress=progress)
-    if not quiet:
-        out().print(suggestion.text([adapter.label for adapter in adapters]), markup=False)
-    return suggestion
 
 
 def _recipe_of(config: Path) -> Recipe:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..core.merge.statistics import Statistics
     from ..core.recipes.recipe import Recipe
     from ..core.recipes.suggest import Suggestion
+    from ..core.recipes.sweep import Sweep
 
 
 def check_target(recipe: Recipe, folder: Path, output: Path, *, overwrite: bool) -> Path:
@@ -38,6 +39,7 @@ def run_recipe(
     measured: Statistics | None = None,
     notes: Sequence[str] = (),
     suggestion: Suggestion | None = None,
+    swept: Sweep | None = None,
     device: str,
     ray: str | None = None,
     overwrite: bool,
@@ -50,7 +52,7 @@ def run_recipe(
         folder: Base of its relative paths.
         output: Path as typed.
         measured, notes: Statistics and notes of `calibrate_merge`.
-        suggestion: What the recipe's strengths and settings were taken from, for JSON.
+        suggestion, swept: What the recipe's strengths and settings were taken from, for JSON.
         device, ray, overwrite, json: Options as typed.
     """
     from ..core.formats import save
@@ -69,6 +71,7 @@ def run_recipe(
     written = save(result.adapter, target)
     if json:
         data = {} if suggestion is None else {"suggestion": suggestion.to_dict()}
+        data |= {} if swept is None else {"sweep": swept.to_dict()}
         print_json({"output": str(written), **data, "report": result.report.to_dict()})
         return
     out().print(result.report.text(), markup=False)

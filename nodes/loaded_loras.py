@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..core import formats
 from ..core.adapter import Adapter, Source
+from ..core.errors import FormatError
 from ..core.layers.align import KeyMapResolver, align
 from ..core.layers.keymap import ParameterSlice
 from ..core.merge.cache import GramCache
@@ -47,8 +48,11 @@ class LoadedLoras:
         return (*self.file_notes, *(note for adapter in self.originals for note in adapter.notes))
 
 
-def adapter_of(lora: GraphLora) -> Adapter:
+def adapter_of(lora: GraphLora, *, broken: bool = False) -> Adapter:
     """A LoRA as an adapter, under the names of its own file.
+
+    Args:
+        lora: The LoRA. broken: Accept a file with NaN or infinity; then its hash is unknown.
 
     Raises:
         FormatError: A file that cannot be read.
@@ -57,18 +61,26 @@ def adapter_of(lora: GraphLora) -> Adapter:
         return lora.content
     rank = lora.convert_rank or None
     if isinstance(lora.content, Path):
-        return formats.load(lora.content, convert_rank=rank)
+        try:
+            return formats.load(lora.content, convert_rank=rank)
+        except FormatError:
+            if not broken:
+                raise
+            return formats.load(lora.content, convert_rank=rank, verify=False)
     return formats.from_state_dict(lora.content, {}, source=Source(lora.label), convert_rank=rank)
 
 
-def read_files(loras: Sequence[GraphLora]) -> LoadedLoras:
+def read_files(loras: Sequence[GraphLora], *, broken: bool = False) -> LoadedLoras:
     """Load LoRAs without a model and bring them to common names, by diffusers' key maps where it is installed.
+
+    Args:
+        loras: The LoRAs. broken: Accept files with NaN or infinity.
 
     Raises:
         MergeError: LoRAs whose names cannot be matched without the model.
         FormatError: A file that cannot be read.
     """
-    originals = [adapter_of(lora) for lora in loras]
+    originals = [adapter_of(lora, broken=broken) for lora in loras]
     adapters = align(originals, key_map=file_key_map())
     renamed = any(before is not after for before, after in zip(originals, adapters, strict=True))
     return LoadedLoras(adapters, originals, renamed, file_notes=file_notes(loras))

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.nano train | evaluate | smoke``, from the project's root."""
+"""``python -m benchmarks.nano train | evaluate | suggest | smoke``, from the project's root."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from legomole.nano.store import FOLDER, Store
 
-from . import report, train
+from . import report, spikes, suggestions, train
 from .evaluate import Bench, Plan, run
 
 _HERE = Path(__file__).parent
@@ -31,8 +31,14 @@ def main() -> None:
     scoring.add_argument("--out", type=Path, default=_HERE, help="folder for results.json, table.md and the sheet")
     for command in (training, scoring):
         command.add_argument("--work", type=Path, default=_HERE / "work", help="folder with the stages of the training")
+    suggesting = commands.add_parser(
+        "suggest", help="suggested strengths, the sweep and spikes against pictures of all pairs; resumes"
+    )
+    suggesting.add_argument("--out", type=Path, default=_HERE, help="folder for suggestions.json and suggestions.md")
+    suggesting.add_argument("--whole-sweep", type=int, default=len(suggestions.SETS), metavar="SETS",
+                            help="sets on which all methods are measured, not only the exact sum")  # fmt: skip
     smoke = commands.add_parser("smoke", help="run everything once, at a tiny size; the results mean nothing")
-    for command in (training, scoring, smoke):
+    for command in (training, scoring, suggesting, smoke):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -43,6 +49,15 @@ def main() -> None:
         train.train_jointly(store, size, say)
         if chosen.install:
             install(store)
+    elif chosen.command == "suggest":
+        bench = Bench(Store(FOLDER), chosen.out / "rows.jsonl", say)
+        log = chosen.out / "joint_rows.jsonl"
+        spiked = spikes.measure(bench, log)
+        whole, rest = suggestions.SETS[: chosen.whole_sweep], suggestions.SETS[chosen.whole_sweep :]
+        results = [
+            *suggestions.measure(bench, log, whole), *suggestions.measure(bench, log, rest, all_methods=False)
+        ]  # fmt: skip
+        suggestions.publish(results, spiked, chosen.out)
     elif chosen.command == "evaluate":
         report.evaluate(Store(chosen.weights), Store(chosen.work), chosen.out, say)
     else:

@@ -1,4 +1,4 @@
-"""Layers by pattern: shell patterns, ready names of parts of a model, and ranges of blocks."""
+"""Layers by pattern: shell patterns, ready names of parts and blocks of a model, and ranges of blocks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..adapter import is_text_encoder
 from .blocks import FIRST, LAST, MIDDLE, blocks_of
+from .unet_blocks import BLOCKS, PRESETS, in_preset
 
 _ATTENTION = re.compile(r"attn|selfattention|encdecattention|(^|[._])attention[._]", re.IGNORECASE)
 _CROSS = re.compile(r"attn2|cross_?attn|encdecattention", re.IGNORECASE)
@@ -39,8 +40,12 @@ _BY_NAME: dict[str, Callable[[str], bool]] = {
 }
 _BY_SECTION = {"first-blocks": FIRST, "middle-blocks": MIDDLE, "last-blocks": LAST}
 
-PARTS = (*_BY_NAME, *_BY_SECTION)
+_UNET = (*BLOCKS, *PRESETS)
+
+PARTS = (*_BY_NAME, *_BY_SECTION, *_UNET)
 """Names of parts that can stand in place of a pattern."""
+PARTS_TEXT = f"{', '.join((*_BY_NAME, *_BY_SECTION))}; for U-Nets also blocks and presets such as IN04 and MIDD"
+"""The same, for errors."""
 
 
 def layers_matching(pattern: str, names: Sequence[str]) -> list[str]:
@@ -71,6 +76,8 @@ def _matching_term(term: str, names: Iterable[str]) -> list[str]:
         return [name for name in names if _BY_NAME[term](name)]
     if term in _BY_SECTION:
         return [name for block in blocks_of(names) if block.section == _BY_SECTION[term] for name in block.layers]
+    if term in _UNET:
+        return [name for name in names if in_preset(term, name)]
     blocks = _RANGE.fullmatch(term)
     if blocks is None:
         return [name for name in names if fnmatch.fnmatchcase(name, term)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..adapter import Adapter, is_text_encoder
 from ..errors import MergeError, name_some
-from ..layers.parts import PARTS, layers_matching, unknown_terms
+from ..layers.parts import PARTS_TEXT, layers_matching, unknown_terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,11 @@ class Weights:
             for values, weight, te_weight in zip(modules, model, text_encoder, strict=True)
         )
         if not any(used):
-            raise MergeError("No module is left to merge: every weight is 0.", remedy="give at least one LoRA a weight")
+            raise MergeError(
+                "No module is left to merge: every weight is 0.",
+                remedy="give at least one LoRA a weight; rules for layers (--only, module weights) may leave out all "
+                "of its modules, which `legomole inspect --modules` lists",
+            )
         return cls(model, text_encoder, modules, used)
 
     def scaled(self, factors: Sequence[float]) -> Weights:
@@ -127,7 +131,7 @@ def matched_layers(adapter: Adapter, pattern: str, *, may_be_none: bool = False)
         raise MergeError(
             "A module pattern matches nothing.",
             file=adapter.source.path or None,
-            expected=f"a pattern of names like {name_some(names, 3)}, or a part: {', '.join(PARTS)}",
+            expected=f"a pattern of names like {name_some(names, 3)}, or a part: {PARTS_TEXT}",
             found=", ".join(unknown) or pattern,
             remedy="list the module names with `legomole inspect --modules`",
         )

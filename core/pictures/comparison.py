@@ -16,13 +16,18 @@ from ..errors import MergeError
 from ..fields import is_required
 from ..merge.methods import METHODS
 from ..merge.rank import Rank
+from ..recipes.sweep import Candidate, Sweep
 
 PLAIN, MIX, CALIBRATED_LEGO = "none", "mole", "lego calibrated"
 METHOD_CHOICES = (PLAIN, *METHODS, CALIBRATED_LEGO, MIX)
 """Methods of a cell: the plain model, the merge methods, LEGO with statistics, a mixture with gates."""
-NOTHING = "nothing"
-AXIS_KINDS = ("method", "rank", "strength", *(f"strength {n}" for n in range(1, 9)), "seed", "prompt", NOTHING)
-"""Settings that an axis may vary: `strength` is a factor on all LoRAs' strengths, `strength n` on the n-th LoRA's."""
+NOTHING, SWEEP = "nothing", "sweep"
+AXIS_KINDS = (
+    *("method", "rank", "strength", *(f"strength {n}" for n in range(1, 9))),
+    *("cap", "equalize", "seed", "prompt", SWEEP, NOTHING),
+)
+"""Settings that an axis may vary: `strength` is a factor on all LoRAs' strengths, `strength n` on the n-th LoRA's;
+`SWEEP` varies method, rank and strength at once, by the best candidates of a sweep."""
 _LARGEST_SEED = 2**64 - 1
 
 
@@ -34,11 +39,14 @@ class ModelSetup:
         method: One of `METHOD_CHOICES`.
         rank: Rank as `Rank` prints it; ``""`` for methods without one.
         strength_factors: One factor per LoRA, on its own strength; empty for the plain model.
+        cap, equalize: Of a merge, see `core.merge.engine.merge`.
     """
 
     method: str
     rank: str = ""
     strength_factors: tuple[float, ...] = ()
+    cap: float | None = None
+    equalize: float = 0.0
 
     @property
     def is_merge(self) -> bool:
@@ -62,6 +70,8 @@ class ModelSetup:
             even = len(set(self.strength_factors)) == 1
             shown = self.strength_factors[:1] if even else self.strength_factors
             parts.append(f"strength{'s' * (not even)} x {', '.join(f'{factor:g}' for factor in shown)}")
+        parts += [] if self.cap is None else [f"cap {self.cap:g}"]
+        parts += [f"equalize {self.equalize:g}"] if self.equalize else []
         return ", ".join(parts)
 
 
@@ -80,11 +90,26 @@ class Axis:
 
     Args:
         kind: One of `AXIS_KINDS`.
-        values: Values as the user wrote them.
+        values: Values as the user wrote them, or names of the candidates of a sweep.
+        candidates: Settings of each value, of a sweep.
     """
 
     kind: str
     values: tuple[str, ...]
+    candidates: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def settings(self) -> Sequence[Mapping[str, str]]:
+        """What each value sets."""
+        return self.candidates or [{self.kind: value} for value in self.values]
+
+    @classmethod
+    def of_sweep(cls, swept: Sweep) -> Axis:
+        """An axis with the best candidates of a sweep."""
+        best = swept.best()
+        cap = {} if swept.cap is None else {"cap": f"{swept.cap:g}"}
+        names = [f"{candidate.label}, strength x {candidate.strength:g}" for candidate in best]
+        return cls(SWEEP, tuple(names), tuple({**_settings(candidate), **cap} for candidate in best))
 
     @classmethod
     def parse(cls, side: str, kind: str, text: str) -> Axis:
@@ -94,12 +119,12 @@ class Axis:
             side: ``x`` or ``y``, for errors.
             kind: One of `AXIS_KINDS`.
             text: Values separated by commas or line breaks; prompts by line breaks only. Ignored if `kind` is
-                `NOTHING`.
+                `NOTHING` or `SWEEP`.
 
         Raises:
             MergeError: If there are no values, or one is not of this kind.
         """
-        if kind == NOTHING:
+        if kind in (NOTHING, SWEEP):
             return cls(kind, ("",))
         lines = text.splitlines() if kind == "prompt" else text.replace("\n", ",").split(",")
         values = tuple(value for line in lines if (value := line.strip()))
@@ -136,9 +161,10 @@ def grid_of_cells(
         MergeError: If both axes vary the same setting, an axis names a missing LoRA, or a method lacks LoRAs or
             statistics.
     """
-    if x.kind == y.kind != NOTHING:
+    both = sorted(set(x.settings[0]) & set(y.settings[0]) - {NOTHING})
+    if both:
         raise MergeError(
-            f"Both axes change the same setting: {x.kind}.",
+            f"Both axes change the same setting: {', '.join(both)}.",
             expected="two different axes",
             remedy="choose another setting for the y axis, or nothing",
         )
@@ -153,8 +179,8 @@ def grid_of_cells(
             )
     fixed = {"method": method, "rank": rank, "seed": str(seed), "prompt": prompt}
     return [
-        [_cell({**fixed, y.kind: y_value, x.kind: x_value}, loras, statistics) for x_value in x.values]
-        for y_value in y.values
+        [_cell({**fixed, **y_settings, **x_settings}, loras, statistics) for x_settings in x.settings]
+        for y_settings in y.settings
     ]
 
 
@@ -203,6 +229,9 @@ def _cell(settings: Mapping[str, str], loras: int, statistics: bool) -> Cell:
     setup = ModelSetup(_parse_method(settings["method"], "method"), "", factors)
     if setup.is_merge and _has_setting(setup.merge_method, "rank"):
         setup = replace(setup, rank=_parse_rank(settings["rank"], "rank"))
+    if setup.is_merge:
+        cap, equalize = _parse_cap(settings.get("cap", "0"), "cap"), settings.get("equalize", "0")
+        setup = replace(setup, cap=cap or None, equalize=_parse_share(equalize, "equalize"))
     if setup.method != PLAIN and not loras:
         raise MergeError(
             f"No LoRA is connected, and {setup.method} needs at least one.",
@@ -219,6 +248,12 @@ def _cell(settings: Mapping[str, str], loras: int, statistics: bool) -> Cell:
     if setup.method == PLAIN or not any(factors):
         setup = ModelSetup(PLAIN)
     return Cell(setup, _parse_seed(settings["seed"], "seed"), settings["prompt"])
+
+
+def _settings(candidate: Candidate) -> dict[str, str]:
+    method = CALIBRATED_LEGO if candidate.method == "lego" else candidate.method
+    rank = {"rank": candidate.rank} if candidate.rank else {}
+    return {"method": method, "strength": f"{candidate.strength:g}", **rank}
 
 
 def _lora_index(kind: str) -> int | None:
@@ -250,13 +285,32 @@ def _parse_rank(text: str, where: str) -> str:
 
 
 def _parse_strength(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not math.isfinite(value):
         raise MergeError("This is not a strength.", module=where, expected="numbers such as 0.5, 1, 1.5", found=text)
     return value
+
+
+def _parse_cap(text: str, where: str) -> float:
+    value = _number(text)
+    if not (value == 0 or (value >= 1 and math.isfinite(value))):
+        raise MergeError("This is not a cap.", module=where, expected="numbers from 1 on such as 8, or 0", found=text)
+    return value
+
+
+def _parse_share(text: str, where: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise MergeError("This is not a share.", module=where, expected="numbers from 0 to 1", found=text)
+    return value
+
+
+def _number(text: str) -> float:
+    """A number; NaN for other text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _parse_seed(text: str, where: str) -> int:
@@ -275,6 +329,8 @@ _PARSERS: dict[str, Callable[[str, str], object]] = {
     "method": _parse_method,
     "rank": _parse_rank,
     "strength": _parse_strength,
+    "cap": _parse_cap,
+    "equalize": _parse_share,
     "seed": _parse_seed,
     "prompt": _parse_prompt,
 }

@@ -257,18 +257,23 @@ def _check_names_of_extras(merged: Adapter) -> None:
         )
 
 
-def load_inputs(recipe: Recipe, folder: Path, find_cached: Callable[[str], Path] | None) -> list[Adapter]:
+def load_inputs(
+    recipe: Recipe, folder: Path, find_cached: Callable[[str], Path] | None, *, verify: bool = False
+) -> list[Adapter]:
     """Load the inputs of a recipe, without comparing their hashes.
 
     Args:
-        recipe: The merge. folder, find_cached: See `run`.
+        recipe: The merge. folder, find_cached: See `run`. verify: See `load`; statistics know adapters by their hashes.
 
     Raises:
         RecipeError, FormatError: See `run`.
     """
     base = None if recipe.base is None else BaseWeights(folder / recipe.base)
     paths = input_paths(recipe, folder, find_cached)
-    return [_load(entry, path, recipe.convert_rank, base) for entry, path in zip(recipe.inputs, paths, strict=True)]
+    return [
+        _load(entry, path, recipe.convert_rank, base, verify=verify)
+        for entry, path in zip(recipe.inputs, paths, strict=True)
+    ]
 
 
 def input_path(path: str, folder: Path, find_cached: Callable[[str], Path] | None) -> Path:
@@ -297,8 +302,10 @@ def with_used_base(recipe: Recipe, base: BaseWeights | None) -> Recipe:
     return recipe.model_copy(update={"base_fingerprint": base.fingerprint()})
 
 
-def _load(entry: Input, path: Path, convert_rank: int | None, base: BaseWeights | None) -> Adapter:
-    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), base=base, verify=False)
+def _load(
+    entry: Input, path: Path, convert_rank: int | None, base: BaseWeights | None, *, verify: bool = False
+) -> Adapter:
+    adapter = load(path, convert_rank=_convert_rank(entry, convert_rank), base=base, verify=verify)
     # a folder in the Hugging Face cache is named after a commit: keep the adapter's name
     return adapter.sourced(path=entry.path) if entry.path.startswith(HUB_PREFIX) else adapter
 

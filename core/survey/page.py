@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from ..adapter import Adapter, base_model
 from ..merge.findings.finding import lights
@@ -12,6 +13,9 @@ from ..pictures.charts import png
 from .picture import draw_survey
 from .summary import format_cosine, report_title, summary_lines
 from .survey import Survey
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #28282d; background: #fff; max-width: 1060px; margin: 2em auto;
@@ -39,24 +43,35 @@ def html_page(survey: Survey, adapters: Sequence[Adapter]) -> str:
         adapters: The adapters surveyed, for ranks, hashes and metadata of their files.
     """
     name = escape(report_title(survey))
-    picture = base64.b64encode(png(draw_survey(survey))).decode()
     sentences = "".join(f"<li>{escape(line)}</li>" for line in summary_lines(survey))
     n = len(survey.report.inputs)
     rank_columns = ("rank", *(["the sum"] if n > 1 else []), *survey.report.inputs)
     parts = [
-        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{name}</title>",
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>',
-        f"<h1>{name}</h1>\n<ul>{sentences}</ul>",
+        page_head(name),
+        f"<ul>{sentences}</ul>",
         _findings(survey),
-        f'<img alt="The report as a picture; the tables hold its values." src="data:image/png;base64,{picture}">',
-        _table("LoRAs", _LORA_COLUMNS, _lora_rows(survey, adapters), names=(1, 6)),
-        _table("Pairs", _PAIR_COLUMNS, _pair_rows(survey), names=(0, 1)) if n > 1 else "",
-        _table("Blocks", _block_columns(survey), _block_rows(survey), names=(0,)),
-        _table("Energy kept by rank", rank_columns, _rank_rows(survey)),
+        embedded(draw_survey(survey), "The report as a picture; the tables hold its values."),
+        table("LoRAs", _LORA_COLUMNS, _lora_rows(survey, adapters), names=(1, 6)),
+        table("Pairs", _PAIR_COLUMNS, _pair_rows(survey), names=(0, 1)) if n > 1 else "",
+        table("Blocks", _block_columns(survey), _block_rows(survey), names=(0,)),
+        table("Energy kept by rank", rank_columns, _rank_rows(survey)),
         _NOTES,
     ]
     return "\n".join(part for part in parts if part)
+
+
+def page_head(title: str) -> str:
+    """The first lines of a page that loads nothing, with an escaped title as heading."""
+    return (
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{title}</title>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta name=viewport content="width=device-width"><style>{_STYLE}</style>\n<h1>{title}</h1>'
+    )
+
+
+def embedded(image: Image, alt: str) -> str:
+    """An image inside the page."""
+    return f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png(image)).decode()}">'
 
 
 def _findings(survey: Survey) -> str:
@@ -65,7 +80,7 @@ def _findings(survey: Survey) -> str:
         f"<li><span class={light}>&#9679;</span> {escape(label)}: {escape(text)}</li>"
         for label, light, text in lights(survey.report.inputs, survey.report.findings)
     )
-    table = [
+    findings = [
         (
             *(f.level, f.kind.replace("_", " "), ", ".join(f.loras)),
             *(f"{f.value:.4g}", f"{f.threshold:.4g}", f.text, f.remedy),
@@ -73,7 +88,7 @@ def _findings(survey: Survey) -> str:
         for f in survey.report.findings
     ]
     return f"<h2>Findings</h2>\n<ul class=lights>{rows}</ul>" + (
-        _table("All findings", _FINDING_COLUMNS, table, names=(0, 1, 2, 5, 6)) if table else ""
+        table("All findings", _FINDING_COLUMNS, findings, names=(0, 1, 2, 5, 6)) if findings else ""
     )
 
 
@@ -87,7 +102,7 @@ over the layers; for random LoRAs it is the larger rank divided by the width. Ra
 of the energy of the exact sum in these layers.</p>"""
 
 
-def _table(title: str, columns: Row, rows: Iterable[Row], names: Sequence[int] = ()) -> str:
+def table(title: str, columns: Row, rows: Iterable[Row], names: Sequence[int] = ()) -> str:
     """Format a table; the columns at the positions `names` hold names, the others numbers."""
 
     def line(row: Row, tag: str) -> str:

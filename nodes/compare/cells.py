@@ -22,7 +22,7 @@ from ..comfy.sampling import decode, encode, sample
 from ..graph_lora import GraphLora, require_all_steps
 from ..loaded_loras import LoadedLoras
 from ..merge.read_cache import read
-from ..merge.recorded import merge_loaded
+from ..merge.recorded import Remedies, merge_loaded
 from ..settings import method_from_widgets
 
 
@@ -130,7 +130,11 @@ class ModelPreparer:
         method = method_from_widgets(METHODS, {"method": setup.merge_method, "rank": setup.rank}, statistics)
         what = f"merging {setup.describe()}"
         lora, report = merge_loaded(
-            loras, self._loaded, method, progress=lambda done, total, _: self.progress(done, total, what)
+            loras,
+            self._loaded,
+            method,
+            progress=lambda done, total, _: self.progress(done, total, what),
+            remedies=Remedies(setup.cap, setup.equalize),
         )
         model, clip = apply(lora, self.model, self.clip, 1.0, 1.0)
         low, high = report.ranks_out

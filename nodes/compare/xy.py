@@ -14,6 +14,7 @@ from ...core.pictures.comparison import (
     AXIS_KINDS,
     METHOD_CHOICES,
     NOTHING,
+    SWEEP,
     Axis,
     cells_by_setup,
     describe_cells,
@@ -33,11 +34,13 @@ from ..sockets import (
     report_output,
     seed_input,
 )
+from ..words import words_input
 from .cells import ModelPreparer, SamplerSettings, sample_cells
+from .swept import sweep_loras
 
 _VALUES_HELP = (
-    "Separated by commas, e.g. none, concat, svd, lego, mole (method); 8, 1x, 95% (rank); 0, 0.5, 1 (strength); 1, 2, "
-    "3 (seed). Prompts: one per line."
+    "Separated by commas, e.g. none, concat, svd, lego, mole (method); 8, 1x, 95% (rank); 0, 0.5, 1 (strength, "
+    "equalize); 0, 8 (cap); 1, 2, 3 (seed). Prompts: one per line. Not used for sweep."
 )
 
 
@@ -48,7 +51,8 @@ def _axis_inputs(side: str, kind: str, values: str, direction: str) -> list[Any]
             options=list(AXIS_KINDS),
             default=kind,
             tooltip=f"What changes from {direction}. strength is a factor on the strengths of all LoRAs, strength 2 on "
-            "that of the second alone.",
+            "that of the second alone. sweep: the best six of 14 methods, ranks and strengths, as predicted from what "
+            "is measured on the model.",
         ),
         io.String.Input(f"{side}_values", default=values, multiline=True, tooltip=_VALUES_HELP),
     ]
@@ -121,8 +125,12 @@ class XYCompare(io.ComfyNode):
                     tooltip="Trained gates for mole. Without gates every LoRA is used at its own strength.",
                 ),
                 LEGOMOLE_STATISTICS.Input(
-                    "statistics", optional=True, tooltip="From Calibrate, for calibrated and lego calibrated."
+                    "statistics",
+                    optional=True,
+                    tooltip="From Calibrate, for calibrated and lego calibrated. A sweep measures the model itself if "
+                    "nothing is connected.",
                 ),
+                words_input("For a sweep without statistics.", optional=True),
             ],
             outputs=[
                 io.Image.Output("grid", display_name="grid", tooltip="All images on one sheet, with labels."),
@@ -155,11 +163,20 @@ class XYCompare(io.ComfyNode):
         latent_scale: float,
         gates: TrainedGates | None = None,
         statistics: Statistics | None = None,
+        words: str | None = None,
         **unknown: Any,
     ) -> io.NodeOutput:
         refuse_unknown(unknown)
         values = connected_loras(loras, folders.lora_path, may_be_none=True)
         x, y = Axis.parse("x", x_axis, x_values), Axis.parse("y", y_axis, y_values)
+        progress = display.progress_bar_with_text()
+        sweep_lines: list[str] = []
+        if SWEEP in (x.kind, y.kind):
+            swept, statistics, page = sweep_loras(
+                values, model, clip, statistics, words=words or "", rank=rank, progress=progress
+            )
+            x, y = (Axis.of_sweep(swept) if axis.kind == SWEEP else axis for axis in (x, y))
+            sweep_lines = [swept.text(), f"Page with the sweep: {page}"]
         grid = grid_of_cells(
             x,
             y,
@@ -171,7 +188,6 @@ class XYCompare(io.ComfyNode):
             statistics=statistics is not None,
         )
         cells = cells_by_setup(grid)
-        progress = display.progress_bar_with_text()
         preparer = ModelPreparer(model, clip, negative, values, gates=gates, statistics=statistics, progress=progress)
         models = preparer.prepare(cells)
         remarks = {setup: prepared.remark for setup, prepared in models.items()}
@@ -186,7 +202,8 @@ class XYCompare(io.ComfyNode):
             x.title(labels),
             y.title(labels),
         )
-        text = "\n".join([describe_cells(grid, seconds, remarks), *(f"  note: {line}" for line in warnings)])
+        notes = [f"  note: {line}" for line in warnings]
+        text = "\n".join([describe_cells(grid, seconds, remarks), *notes, *sweep_lines])
         image = display.to_image(drawn)
         display.show_text(text)
         batch = torch.cat([images[cell] for row in grid for cell in row])

@@ -204,8 +204,9 @@ def _remedy_inputs() -> list[Any]:
             default=_MINE,
             optional=True,
             tooltip="suggested: your strengths times factors with which every LoRA acts in the merge as it does alone, "
-            "so that what several have in common counts once; with a cap and equalize where they are needed. The "
-            "report shows them.",
+            "so that what several have in common counts once; with a cap and equalize where they are needed. With "
+            "MODEL and CLIP, methods such as concat and svd get the strengths predicted best for prompts that name "
+            "several LoRAs. The report shows them.",
         ),
     ]
 
@@ -247,16 +248,18 @@ def _merge(
     require_all_steps(values)
     words = words_of_loras(base.words, values)
     name, statistics, note = widgets["method"], base.statistics, ""
-    measures = statistics is None and takes_statistics(name)
+    measures = statistics is None and (takes_statistics(name) or remedies.suggested)
+    only_suggests = remedies.suggested and not takes_statistics(name)  # the method itself uses no statistics
     if works_without_statistics(METHODS[name]) or not measures:
-        method_from_widgets(METHODS, widgets, statistics)  # report wrong settings before large files are read
+        # report wrong settings before large files are read
+        method_from_widgets(METHODS, widgets, None if only_suggests else statistics)
     loaded = read(values, base.model, base.clip)
     if statistics is not None:
         statistics = statistics.of(loaded.adapters)
     elif measures:
         progress = display.progress_bar_with_text()
         statistics, note = calibrate_merge(values, loaded, words, base.model, base.clip, base.keep_base, progress)
-    method = method_from_widgets(METHODS, widgets, statistics, why_none=note)
+    method = method_from_widgets(METHODS, widgets, None if only_suggests else statistics, why_none=note)
     lora, report = merge_loaded(
         values, loaded, method, module_weights, display.progress_bar(), statistics=statistics, remedies=remedies
     )

@@ -35,7 +35,8 @@ class Remedies:
 
     Args:
         cap, equalize: See `core.merge.engine.merge`.
-        suggested: Multiply the strengths by suggested factors, see `core.recipes.suggest`.
+        suggested: Multiply the strengths by suggested factors, see `core.recipes.suggest`; with statistics also from
+            those.
     """
 
     cap: float | None = None
@@ -94,7 +95,7 @@ def merge_loaded(
     )
     suggested_notes: tuple[str, ...] = ()
     if remedies.suggested:
-        suggestion = suggest(recipe, loaded.adapters, choose_method=False)
+        suggestion = suggest(recipe, loaded.adapters, statistics=statistics, choose_method=False)
         recipe = suggestion.apply(recipe)
         suggested_notes = (suggestion.text([adapter.label for adapter in loaded.adapters]),)
     method, rank_notes = with_possible_rank(

@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
-from benchmarks.speed import report, sampled, scaling  # noqa: E402
+from benchmarks.speed import inspection, report, sampled, scaling  # noqa: E402
 from benchmarks.speed.cases import CASES, PLAIN  # noqa: E402
 from benchmarks.speed.whole import WHOLE  # noqa: E402
 
@@ -150,3 +150,10 @@ def test_one_size_is_varied_at_a_time(tmp_path: Path):
     scaling.main(["--rounds", "1", "--out", str(tmp_path)], {"layers": (1, 2)})
     assert list(json.loads((tmp_path / "scaling.json").read_text())["layers"]) == ["1", "2"]
     assert (tmp_path / "scaling.png").stat().st_size > 0
+
+
+def test_inspection_writes_ratios(tmp_path: Path):
+    inspection.main(["--case", "smoke", "--rounds", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "inspection.json").read_text())
+    assert result["case"] == "smoke"
+    assert min(result[part] for part in ("read", "findings", "survey")) >= 0

@@ -11,6 +11,7 @@ import torch
 from legomole.core.formats import load, save
 from legomole.core.merge import statistics_cache
 from legomole.core.merge.statistics import Statistics
+from legomole.core.recipes.read import read_recipe as recipe_of
 from legomole.hosts import calibration
 
 pytest.importorskip("diffusers")
@@ -178,6 +179,69 @@ def test_what_the_merge_would_refuse_is_refused_before_measuring(arguments, word
     assert result.exit_code == 3
     assert words in squeezed(result.stderr)
     assert not cached()
+
+
+def test_a_sweep_merges_with_the_best_and_writes_the_ranking():
+    text = squeezed(done(*MERGE, "--sweep", "sweep.html", "-o", "best.safetensors"))
+    assert "sweep: 14 merges by predicted loss" in text
+    assert "wrote sweep.html" in text
+    assert "<td class=name>calibrated 2x</td>" in Path("sweep.html").read_text()
+    data = json.loads(done(*MERGE, "--rank", "2", "--sweep", "s.csv", "--json", "-o", "again.safetensors"))
+    best = data["sweep"]["candidates"][0]
+    rows = Path("s.csv").read_text().splitlines()
+    assert len(rows) == 15
+    made = recipe_of(Path("again.safetensors"))
+    assert made.method == best["method"]
+    assert made.settings.get("rank", "") == (int(best["rank"]) if best["rank"] else "")
+    weights = [entry.weight for entry in made.inputs]
+    assert weights == pytest.approx([0.8 * best["strength"], best["strength"]])
+    by_hand = ["--method", best["method"], *(["--rank", best["rank"]] if best["rank"] else [])]
+    loras = [f"{name}.safetensors:{weight!r}" for name, weight in zip(("style", "heart"), weights, strict=True)]
+    done("merge", *loras, *BASE, *WORDS, *by_hand, "-o", "hand.safetensors")
+    assert_equal_layers("again.safetensors", "hand.safetensors")
+    done("merge", "--config", "again.safetensors", "-o", "repeated.safetensors")
+    assert_equal_layers("again.safetensors", "repeated.safetensors")
+
+
+def assert_equal_layers(first: str, second: str) -> None:
+    layers = load(second).modules
+    assert all(torch.equal(part.A, layers[name].A) for name, part in load(first).modules.items())
+
+
+def test_a_sweep_from_a_file_of_statistics_and_suggested_strengths():
+    done(*MERGE, "--statistics", "s.safetensors", "-o", "l.safetensors")
+    shutil.rmtree("cache")
+    plain = json.loads(done(*LORAS, "--statistics", "s.safetensors", "--sweep", "a.png", "--json", "-o", "a"))
+    command = (*LORAS, "--statistics", "s.safetensors", "--suggest", "--sweep", "b.png", "--json", "-o", "b")
+    both = json.loads(done(*command))
+    assert both["sweep"]["weights"] == pytest.approx(both["suggestion"]["weights"])
+    assert plain["sweep"]["weights"] == [0.8, 1]
+
+
+def test_suggested_strengths_of_a_sum_are_those_of_joint_prompts():
+    data = json.loads(done(*MERGE, "--method", "concat", "--suggest", "--json", "-o", "sum"))
+    assert data["suggestion"]["weights"] == pytest.approx([0.96, 1.2], rel=0.05)
+    assert "on prompts for several LoRAs" in data["suggestion"]["reasons"][-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((*LORAS, "--sweep", "s.html"), "--sweep predicts on the base model"),
+        ((*MERGE, "--sweep", "s.txt"), "--sweep writes .html, .png or .csv"),
+        ((*MERGE, "--sweep", "s.html", "--method", "svd"), "--sweep chooses the method"),
+        ((*MERGE, "--sweep", "pipe"), "--sweep writes"),
+        ((*MERGE, "--sweep", "nowhere/s.html"), "folder does not exist"),
+        ((*LORAS, *BASE, "--sweep", "s.html"), "no words for style, heart"),
+        ((*MERGE, "--keep-base", "off", "--sweep", "s.html"), "needs statistics"),
+    ],
+)
+def test_a_sweep_that_cannot_be_made(arguments, words):
+    result = run(*arguments, "-o", "o")
+    assert result.exit_code in (2, 3, 4)
+    assert words in squeezed(result.stderr)
+    assert not Path("o.safetensors").exists()
+    assert not Path("s.html").exists()
 
 
 def test_cancelling_leaves_nothing_behind(monkeypatch):

@@ -153,7 +153,7 @@ def test_inspect_finds_nan_and_shows_the_rest():
     for arguments in (("nan.safetensors",), ("nan.safetensors", "nan.safetensors", "--plot", "report.html")):
         (finding, *_) = json.loads(done("inspect", *arguments, "--json"))["findings"]
         assert (finding["kind"], finding["layers"]) == ("not_finite", [NAMES[0]])
-    assert "NaN or infinite numbers in 1 layers" in Path("report.html").read_text()
+    assert "NaN or infinite numbers in 1 layer (" in Path("report.html").read_text()
 
 
 def test_inspect_compares_with_the_base_model():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from .graph import Graph, Link
 from .server import Server
@@ -44,6 +45,24 @@ def test_report_without_a_model_and_without_a_page(comfy: Server, files: dict[st
     name = report(graph, graph.load(files["flux_kohya"]), with_model=False, filename_prefix="")[0]
     run = comfy.run({node: value for node, value in graph.nodes.items() if "Loader" not in value["class_type"]})
     assert ".html" not in run.outputs[name]["text"][0]
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_nan_is_a_finding_and_a_merge_refuses_it(comfy: Server, files: dict[str, str], with_model: bool) -> None:
+    folder = comfy.base / "models" / "loras"
+    state = load_file(folder / files["flux_kohya"])
+    key = next(key for key in state if key.endswith("lora_up.weight"))
+    state[key][0, 0] = float("nan")
+    save_file(state, folder / "broken.safetensors")
+    graph = Graph()
+    name = report(graph, graph.load("broken.safetensors"), with_model=with_model, filename_prefix="")[0]
+    text = comfy.run(graph.nodes).outputs[name]["text"][0]
+    assert text.startswith("\N{LARGE RED CIRCLE} broken: broken contains NaN")
+    graph = Graph()
+    graph.add(
+        "PreviewAny", source=[graph.merge("concat", graph.load("broken.safetensors"), with_model=with_model)[0], 1]
+    )
+    assert "NaN" in comfy.fail(graph.nodes)
 
 
 def test_wrong_values_have_their_own_errors(comfy: Server, files: dict[str, str]) -> None:

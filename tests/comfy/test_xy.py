@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +137,45 @@ def test_calibrated_cells_are_the_calibrated_merges(comfy: Server, pair: Callabl
     run = comfy.run(graph.nodes)
     assert np.array_equal(cells[1], pictures(comfy, run, "SaveImage1")[0])
     assert np.array_equal(cells[2], pictures(comfy, run, "SaveImage2")[0])
+    assert not np.array_equal(cells[0], cells[1])
+
+
+def test_a_sweep_measures_ranks_and_samples_the_best(comfy: Server, pair: Callable) -> None:
+    """One click: no statistics and no values. Its best cell is the image of that merge; the ranking is a page."""
+    graph = Graph()
+    loras = pair(graph)
+    cells, report = compared(comfy, graph, *loras, x_axis="sweep", words="ember\nheart", rank="2")
+    assert len(cells) == 6
+    assert report.startswith("6 cells, 6 sampled in ")
+    assert "sweep: 14 merges by predicted loss" in report
+    page = Path(re.search(r"Page with the sweep: (.+)", report)[1])
+    assert "<td class=name>concat</td><td>1.2</td><td>0.000</td>" in page.read_text()
+    best = re.search(r"row 1, column 1: (\w+), strength x ([\d.]+), seed 7", report)
+    assert best[1] == "concat"
+    one = Graph()
+    loras = pair(one)
+    for lora in loras:
+        values = one.nodes[lora[0]]["inputs"]
+        values |= {key: values[key] * float(best[2]) for key in ("strength_model", "strength_clip")}
+    node = one.picture(*one.apply(one.merge("concat", *loras)))
+    assert np.array_equal(cells[0], pictures(comfy, comfy.run(one.nodes), node)[0])
+
+
+def test_a_sweep_without_words_says_so(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    graph.compare(*pair(graph), x_axis="sweep")
+    refused_unsampled(comfy, graph, "A sweep needs statistics of the model", "no words call for")
+
+
+def test_caps_are_those_of_the_merge(comfy: Server, pair: Callable) -> None:
+    graph = Graph()
+    cells, report = compared(comfy, graph, *pair(graph), method="concat", x_axis="cap", x_values="0, 1")
+    assert "column 2: concat, cap 1, seed 7" in report
+    one = Graph()
+    merge = one.merge("concat", *pair(one))
+    one.nodes[merge[0]]["inputs"]["cap"] = 1.0
+    node = one.picture(*one.apply(merge))
+    assert np.array_equal(cells[1], pictures(comfy, comfy.run(one.nodes), node)[0])
     assert not np.array_equal(cells[0], cells[1])
 
 

@@ -71,6 +71,33 @@ def test_merge_calibrates_on_a_model_and_again_from_the_cache(cache: Path):
         assert torch.equal(part.A, from_file.adapter.modules[name].A)
 
 
+def test_a_sweep_predicts_on_a_model_and_from_a_file(cache: Path):
+    model = tiny.llama()
+    adapters = [tiny.lora(model, 1), tiny.lora(model, 2)]
+    options = {"weights": [0.5, 1.0], "rank": 2}
+    table = legomole.sweep(adapters, base=model, texts=TEXTS, tokenizer=tiny.tokenizer(), **options)
+    (path,) = cache.iterdir()
+    assert legomole.sweep(adapters, statistics=path, **options) == table
+    assert {candidate.rank for candidate in table.candidates} == {"", "2", "4"}
+    plain = next(c for c in table.candidates if (c.method, c.rank, c.strength) == ("calibrated", "2", 1.0))
+    result = legomole.merge(adapters, "calibrated", weights=[0.5, 1.0], rank=2, statistics=path)
+    predicted = result.report.predicted[-1]
+    assert plain.prediction.alone == pytest.approx(predicted.alone, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, "neither base nor statistics"), ({"base": "llama"}, "no texts for"), ({"loras": []}, "nothing to merge")],
+)
+def test_a_sweep_without_statistics_is_refused(options: dict, words: str):
+    model = tiny.llama()
+    adapters = [tiny.lora(model, 1), tiny.lora(model, 2)]
+    if "base" in options:
+        options = {"base": model, "tokenizer": tiny.tokenizer()}
+    with pytest.raises(MergeError, match=words):
+        legomole.sweep(options.pop("loras", adapters), **options)
+
+
 def test_a_method_keeps_its_own_statistics_and_the_recipe_says_so(cache: Path):
     model = tiny.llama()
     adapters = [tiny.lora(model, 1), tiny.lora(model, 2)]

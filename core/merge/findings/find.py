@@ -81,7 +81,7 @@ def _broken_layers(adapter: Adapter) -> Iterator[str]:
 def _not_finite(adapter: Adapter, broken: Sequence[str]) -> Finding:
     return Finding(
         "not_finite", (adapter.label,), tuple(broken), float(len(broken)), 1.0,
-        f"{adapter.label} contains NaN or infinite numbers in {len(broken)} layers ({name_some(broken)}), which were "
-        "left out here",
+        f"{adapter.label} contains NaN or infinite numbers in {len(broken)} layer{'s' * (len(broken) != 1)} "
+        f"({name_some(broken)}), left out here",
         "use another checkpoint: the training diverged, and a merge refuses this one",
     )  # fmt: skip

@@ -77,9 +77,13 @@ def _spectra(pool: Pool) -> list[Tensor]:
 
 
 def _singular_values(G_A: Tensor, G_B: Tensor, c: Tensor) -> Tensor:
-    """As `gram.svd`, without vectors, in about half the time."""
-    squares, vectors = torch.linalg.eigh(G_A)
-    cL = c[:, :, None] * vectors * squares.clamp_min(0).sqrt()[:, None, :]
+    """As `gram.svd`, without vectors, in a quarter of the time; ``L L^T = G_A`` is Cholesky's where it exists."""
+    L, failed = torch.linalg.cholesky_ex(G_A)
+    rest = failed.nonzero()[:, 0]
+    if len(rest):
+        squares, vectors = torch.linalg.eigh(G_A[rest])
+        L[rest] = vectors * squares.clamp_min(0).sqrt()[:, None, :]
+    cL = c[:, :, None] * L
     return torch.linalg.eigvalsh(cL.mT @ G_B @ cL).clamp_min(0).sqrt().flip(1)
 
 

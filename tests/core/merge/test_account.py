@@ -8,7 +8,7 @@ import pytest
 import torch
 from legomole.core.adapter import Adapter
 from legomole.core.lowrank import LowRank
-from legomole.core.merge.account import CHOSEN, account_batch, predict
+from legomole.core.merge.account import CHOSEN, Effect, account_batch, batch_inner, predict
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.lego import Lego
@@ -122,3 +122,24 @@ def test_a_merge_with_statistics_reports_its_predictions():
     plain = merge(loras(), SVD(3)).report
     assert plain.predicted == ()
     assert "predicted" not in plain.text()
+
+
+@pytest.mark.parametrize("moments", [FULL, LIGHT], ids=["full", "light"])
+def test_inner_products_equal_those_of_dense_matrices(moments):
+    pool = random_pool((3, 2), weights=[0.7, -1.5], scales=[0.5, 2.0], batch=2)
+    tables = batch_inner(pool, Statistics({"m1": moments}))
+    assert list(tables) == ["m1"]
+    D = deltas(pool)[1]
+    kinds = {(0,): moments.own[0], (1,): moments.own[1], (0, 1): moments.joint[0, 1], (): moments.base}
+    assert set(tables["m1"]) == set(kinds)
+    for kind, C in kinds.items():
+        M = dense(moments, C)
+        expected = torch.stack([torch.stack([(D[i] @ M * D[j]).sum() for j in range(2)]) for i in range(2)])
+        torch.testing.assert_close(tables["m1"][kind], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_effect_is_a_parabola_in_the_strength():
+    """Of ``W = 2 wanted + v`` with ``|v| = |wanted|`` at a right angle: ``|s W - wanted|^2 = (2 s - 1)^2 + s^2``."""
+    effect = Effect(5.0, 2.0, 1.0)
+    assert [effect.error(s) for s in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.25, 2])
+    assert Effect(5.0, 0.0, 0.0).error(2.0) == pytest.approx(20)

@@ -72,9 +72,9 @@ LEGO, EXACT = Lego(Rank(8)), SVD(Rank(8))
 
 @pytest.mark.parametrize(("method", "batch", "module"), [(LEGO, 790, 13), (EXACT, 260, 13), (Concat(), 215, 13)])
 def test_a_batch_takes_so_many_operations_and_a_module_of_it_a_few_more(method: MergeMethod, batch: int, module: int):
-    """Counted: 741, 240 and 198 for a batch of any size, and 11 to read and write each of its modules.
+    """Counted: 741, 238 and 196 for a batch of any size, and 11 to read and write each of its modules.
 
-    Of these, 34, 50 and 50 measure singular values and lengths for findings.
+    Of these, 34, 48 and 48 measure singular values and lengths for findings.
     """
     few, many = count(method, 4).seen, count(method, 12).seen
     more = (many.total() - few.total()) / 8

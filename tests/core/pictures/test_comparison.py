@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from legomole.core.errors import MergeError
+from legomole.core.merge.account import Prediction
 from legomole.core.merge.methods import METHODS
 from legomole.core.pictures.comparison import (
     AXIS_KINDS,
@@ -17,6 +19,7 @@ from legomole.core.pictures.comparison import (
     describe_cells,
     grid_of_cells,
 )
+from legomole.core.recipes.sweep import Candidate, Sweep
 
 ONE = Axis("nothing", ("",))
 
@@ -162,3 +165,41 @@ def test_the_description_names_prompts_if_there_are_several():
         '  row 1, column 1: concat, seed 5, "a cat": 1.0 s; whole',
         '  row 1, column 2: concat, seed 5, "a dog": 1.0 s',
     ]
+
+
+def test_cap_and_equalize_belong_to_merges():
+    found = setups(parse("cap", "0, 8"), parse("method", "concat, mole, none"), loras=1)
+    capped = ModelSetup("concat", "", (1.0,), cap=8.0)
+    assert [row[1] for row in found] == [capped, ModelSetup("mole", "", (1.0,)), ModelSetup("none")]
+    assert found[0][0] == replace(capped, cap=None)
+    assert capped.describe() == "concat, cap 8"
+    (row,) = setups(parse("equalize", "0, 0.5"), method="concat")
+    assert [setup.equalize for setup in row] == [0, 0.5]
+    assert row[1].describe() == "concat, equalize 0.5"
+    for kind, text in (("cap", "0.5"), ("cap", "much"), ("equalize", "1.5"), ("equalize", "nan")):
+        with pytest.raises(MergeError, match=text):
+            parse(kind, text)
+
+
+def test_a_sweep_varies_method_rank_strength_and_cap_at_once():
+    prediction = Prediction("", (0.1,), 0.2, 0.3)
+    merges = (("lego", "1x", 1.2), ("concat", "", 0.7), ("calibrated", "2x", 1.0))
+    candidates = tuple(Candidate(*merge, prediction, 0.1 * i) for i, merge in enumerate(merges))
+    axis = Axis.of_sweep(Sweep(("a",), (1.0,), 8.0, candidates))
+    assert axis.values == (
+        "lego calibrated 1x, strength x 1.2",
+        "concat, strength x 0.7",
+        "calibrated 2x, strength x 1",
+    )
+    (row,) = setups(axis, rank="4", method="svd", loras=1, statistics=True)
+    assert row == [
+        ModelSetup("lego calibrated", "1x", (1.2,), 8.0),
+        ModelSetup("concat", "", (0.7,), 8.0),
+        ModelSetup("calibrated", "2x", (1.0,), 8.0),
+    ]
+    assert axis.title(["a"]) == "sweep"
+    assert len(grid(axis, parse("seed", "1, 2"), loras=1, statistics=True)) == 2
+    for kind, text in (("method", "lego"), ("strength", "1"), ("cap", "3")):
+        with pytest.raises(MergeError, match=f"same setting.*{kind}"):
+            grid(axis, parse(kind, text), loras=1, statistics=True)
+    assert parse("sweep", "whatever stood here").values == ("",)

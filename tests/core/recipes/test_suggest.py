@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from legomole.core.adapter import Adapter, Source
 from legomole.core.lowrank import LowRank, concat
+from legomole.core.merge.statistics import ModuleStatistics, Statistics
 from legomole.core.recipes.recipe import Input, Recipe
 from legomole.core.recipes.suggest import Suggestion, suggest
 
-from ..merge.findings.hand_made import adapter, part
+from ..merge.findings.hand_made import WIDTH, adapter, part
 
 
 def recipe(count: int, *weights: float, **fields) -> Recipe:
@@ -133,3 +134,58 @@ def test_method_and_rank_may_stay():
     pair = adapter("a", random_part(1)), adapter("b", random_part(2))
     found = suggest(recipe(2), pair, choose_method=False)
     assert (found.method, found.rank, len(found.reasons)) == ("lego", None, 1)
+
+
+def measured(*kinds: tuple[int, ...], own: dict[tuple[int, ...], torch.Tensor] | None = None) -> Statistics:
+    """Statistics of the first layer; inputs of every kind have equal size in all directions unless `own` says so."""
+    C = {kind: (own or {}).get(kind, torch.eye(WIDTH, dtype=torch.float64)) for kind in kinds}
+    single = {kind[0]: matrix for kind, matrix in C.items() if len(kind) == 1}
+    joint = {kind: matrix for kind, matrix in C.items() if len(kind) > 1}
+    return Statistics({"blocks.0.attn.q": ModuleStatistics(single, joint, C[()])})
+
+
+def on_inputs(adapters, statistics: Statistics, *weights: float, method: str = "concat", **options) -> Suggestion:
+    given = recipe(len(adapters), *weights).model_copy(update={"method": method})
+    return suggest(given, adapters, statistics=statistics, choose_method=False, **options)
+
+
+def test_two_loras_act_together_at_the_strength_that_joint_prompts_want():
+    pair = adapter("a", part(2)), adapter("b", part(1, first=4))
+    found = on_inputs(pair, measured((), (0,), (1,), (0, 1)), 0.5, 1.0)
+    assert found.weights == pytest.approx((0.6, 1.2))
+    assert "0% away from what they want, with the given strengths 17%" in found.reasons[-1]
+
+
+def test_what_two_loras_have_in_common_counts_once_there_too():
+    twice = [adapter(name, random_part(0, width=WIDTH)) for name in "ab"]
+    assert on_inputs(twice, measured((), (0,), (1,), (0, 1))).weights == pytest.approx((0.6, 0.6))
+
+
+def test_a_third_lora_that_joint_prompts_do_not_name_lowers_the_strengths():
+    """Three equal orthogonal LoRAs, prompts for each two: ``2 (s - 1.2)^2 + s^2``, least at 0.8."""
+    three = [adapter(name, part(1, first=4 * i)) for i, name in enumerate("abc")]
+    found = on_inputs(three, measured((), (0, 1), (0, 2), (1, 2)))
+    assert found.weights == pytest.approx((0.8, 0.8, 0.8))
+
+
+def test_without_joint_prompts_those_for_one_lora_count():
+    """Prompts for a use the directions of b twice as much: b is turned down, ``(s - 1)^2`` and ``s^2 4``."""
+    pair = adapter("a", part(1)), adapter("b", part(1, first=4))
+    wide = torch.eye(WIDTH, dtype=torch.float64)
+    wide[4:] *= 4
+    found = on_inputs(pair, measured((), (0,), (1,), own={(0,): wide}))
+    assert found.weights == pytest.approx((0.5, 0.2))
+    assert "prompts for one LoRA" in found.reasons[-1]
+
+
+def test_a_calibrated_merge_and_the_loudest_keep_the_strengths_of_norms():
+    pair = adapter("a", part(2)), adapter("b", part(1, first=4))
+    statistics = measured((), (0,), (1,), (0, 1))
+    assert on_inputs(pair, statistics, method="calibrated").weights == (1, 1)
+    assert on_inputs(pair, statistics, loudness="loudest").weights == pytest.approx((0.894, 0.894), abs=0.001)
+
+
+def test_prompts_that_name_no_lora_of_the_merge_change_nothing():
+    found = on_inputs([adapter("a", part(2))], measured(()))
+    assert found.weights == (1,)
+    assert "name no LoRA" in found.reasons[-1]
