@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -27,6 +27,9 @@ _DRIVER = {  # functions of torch.cuda -> what they return
     "reset_peak_memory_stats": None,
     "get_device_name": "fake GPU",
     "max_memory_allocated": 0,
+    "current_device": 0,
+    "Stream": object(),
+    "stream": nullcontext(),
 }
 _COPIES = {"_to_copy", "copy_", "set_"}  # operations between devices
 
@@ -117,6 +120,7 @@ class _Devices(TorchFunctionMode):
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             return func(args[0], _with_tensors(args[1]), *args[2:])
         args, kwargs = tree_map(_without_cuda, (args, kwargs))
+        kwargs.pop("pin_memory", None)
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
             return func(*args, **{**kwargs, "device": None}).to(kwargs["device"])
         return func(*args, **kwargs)
