@@ -6,13 +6,14 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import formats
 from ..core.adapter import Adapter, Source
 from ..core.formats.file_changes import file_states
 from ..core.layers.align import KeyMapResolver, align
-from ..core.layers.keymap import ParameterSlice
+from ..core.layers.keymap import KeyMap, ParameterSlice
 from ..core.merge.cache import GramCache
 from .file_hashes import FileState, sha256_later
 from .graph_lora import GraphLora
@@ -120,8 +121,16 @@ def file_notes(loras: Sequence[GraphLora]) -> tuple[str, ...]:
 
 
 def file_key_map() -> KeyMapResolver | None:
-    """diffusers' key map for `align`, or ``None`` where diffusers is not installed."""
+    """diffusers' key map for `align`, or ``None`` where diffusers is not installed.
+
+    diffusers takes seconds to import, so that is done when LoRAs need the map.
+    """
+    return None if find_spec("diffusers") is None else _diffusers_key_map
+
+
+def _diffusers_key_map(adapters: Sequence[Adapter]) -> KeyMap:
     try:
-        return importlib.import_module("...hosts.diffusers.layer_names", __name__).key_map
+        layer_names = importlib.import_module("...hosts.diffusers.layer_names", __name__)
     except (ImportError, RuntimeError):  # RuntimeError: this diffusers does not work with the installed torch
-        return None
+        return {}
+    return layer_names.key_map(adapters)

@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so tha
 
 from benchmarks.speed import report, sampled, scaling  # noqa: E402
 from benchmarks.speed.cases import CASES, PLAIN  # noqa: E402
+from benchmarks.speed.click import merge_graph  # noqa: E402
 from benchmarks.speed.whole import WHOLE  # noqa: E402
 
 SMOKE = CASES["smoke"]
@@ -150,3 +151,12 @@ def test_one_size_is_varied_at_a_time(tmp_path: Path):
     scaling.main(["--rounds", "1", "--out", str(tmp_path)], {"layers": (1, 2)})
     assert list(json.loads((tmp_path / "scaling.json").read_text())["layers"]) == ["1", "2"]
     assert (tmp_path / "scaling.png").stat().st_size > 0
+
+
+def test_the_first_click_merges_without_a_model():
+    nodes = merge_graph(["a", "b"], 24).nodes
+    kinds = sorted(node["class_type"] for node in nodes.values())
+    assert kinds == ["LegoMoLE_LegoMerge", "LegoMoLE_LoadLoRA", "LegoMoLE_LoadLoRA", "PreviewAny"]
+    merge = nodes["LegoMoLE_LegoMerge0"]["inputs"]
+    assert merge["rank"] == "24"
+    assert "model" not in merge
