@@ -89,7 +89,7 @@ def _merge_row(run: Run, case: Case, paths: Sequence[Path], name: str, method: M
         results[device] = merge([load(path) for path in paths], method, device=device)
 
     reset_peak(run.device)
-    spent = seconds(run.device, lambda: on(run.device), run.rounds)
+    spent = seconds(run.device, lambda: on(run.device), min(run.rounds, 3))
     row = run.row(case=case.name, method=name, seconds=spent)
     if run.device != _CPU:
         row["cpu_seconds"] = seconds(_CPU, lambda: on(_CPU))
