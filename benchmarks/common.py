@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,8 @@ def merged_in(model: Any, adapter: Adapter, strength: float, prefix: str = "") -
         for name, part in adapter.modules.items():
             weight = model.get_submodule(name.removeprefix(prefix)).weight
             before[weight] = weight.clone()
-            weight += strength * part.delta().float()
+            on_device = replace(part, A=part.A.to(weight.device), B=part.B.to(weight.device))
+            weight.copy_(weight.float() + strength * on_device.delta().view_as(weight))
     try:
         yield model
     finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import count
 from threading import Lock
 
 import torch
@@ -12,8 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .adapter import Adapter
 
-_hashes = WeakTensorKeyDictionary()  # tensor -> (its version, its hash)
-_hashes_lock = Lock()
+_numbers = WeakTensorKeyDictionary()  # tensor -> its number
+_new_number = count()
+_numbers_lock = Lock()
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -32,20 +34,24 @@ def digest(tensors: Iterable[Tensor], text: str = "") -> str:
 
 
 def content_hash(tensor: Tensor) -> bytes:
-    """SHA-256 of dtype, shape and values of a tensor.
-
-    A tensor is read once: its hash is remembered while it lives and no torch operation writes to it.
-    """
-    version = None if tensor.is_inference() else tensor._version
-    with _hashes_lock:
-        cached = _hashes.get(tensor)
-    if cached is not None and version is not None and cached[0] == version:
-        return cached[1]
+    """SHA-256 of dtype, shape and values of a tensor."""
     hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     hasher.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    with _hashes_lock:
-        _hashes[tensor] = (version, hasher.digest())
     return hasher.digest()
+
+
+def content_key(tensor: Tensor) -> Hashable:
+    """A value that stays equal while the tensor lives and no torch operation writes to it; no other tensor has it.
+
+    The values are not read, except those of a tensor of inference mode: torch does not count what is written to it.
+    """
+    if tensor.is_inference():
+        return content_hash(tensor)
+    with _numbers_lock:
+        number = _numbers.get(tensor)
+        if number is None:
+            number = _numbers[tensor] = next(_new_number)
+    return number, tensor._version
 
 
 def some_of(weights: Sequence[Tensor]) -> Iterator[Tensor]:

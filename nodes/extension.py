@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import threading
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -12,8 +14,8 @@ _LOG = logging.getLogger(__name__)
 class LegoMoleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         try:
-            from . import lora_list
-            from .comfy import routes
+            from . import file_hashes, lora_list
+            from .comfy import folders, routes
             from .compare import report, xy
             from .merge import apply, load, merge, save
             from .mole import calibrate, gates, mole, region, train_gates
@@ -21,6 +23,9 @@ class LegoMoleExtension(ComfyExtension):
             _LOG.exception("LegoMoLE could not be loaded")  # ComfyUI logs one line without the traceback
             raise
         routes.add()
+        file_hashes.keep_in(folders.hashes_file())
+        # imported by the first merge, which would wait for it
+        threading.Thread(target=importlib.import_module, args=["scipy.cluster.hierarchy"], daemon=True).start()
         return [
             load.LoadLoRA,
             lora_list.LoRAList,

@@ -85,7 +85,8 @@ def read_tensors(*paths: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with _open_safetensors(path) as file:
             keys = sorted(file.keys())
             _check_no_duplicates(keys, tensors, path)
-            tensors |= {key: file.get_tensor(key) for key in keys}
+            with torch.inference_mode(False):  # so that caches notice what is written to them, see `digest.content_key`
+                tensors |= {key: file.get_tensor(key) for key in keys}
             metadata |= file.metadata() or {}
     return tensors, metadata
 

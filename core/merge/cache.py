@@ -11,7 +11,7 @@ from .pool import GramValues, Pool
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    content: bytes
+    content: Hashable
     values: GramValues
 
 
@@ -19,8 +19,8 @@ class _Entry:
 class GramCache:
     """The values of a merge that do not depend on rank, method and weights.
 
-    An entry belongs to the contents of the factors it was computed from: it serves a file that was loaded again, but
-    not another one of the same shapes. It holds Gram matrices and decompositions, never the factors.
+    An entry belongs to the tensors it was computed from, and only as long as nothing is written to them: it does not
+    serve a file that was loaded again. It holds Gram matrices and decompositions, never the factors.
 
     Args:
         limit: Bytes that may be kept. Values beyond the limit are computed again.
@@ -38,7 +38,7 @@ class GramCache:
 
     def store(self, batch: Hashable, pool: Pool) -> None:
         """Keep the values of a batch's pool, in place of the batch's former entry. Thread-safe."""
-        entry = _Entry(pool.content, replace(pool.values))  # hashed before the other threads have to wait
+        entry = _Entry(pool.content, replace(pool.values))  # outside of the lock: it may have to hash the factors
         with self._lock:
             self._entries.pop(batch, None)
             if sum(other.values.nbytes for other in self._entries.values()) + entry.values.nbytes <= self.limit:

@@ -198,6 +198,8 @@ def _checked_device(device: torch.device | str) -> torch.device:
             found=str(checked),
             remedy="merge on the CPU: --device cpu (device='cpu' in Python)",
         )
+    if checked.type == "cuda" and checked.index is None:  # other threads have another current device
+        return torch.device("cuda", torch.cuda.current_device())
     return checked
 
 

@@ -94,9 +94,25 @@ class FileFactors(Factors):
         self.parts = parts
 
     def _load(self) -> tuple[Tensor, Tensor]:
+        if self.device.type == "cuda":
+            return self._load_to_gpu()
         A, B = self._allocate(len(self.parts))
         _read(self.parts, A, B)
         return A.to(self.device), B.to(self.device)
+
+    def _load_to_gpu(self) -> tuple[Tensor, Tensor]:
+        """Copy the factors as they are stored, through pinned memory, and convert them there.
+
+        torch keeps pinned memory for the next batch, and waits until a copy from it is finished: no more is used than
+        for one batch per thread.
+        """
+        M, P, d_in, d_out = self.shape
+        dtypes = {x.dtype for x in self.tensors()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        A = torch.empty(M, P, d_in, dtype=dtype, device="cpu", pin_memory=True)
+        B = torch.empty(M, d_out, P, dtype=dtype, device="cpu", pin_memory=True)
+        _read(self.parts, A, B)
+        return A.to(self.device, non_blocking=True).float(), B.to(self.device, non_blocking=True).float()
 
     def tensors(self) -> Iterator[Tensor]:
         for row in self.parts:

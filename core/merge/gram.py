@@ -207,7 +207,7 @@ def products(factors: Factors) -> tuple[Tensor, Tensor]:
     error of about 1e-6 are the exact ones of factors that differ from these by ``1e-6 / (2 * _CLEAR_SINE)``, a
     fraction of the file's own rounding (2^-12 in float16).
     """
-    if factors.short and factors.device.type == "cpu" and float32_is_exact(factors.device):
+    if factors.short and float32_is_exact(factors.device):
         G_A, G_B = _products(factors, torch.float32)
         unclear = (~(_units_are_clear(G_A) & _units_are_clear(G_B))).nonzero()[:, 0].tolist()
         if unclear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..digest import content_hash
+from ..digest import content_key
 from . import gram
 from .factors import Factors, InMemoryFactors
 
@@ -142,13 +142,10 @@ class Pool:
         return member.mT @ (self.G_A * self.G_B) @ member
 
     @cached_property
-    def content(self) -> bytes:
-        """Hash of everything that `values` depend on: factors, ranks, scales, and their device."""
-        digest = hashlib.sha256(f"{self.device} {self.ranks}".encode())
-        digest.update(self.scale.cpu().numpy())
-        for tensor in self.factors.tensors():
-            digest.update(content_hash(tensor))
-        return digest.digest()
+    def content(self) -> Hashable:
+        """Stands for everything that `values` depend on: factors, ranks, scales, and their device."""
+        scale = self.scale.cpu().numpy().tobytes()
+        return str(self.device), self.ranks, scale, tuple(content_key(tensor) for tensor in self.factors.tensors())
 
     def with_units(self, A: Tensor, B: Tensor) -> Pool:
         """A pool of other units of the same adapters, which contain the weights and scales."""

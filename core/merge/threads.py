@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from threading import Barrier, Lock
+from threading import Barrier, Lock, local
 
 import torch
 
 from ..adapter import Adapter
 from .tasks import BatchMerger, BatchResult, ModuleBatch
 
+_STREAMS = 2  # of a GPU: one batch is computed, the next one read
+
 
 def run_in_threads(
     merger: BatchMerger, adapters: Sequence[Adapter], batches: Sequence[ModuleBatch]
 ) -> Generator[BatchResult]:
-    """Merge every batch, as many at a time as torch has threads, and yield the results in order.
+    """Merge every batch, as many at a time as torch has threads (on a GPU two), and yield the results in order.
 
     The operations of a merge are small. Split over threads, each would wait for the slowest thread, which takes most
     of the time where other programs use the processor too; a batch per thread waits for nothing. At most one finished
     batch is kept waiting, so memory stays bounded. Closing the generator leaves the remaining batches undone.
     """
+    if merger.device.type == "cuda":
+        with ThreadPoolExecutor(_STREAMS) as pool:
+            yield from _in_order(pool, _OnStreams(merger), adapters, batches, _STREAMS)
+        return
     threads = min(_workers.default(), len(batches))
     if threads < 2 or merger.device.type != "cpu":
         yield from (merger(adapters, batch) for batch in batches)
         return
+    try:
+        yield from _in_order(_workers.acquire(), merger, adapters, batches, threads)
+    finally:
+        _workers.release()
+
+
+def _in_order(
+    pool: ThreadPoolExecutor,
+    merge: Callable[[Sequence[Adapter], ModuleBatch], BatchResult],
+    adapters: Sequence[Adapter],
+    batches: Sequence[ModuleBatch],
+    threads: int,
+) -> Generator[BatchResult]:
     waiting: deque[Future[BatchResult]] = deque()
-    pool = _workers.acquire()
     try:
         for batch in batches:
-            waiting.append(pool.submit(merger, adapters, batch))
+            waiting.append(pool.submit(merge, adapters, batch))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         wait([future for future in waiting if not future.cancel()])
-        _workers.release()
+
+
+class _OnStreams:
+    """Merges every batch on the stream of its thread, so that one batch is read and copied while another is computed.
+
+    A batch has left its stream when it is returned, because its result is copied to the CPU.
+    """
+
+    def __init__(self, merger: BatchMerger) -> None:
+        self._merger, self._thread = merger, local()
+
+    def __call__(self, adapters: Sequence[Adapter], batch: ModuleBatch) -> BatchResult:
+        if not hasattr(self._thread, "stream"):
+            self._thread.stream = torch.cuda.Stream(self._merger.device)
+        with torch.cuda.stream(self._thread.stream):
+            return self._merger(adapters, batch)
 
 
 class _Workers:

@@ -160,12 +160,14 @@ class Attachment:
         if held.shape[-1:] != (self.bank.experts,):
             raise MergeError("Every LoRA needs a gate value.", expected=self.bank.experts, found=tuple(held.shape))
         state = self._gate_values
-        before, state.held_values = (state.held_values, state.held_named), held if held.ndim > 1 else held[None]
+        before = state.held_values, state.held_named, state.held_are_zero
+        state.held_values = held if held.ndim > 1 else held[None]
         state.held_named = None if named is None else named.to(device)
+        state.held_are_zero = not held.any()  # read once here: not in every layer of every pass
         try:
             yield
         finally:
-            state.held_values, state.held_named = before
+            state.held_values, state.held_named, state.held_are_zero = before
 
     def use(self, gates: GateSet) -> None:
         """Replace the gates, also the bank's, by others for the same experts and settings."""

@@ -79,6 +79,10 @@ class LayerForward(ReplacedForward):
         outputs = [self.inner(*args, **kwargs)]
         if not self.active:
             return outputs[0]
+        if self.gate_values.held_are_zero:  # nothing to add
+            if self.scope.value is None:
+                self.gate_values.open_held(self.scope, self.path, outputs[0])
+            return outputs[0]
         in_place = not torch.is_grad_enabled() and is_only_reference(outputs)
         y = outputs[0]
         x = first_argument(args, kwargs)

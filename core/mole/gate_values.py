@@ -41,12 +41,13 @@ class PassSnapshot(NamedTuple):
 
     Args:
         values: Scope -> value of its gate.
-        held_values: Values held by the user, if any.
+        held_values: Values held by the user, if any. held_are_zero: Whether all of them are 0.
         positions: The positions of the texts that gates read.
     """
 
     values: Mapping[str, Tensor | None]
     held_values: Tensor | None
+    held_are_zero: bool
     positions: TextPositions
 
 
@@ -63,6 +64,7 @@ class GateValues:
         reads: What the gates read, see `GateSettings`.
         scopes: Name -> scope.
         held_values, held_named: Values held by the user, see `Attachment.hold`; ``None``: the gates decide.
+        held_are_zero: Whether all held values are 0, so that no expert acts.
         positions: The positions of the texts that gates read in this pass.
         prompt_positions: ``(B, T)`` bool, the positions of the prompts, see `Attachment.prompt`.
         observer: Observer of gate values.
@@ -84,6 +86,7 @@ class GateValues:
         self.prompt_gates, self.text_reader = prompt_gates, text_reader
         self.held_values: Tensor | None = None
         self.held_named: Tensor | None = None
+        self.held_are_zero = False
         self.positions = TextPositions()
         self.prompt_positions: Tensor | None = None
         self.observer: GateObserver | None = None
@@ -158,6 +161,13 @@ class GateValues:
             self.observer.gate_opened(scope.name, self.positions.mean(value) if value.ndim > 2 else value)
         return value
 
+    def open_held(self, scope: GateScope, path: str, like: Tensor) -> Tensor:
+        """Open a gate whose value is held, at the layer at `path`, on the device of `like`."""
+        assert self.held_values is not None
+        if self.reads in READS_LAYER_INPUT:
+            scope.layer = path
+        return self.open_gate(scope, self.held_values.to(like.device))
+
     def open_from_layer_input(self, scope: GateScope, path: str, x: Tensor, *, image: bool) -> Tensor:
         """Open a gate that reads the input `x` of a block, or of the layer at `path`; `image`: channels come first."""
         scope.layer = path
@@ -225,9 +235,8 @@ class GateValues:
 
     def snapshot(self) -> PassSnapshot:
         """The gates as they are now."""
-        return PassSnapshot(
-            {name: scope.value for name, scope in self.scopes.items()}, self.held_values, self.positions
-        )
+        values = {name: scope.value for name, scope in self.scopes.items()}
+        return PassSnapshot(values, self.held_values, self.held_are_zero, self.positions)
 
     @contextmanager
     def replay(
@@ -249,7 +258,8 @@ class GateValues:
     ) -> None:
         for name, value in snapshot.values.items():
             self.scopes[name].value = value
-        self.held_values, self.positions = snapshot.held_values, snapshot.positions
+        self.held_values, self.held_are_zero = snapshot.held_values, snapshot.held_are_zero
+        self.positions = snapshot.positions
         self.observer, self.input_observer = observer, input_observer
 
     def _open_text_gates(self, text: Tensor | None, arguments: Mapping[str, Any]) -> None:

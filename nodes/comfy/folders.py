@@ -73,7 +73,16 @@ def fingerprint(name: str | None, kind: str) -> object:
 
 def unfinished_folder() -> Path:
     """Return the folder for the state of interrupted trainings, from which they are resumed."""
-    return Path(folder_paths.get_user_directory()) / "legomole" / "unfinished"
+    return _own_folder() / "unfinished"
+
+
+def hashes_file() -> Path:
+    """Return the file in which hashes of LoRA files are kept between runs."""
+    return _own_folder() / "hashes.json"
+
+
+def _own_folder() -> Path:
+    return Path(folder_paths.get_user_directory()) / "legomole"
 
 
 def new_path(prefix: str, kind: str = LORAS) -> Path:

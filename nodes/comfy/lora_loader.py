@@ -22,11 +22,10 @@ from ...core.adapter import Adapter, Source, check_finite, is_text_encoder
 from ...core.errors import FormatError, MergeError, name_some
 from ...core.formats import files
 from ...core.formats.convert import approximation_note, is_matrix, low_rank_of_total
-from ...core.formats.hashes import sha256
 from ...core.layers.keymap import ParameterSlice, apply_key_map
 from ...core.lowrank import LowRank, best_rank_k
 from ..graph_lora import GraphLora, require_all_steps
-from ..loaded_loras import LoadedLoras, file_notes
+from ..loaded_loras import LoadedLoras, file_notes, hashes_later, states_of
 from .display import progress_bar
 from .patches import (
     AdapterBuilder,
@@ -56,7 +55,7 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
         MergeError: A LoRA of another base model, or updates that are not low rank and may not be converted.
         FormatError: A file that cannot be read.
     """
-    layers = _ModelLayers(model, clip)
+    layers, states = _ModelLayers(model, clip), states_of(loras)
     builders = [layers.read(lora) for lora in loras]
     slices = {name: rows for builder in builders for name, rows in builder.slices.items()}
     common = find_common_names(slices, layers.names, layers.row_count)
@@ -70,6 +69,7 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
         dropped=tuple(line for builder in builders for line in builder.dropped),
         finish=lambda adapter: fuse_unnamed(adapter, common, names, row_count),  # must not refer to the model
         slices=common.slices,
+        pending=hashes_later(loras, states),
     )
 
 
@@ -368,7 +368,7 @@ def _source(lora: GraphLora, state_dict: Mapping[str, Tensor]) -> Source:
     if isinstance(lora.content, Adapter):
         return lora.content.source
     if isinstance(lora.content, Path):
-        return Source(str(lora.content), sha256(lora.content), formats.detect(state_dict))
+        return Source(str(lora.content), "", formats.detect(state_dict))
     return Source(lora.label)
 
 

@@ -61,6 +61,7 @@ def calibrate_merge(
         return None, f"merged without keeping the base model: {reason}"
     settings = CalibrationSettings(mode=mode)
     try:
+        loaded = loaded.hashed()
         adapters = [*map(identity, loaded.adapters)]
         key = cache_key([model_digest(model), adapters, words, _latent_size(model), settings.model_dump()])
         statistics = _recent.get(key) or load_cached(key)

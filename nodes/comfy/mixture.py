@@ -160,7 +160,7 @@ def build_mixture(
         MergeError: LoRAs or gates of another model, or all LoRAs are switched off.
         FormatError: A file that cannot be read, or that holds NaN or infinity.
     """
-    loaded = loaded or lora_loader.read(loras, model, clip)
+    loaded = (loaded or lora_loader.read(loras, model, clip)).hashed()
     layers = {
         name: ParameterSlice(rows.key.removeprefix(_MODEL_PREFIX).removesuffix(".weight"), rows.start, rows.stop)
         for name, rows in loaded.slices.items()

@@ -15,8 +15,8 @@ from server import PromptServer
 from ...core.errors import LegoMoleError
 from ...core.formats.file_info import frequent_tags, read_file_info, trainer
 from ...core.formats.files import read_header
-from ...core.formats.hashes import sha256
 from ...core.formats.sidecar import preview_image, read_sidecar
+from ..file_hashes import sha256_of
 from . import folders
 
 _MAX_TAGS = 30
@@ -65,9 +65,8 @@ def _header(path: Path, version: _Version) -> dict[str, Any]:
     return asdict(read_file_info(path))
 
 
-@lru_cache(maxsize=1024)
-def _hash(path: Path, version: _Version) -> dict[str, Any]:
-    return {"sha256": sha256(path)}
+def _hash(path: Path, _: _Version) -> dict[str, Any]:
+    return {"sha256": sha256_of(path)}
 
 
 async def _preview(request: web.Request) -> web.StreamResponse:

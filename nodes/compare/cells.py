@@ -117,7 +117,7 @@ class ModelPreparer:
         if setup.method == PLAIN:
             return self.model, self.clip, "", ()
         if self._loaded is None:
-            self._loaded = read(self.loras, self.model, self.clip)
+            self._loaded = read(self.loras, self.model, self.clip).hashed()
         loras = [
             replace(lora, strength_model=lora.strength_model * factor, strength_clip=lora.strength_clip * factor)
             for lora, factor in zip(self.loras, setup.strength_factors, strict=True)

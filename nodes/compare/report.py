@@ -69,7 +69,7 @@ class LoRAReport(io.ComfyNode):
         refuse_unknown(unknown)
         values = connected_loras(loras, folders.lora_path)
         path = folders.new_path(filename_prefix, folders.OUTPUT) if filename_prefix else None
-        loaded = read(values, model, clip, broken=True)  # NaN and infinity are findings
+        loaded = read(values, model, clip).hashed()  # NaN and infinity are findings
         result = survey(
             loaded.adapters,
             [value.strength_model for value in values],

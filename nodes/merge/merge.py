@@ -255,7 +255,7 @@ def _merge(
         method_from_widgets(METHODS, widgets, None if only_suggests else statistics)
     loaded = read(values, base.model, base.clip)
     if statistics is not None:
-        statistics = statistics.of(loaded.adapters)
+        statistics = statistics.of(loaded.hashed().adapters)
     elif measures:
         progress = display.progress_bar_with_text()
         statistics, note = calibrate_merge(values, loaded, words, base.model, base.clip, base.keep_base, progress)

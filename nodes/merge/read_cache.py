@@ -37,10 +37,10 @@ _entries: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()  
 _lock = threading.Lock()
 
 
-def read(loras: Sequence[GraphLora], model: Any, clip: Any, *, broken: bool = False) -> LoadedLoras:
+def read(loras: Sequence[GraphLora], model: Any, clip: Any) -> LoadedLoras:
     """Load LoRAs, through the model if there is one (see `lora_loader.read`). Their strengths are ignored.
 
-    Files with NaN or infinity are refused here or by the merge; `broken` accepts them, for a report.
+    Files with NaN or infinity are refused here or by the merge; without a model a report gets them.
 
     Per model the LoRAs loaded last are kept, until the model is gone, other LoRAs are loaded for it, or they have not
     been used for `EXPIRES_AFTER` seconds.
@@ -49,13 +49,13 @@ def read(loras: Sequence[GraphLora], model: Any, clip: Any, *, broken: bool = Fa
         MergeError, FormatError: See `lora_loader.read` and `read_files`.
     """
     owner = _NO_MODEL if model is None else model
-    key = (broken, None if clip is None else weakref.ref(clip), *map(_state, loras))
+    key = (None if clip is None else weakref.ref(clip), *map(_state, loras))
     with _lock:
         entry = _entries.get(owner)
     if entry is not None and entry.key == key:
         loras, loaded = entry.loras, entry.loaded
     else:
-        loaded = read_files(loras, broken=broken) if model is None else _read_for(loras, model, clip)
+        loaded = read_files(loras) if model is None else _read_for(loras, model, clip)
     _keep(owner, key, loras, loaded)
     return loaded
 

@@ -79,7 +79,6 @@ def merge_loaded(
     inputs = [
         Input(
             path=adapter.source.path or lora.label,
-            sha256=adapter.source.sha256,
             weight=lora.strength_model,
             text_encoder_weight=lora.strength_clip,
             module_weights=weights,
@@ -109,6 +108,10 @@ def merge_loaded(
     result = merge_aligned(
         recipe, method, loaded.adapters, progress=progress, cache=loaded.cache, statistics=statistics
     )
+    loaded = loaded.hashed()  # only now, because the files are hashed while they are merged
+    hashes = [adapter.source.sha256 for adapter in loaded.originals]
+    entries = [entry.model_copy(update={"sha256": x}) for entry, x in zip(recipe.inputs, hashes, strict=True)]
+    recipe = recipe.model_copy(update={"inputs": entries})
     merged = loaded.finish(result.adapter)
     if loaded.connected:
         recipe = recipe.model_copy(update={"format": "comfy"})

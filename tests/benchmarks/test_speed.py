@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so tha
 
 from benchmarks.speed import inspection, report, sampled, scaling  # noqa: E402
 from benchmarks.speed.cases import CASES, PLAIN  # noqa: E402
+from benchmarks.speed.click import merge_graph  # noqa: E402
 from benchmarks.speed.whole import WHOLE  # noqa: E402
 
 SMOKE = CASES["smoke"]
@@ -157,3 +158,12 @@ def test_inspection_writes_ratios(tmp_path: Path):
     result = json.loads((tmp_path / "inspection.json").read_text())
     assert result["case"] == "smoke"
     assert min(result[part] for part in ("read", "findings", "survey")) >= 0
+
+
+def test_the_first_click_merges_without_a_model():
+    nodes = merge_graph(["a", "b"], 24).nodes
+    kinds = sorted(node["class_type"] for node in nodes.values())
+    assert kinds == ["LegoMoLE_LegoMerge", "LegoMoLE_LoadLoRA", "LegoMoLE_LoadLoRA", "PreviewAny"]
+    merge = nodes["LegoMoLE_LegoMerge0"]["inputs"]
+    assert merge["rank"] == "24"
+    assert "model" not in merge

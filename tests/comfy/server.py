@@ -77,7 +77,7 @@ class Refused(Exception):
 class Server:
     """ComfyUI on a free port. `base` is the directory of its models, outputs and custom nodes."""
 
-    def __init__(self, folder: Path, python: Path, base: Path) -> None:
+    def __init__(self, folder: Path, python: Path, base: Path, *, threads: int = 1) -> None:
         self.base = base
         self.folder, self.python = folder, python
         with socket.socket() as probe:
@@ -85,13 +85,14 @@ class Server:
             self.port = probe.getsockname()[1]
         self.log = base / "server.log"
         self._out = self.log.open("wb")
+        environment = {"OMP_NUM_THREADS": str(threads), "PYTHONSAFEPATH": "", "XDG_CACHE_HOME": str(base / "cache")}
         self.process = subprocess.Popen(
             [
                 *(python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", base),
                 *("--disable-auto-launch", "--disable-api-nodes", "--database-url", "sqlite:///:memory:"),
             ],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "", "XDG_CACHE_HOME": str(base / "cache")},
+            env={**os.environ, **environment},
             stdout=self._out,
             stderr=subprocess.STDOUT,
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +16,17 @@ from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
+from legomole.core.merge.factors import FileFactors
 from legomole.core.merge.merged import Merged
+from legomole.core.merge.methods import METHODS
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.pool import Pool
 from legomole.core.merge.rank import Rank
 from legomole.core.merge.tasks import BatchMerger, ModuleBatch
 from legomole.core.merge.threads import run_in_threads
+
+from ...fake_gpu import CUDA, fake_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -158,3 +165,62 @@ def test_workers_that_cannot_be_started_are_an_error_and_leave_no_trace(monkeypa
     monkeypatch.undo()
     with ThreadPoolExecutor(1) as fresh:
         assert fresh.submit(torch.get_num_threads).result() == 2
+
+
+class TestGPU:
+    @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+    @pytest.mark.parametrize("name", ["lego", "svd", "concat", "ties", "dare", "knots", "linear", "np"])
+    def test_every_method_gives_the_result_of_the_cpu(self, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+        """On a fake GPU, which refuses tensors of the CPU and computes the same values."""
+        inputs = [
+            Adapter({layer: part.to(dtype) for layer, part in adapter.modules.items()})
+            for adapter, dtype in zip(adapters(), dtypes, strict=True)
+        ]
+        method = METHODS[name](**({} if name in ("concat", "linear") else {"rank": Rank(3)}))
+        with fake_gpu():
+            ours = merge(inputs, method, device="cuda")
+        cpu = merge(inputs, method)
+        for layer, part in cpu.adapter.modules.items():
+            torch.testing.assert_close(ours.adapter.modules[layer].delta(), part.delta(), rtol=1e-4, atol=1e-4)
+            assert type(ours.adapter.modules[layer].A) is torch.Tensor
+        assert [module.clusters for module in ours.report.modules] == [module.clusters for module in cpu.report.modules]
+
+    def test_two_batches_at_a_time_each_on_the_stream_of_its_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        streams: list[object] = []
+        used: list[tuple[threading.Thread, object]] = []
+
+        def stream(device: torch.device) -> object:
+            streams.append(object())
+            return streams[-1]
+
+        def enter(stream: object) -> AbstractContextManager[None]:
+            used.append((threading.current_thread(), stream))
+            return nullcontext()
+
+        with fake_gpu():
+            monkeypatch.setattr(torch.cuda, "Stream", stream)
+            monkeypatch.setattr(torch.cuda, "stream", enter)
+            merge(adapters(), Lego(Rank(3)), device="cuda")
+            monkeypatch.undo()
+        assert len(used) == 6  # one per batch
+        assert 1 <= len(streams) == len({thread for thread, _ in used}) == len(set(used)) <= 2
+
+    def test_factors_are_copied_as_they_are_stored_through_pinned_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pinned: list[tuple[int, torch.dtype]] = []
+        empty = torch.empty
+
+        def recording(*size: int, **options: Any) -> torch.Tensor:
+            if options.pop("pin_memory", False):
+                pinned.append((math.prod(size), options["dtype"]))
+            return empty(*size, **options)
+
+        parts = [[LowRank(torch.randn(2, 4).half(), torch.randn(3, 2).half()) for _ in range(2)] for _ in range(5)]
+        with fake_gpu():
+            monkeypatch.setattr(torch, "empty", recording)
+            A, B = FileFactors(parts, torch.device("cuda")).whole
+            monkeypatch.undo()
+            assert A.device == B.device == CUDA
+            assert A.dtype == B.dtype == torch.float32
+            found = A.cpu(), B.cpu()
+        assert pinned == [(5 * 4 * 4, torch.float16), (5 * 3 * 4, torch.float16)]
+        assert all(map(torch.equal, found, FileFactors(parts, torch.device("cpu")).whole))

@@ -11,8 +11,9 @@ import torch
 from legomole.core.adapter import Adapter
 from legomole.core.errors import MergeError
 from legomole.core.mole.attach import attach
-from legomole.core.mole.gates import Gate, GateSet
+from legomole.core.mole.gates import Gate, GateSet, GateSettings
 from legomole.core.mole.mixture import Mixture
+from legomole.core.mole.stack import Stack
 from torch import Tensor, nn
 
 from ..merge.pools import close
@@ -105,6 +106,43 @@ class TestAttached:
             assert torch.equal(model(x, text), one)
         assert {tuple(v[0].tolist()) for v in outer.values.values()} == {(1.0, 0.0)}
         assert {tuple(v[0].tolist()) for v in inner.values.values()} == {(0.0, 1.0)}
+
+    @pytest.mark.parametrize("mixing", ["delta", "output"])
+    @pytest.mark.parametrize("reads", ["text", "hidden", "experts"])
+    def test_layers_do_no_work_while_all_gates_are_held_at_zero(self, reads: Any, mixing: Any):
+        """The output is the base model's, bit for bit, and no down projection runs; gates are observed as ever."""
+        model = Transformer()
+        x, text = inputs(model)
+        base = model(x, text)
+        granularity = "block" if mixing == "output" else "layer"
+        experts = lora(model, 1), lora(model, 2)
+        mixture = Mixture(experts, GateSet(2, GateSettings(reads=reads, granularity=granularity)), mixing=mixing)
+        values = Values()
+        with attach(model, mixture) as at, at.watch(values):
+            mixed = model(x, text)
+            with at.hold([0.0, 0.0]), pytest.MonkeyPatch.context() as patch:
+                scopes, values.values = set(values.values), {}
+                patch.setattr(Stack, "down", lambda *_: pytest.fail("a down projection runs"))
+                assert torch.equal(model(x, text), base)
+            assert set(values.values) == scopes
+            assert all(not value.any() for value in values.values.values())
+            assert torch.equal(model(x, text), mixed)
+            with at.hold([0.0, 1.0]):
+                assert not torch.equal(model(x, text), base)
+
+    def test_a_part_that_runs_again_has_the_gates_of_its_first_run(self):
+        """Held at 0 later, and the other way round."""
+        model = Transformer()
+        x, text = inputs(model)
+        with attach(model, Mixture((lora(model, 1), lora(model, 2)))) as at:
+            for first, later in (([0.0, 0.0], [1.0, 1.0]), ([1.0, 1.0], [0.0, 0.0])):
+                with at.hold(first):
+                    expected = model(x, text)
+                    run = at.recomputable(lambda: model.blocks[1](model.blocks[0](model.inp(x))))
+                    inside = run()
+                with at.hold(later):
+                    assert torch.equal(run(), inside)
+                    assert not torch.equal(model(x, text), expected)
 
 
 class TestErrors:
