@@ -50,7 +50,7 @@ def sweep_loras(
         raise MergeError("There is nothing to sweep.", expected="at least one LoRA", found="none connected")
     concepts = words_of_loras(words, loras)
     page = folders.new_path("legomole/sweep", folders.OUTPUT)
-    loaded = read(loras, model, clip)
+    loaded = read(loras, model, clip).hashed()  # statistics know their LoRAs by hash
     note = ""
     if statistics is None:
         statistics, note = calibrate_merge(loras, loaded, concepts, model, clip, "light", progress)

@@ -332,6 +332,7 @@ def test_undo_and_redo(board: Any, renderer: str) -> None:
         board.wait_for_function(
             "count => document.querySelectorAll('.lm-chip').length === count", arg=len(wanted.split())
         )
+        wait_until_ready(board)  # a change that is looked for while the graph is loaded is another step
         settle(board)
     assert names(board) == steps[-1]
     board.locator(".lm-row input[type=checkbox]").first.click()  # the list that is shown belongs to the current node
