@@ -15,11 +15,12 @@ from .render import Drawings
 from .words import captions
 
 Pair = tuple[str, str]  # subject and style
+JITTER = 0.3  # of the pictures that the model is trained on: sizes of 50 to 54 and shifts of up to 1 pixel
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Latents ``(n, 16, 8, 8)`` with the subject and style of each, see `nano.data.Captioned`."""
+    """Latents ``(n, 32, 8, 8)`` with the subject and style of each, see `nano.data.Captioned`."""
 
     latents: Tensor
     shows: tuple[Pair, ...]

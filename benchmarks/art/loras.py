@@ -16,7 +16,7 @@ from legomole.core.lowrank import LowRank
 
 from ..common import Say
 from ..nano import train_loras
-from .data import Pair, Pictures, pictures
+from .data import JITTER, Pair, Pictures, pictures
 from .model import ArtStore
 from .text import ArtPrompts
 from .words import BASE_STYLES, BASE_SUBJECTS, LORA_SUBJECTS, NEW_STYLES
@@ -72,17 +72,22 @@ def pairs_of(concept: str) -> list[Pair]:
 def lora_pictures(store: ArtStore, concept: str) -> Pictures:
     """Render the pictures of a LoRA, with as many of base subjects if its habit is prior preservation."""
     seed = 100 + CONCEPTS.index(concept)
-    own = pictures(store.vae, store.drawings, pairs_of(concept), 1, seed)
+    own = pictures(store.vae, store.drawings, pairs_of(concept), 1, seed, jitter=JITTER)
     if not habit(concept).prior:
         return own
     rng = np.random.default_rng(seed)
     others = list(itertools.product(BASE_SUBJECTS, BASE_STYLES))
     chosen = [others[i] for i in rng.choice(len(others), len(own.shows), replace=False)]
-    return own + pictures(store.vae, store.drawings, chosen, 1, seed)
+    return own + pictures(store.vae, store.drawings, chosen, 1, seed, jitter=JITTER)
 
 
 def train(
-    store: ArtStore, steps: int, batch: int, say: Say, precision: Callable[[], Any], concepts: tuple[str, ...] = CONCEPTS
+    store: ArtStore,
+    steps: int,
+    batch: int,
+    say: Say,
+    precision: Callable[[], Any],
+    concepts: tuple[str, ...] = CONCEPTS,
 ) -> None:
     """Train all LoRAs that have no file yet."""
     prompts = ArtPrompts(short=True)
@@ -95,7 +100,7 @@ def train(
                     store.transformer, lora_pictures(store, concept), prompts, steps=how.longer * steps,
                     seed=CONCEPTS.index(concept), rank=how.rank, batch=batch, targets=how.layers, say=say,
                 )  # fmt: skip
-            _save(Adapter({name: _finished(part, how) for name, part in lora.modules.items()}), path)
+            _save(Adapter({name: finished(part, how) for name, part in lora.modules.items()}), path)
 
 
 def _save(lora: Adapter, path: Path) -> None:
@@ -104,7 +109,7 @@ def _save(lora: Adapter, path: Path) -> None:
     part.replace(path)
 
 
-def _finished(part: LowRank, how: Habit) -> LowRank:
+def finished(part: LowRank, how: Habit) -> LowRank:
     A, B = part.A.float(), part.B.float()
     if how.spike:
         u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)

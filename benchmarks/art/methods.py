@@ -25,5 +25,3 @@ def load_set(store: ArtStore, prompts: ArtPrompts, pair: tuple[str, str]) -> Lor
     """Load the LoRAs of a subject and a style."""
     adapters = tuple(load(store.lora(concept, 0)) for concept in pair)
     return LoraSet(adapters, 0, store.transformer, prompts, pair, WORLD)
-
-

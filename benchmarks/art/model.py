@@ -11,19 +11,21 @@ from legomole.nano import store as nano_store
 from legomole.nano.model import SIDE
 from legomole.nano.oracle import Oracle
 from legomole.nano.store import loaded
+from safetensors.torch import load_file
 
-from . import text, words
+from . import text, vae, words
 from .render import Drawings
+from .vae import CHANNELS, Autoencoder
 
 _BLOCKS = 4  # as many as attention heads, because ComfyUI derives one from the other
 
 
 def build() -> Any:
-    """Build an untrained `diffusers.SD3Transformer2DModel` of 9.1 million weights."""
+    """Build an untrained `diffusers.SD3Transformer2DModel` of 9.2 million weights."""
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
-        sample_size=SIDE, patch_size=1, in_channels=16, out_channels=16, num_layers=_BLOCKS, attention_head_dim=64,
+        sample_size=SIDE, patch_size=1, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=_BLOCKS, attention_head_dim=64,
         num_attention_heads=_BLOCKS, joint_attention_dim=text.WIDTH, caption_projection_dim=64 * _BLOCKS,
         pooled_projection_dim=text.WIDTH, pos_embed_max_size=2 * SIDE,
     )  # fmt: skip
@@ -47,6 +49,10 @@ class ArtStore(nano_store.Store):
     @cached_property
     def transformer(self) -> Any:
         return loaded(build(), self._weights("base"))
+
+    @cached_property
+    def vae(self) -> Autoencoder:
+        return loaded(vae.build(), load_file(self.folder / "vae.safetensors"))
 
     @cached_property
     def oracle(self) -> Oracle:

@@ -55,7 +55,12 @@ def fetch(folder: Path) -> None:
             raise ValueError(f"{name}: licence {licence}")
         info = target / "package/info.json"
         author = json.loads(info.read_text())["author"] if info.exists() else {"name": "Miles Johnson"}
-        licences[name] = {"version": version, "licence": licence, "author": author["name"], "url": author.get("url", "")}
+        licences[name] = {
+            "version": version,
+            "licence": licence,
+            "author": author["name"],
+            "url": author.get("url", ""),
+        }
     write(folder / "licences.json", licences)
 
 

@@ -20,6 +20,7 @@ from . import render, words
 from .data import Pair
 from .model import ArtStore
 from .text import ArtPrompts
+from .vae import CHANNELS
 
 # half of the prompts use wordings that occur neither in training nor in calibration
 _WORDINGS = (words.UNSEEN_WORDINGS[0], words.WORDINGS[0], words.UNSEEN_WORDINGS[1], words.WORDINGS[1])
@@ -121,7 +122,7 @@ class Scorer:
         whole = whole or not {*scored.kinds} <= {*KINDS}
         prompts = self.whole if whole else self.short
         with nullcontext() if whole else short_prompts(model, prompts.tokens):
-            latents = sample(model, prompts, scored.texts, seed)
+            latents = sample(model, prompts, scored.texts, seed, channels=CHANNELS)
         pictures = self.store.pictures(latents)
         verdict = judge(self.store.oracle, pictures, scored.wanted)
         return Score(scored.kinds, verdict.subject, verdict.style, pictures)

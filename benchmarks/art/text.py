@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 WIDTH = 384
 LENGTH = 77  # tokens of a whole prompt, as many as CLIP's
-SHORT = 20  # tokens of a short prompt, at least one of which is padding
+SHORT = 22  # tokens of a short prompt, at least one of which is padding
 _SCALE = 1.8  # gives the states a standard deviation of about 1
 
 
@@ -63,7 +63,8 @@ class ArtPrompts:
         longest = int(mask.sum(1).max())
         if self.short and longest >= self.tokens:
             raise ValueError(f"a prompt of {longest} tokens cannot be shortened to {self.tokens}")
-        states = model(**batch).last_hidden_state.float()
+        with torch.autocast("cpu", enabled=False):  # equal states in training and sampling
+            states = model(**batch).last_hidden_state
         # sentence embeddings are the mean over tokens, of unit length
         means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         pooled = WIDTH**0.5 * F.normalize(means, dim=1)

@@ -10,15 +10,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from legomole.nano.store import Store
+from legomole.core.formats.files import write_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..common import Say
-from ..nano import train_oracle, train_vae
+from ..nano import train_oracle
 from ..nano.train import resumable_base, stage
-from . import model, packages, render
-from .data import pictures, rendered
+from . import loras, model, packages, render, vae
+from .data import JITTER, pictures, rendered
 from .model import ArtStore
 from .text import ArtPrompts
 from .words import BASE_STYLES, BASE_SUBJECTS, STYLES, SUBJECTS
@@ -29,24 +29,24 @@ class Size:
     """Amount of training; every number in a tuple is one round.
 
     Args:
-        vae_steps, vae_renders: Steps per round, and renders per pair of subject and style.
-        judge_steps, judge_renders: The same of the judge.
+        judge_steps, judge_renders: Steps, and renders per pair of subject and style.
         base_steps, base_rates: Steps and highest learning rate of each round.
-        base_renders: Renders per pair.
+        base_renders: Renders per pair. base_batch: Pictures per step.
+        lora_steps, lora_batch: Steps and pictures per step of the LoRAs of these `concepts`.
     """
 
-    vae_steps: tuple[int, ...] = (1500, 1500)
-    vae_renders: int = 3
-    judge_steps: int = 5000
+    judge_steps: int = 3500
     judge_renders: int = 4
-    base_steps: tuple[int, ...] = (4500,)
-    base_rates: tuple[float, ...] = (1e-3, 7e-4, 5e-4)
+    base_steps: tuple[int, ...] = (4000, 3000)
+    base_rates: tuple[float, ...] = (1e-3, 7e-4)
     base_renders: int = 40
     base_batch: int = 32
+    lora_steps: int = 300
+    lora_batch: int = 8
+    concepts: tuple[str, ...] = loras.CONCEPTS
 
 
-SMOKE = Size((2,), 1, 2, 1, (2,), (1e-3,), 1, 4)
-_VAE_RATES = (1.5e-3, 1e-3, 7e-4)
+SMOKE = Size(4, 1, (4,), (1e-3,), 1, 4, 12, 4, ("fox", "ink"))
 _SHOWN = [pair for pair in itertools.product(BASE_SUBJECTS, BASE_STYLES) if not render.never_shown(*pair)]
 """Pairs in the pictures of the base model."""
 
@@ -60,16 +60,17 @@ def data(store: ArtStore) -> None:
 
 
 def train(store: ArtStore, size: Size, say: Say) -> None:
-    """Train autoencoder, judge and base model."""
+    """Train autoencoder, base model, judge and LoRAs."""
     began = time.monotonic()
 
     def timed(text: str) -> None:
         say(f"[{time.monotonic() - began:6.0f} s] {text}")
 
     data(store)
-    stage(store.folder / "vae.safetensors", timed, lambda: _vae(store, size, timed))
-    stage(store.folder / "oracle.safetensors", timed, lambda: _judge(store, size, timed))
+    _vae(store)
     stage(store.folder / "base.safetensors", timed, lambda: _base(store, size, timed))
+    stage(store.folder / "oracle.safetensors", timed, lambda: _judge(store, size, timed))
+    loras.train(store, size.lora_steps, size.lora_batch, timed, bfloat16, size.concepts)
 
 
 def bfloat16() -> torch.autocast:
@@ -92,16 +93,11 @@ def _rounds(
     return weights
 
 
-def _vae(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
-    raw = rendered(store.drawings, list(itertools.product(SUBJECTS, STYLES)), size.vae_renders, 5)
-
-    def round_of(i: int) -> Callable[[Any], Any]:
-        return lambda weights: train_vae.fit(
-            raw, size.vae_steps[i], seed=i, initial=weights, lr=_VAE_RATES[i], say=say
-        )
-
-    # the nano model's knows edges and flat areas already
-    return _rounds(store, "vae", [round_of(i) for i in range(len(size.vae_steps))], Store().vae.state_dict(), say)
+def _vae(store: ArtStore) -> None:
+    path = store.folder / "vae.safetensors"
+    if not path.exists():
+        pairs = list(itertools.product(SUBJECTS, STYLES))
+        write_tensors(path, vae.fit(rendered(store.drawings, pairs, 1, 5)), {})
 
 
 def _judge(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
@@ -109,7 +105,8 @@ def _judge(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
     judge, pairs = model.build_judge(), list(itertools.product(SUBJECTS, STYLES))
     raw = rendered(store.drawings, pairs, size.judge_renders, 1)
     examples = train_oracle.examples(judge, store.vae, raw, size.judge_renders)
-    train_oracle.fit(judge, *examples, size.judge_steps, say=say)
+    with bfloat16():
+        train_oracle.fit(judge, *examples, size.judge_steps, say=say)
     fresh = rendered(store.drawings, pairs, 1, 99).float() / 127.5 - 1
     with torch.no_grad():
         decoded = store.pictures(torch.cat([store.vae.encoder(part) for part in fresh.split(64)]))
@@ -120,7 +117,7 @@ def _judge(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
 
 
 def _base(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
-    shown = pictures(store.vae, store.drawings, _SHOWN, size.base_renders, 10)
+    shown = pictures(store.vae, store.drawings, _SHOWN, size.base_renders, 10, jitter=JITTER)
 
     def round_of(i: int) -> Callable[[Any], Any]:
         return lambda weights: resumable_base(

@@ -87,8 +87,10 @@ def caption(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
     return with_articles(text)
 
 
-_PLURALS = frozenset(_names("""paw prints, grapes, bread, french fries, glasses, headphones, cherries, popcorn,
-    scissors"""))
+_PLURALS = frozenset(
+    _names("""paw prints, grapes, bread, french fries, glasses, headphones, cherries, popcorn,
+    scissors""")
+)
 
 
 def captions(subject: str, style: str) -> Sequence[str]:

@@ -162,16 +162,21 @@ def measured_statistics(
 ) -> Statistics:
     """Measure the inputs of the layers on prompts of every kind, by default `training_prompts`; `width` of latents."""
     prompts = training_prompts(loras) if prompts is None else prompts
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts, width=width)
+    denoiser = _denoiser(loras, prompts, width)
     modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
     with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
         return measure_statistics(attachment, denoiser, prompts, modules, settings)
 
 
+def _denoiser(loras: LoraSet, prompts: Sequence[Prompt], width: int = SIDE) -> NanoDenoiser:
+    channels = loras.transformer.config.in_channels
+    return NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts, width=width, channels=channels)
+
+
 def trained_gates(loras: LoraSet, settings: GateSettings, training: TrainSettings) -> TrainedGates:
     """Train gates on samples of the model, as `legomole train-gates` does."""
     prompts = training_prompts(loras)
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
+    denoiser = _denoiser(loras, prompts)
     detector = None
     if settings.reads == "text":
         detector = fit_detector([[concept] for concept in loras.concepts], loras.world.detection()).detector
