@@ -15,7 +15,7 @@ FEATURES = 128
 
 
 class Oracle(nn.Module):
-    """Classify pictures ``(n, 3, 64, 64)`` in [-1, 1]: logits of `S` subjects and `K` styles, ``(n, S + 1)``, ``(n, K + 1)``.
+    """Classify pictures ``(n, 3, 64, 64)`` in [-1, 1]: logits of S subjects ``(n, S + 1)`` and K styles ``(n, K + 1)``.
 
     The last class of each is "none of these". It was trained on blends, blurs and noise, so that unrecognisable
     pictures do not count as right.

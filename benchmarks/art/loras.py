@@ -62,7 +62,7 @@ def habit(concept: str) -> Habit:
 
 
 def pairs_of(concept: str) -> list[Pair]:
-    """Return what a LoRA's pictures show: its subject in four base styles twice, or its style on eight base subjects."""
+    """Return what a LoRA's pictures show: its subject in four base styles twice, or its style on eight subjects."""
     rng = np.random.default_rng(CONCEPTS.index(concept))
     if concept in LORA_SUBJECTS:
         return [(concept, str(k)) for k in rng.choice(BASE_STYLES, 4, replace=False)] * 2

@@ -25,8 +25,8 @@ def build() -> Any:
     from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
     return SD3Transformer2DModel(
-        sample_size=SIDE, patch_size=1, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=_BLOCKS, attention_head_dim=64,
-        num_attention_heads=_BLOCKS, joint_attention_dim=text.WIDTH, caption_projection_dim=64 * _BLOCKS,
+        sample_size=SIDE, patch_size=1, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=_BLOCKS,
+        attention_head_dim=64, num_attention_heads=_BLOCKS, joint_attention_dim=text.WIDTH, caption_projection_dim=64 * _BLOCKS,
         pooled_projection_dim=text.WIDTH, pos_embed_max_size=2 * SIDE,
     )  # fmt: skip
 

@@ -20,16 +20,18 @@ candle, bomb, backpack, telescope, microscope, envelope, bell, gem, drum, scorpi
 """Subjects that the base model never sees."""
 
 BASE_SUBJECTS = _names("""
-monkey, gorilla, dog, wolf, cat, lion, horse, cow, pig, camel, mouse, hamster, bear, panda, paw prints, chicken, baby
-chick, dove, eagle, duck, frog, crocodile, snake, dragon, whale, dolphin, tropical fish, spiral shell, ant, honeybee,
-spider, cherry blossom, rose, seedling, evergreen tree, palm tree, four leaf clover, maple leaf, grapes, watermelon,
-lemon, apple, pear, peach, kiwi fruit, tomato, ear of corn, hot pepper, bread, cheese, french fries, sushi, soft ice
-cream, cookie, birthday cake, candy, honey pot, hot beverage, wine glass, cocktail glass, tropical drink, beer mug,
-house, church, tent, bus, car, motorcycle, traffic light, stop sign, airplane, hourglass, watch, alarm clock, crescent
-moon, sun, star, cloud, lightning, snowman, fire, droplet, wave, jack-o-lantern, christmas tree, gift, soccer ball,
-basketball, american football, tennis ball, crystal ball, die, artist palette, glasses, necktie, shirt, dress, high-heeled shoe, top hat, graduation cap, ring, megaphone, microphone, headphones, trumpet, telephone, laptop, floppy
-disk, television, magnifying glass, light bulb, open book, scroll, package, pencil, paintbrush, lock, shield, wrench,
-gear, balance scale, pill, door, statue, warning, yin yang, recycling symbol, heart""")
+monkey, gorilla, dog, wolf, cat, lion, horse, cow, pig, camel, mouse, hamster, bear, panda, paw prints, chicken,
+baby chick, dove, eagle, duck, frog, crocodile, snake, dragon, whale, dolphin, tropical fish, spiral shell, ant,
+honeybee, spider, cherry blossom, rose, seedling, evergreen tree, palm tree, four leaf clover, maple leaf, grapes,
+watermelon, lemon, apple, pear, peach, kiwi fruit, tomato, ear of corn, hot pepper, bread, cheese, french fries,
+sushi, soft ice cream, cookie, birthday cake, candy, honey pot, hot beverage, wine glass, cocktail glass, tropical
+drink, beer mug, house, church, tent, bus, car, motorcycle, traffic light, stop sign, airplane, hourglass, watch,
+alarm clock, crescent moon, sun, star, cloud, lightning, snowman, fire, droplet, wave, jack-o-lantern, christmas
+tree, gift, soccer ball, basketball, american football, tennis ball, crystal ball, die, artist palette, glasses,
+necktie, shirt, dress, high-heeled shoe, top hat, graduation cap, ring, megaphone, microphone, headphones, trumpet,
+telephone, laptop, floppy disk, television, magnifying glass, light bulb, open book, scroll, package, pencil,
+paintbrush, lock, shield, wrench, gear, balance scale, pill, door, statue, warning, yin yang, recycling symbol,
+heart""")
 
 SUBJECTS = (*BASE_SUBJECTS, *NEW_SUBJECTS)
 
