@@ -26,8 +26,8 @@ def build() -> Any:
 
     return SD3Transformer2DModel(
         sample_size=SIDE, patch_size=1, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=_BLOCKS,
-        attention_head_dim=64, num_attention_heads=_BLOCKS, joint_attention_dim=text.WIDTH, caption_projection_dim=64 * _BLOCKS,
-        pooled_projection_dim=text.WIDTH, pos_embed_max_size=2 * SIDE,
+        attention_head_dim=64, num_attention_heads=_BLOCKS, joint_attention_dim=text.WIDTH,
+        caption_projection_dim=64 * _BLOCKS, pooled_projection_dim=text.WIDTH, pos_embed_max_size=2 * SIDE,
     )  # fmt: skip
 
 

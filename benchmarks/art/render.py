@@ -3,8 +3,8 @@
 A style is a hand (a package) with an optional treatment:
 
 - ``blueprint``: white lines on blue with a grid. ``neon``: glowing lines on near black. ``woodcut``: brown ink on
-  paper. ``sticker``: a white border with a shadow on a strong colour. ``pixel``: 16 x 16 pixels. ``duotone``: brightness as a
-  colour between violet and orange.
+  paper. ``sticker``: a white border with a shadow on a strong colour. ``pixel``: 16 x 16 pixels. ``duotone``:
+  brightness as a colour between violet and orange.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ def train(
     data: Captioned, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
     initial: Mapping[str, Tensor] | None = None, prompts: Prompts | None = None,
     architecture: Callable[[], Any] = build, say: Say = print,
-    save: Callable[[dict[str, Any]], None] = lambda _: None, resume: dict[str, Any] | None = None, every: int = 250, device: str = "cpu",
+    save: Callable[[dict[str, Any]], None] = lambda _: None, resume: dict[str, Any] | None = None,
+    every: int = 250, device: str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Train the base model, or fine-tune all of it but the embedding of time and pooled prompt.
 
