@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common import ResultLog, Say
-from ..nano.methods import METHODS, LoraSet, Method, merged_in
+from ..nano.methods import LoraSet, merged_in
 from .data import Pair
-from .methods import STRENGTHS, load_set
+from .methods import METHODS, STRENGTHS, load_set
 from .model import ArtStore
 from .scoring import Amount, Score, Scorer, task, variant
 from .words import LORA_SUBJECTS, NEW_STYLES
@@ -23,7 +23,7 @@ PAIRS: tuple[Pair, ...] = tuple(
 """Pairs of the tables: every style five times, every subject once or twice."""
 TUNING: tuple[Pair, ...] = tuple((LORA_SUBJECTS[3 * i + 1], NEW_STYLES[(i + 5) % 8]) for i in range(8))
 """Pairs on which strengths are chosen for the second table; none of them is in `PAIRS`."""
-METHOD_NAMES = ("base", "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "router", "mole")
+METHOD_NAMES = ("base", "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "np", "k-lora", "router", "mole")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Bench:
             adapter = loras.adapters[ALONE.index(name)]
             with merged_in(loras.transformer, adapter, strength) as model:
                 return self.scorer.score(model, scored, seed)
-        method: Method = METHODS[name]
+        method = METHODS[name]
         with method.use(loras, strength, scored.texts) as model:
             return self.scorer.score(model, scored, seed, whole=method.whole)
 

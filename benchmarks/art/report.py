@@ -12,7 +12,6 @@ from legomole.nano.demo import tile
 from PIL import Image
 
 from ..common import Say, mean, write
-from ..nano.methods import METHODS
 from ..nano.report import spread
 from .data import Pair
 from .evaluate import ALONE, METHOD_NAMES, PAIRS, Bench, Row, run
@@ -66,7 +65,7 @@ def _cell(rows: Sequence[Row], metric: str) -> str:
     return f"{mean([getattr(r, metric) for r in measured]):.2f} ±{spread(measured, metric):.2f}"
 
 
-_SHOWN = ("base", *ALONE, "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "router")
+_SHOWN = ("base", *ALONE, "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "k-lora", "router")
 
 
 def sheet(bench: Bench, pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
@@ -79,8 +78,7 @@ def sheet(bench: Bench, pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
         scored = few[pair]
         for line, text in enumerate(scored.wanted[i]):
             canvas.text(left + cell * j + 2, 4 + 13 * line, text, size=10)
-    names = [name for name in _SHOWN if name in ALONE or name in METHODS]
-    for row, name in enumerate(names):
+    for row, name in enumerate(_SHOWN):
         strength = STRENGTHS.get(name, 1.0)
         canvas.text(4, top + cell * row + 26, name, size=12)
         for pair, scored in few.items():
@@ -88,4 +86,4 @@ def sheet(bench: Bench, pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
             for i, picture in enumerate(score.pictures):
                 j = columns.index((pair, i))
                 canvas.image(left + cell * j, top + cell * row, tile(picture, cell - 2))
-    return canvas.finish(left + cell * len(columns), top + cell * len(names)).convert("RGB")
+    return canvas.finish(left + cell * len(columns), top + cell * len(_SHOWN)).convert("RGB")

