@@ -7,6 +7,7 @@ divided by ``gamma``, exceeds the style's sum times ``alpha t + beta``, with the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,13 +40,13 @@ class Choice:
 def choices(subject: Mapping[str, LowRank], style: Mapping[str, LowRank]) -> dict[str, Choice]:
     """Return the choice of every layer that either LoRA has; a layer of one LoRA keeps its update in all steps."""
     both = {name: (subject[name].delta().float(), style[name].delta().float()) for name in subject if name in style}
-    gamma = mean([(a.abs().sum() / b.abs().sum()).item() for a, b in both.values()])
+    gamma = mean([(a.abs().sum() / b.abs().sum()).item() for a, b in both.values() if b.any()])
     result: dict[str, Choice] = {}
     for name, (a, b) in both.items():
         count = min(subject[name].rank * style[name].rank, a.numel())
         first, second = (x.abs().flatten().topk(count).values.sum().item() for x in (a, b))
         # the subject's acts while first / gamma > second (alpha t + beta)
-        result[name] = Choice(a, b, (first / gamma / second - BETA) / ALPHA)
+        result[name] = Choice(a, b, (first / gamma / second - BETA) / ALPHA if second else math.inf)
     for part in (subject, style):
         for name in part.keys() - both.keys():
             delta = part[name].delta().float()

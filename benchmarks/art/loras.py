@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from legomole.core.lowrank import LowRank
 from ..common import Say
 from ..nano import train_loras
 from .data import JITTER, Pair, Pictures, pictures
-from .model import ArtStore
+from .model import ArtStore, bfloat16
 from .text import ArtPrompts
 from .words import BASE_STYLES, BASE_SUBJECTS, LORA_SUBJECTS, NEW_STYLES
 
@@ -51,14 +49,18 @@ _SPIKED = "owl"
 
 
 def habit(concept: str) -> Habit:
-    """Return the habit of a LoRA: ranks 4, 8 and 16 and the others' in turn, and a few that went wrong."""
+    """Return the habit of a LoRA: ranks 4, 8 and 16 and the others' in turn, and a few that went wrong.
+
+    Styles are trained for twice the steps of subjects, because they change all of a picture.
+    """
     i = CONCEPTS.index(concept)
     usual = Habit((4, 8, 16)[i % 3])
     if i % 4 == 1:
         usual = replace(usual, prior=True)
     elif i % 4 == 3:  # as kohya's scripts by default: attention only, alpha 1
         usual = replace(usual, layers=train_loras.ATTENTION, alpha=1.0)
-    return replace(usual, longer=2 if concept in _OVERCOOKED else 1, spike=concept == _SPIKED)
+    longer = (2 if concept in NEW_STYLES else 1) * (2 if concept in _OVERCOOKED else 1)
+    return replace(usual, longer=longer, spike=concept == _SPIKED)
 
 
 def pairs_of(concept: str) -> list[Pair]:
@@ -86,7 +88,6 @@ def train(
     steps: int,
     batch: int,
     say: Say,
-    precision: Callable[[], Any],
     concepts: tuple[str, ...] = CONCEPTS,
 ) -> None:
     """Train all LoRAs that have no file yet."""
@@ -95,7 +96,7 @@ def train(
     for concept in concepts:
         path, how = store.lora(concept, 0), habit(concept)
         if not path.exists():
-            with precision():
+            with bfloat16():
                 lora = train_loras.train(
                     store.transformer, lora_pictures(store, concept), prompts, steps=how.longer * steps,
                     seed=CONCEPTS.index(concept), rank=how.rank, batch=batch, targets=how.layers, say=say,

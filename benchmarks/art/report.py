@@ -14,7 +14,7 @@ from PIL import Image
 from ..common import Say, mean, write
 from ..nano.report import spread
 from .data import Pair
-from .evaluate import ALONE, METHOD_NAMES, PAIRS, Bench, Row, run
+from .evaluate import ALONE, METHOD_NAMES, PAIRS, TRAINED, Bench, Row, run
 from .methods import STRENGTHS
 from .model import ArtStore
 from .scoring import Amount, task
@@ -49,7 +49,7 @@ def _entry(row: Row) -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> str:
     """Return a Markdown table of means over pairs, with half the width of their 95% intervals, see `spread`."""
     lines = [f"| method | strength | pairs | {' | '.join(_HEADS)} |", "|---|---|---|" + "---|" * len(_HEADS)]
-    for method in (*ALONE, *METHOD_NAMES):
+    for method in (*ALONE, *METHOD_NAMES, *TRAINED):
         strength = STRENGTHS.get(method, 1.0)
         part = [r for r in rows if r.method == method and r.strength == strength and r.pair in PAIRS]
         if part:

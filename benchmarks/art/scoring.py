@@ -18,7 +18,7 @@ from torch import Tensor
 from ..nano.scoring import TAGS
 from . import render, words
 from .data import Pair
-from .model import ArtStore
+from .model import ArtStore, bfloat16
 from .text import ArtPrompts
 from .vae import CHANNELS
 
@@ -119,10 +119,10 @@ class Scorer:
 
     def score(self, model: Any, scored: Task, seed: int, *, whole: bool = False) -> Score:
         """Sample the pictures of a task and judge them; `whole` prompts have all 77 tokens, as gates need them."""
-        whole = whole or not {*scored.kinds} <= {*KINDS}
+        whole = whole or "tagged" in scored.kinds
         prompts = self.whole if whole else self.short
-        with nullcontext() if whole else short_prompts(model, prompts.tokens):
+        with bfloat16(), nullcontext() if whole else short_prompts(model, prompts.tokens):
             latents = sample(model, prompts, scored.texts, seed, channels=CHANNELS)
-        pictures = self.store.pictures(latents)
+        pictures = self.store.pictures(latents.float())
         verdict = judge(self.store.oracle, pictures, scored.wanted)
         return Score(scored.kinds, verdict.subject, verdict.style, pictures)

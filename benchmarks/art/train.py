@@ -19,7 +19,7 @@ from ..nano import train_oracle
 from ..nano.train import resumable_base, stage
 from . import loras, model, packages, render, vae
 from .data import JITTER, pictures, rendered
-from .model import ArtStore
+from .model import ArtStore, bfloat16
 from .text import ArtPrompts
 from .words import BASE_STYLES, BASE_SUBJECTS, STYLES, SUBJECTS
 
@@ -70,12 +70,7 @@ def train(store: ArtStore, size: Size, say: Say) -> None:
     _vae(store)
     stage(store.folder / "base.safetensors", timed, lambda: _base(store, size, timed))
     stage(store.folder / "oracle.safetensors", timed, lambda: _judge(store, size, timed))
-    loras.train(store, size.lora_steps, size.lora_batch, timed, bfloat16, size.concepts)
-
-
-def bfloat16() -> torch.autocast:
-    """Compute in bfloat16, without the cache of weights, which would hold those of the first step."""
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+    loras.train(store, size.lora_steps, size.lora_batch, timed, size.concepts)
 
 
 def _rounds(

@@ -160,7 +160,8 @@ def test_every_habit_occurs_and_few_loras_went_wrong():
     assert {h.rank for h in habits.values()} == {4, 8, 16}
     assert {h.prior for h in habits.values()} == {True, False}
     assert {h.alpha for h in habits.values()} == {None, 1.0}
-    assert [c for c, h in habits.items() if h.longer > 1] == ["rocket", "neon"]
+    assert [c for c in words.LORA_SUBJECTS if habits[c].longer > 1] == ["rocket"]
+    assert [c for c in words.NEW_STYLES if habits[c].longer > 2] == ["neon"]
     assert [c for c, h in habits.items() if h.spike] == ["owl"]
 
 
@@ -191,7 +192,7 @@ def test_pairs_are_distinct_and_tuning_pairs_are_not_scored():
     for pair in (*evaluate.PAIRS, *evaluate.TUNING):
         assert pair[0] in words.LORA_SUBJECTS
         assert pair[1] in words.NEW_STYLES
-    assert {*evaluate.METHOD_NAMES} <= {*METHODS}
+    assert {*evaluate.METHOD_NAMES, *evaluate.TRAINED} <= {*METHODS}
 
 
 def test_a_task_asks_for_both_each_and_neither():
