@@ -67,11 +67,12 @@ def task(pair: Pair, amount: Amount, seed: int = 0) -> Task:
     rng = np.random.default_rng([seed, words.SUBJECTS.index(pair[0]), words.STYLES.index(pair[1])])
     subjects = [str(s) for s in rng.permutation(words.BASE_SUBJECTS)]
     styles = [str(k) for k in rng.permutation(words.BASE_STYLES)]
-    base = [(s, k) for s in subjects[amount.style :] for k in styles if not render.never_shown(s, k)]
+    base = [(s, styles[i % len(styles)]) for i, s in enumerate(subjects[amount.style :])]
+    base = [both for both in base if not render.never_shown(*both)]
     pictures: list[tuple[str, Pair]] = [("joint", pair)] * amount.joint
     pictures += [("subject", (pair[0], styles[i % len(styles)])) for i in range(amount.subject)]
     pictures += [("style", (subjects[i], pair[1])) for i in range(amount.style)]
-    pictures += [("base", base[i * len(styles)]) for i in range(amount.base)]
+    pictures += [("base", base[i]) for i in range(amount.base)]
     kinds, wanted = zip(*pictures, strict=True)
     return Task(kinds, wanted)
 

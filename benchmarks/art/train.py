@@ -37,7 +37,7 @@ class Size:
 
     judge_steps: int = 3500
     judge_renders: int = 4
-    base_steps: tuple[int, ...] = (4000, 3000)
+    base_steps: tuple[int, ...] = (4000, 2500)
     base_rates: tuple[float, ...] = (1e-3, 7e-4)
     base_renders: int = 40
     base_batch: int = 32

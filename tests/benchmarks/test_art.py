@@ -204,6 +204,7 @@ def test_a_task_asks_for_both_each_and_neither():
         assert (style == "ink") == (kind in ("joint", "style"))
     base = [pair for kind, pair in zip(scored.kinds, scored.wanted, strict=True) if kind == "base"]
     assert not any(render.never_shown(*pair) for pair in base)
+    assert len({style for _, style in base}) > 3
     assert scoring.task(("fox", "ink"), scoring.Amount(2, 3, 4, 5)) == scored
 
 
