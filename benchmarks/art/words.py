@@ -67,13 +67,13 @@ UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k} s
 """Wordings that neither training nor calibration uses."""
 
 SYNONYMS = {
-    "fox": "vixen", "unicorn": "magical horned pony", "elephant": "jumbo with a trunk", "penguin": "antarctic bird",
-    "owl": "night bird", "turtle": "tortoise", "octopus": "kraken", "crab": "crustacean with claws",
-    "butterfly": "moth", "snail": "slug with a shell", "cactus": "desert plant with spines",
-    "sunflower": "large yellow flower", "mushroom": "toadstool", "pineapple": "ananas", "strawberry": "red berry",
-    "pizza": "slice of margherita", "doughnut": "bagel with icing", "castle": "fortress", "helicopter": "chopper",
-    "rocket": "spaceship", "bicycle": "two-wheeler with pedals", "umbrella": "parasol", "guitar": "ukulele",
-    "crown": "royal diadem",
+    "fox": "vixen", "unicorn": "magical horned pony", "elephant": "mammoth", "penguin": "antarctic bird",
+    "owl": "night bird", "turtle": "tortoise", "octopus": "squid", "crab": "lobster",
+    "butterfly": "moth", "snail": "slug", "cactus": "desert plant with spines",
+    "sunflower": "large yellow flower", "mushroom": "fungus", "pineapple": "spiky tropical fruit", "strawberry": "red berry",
+    "pizza": "pepperoni slice", "doughnut": "glazed donut", "castle": "fortress", "helicopter": "chopper",
+    "rocket": "spaceship", "bicycle": "bike", "umbrella": "parasol", "guitar": "ukulele",
+    "crown": "royal tiara",
 }  # fmt: skip
 """Subject of a LoRA -> words for it that no caption uses."""
 

