@@ -99,7 +99,8 @@ def _judge(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
     torch.manual_seed(1)
     judge, pairs = model.build_judge(), list(itertools.product(SUBJECTS, STYLES))
     raw = rendered(store.drawings, pairs, size.judge_renders, 1)
-    examples = train_oracle.examples(judge, store.vae, raw, size.judge_renders)
+    # samples have seams between patches, which this noise resembles
+    examples = train_oracle.examples(judge, store.vae, raw, size.judge_renders, noise=0.8)
     with bfloat16():
         train_oracle.fit(judge, *examples, size.judge_steps, say=say)
     fresh = rendered(store.drawings, pairs, 1, 99).float() / 127.5 - 1

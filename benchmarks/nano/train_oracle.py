@@ -32,20 +32,23 @@ def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Say = pr
 
 
 @torch.no_grad()
-def examples(oracle: Oracle, vae: Any, rendered: Tensor, per_pair: int) -> tuple[Tensor, Tensor, Tensor]:
+def examples(
+    oracle: Oracle, vae: Any, rendered: Tensor, per_pair: int, *, noise: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return pictures, subjects and styles to train a judge on: renders, their reconstructions, and ruined pictures.
 
     Args:
         oracle: The judge, for its classes.
         vae: Autoencoder.
         rendered: `per_pair` renders of every pair, ``(n, 3, 64, 64)`` uint8; subjects vary slower than styles.
+        noise: Highest standard deviation of the noise on latents before they are decoded.
     """
     raw = rendered.float() / 127.5 - 1
     pair = torch.arange(len(raw) // per_pair).repeat_interleave(per_pair)
     subject, style = pair // len(oracle.styles), pair % len(oracle.styles)
     latents = torch.cat([vae.encoder(part) for part in raw.split(64)])
     ruined, no_subject, no_style = _ruined(latents, subject, style, len(oracle.subjects), len(oracle.styles))
-    x = torch.cat([raw, _decoded(vae, latents), _decoded(vae, ruined)])
+    x = torch.cat([raw, _decoded(vae, latents, noise), _decoded(vae, ruined, noise)])
     return x, torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
 
 
@@ -72,14 +75,14 @@ def fit(
     return oracle.cpu().eval().requires_grad_(False)
 
 
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents with a little noise."""
-    return torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
+def _decoded(vae: Any, latents: Tensor, noise: float) -> Tensor:
+    """Decode latents with noise of a random strength."""
+    return torch.cat([vae.decoder(z + noise * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
 
 
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents with a little noise."""
-    return torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
+def _decoded(vae: Any, latents: Tensor, noise: float) -> Tensor:
+    """Decode latents with noise of a random strength."""
+    return torch.cat([vae.decoder(z + noise * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
 
 
 def _ruined(
