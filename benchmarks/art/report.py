@@ -21,7 +21,7 @@ from .scoring import Amount, task
 
 METRICS = ("joint", "subject", "style", "base", "tagged", "synonym", "joint_subject", "joint_style")
 _HEADS = ("joint", "subject", "style", "base", "tagged", "synonym", "subject of joint", "style of joint")
-_SHEET_PAIRS: tuple[Pair, ...] = (PAIRS[0], PAIRS[3], PAIRS[5], PAIRS[11])
+_SHEET_PAIRS: tuple[Pair, ...] = (PAIRS[0], PAIRS[1], PAIRS[2], PAIRS[5])
 
 
 def evaluate(store: ArtStore, out: Path, pairs: int, say: Say) -> None:
