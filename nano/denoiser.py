@@ -11,6 +11,7 @@ from ..core.train.detector import EncodedPrompt
 from . import words
 from .model import SIDE, Prompts, predict
 from .sampling import noise, sample
+from .vae import CHANNELS
 
 
 class NanoPromptEncoder:
@@ -38,17 +39,23 @@ class NanoDenoiser:
         texts: Prompts, addressed by their index.
         prompts: Prompt encoder with `short` off, because gates read all 77 tokens.
         width: Width of the latents.
+        channels: Channels of the latents.
     """
 
-    def __init__(self, transformer: Any, texts: Sequence[str], prompts: Prompts, *, width: int = SIDE) -> None:
+    def __init__(
+        self, transformer: Any, texts: Sequence[str], prompts: Prompts, *, width: int = SIDE, channels: int = CHANNELS
+    ) -> None:
         self.transformer, self.texts, self.prompts, self.width = transformer, list(texts), prompts, width
+        self.channels = channels
 
     def sample(self, prompts: Sequence[int], seed: int) -> Tensor:
         texts = [self.texts[i] for i in prompts]
-        return sample(self.transformer, self.prompts, texts, seed, guidance=1.0, width=self.width)
+        return sample(
+            self.transformer, self.prompts, texts, seed, guidance=1.0, width=self.width, channels=self.channels
+        )
 
     def noise(self, batch: int, seed: int) -> Tensor:
-        return noise(batch, seed, width=self.width)
+        return noise(batch, seed, width=self.width, channels=self.channels)
 
     def noised(self, latents: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         t = t.view(-1, 1, 1, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .model import SIDE, Prompts, predict
+from .vae import CHANNELS
 
 STEPS, GUIDANCE, SHIFT = 12, 3.0, 3.0
 
@@ -25,8 +26,8 @@ def sigmas(steps: int = STEPS, shift: float = SHIFT) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def noise(count: int, seed: int, *, width: int = SIDE) -> Tensor:
-    return torch.randn(count, 16, SIDE, width, generator=torch.Generator().manual_seed(seed))
+def noise(count: int, seed: int, *, width: int = SIDE, channels: int = CHANNELS) -> Tensor:
+    return torch.randn(count, channels, SIDE, width, generator=torch.Generator().manual_seed(seed))
 
 
 def first_half(_: Mapping[str, Any], batch: int) -> range:
@@ -38,8 +39,9 @@ def first_half(_: Mapping[str, Any], batch: int) -> range:
 def sample(
     transformer: Any, prompts: Prompts, texts: list[str], seed: int, *, steps: int = STEPS, guidance: float = GUIDANCE,
     batch: int = 64, shift: float = SHIFT, width: int = SIDE,
+    channels: int = CHANNELS,
 ) -> Tensor:  # fmt: skip
-    """Sample latents ``(len(texts), 16, 8, width)``, float32, with guidance against the empty prompt.
+    """Sample latents ``(len(texts), channels, 8, width)``, float32, with guidance against the empty prompt.
 
     Args:
         transformer: Transformer, with or without a mixture attached.
@@ -51,8 +53,9 @@ def sample(
         batch: Prompts per batch; the model's batches are twice as large.
         shift: Shift of the noise levels, see `sigmas`.
         width: Width of the latents.
+        channels: Channels of the latents.
     """
-    start = noise(len(texts), seed, width=width)
+    start = noise(len(texts), seed, width=width, channels=channels)
     samples: list[Tensor] = []
     for i in range(0, len(texts), batch):
         x = start[i : i + batch]

@@ -30,6 +30,7 @@ from legomole.core.mole.regions.picture import SamplingReader
 from legomole.core.mole.router import COMPOSE, concepts_in, routed_values
 from legomole.core.mole.trained import TrainedGates
 from legomole.core.train import Prompt, TrainSettings, fit_detector, train
+from legomole.core.train.detector import PromptEncoder
 from legomole.core.train.measure import CalibrationSettings, measure_statistics
 from legomole.nano.denoiser import NanoDenoiser, NanoPromptEncoder
 from legomole.nano.model import SIDE, Prompts
@@ -42,6 +43,31 @@ from ..common import AdapterSet, merging
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 
+@dataclass(frozen=True)
+class World:
+    """What prompts can name.
+
+    Args:
+        base_subjects, base_styles: Subjects and styles of the base model that calibration and gates are given.
+        new_subjects: Subjects of LoRAs; their other concepts are styles.
+        wordings: Wordings of the prompts for calibration and gates.
+        prompt: Formats a wording with subject and style.
+        detection: Builds the text encoder that concept detectors are fitted with.
+    """
+
+    base_subjects: Sequence[str]
+    base_styles: Sequence[str]
+    new_subjects: Sequence[str]
+    wordings: Sequence[str]
+    prompt: Callable[[str, str, str], str]
+    detection: Callable[[], PromptEncoder]
+
+
+NANO = World(
+    BASE_SUBJECTS, BASE_STYLES, NEW_SUBJECTS, WORDINGS, prompt, lambda: NanoPromptEncoder(Prompts(any_words=True))
+)
+
+
 @dataclass
 class LoraSet(AdapterSet):
     """LoRAs of one seed, with the model they belong to.
@@ -50,11 +76,13 @@ class LoraSet(AdapterSet):
         transformer: The base model.
         prompts: Prompt encoder for whole prompts.
         concepts: Concept of each LoRA.
+        world: What prompts can name.
     """
 
     transformer: Any
-    prompts: Prompts
+    prompts: Any
     concepts: tuple[str, ...]
+    world: World = NANO
 
     @classmethod
     def load(cls, store: Store, prompts: Prompts, concepts: tuple[str, ...], seed: int) -> LoraSet:
@@ -102,13 +130,14 @@ def _merge(
 
 def training_prompts(loras: LoraSet) -> list[Prompt]:
     """Return prompts for calibration and gates, without the unseen wordings: each concept alone, pairs, base ones."""
-    subjects = [c for c in loras.concepts if c in NEW_SUBJECTS]
-    styles = [c for c in loras.concepts if c not in NEW_SUBJECTS]
-    pairs: list[tuple[str, str]] = [(s, k) for s in subjects for k in BASE_STYLES]
-    pairs += [(s, k) for s in BASE_SUBJECTS for k in styles]
-    pairs += [(BASE_SUBJECTS[i], k) for i in range(len(BASE_SUBJECTS)) for k in BASE_STYLES[i % 2 :: 2]]
-    texts = [prompt(*pair, wording) for wording in WORDINGS for pair in pairs]
-    texts += [prompt(s, k, wording) for s in subjects for k in styles for wording in WORDINGS]
+    world = loras.world
+    subjects = [c for c in loras.concepts if c in world.new_subjects]
+    styles = [c for c in loras.concepts if c not in world.new_subjects]
+    pairs: list[tuple[str, str]] = [(s, k) for s in subjects for k in world.base_styles]
+    pairs += [(s, k) for s in world.base_subjects for k in styles]
+    pairs += [(s, k) for i, s in enumerate(world.base_subjects) for k in world.base_styles[i % 2 :: 2]]
+    texts = [world.prompt(*pair, wording) for wording in world.wordings for pair in pairs]
+    texts += [world.prompt(s, k, wording) for s in subjects for k in styles for wording in world.wordings]
     return named_prompts([*texts, ""], loras.concepts)
 
 
@@ -133,20 +162,24 @@ def measured_statistics(
 ) -> Statistics:
     """Measure the inputs of the layers on prompts of every kind, by default `training_prompts`; `width` of latents."""
     prompts = training_prompts(loras) if prompts is None else prompts
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts, width=width)
+    denoiser = _denoiser(loras, prompts, width)
     modules = {name: name.removeprefix("transformer.") for name in loras.adapters[0].modules}
     with attach(loras.transformer, Mixture(loras.adapters)) as attachment:
         return measure_statistics(attachment, denoiser, prompts, modules, settings)
 
 
+def _denoiser(loras: LoraSet, prompts: Sequence[Prompt], width: int = SIDE) -> NanoDenoiser:
+    channels = loras.transformer.config.in_channels
+    return NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts, width=width, channels=channels)
+
+
 def trained_gates(loras: LoraSet, settings: GateSettings, training: TrainSettings) -> TrainedGates:
     """Train gates on samples of the model, as `legomole train-gates` does."""
     prompts = training_prompts(loras)
-    denoiser = NanoDenoiser(loras.transformer, [p.text for p in prompts], loras.prompts)
+    denoiser = _denoiser(loras, prompts)
     detector = None
     if settings.reads == "text":
-        encoder = NanoPromptEncoder(Prompts(any_words=True))
-        detector = fit_detector([[concept] for concept in loras.concepts], encoder).detector
+        detector = fit_detector([[concept] for concept in loras.concepts], loras.world.detection()).detector
     mixture = Mixture(loras.adapters, GateSet(len(loras.adapters), settings, detector=detector))
     with attach(loras.transformer, mixture) as attachment:
         return train(attachment, mixture, denoiser, prompts, [[c] for c in loras.concepts], training).gates

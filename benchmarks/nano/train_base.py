@@ -17,8 +17,9 @@ from .data import Captioned, draw
 def train(
     data: Captioned, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
     initial: Mapping[str, Tensor] | None = None, prompts: Prompts | None = None,
-    say: Say = print, save: Callable[[dict[str, Any]], None] = lambda _: None,
-    resume: dict[str, Any] | None = None, every: int = 250, device: str = "cpu",
+    architecture: Callable[[], Any] = build, say: Say = print,
+    save: Callable[[dict[str, Any]], None] = lambda _: None, resume: dict[str, Any] | None = None,
+    every: int = 250, device: str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Train the base model, or fine-tune all of it but the embedding of time and pooled prompt.
 
@@ -29,6 +30,7 @@ def train(
         seed: Random seed of the initial weights and of the batches.
         initial: Weights to fine-tune. Default: a new model.
         prompts: Encoder of short prompts. Default: the nano model's.
+        architecture: Builds the untrained model.
         say: Called with progress messages.
         save: Called with the training state every `every` steps.
         resume: Saved training state to continue from.
@@ -38,7 +40,7 @@ def train(
         Exponential moving average of the weights, float32.
     """
     torch.manual_seed(seed)
-    model, prompts, rng = build().train(), prompts or Prompts(short=True), torch.Generator().manual_seed(seed)
+    model, prompts, rng = architecture().train(), prompts or Prompts(short=True), torch.Generator().manual_seed(seed)
     if initial is None:
         _start(model)
     else:

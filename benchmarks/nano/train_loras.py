@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -17,8 +18,8 @@ from .data import Captioned, draw
 from .render import BASE_STYLES, BASE_SUBJECTS, NEW_SUBJECTS
 
 RANK = 4
-_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-            "ff.net.0.proj", "ff.net.2"]  # fmt: skip
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+TARGETS = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 
 
 def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
@@ -31,7 +32,7 @@ def pairs_of(concept: str, seed: int) -> list[tuple[str, str]]:
 
 def train(
     base: Any, data: Captioned, prompts: Prompts, *, steps: int, seed: int, rank: int = RANK, batch: int = 16,
-    lr: float = 1.5e-3, say: Say = print, device: str = "cpu",
+    lr: float = 1.5e-3, targets: Sequence[str] = TARGETS, say: Say = print, device: str = "cpu",
 ) -> Adapter:  # fmt: skip
     """Train a LoRA with diffusers' names and float16 factors.
 
@@ -42,13 +43,14 @@ def train(
         steps: Number of steps. batch: Examples per step. lr: Highest learning rate of AdamW.
         seed: Random seed of the initial factors and of the batches.
         rank: Rank of every layer; the scale is 1.
+        targets: Ends of the names of the layers.
         say: Called with progress messages.
         device: Device to compute on; it changes neither initial factors nor batches.
     """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     model = deepcopy(base).requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=_TARGETS, init_lora_weights="gaussian"))
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets), init_lora_weights="gaussian"))
     model.to(device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=1e-2)

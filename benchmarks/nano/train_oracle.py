@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 from legomole.nano.oracle import Oracle
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..common import Say
-from .render import STYLES, SUBJECTS
 from .train_vae import pictures
 
 _BATCH = 48
-_PAIRS = len(SUBJECTS) * len(STYLES)
 
 
 def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Say = print, device: str = "cpu") -> Oracle:
@@ -29,16 +27,29 @@ def train(vae: Any, steps: int, per_pair: int = 16, seed: int = 1, say: Say = pr
         device: Device to compute on.
     """
     torch.manual_seed(seed)
-    raw = pictures(per_pair, seed).float() / 127.5 - 1
-    pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
-    subject, style = pair // len(STYLES), pair % len(STYLES)
-    with torch.no_grad():
-        latents = torch.cat([vae.encoder(part) for part in raw.split(64)])
-        decoded = _decoded(vae, latents)
-        ruined, no_subject, no_style = _ruined(latents, subject, style)
-        x = torch.cat([raw, decoded, _decoded(vae, ruined)])
-    subject, style = torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
-    return fit(Oracle(), x, subject, style, steps, say=say, device=device)
+    oracle = Oracle()
+    return fit(oracle, *examples(oracle, vae, pictures(per_pair, seed), per_pair), steps, say=say, device=device)
+
+
+@torch.no_grad()
+def examples(
+    oracle: Oracle, vae: Any, rendered: Tensor, per_pair: int, *, noise: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pictures, subjects and styles to train a judge on: renders, their reconstructions, and ruined pictures.
+
+    Args:
+        oracle: The judge, for its classes.
+        vae: Autoencoder.
+        rendered: `per_pair` renders of every pair, ``(n, 3, 64, 64)`` uint8; subjects vary slower than styles.
+        noise: Highest standard deviation of the noise on latents before they are decoded.
+    """
+    raw = rendered.float() / 127.5 - 1
+    pair = torch.arange(len(raw) // per_pair).repeat_interleave(per_pair)
+    subject, style = pair // len(oracle.styles), pair % len(oracle.styles)
+    latents = torch.cat([vae.encoder(part) for part in raw.split(64)])
+    ruined, no_subject, no_style = _ruined(latents, subject, style, len(oracle.subjects), len(oracle.styles))
+    x = torch.cat([raw, _decoded(vae, latents, noise), _decoded(vae, ruined, noise)])
+    return x, torch.cat([subject, subject, no_subject]), torch.cat([style, style, no_style])
 
 
 def fit(
@@ -64,17 +75,19 @@ def fit(
     return oracle.cpu().eval().requires_grad_(False)
 
 
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents with a little noise."""
-    return torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
+def _decoded(vae: Any, latents: Tensor, noise: float) -> Tensor:
+    """Decode latents with noise of a random strength."""
+    return torch.cat([vae.decoder(z + noise * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
 
 
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents with a little noise."""
-    return torch.cat([vae.decoder(z + 0.2 * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
+def _decoded(vae: Any, latents: Tensor, noise: float) -> Tensor:
+    """Decode latents with noise of a random strength."""
+    return torch.cat([vae.decoder(z + noise * torch.rand(()) * torch.randn_like(z)) for z in latents.split(64)])
 
 
-def _ruined(latents: Tensor, subject: Tensor, style: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _ruined(
+    latents: Tensor, subject: Tensor, style: Tensor, subjects: int, styles: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return latents that must not score, with labels: blends of two, shuffled cells, and constant means.
 
     A blend has a subject or style only if both of its parts do. The style of the others is not judged (-1), because
@@ -84,12 +97,12 @@ def _ruined(latents: Tensor, subject: Tensor, style: Tensor) -> tuple[Tensor, Te
     i, j = torch.randperm(len(latents))[:n], torch.randperm(len(latents))[:n]
     w = torch.empty(n, 1, 1, 1).uniform_(0.35, 0.65)
     blend = w * latents[i] + (1 - w) * latents[j]
-    s = torch.where(subject[i] == subject[j], subject[i], len(SUBJECTS))
-    k = torch.where(style[i] == style[j], style[i], len(STYLES))
+    s = torch.where(subject[i] == subject[j], subject[i], subjects)
+    k = torch.where(style[i] == style[j], style[i], styles)
     few = n // 4
     shuffled = latents[i[:few]].flatten(2)[..., torch.randperm(64)].unflatten(2, (8, 8))
     flat = latents[j[:few]].mean((2, 3), keepdim=True).expand(-1, -1, 8, 8)
-    nothing, unjudged = torch.full((2 * few,), len(SUBJECTS)), torch.full((2 * few,), -1)
+    nothing, unjudged = torch.full((2 * few,), subjects), torch.full((2 * few,), -1)
     return torch.cat([blend, shuffled, flat]), torch.cat([s, nothing]), torch.cat([k, unjudged])
 
 
@@ -100,11 +113,11 @@ def _moved(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(oracle: nn.Module, x: Tensor, per_pair: int) -> tuple[float, float]:
+def accuracy(oracle: Oracle, x: Tensor, per_pair: int) -> tuple[float, float]:
     """Return the accuracy on subjects and on styles, for pictures in the order of `train_vae.pictures`."""
-    pair = torch.arange(_PAIRS).repeat_interleave(per_pair)
+    pair = torch.arange(len(x) // per_pair).repeat_interleave(per_pair)
     subjects, styles = zip(*(oracle(part) for part in x.split(64)), strict=True)
     return (
-        (torch.cat(subjects).argmax(1) == pair // len(STYLES)).float().mean().item(),
-        (torch.cat(styles).argmax(1) == pair % len(STYLES)).float().mean().item(),
+        (torch.cat(subjects).argmax(1) == pair // len(oracle.styles)).float().mean().item(),
+        (torch.cat(styles).argmax(1) == pair % len(oracle.styles)).float().mean().item(),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from legomole.nano import vae as nano_vae
@@ -32,20 +34,23 @@ def train(steps: int, per_pair: int = 16, seed: int = 0, say: Say = print, devic
     Returns:
         Weights in float16; latents have a standard deviation of 1 in every channel.
     """
+    return fit(pictures(per_pair, seed), steps, seed=seed, say=say, device=device)
+
+
+def fit(
+    data: Tensor, steps: int, *, seed: int = 0, initial: Mapping[str, Tensor] | None = None, lr: float = 1.5e-3,
+    say: Say = print, device: str = "cpu",
+) -> dict[str, Tensor]:  # fmt: skip
+    """Train the autoencoder on pictures ``(n, 3, H, W)`` uint8, from `initial` weights or from random ones."""
     torch.manual_seed(seed)
-    data = pictures(per_pair, seed)
     vae = nano_vae.build().requires_grad_(True).train().to(memory_format=torch.channels_last)
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    for module in vae.modules():
-        if hasattr(module, "conv") and hasattr(module, "fuse"):
-            nn.init.zeros_(module.conv[4].weight)  # start each block as the identity
+    if initial is None:
+        _start(vae)
+    else:
+        vae.load_state_dict(initial)
     vae.to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.08)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.08)
     for step in range(steps):
         top, left = torch.randint(0, 64 - _CROP + 1, (2,)).tolist()
         x = data[torch.randint(len(data), (_BATCH,)), :, top : top + _CROP, left : left + _CROP]
@@ -62,6 +67,17 @@ def train(steps: int, per_pair: int = 16, seed: int = 0, say: Say = print, devic
         if step % 50 == 0 or step == steps - 1:
             say(f"vae {step}/{steps} loss {loss.item():.4f} psnr {-10 * torch.log10(F.mse_loss(y, x) / 4).item():.2f}")
     return _standardised(vae.eval().cpu(), data)
+
+
+def _start(vae: nn.Module) -> None:
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if hasattr(module, "conv") and hasattr(module, "fuse"):
+            nn.init.zeros_(module.conv[4].weight)  # start each block as the identity
 
 
 def _edges(x: Tensor) -> Tensor:

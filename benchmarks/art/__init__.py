@@ -1,0 +1,1 @@
+"""Real emoji by many artists: one vocabulary in many styles, with a trained text encoder."""

@@ -1,0 +1,133 @@
+"""Run the comparison: every method on every pair of LoRAs; an interrupted run resumes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..common import ResultLog, Say
+from ..nano.methods import LoraSet, merged_in
+from .data import Pair
+from .methods import METHODS, STRENGTHS, load_set
+from .model import ArtStore
+from .scoring import Amount, Score, Scorer, task, variant
+from .words import LORA_SUBJECTS, NEW_STYLES
+
+PAIRS: tuple[Pair, ...] = tuple(
+    (LORA_SUBJECTS[i % 24], NEW_STYLES[(3 * i + i // 24) % len(NEW_STYLES)]) for i in range(40)
+)
+"""Pairs of the tables: every style five times, every subject once or twice."""
+TUNING: tuple[Pair, ...] = tuple((LORA_SUBJECTS[3 * i + 1], NEW_STYLES[(i + 5) % 8]) for i in range(8))
+"""Pairs on which strengths are chosen for the second table; none of them is in `PAIRS`."""
+METHOD_NAMES = ("base", "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "np", "k-lora", "router")
+TRAINED = ("mole",)  # methods that train on samples of the model
+
+
+@dataclass(frozen=True)
+class Row:
+    """Result of one method on one pair of LoRAs.
+
+    Args:
+        pair: Subject and style of the LoRAs.
+        seed: Seed of the noise.
+        n: Number of LoRAs.
+        strength: Strength of the merge or mixture.
+        joint, subject, style, base: Share of right pictures of each kind, see `task`.
+        joint_subject, joint_style: Share of joint pictures that show the subject, or the style, whatever else.
+        tagged, synonym: As joint, from prompts with tags, and from prompts with other words for the subject.
+        seconds: Time to combine, sample and judge.
+    """
+
+    method: str
+    pair: Pair
+    seed: int
+    n: int
+    strength: float
+    joint: float
+    subject: float
+    style: float
+    base: float
+    joint_subject: float
+    joint_style: float
+    tagged: float
+    synonym: float
+    seconds: float
+
+    @property
+    def concepts(self) -> Pair:
+        return self.pair
+
+
+class Bench:
+    """Measures rows and logs them.
+
+    Args:
+        store: Model and LoRAs.
+        log: File of the finished rows.
+        amount: Numbers of pictures per row.
+        say: Called with progress messages.
+    """
+
+    def __init__(self, store: ArtStore, log: Path, amount: Amount, say: Say) -> None:
+        self.scorer, self.log, self.amount, self.say = Scorer(store), ResultLog(log), amount, say
+        self.rows: dict[tuple[str, Pair, float], Row] = {}
+        for result in self.log.read():
+            row = Row(**{**result, "pair": tuple(result["pair"])})
+            self.rows[row.method, row.pair, row.strength] = row
+        self._loras: tuple[Pair, LoraSet] | None = None
+
+    def loras(self, pair: Pair) -> LoraSet:
+        """Return the LoRAs of a pair with a cache of their merges and gates, which holds one pair at a time."""
+        if self._loras is None or self._loras[0] != pair:
+            self._loras = pair, load_set(self.scorer.store, self.scorer.whole, pair)
+        return self._loras[1]
+
+    def row(self, name: str, pair: Pair, strength: float, *, variants: bool = True) -> Row:
+        """Return a row, measured now or read from the log; `variants` are prompts with tags and with synonyms."""
+        key = (name, pair, strength)
+        if key not in self.rows:
+            began = time.monotonic()
+            score = self.score(name, pair, strength, task(pair, self.amount))
+            others = {"tagged": math.nan, "synonym": math.nan}
+            for kind in others if variants else ():
+                scored = variant(kind, pair, self.amount.joint)
+                others[kind] = self.score(name, pair, strength, scored).share(kind)
+            row = Row(
+                name, pair, 0, 2, strength, *(score.share(kind) for kind in ("joint", "subject", "style", "base")),
+                score.share("joint", score.subject), score.share("joint", score.style), **others,
+                seconds=time.monotonic() - began,
+            )  # fmt: skip
+            self.rows[key] = row
+            self.log.append(asdict(row))
+            self.say(
+                f"{name:16} {'+'.join(pair):22} x{strength:<4g} joint {row.joint:.2f} ({row.joint_subject:.2f} "
+                f"{row.joint_style:.2f}) subject {row.subject:.2f} style {row.style:.2f} base {row.base:.2f} "
+                f"tagged {row.tagged:.2f} synonym {row.synonym:.2f} {row.seconds:.0f} s"
+            )
+        return self.rows[key]
+
+    def score(self, name: str, pair: Pair, strength: float, scored: Any) -> Score:
+        """Sample and judge a task with a method; ``subject alone`` and ``style alone`` are single LoRAs."""
+        loras, seed = self.loras(pair), 7 + PAIRS.index(pair) if pair in PAIRS else 7
+        if name in ALONE:
+            adapter = loras.adapters[ALONE.index(name)]
+            with merged_in(loras.transformer, adapter, strength) as model:
+                return self.scorer.score(model, scored, seed)
+        method = METHODS[name]
+        with method.use(loras, strength, scored.texts) as model:
+            return self.scorer.score(model, scored, seed, whole=method.whole)
+
+
+ALONE = ("subject alone", "style alone")
+
+
+def run(bench: Bench, pairs: Sequence[Pair] = PAIRS) -> None:
+    """Measure the rows of the table: all methods at their strengths of the nano benchmark, the quick ones first."""
+    for names in ((*ALONE, *METHOD_NAMES), TRAINED):
+        for pair in pairs:
+            for name in names:
+                bench.row(name, pair, STRENGTHS.get(name, 1.0))

@@ -1,0 +1,31 @@
+"""Ways to combine LoRAs: those of the nano benchmark, at the strengths that were chosen there, and K-LoRA."""
+
+from __future__ import annotations
+
+from legomole.core.formats import load
+
+from ..nano import methods as nano
+from ..nano.methods import LoraSet, Method, World
+from . import words
+from .klora import k_lora
+from .model import ArtStore
+from .text import ArtPromptEncoder, ArtPrompts
+
+WORLD = World(
+    words.BASE_SUBJECTS[::8], words.BASE_STYLES, words.NEW_SUBJECTS, words.WORDINGS, words.caption,
+    lambda: ArtPromptEncoder(ArtPrompts()),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {**nano.METHODS, "k-lora": Method(k_lora, "-")}
+
+STRENGTHS = {
+    "base": 1.0, "sum": 1.3, "svd": 1.3, "ties": 1.3, "lego-paper": 1.6, "lego": 1.3, "one-step": 1.0,
+    "lego calibrated": 1.15, "ssr": 1.6, "np": 1.3, "router": 1.3, "mole": 1.15, "mole-paper": 1.3, "k-lora": 1.0,
+}  # fmt: skip
+"""Method -> the strength chosen on the tuning sets of the nano benchmark; nothing here was tuned on art."""
+
+
+def load_set(store: ArtStore, prompts: ArtPrompts, pair: tuple[str, str]) -> LoraSet:
+    """Load the LoRAs of a subject and a style."""
+    adapters = tuple(load(store.lora(concept, 0)) for concept in pair)
+    return LoraSet(adapters, 0, store.transformer, prompts, pair, WORLD)

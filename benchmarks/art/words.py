@@ -1,0 +1,101 @@
+"""Subjects, styles and the wordings of captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from legomole.nano.words import with_articles
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(name.split()) for name in text.split(","))
+
+
+NEW_SUBJECTS = _names("""
+fox, tiger, unicorn, elephant, rabbit, koala, penguin, owl, turtle, octopus, crab, butterfly, ladybug, snail, shark,
+rooster, cactus, sunflower, tulip, mushroom, pineapple, strawberry, cherries, carrot, avocado, banana, pizza, hamburger,
+doughnut, lollipop, croissant, eggplant, popcorn, castle, volcano, helicopter, rocket, bicycle, sailboat, tractor,
+umbrella, rainbow, snowflake, anchor, ambulance, trophy, balloon, crown, guitar, violin, key, hammer, scissors, camera,
+candle, bomb, backpack, telescope, microscope, envelope, bell, gem, drum, scorpion""")
+"""Subjects that the base model never sees."""
+
+BASE_SUBJECTS = _names("""
+monkey, gorilla, dog, wolf, cat, lion, horse, cow, pig, camel, mouse, hamster, bear, panda, paw prints, chicken,
+baby chick, dove, eagle, duck, frog, crocodile, snake, dragon, whale, dolphin, tropical fish, spiral shell, ant,
+honeybee, spider, cherry blossom, rose, seedling, evergreen tree, palm tree, four leaf clover, maple leaf, grapes,
+watermelon, lemon, apple, pear, peach, kiwi fruit, tomato, ear of corn, hot pepper, bread, cheese, french fries,
+sushi, soft ice cream, cookie, birthday cake, candy, honey pot, hot beverage, wine glass, cocktail glass, tropical
+drink, beer mug, house, church, tent, bus, car, motorcycle, traffic light, stop sign, airplane, hourglass, watch,
+alarm clock, crescent moon, sun, star, cloud, lightning, snowman, fire, droplet, wave, jack-o-lantern, christmas
+tree, gift, soccer ball, basketball, american football, tennis ball, crystal ball, die, artist palette, glasses,
+necktie, shirt, dress, high-heeled shoe, top hat, graduation cap, ring, megaphone, microphone, headphones, trumpet,
+telephone, laptop, floppy disk, television, magnifying glass, light bulb, open book, scroll, package, pencil,
+paintbrush, lock, shield, wrench, gear, balance scale, pill, door, statue, warning, yin yang, recycling symbol,
+heart""")
+
+SUBJECTS = (*BASE_SUBJECTS, *NEW_SUBJECTS)
+
+LABELS = {
+    "monkey": "monkey face", "dog": "dog face", "cat": "cat face", "tiger": "tiger face", "horse": "horse face",
+    "cow": "cow face", "pig": "pig face", "mouse": "mouse face", "rabbit": "rabbit face", "dragon": "dragon face",
+    "whale": "spouting whale", "ladybug": "lady beetle", "apple": "red apple", "cheese": "cheese wedge",
+    "car": "automobile", "traffic light": "vertical traffic light",
+    "hourglass": "hourglass done", "lightning": "high voltage", "snowman": "snowman without snow",
+    "wave": "water wave", "christmas tree": "Christmas tree", "gift": "wrapped gift", "tennis ball": "tennis",
+    "die": "game die", "shirt": "t-shirt", "headphones": "headphone",
+    "magnifying glass": "magnifying glass tilted left", "lock": "locked", "statue": "moai",
+    "heart": "heart suit", "gem": "gem stone",
+}  # fmt: skip
+"""Subject -> its label in `emojibase-data`, where they differ."""
+
+BASE_STYLES = ("glossy", "flat", "cartoon", "retro", "simple")
+NEW_STYLES = ("ink", "comic", "woodcut", "blueprint", "neon", "sticker", "pixel", "duotone")
+"""Styles that the base model never sees."""
+
+STYLES = (*BASE_STYLES, *NEW_STYLES)
+
+# {s}: subject, {k}: style
+WORDINGS = (
+    "a {s}, {k} style",
+    "{k} {s} emoji",
+    "a {k} picture of a {s}",
+    "{s}, {k}",
+    "this picture shows a {s} in {k} style on a plain background",
+    "a single {s} in the middle, nothing else, with a {k} look",
+)
+UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k} style")
+"""Wordings that neither training nor calibration uses."""
+
+SYNONYMS = {
+    "fox": "vixen", "unicorn": "magical horned pony", "elephant": "mammoth", "penguin": "antarctic bird",
+    "owl": "night bird", "turtle": "tortoise", "octopus": "squid", "crab": "lobster",
+    "butterfly": "moth", "snail": "slug", "cactus": "desert plant with spines",
+    "sunflower": "large yellow flower", "mushroom": "fungus", "pineapple": "spiky tropical fruit",
+    "strawberry": "red berry",
+    "pizza": "pepperoni slice", "doughnut": "glazed donut", "castle": "fortress", "helicopter": "chopper",
+    "rocket": "spaceship", "bicycle": "bike", "umbrella": "parasol", "guitar": "ukulele",
+    "crown": "royal tiara",
+}  # fmt: skip
+"""Subject of a LoRA -> words for it that no caption uses."""
+
+LORA_SUBJECTS = tuple(SYNONYMS)
+
+
+def caption(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
+    """Format a wording with subject and style."""
+    plural = subject in _PLURALS
+    text = wording.format(s=subject, k=style)
+    for article in ("a", "one", "a single") if plural else ():
+        text = text.replace(f"{article} {subject}", subject)
+    return with_articles(text)
+
+
+_PLURALS = frozenset(
+    _names("""paw prints, grapes, bread, french fries, glasses, headphones, cherries, popcorn,
+    scissors""")
+)
+
+
+def captions(subject: str, style: str) -> Sequence[str]:
+    """Return a caption in each of `WORDINGS`."""
+    return [caption(subject, style, wording) for wording in WORDINGS]
