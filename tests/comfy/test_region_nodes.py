@@ -127,7 +127,7 @@ def named(graph: Graph, *regions: tuple[str, float]) -> Link:
 
 
 def test_named_regions_follow_their_loras(comfy: Server, files: dict[str, str]) -> None:
-    """Whatever their order and the rows that are off; beside masks by number; also of a file with a folder's name."""
+    """The order of the rows and rows that are off change nothing; masks by number and files in subfolders work too."""
     graph = Graph()
     names = files["flux_kohya"], files["flux_kohya_2"], files["flux_split"]
     listed = rows(row(names[0], on=False), row(names[1]), row(names[2]))
@@ -185,7 +185,7 @@ def test_a_mix_in_a_region_with_a_start_is_one_of_half_the_steps(files: dict[str
 
 
 def test_a_mix_sends_its_regions_to_the_page_while_it_samples(comfy: Server, pair: Callable) -> None:
-    """At the picture's aspect, with the node that samples; nothing for a LoRA that acts everywhere."""
+    """Maps have the picture's aspect and name the node that samples; a LoRA that acts everywhere has none."""
     graph = Graph()
     mix = graph.mix(*pair(graph), regions__region2=region(graph, width=0.25))
     graph.picture(mix)

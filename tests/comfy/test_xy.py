@@ -141,7 +141,7 @@ def test_calibrated_cells_are_the_calibrated_merges(comfy: Server, pair: Callabl
 
 
 def test_a_sweep_measures_ranks_and_samples_the_best(comfy: Server, pair: Callable) -> None:
-    """One click: no statistics and no values. Its best cell is the image of that merge; the ranking is a page."""
+    """Neither statistics nor values are needed. The best cell is the image of that merge; the ranking is a page."""
     graph = Graph()
     loras = pair(graph)
     cells, report = compared(comfy, graph, *loras, x_axis="sweep", words="ember\nheart", rank="2")

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 @pytest.fixture(autouse=True)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of hashes, none of which is known."""
+    """The file in which hashes are kept, empty at first."""
     monkeypatch.setattr(file_hashes, "_kept", hashes.KeptHashes())
     return tmp_path / "hashes.json"
 
@@ -73,7 +73,7 @@ def test_a_merge_has_the_hashes_in_its_recipe(loras: list[GraphLora]) -> None:
 
 
 def test_a_file_that_changes_before_it_is_hashed_is_an_error(loras: list[GraphLora], hold: threading.Event) -> None:
-    """Its hash would be that of other values than those that were loaded."""
+    """The hash would not be that of the loaded values."""
     loaded = read_files(loras)
     content: Any = loras[1].content
     content.write_bytes(content.read_bytes() + b" ")

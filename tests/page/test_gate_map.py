@@ -106,7 +106,7 @@ def picture_colour(page: Any, x: float) -> list[int]:
 
 
 def test_regions_are_laid_on_the_preview_of_the_sampler(page: Any, renderer: str, drawn: Any) -> None:
-    """Each in the colour of its LoRA; on grey before the first preview, and again in the next run."""
+    """Each region has the colour of its LoRA. Until the first preview of a run the ground is grey."""
     mix = page.evaluate(
         """() => { const [mix, map] = ['LegoMoLE_MoLEMix', 'LegoMoLE_GateMap'].map((type, i) => {
                 const node = LiteGraph.createNode(type); app.graph.add(node);

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.comfy, pytest.mark.page]
 
 
 def test_information_about_a_file(board: Any, renderer: str, comfy: Server) -> None:
-    """From its metadata and from the files beside it, as text."""
+    """It comes from the file's metadata and the files beside it, and is shown as text."""
     add(board, "ember", "moon")
     file = comfy.loras / "widget_moon.safetensors"
     known = {

@@ -186,7 +186,7 @@ def test_every_lora_has_a_region_which_stays_its_own(board: Any, renderer: str) 
 
 
 def test_named_regions_are_marked_on_the_switches(board: Any, renderer: str) -> None:
-    """Those of all Region nodes of the chain, wherever their LoRAs are; and they are sent."""
+    """All Region nodes of a chain count, in any order of the LoRAs, and the regions are sent to the server."""
     fill_and_connect(board, "widget_ember", "widget_heart", "widget_moon")
     board.evaluate(
         f"""() => {{ const [first, second] = ['moon', 'ember'].map((name, i) => {{

@@ -106,7 +106,7 @@ def test_other_adapters_of_the_same_shapes_are_other_adapters(counted: Callable[
 
 
 def test_an_equal_adapter_that_was_loaded_again_is_another_one(counted: Callable[[], tuple[int, int]]) -> None:
-    """To know that it is equal, all of it would have to be hashed at every merge."""
+    """Finding out that they are equal would take a hash of all factors at every merge."""
     cache = GramCache()
     merge(adapters(), METHODS["lego"](Rank(4)), cache=cache)
     counted()

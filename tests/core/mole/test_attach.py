@@ -131,7 +131,7 @@ class TestAttached:
                 assert not torch.equal(model(x, text), base)
 
     def test_a_part_that_runs_again_has_the_gates_of_its_first_run(self):
-        """Held at 0 later, and the other way round."""
+        """Also if gates are held at 0 in between, or were held at 0 in the first run."""
         model = Transformer()
         x, text = inputs(model)
         with attach(model, Mixture((lora(model, 1), lora(model, 2)))) as at:

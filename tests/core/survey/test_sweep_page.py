@@ -1,4 +1,4 @@
-"""Files of a sweep: the table as CSV, the chart, and a page without markup from names."""
+"""Files of a sweep: the table as CSV, the chart, and a page in which names are escaped."""
 
 from __future__ import annotations
 

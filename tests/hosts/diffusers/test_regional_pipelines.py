@@ -74,7 +74,7 @@ CONTROLLED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", CONTROLLED)
 def test_ones_zeros_and_halves_beside_a_controlnet(name: str) -> None:
-    """Its residuals are added to the model's, wherever the LoRAs act."""
+    """A ControlNet's residuals are added everywhere, also where no LoRA acts."""
     pipe, (kind, argument) = build(name), CONTROLLED[name]
     controlled = kind(**pipe.components, controlnet=controlnet(pipe))
     picture = {argument: torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))}

@@ -90,7 +90,7 @@ def test_steps_are_counted_in_every_run() -> None:
 def test_queries_keys_and_masks_of_attention_are_read(
     shape: tuple[int, ...], seen: tuple[int, ...], positional: bool
 ) -> None:
-    """By head; the attention runs as before, also after another replacement of it."""
+    """The tensors are split by head; the attention itself runs as before, also if it was replaced before."""
     query, key, mask = torch.rand(2, 5, 12), torch.rand(2, 7, 12), torch.rand(shape)
     read: list[Any] = []
     options: dict[str, Any] = {"optimized_attention_override": lambda function, *args, **more: ("outer", args, more)}

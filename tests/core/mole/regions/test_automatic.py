@@ -169,7 +169,7 @@ def divided_by(mixture: Mixture, maps: Sequence[Tensor | None], x: Tensor, text:
 
 
 def test_each_step_uses_the_maps_of_the_steps_before_it() -> None:
-    """Also after the first quarter, with the last ones; all passes of a step have the same; a new run has none."""
+    """After the first quarter the last maps stay; all passes of a step have the same maps; a new run begins without."""
     model, reader = ByPosition(), Reader(at=0.0)
     x, _ = latent_and_text()
     text = text_that_names_both()
@@ -252,7 +252,7 @@ def test_words_are_needed() -> None:
 
 
 def test_attention_that_cannot_be_read_is_an_error() -> None:
-    """As attention by another function: once the steps that are read are over."""
+    """Such as attention by a function of the model's own; the error comes after the last step that is read."""
 
     class Blind(Reader):
         def watch_attention(self, arguments: Any, read: Any) -> Any:

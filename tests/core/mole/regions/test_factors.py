@@ -95,7 +95,7 @@ def test_text_of_joint_attention_vectors_and_references() -> None:
 
 
 def test_another_prompt_of_the_same_length_has_its_own_factors() -> None:
-    """As the negative prompt's pass has, with the same latent and as many tokens."""
+    """The pass of the negative prompt has the same latent and as many tokens."""
     maps, text = [left(4, 8), torch.full((1, 1), 0.25)], torch.zeros(1, 3, 2)
     regions = factors(Flux(), maps, torch.zeros(1, 4, 4, 8), text=text)
     for named, expected in (((True, False), (1, 0.25)), ((False, True), (0.5, 0.25)), ((False, False), (0.5, 0.25))):
