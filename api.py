@@ -124,8 +124,7 @@ def merge(
         RecipeError: An unknown method or setting, or a value of the wrong type.
     """
     inputs = _recipe_inputs(loras, weights, text_encoder_weights)
-    weights_of = BaseWeights(base_path(os.fspath(base))) if isinstance(base, (str, os.PathLike)) else None
-    obstacle = why_not_measured(base if weights_of is None else weights_of.path)
+    weights_of, obstacle = _opened(base)
     if keep_base not in (None, "off") and (base is None or obstacle):
         raise MergeError("keep_base needs a base model that can be run.", found=obstacle or "no base model")
     notes = [obstacle] if obstacle and keep_base is None else []
@@ -152,10 +151,7 @@ def merge(
         and not isinstance(settings.get("statistics"), Statistics)
     ):
         return run_recipe(recipe, device=device, progress=progress, notes=notes, **_HOST_FUNCTIONS)
-    adapters = [
-        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank, base=weights_of)
-        for lora in loras
-    ]
+    adapters = _loaded(loras, convert_rank, weights_of)
     recipe = with_used_base(recipe, weights_of)
     measured = None
     if base is not None and not obstacle and keep_base != "off":
@@ -222,13 +218,9 @@ def sweep(
     inputs = _recipe_inputs(loras, weights, text_encoder_weights)
     settings = {"settings": {"rank": rank}, "cap": cap, "equalize": equalize, "convert_rank": convert_rank}
     recipe = recipe_from_data({"method": "lego", "inputs": inputs, **settings})
-    obstacle = "neither base nor statistics" if base is None else why_not_measured(base)
-    is_path = isinstance(base, (str, os.PathLike))
-    weights_of = BaseWeights(base_path(os.fspath(base))) if is_path else None
-    adapters = [
-        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank, base=weights_of)
-        for lora in loras
-    ]
+    weights_of, obstacle = _opened(base)
+    obstacle = "neither base nor statistics" if base is None else obstacle
+    adapters = _loaded(loras, convert_rank, weights_of)
     if statistics is None and not obstacle:
         prompting = Prompting(words, texts=texts, instructions=instructions)
         statistics, _, obstacle = _calibrate(base, adapters, prompting, "light", tokenizer, device, progress)
@@ -240,6 +232,20 @@ def sweep(
         )
     measured = _loaded_statistics({"statistics": statistics}, adapters)["statistics"]
     return sweep_aligned(recipe, align(adapters), measured, device=device, progress=progress)
+
+
+def _opened(base: Any) -> tuple[BaseWeights | None, str]:
+    """The weights of a base model given by path or name, ``None`` for another one; and why it cannot be measured."""
+    weights = BaseWeights(base_path(os.fspath(base))) if isinstance(base, (str, os.PathLike)) else None
+    return weights, why_not_measured(base if weights is None else weights.path)
+
+
+def _loaded(loras: Sequence[Adapter | PathLike], convert_rank: int | None, base: BaseWeights | None) -> list[Adapter]:
+    """The adapters; files are loaded, see `formats.load`."""
+    return [
+        lora if isinstance(lora, Adapter) else formats.load(Path(lora), convert_rank=convert_rank, base=base)
+        for lora in loras
+    ]
 
 
 def _calibrate(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
+from legomole.core.lowrank import LowRank, truncated_svd
 from legomole.core.merge.engine import merge
 from legomole.core.merge.rank import Rank
 from torch import Tensor
@@ -95,6 +96,14 @@ def merged_in(model: Any, adapter: Adapter, strength: float, prefix: str = "") -
         with torch.no_grad():
             for weight, original in before.items():
                 weight.copy_(original)
+
+
+def spiked(part: LowRank, times: float) -> LowRank:
+    """Multiply the largest singular value of an update, float32."""
+    A, B = truncated_svd(part.A.double(), part.scale * part.B.double(), part.rank)
+    A[0] *= times**0.5
+    B[:, 0] *= times**0.5
+    return LowRank(A.float(), B.float())
 
 
 @dataclass(frozen=True)

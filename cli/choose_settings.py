@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ..core.recipes.suggest import Suggestion
     from ..core.recipes.sweep import Sweep
 
-_ENDINGS = (".html", ".png", ".csv")
-
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
@@ -83,12 +81,14 @@ def suggest_settings(
 
 def check_sweep(path: Path, method: str | None, *, has_statistics: bool, overwrite: bool) -> None:
     """Raise an error for a sweep that cannot be made, or whose file could not be written, before any work is done."""
+    from ..core.survey.sweep_page import ENDINGS
+
     if not has_statistics:
         raise typer.BadParameter("--sweep predicts on the base model: give --base MODEL, or --statistics FILE.")
     if method is not None:
         raise typer.BadParameter("--sweep chooses the method: leave out --method.")
-    if path.suffix.lower() not in _ENDINGS:
-        raise typer.BadParameter(f"{path.name}: --sweep writes {', '.join(_ENDINGS[:-1])} or {_ENDINGS[-1]}.")
+    if path.suffix.lower() not in ENDINGS:
+        raise typer.BadParameter(f"{path.name}: --sweep writes {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}.")
     check_free(path, overwrite=overwrite)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ..core.errors import FormatError
-from ..core.formats.file_changes import file_states
+from ..core.formats.file_changes import changed_while_read, file_states
 from ..core.formats.hashes import KeptHashes
 
 FileState = dict[Path, tuple[int, ...] | None]
@@ -43,7 +42,5 @@ def sha256_later(file: Path, loaded: FileState) -> Future[str]:
 def _sha256_unless_changed(file: Path, loaded: FileState) -> str:
     digest = _kept.sha256(file)
     if file_states([file]) != loaded:
-        raise FormatError(
-            "The file was changed while it was read.", file=file, remedy="try again when nothing writes to it"
-        )
+        raise changed_while_read(file)
     return digest

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import torch
 from legomole.core.adapter import Adapter
 from legomole.core.formats import save
 from legomole.core.lowrank import LowRank
 
-from ..common import Say
+from ..common import Say, spiked
 from ..nano import train_loras
 from .data import JITTER, Pair, Pictures, pictures
 from .model import ArtStore, bfloat16
@@ -101,22 +99,13 @@ def train(
                     store.transformer, lora_pictures(store, concept), prompts, steps=how.longer * steps,
                     seed=CONCEPTS.index(concept), rank=how.rank, batch=batch, targets=how.layers, say=say,
                 )  # fmt: skip
-            _save(Adapter({name: finished(part, how) for name, part in lora.modules.items()}), path)
-
-
-def _save(lora: Adapter, path: Path) -> None:
-    part = path.with_suffix(".part.safetensors")
-    save(lora, part, format="diffusers")
-    part.replace(path)
+            lora = Adapter({name: finished(part, how) for name, part in lora.modules.items()})
+            save(lora, path, format="diffusers")
 
 
 def finished(part: LowRank, how: Habit) -> LowRank:
+    part = spiked(part, _SPIKE) if how.spike else part
     A, B = part.A.float(), part.B.float()
-    if how.spike:
-        u, s, vh = torch.linalg.svd(B @ A, full_matrices=False)
-        u, s, vh = u[:, : how.rank], s[: how.rank], vh[: how.rank]
-        s[0] *= _SPIKE
-        A, B = s.sqrt()[:, None] * vh, u * s.sqrt()
     if how.alpha is not None:
         B = B * (how.rank / how.alpha)
     return LowRank(A.half().contiguous(), B.half().contiguous(), how.alpha)

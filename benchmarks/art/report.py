@@ -11,8 +11,8 @@ from legomole.core.pictures.canvas import Canvas
 from legomole.nano.demo import tile
 from PIL import Image
 
-from ..common import Say, mean, write
-from ..nano.report import spread
+from ..common import Say, write
+from ..nano.report import cell
 from .data import Pair
 from .evaluate import ALONE, METHOD_NAMES, PAIRS, TRAINED, Bench, Row, run
 from .methods import STRENGTHS
@@ -53,16 +53,11 @@ def table(rows: Sequence[Row]) -> str:
         strength = STRENGTHS.get(method, 1.0)
         part = [r for r in rows if r.method == method and r.strength == strength and r.pair in PAIRS]
         if part:
-            cells = " | ".join(_cell(part, metric) for metric in METRICS)
+            cells = " | ".join(
+                cell([r for r in part if not math.isnan(getattr(r, metric))], metric) for metric in METRICS
+            )
             lines.append(f"| {method} | {strength:g} | {len(part)} | {cells} |")
     return "\n".join(lines)
-
-
-def _cell(rows: Sequence[Row], metric: str) -> str:
-    measured = [r for r in rows if not math.isnan(getattr(r, metric))]
-    if not measured:
-        return "-"
-    return f"{mean([getattr(r, metric) for r in measured]):.2f} ±{spread(measured, metric):.2f}"
 
 
 _SHOWN = ("base", *ALONE, "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "k-lora", "router")

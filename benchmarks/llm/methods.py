@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from legomole.core.adapter import Adapter
 from legomole.core.merge.methods.calibrated import Calibrated
 from legomole.core.merge.methods.concat import Concat
 from legomole.core.merge.methods.dare import Dare
@@ -66,11 +67,14 @@ def merge(
         options: Further arguments of the merge.
     """
     compute = merging(method, str(rank), _statistics(shown) if shown else None, **options)
+    return Method(
+        using(compute), str(rank), f"{shown} prompts" if isinstance(shown, int) and shown else str(shown or ""), fixed
+    )
 
-    def use(adapters: TaskAdapters, strength: float) -> Any:
-        return merged_in(adapters.world.model, adapters.cached(compute), strength)
 
-    return Method(use, str(rank), f"{shown} prompts" if isinstance(shown, int) and shown else str(shown or ""), fixed)
+def using(compute: Callable[[Any], Adapter]) -> Use:
+    """Add the adapter that `compute` makes of the adapters, once, to the weights."""
+    return lambda adapters, strength: merged_in(adapters.world.model, adapters.cached(compute), strength)
 
 
 _measured: dict[Shown, Callable[[TaskAdapters], Statistics]] = {}

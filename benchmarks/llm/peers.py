@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..common import merged_in
 from .adapters import TaskAdapters
-from .methods import RANK, Method
+from .methods import RANK, Method, using
 from .model import last_logits
+from .train import masters_of, stepping
 
 _EXAMPLES, _STEPS, _BATCH, _LR = 32, 100, 8, 1e-3  # of the training of X-LoRA's classifier, as for our gates
 _KEPT = 0.2  # share of each factor's entries that RobustMerge keeps: its authors' choice
@@ -42,7 +42,7 @@ def peft_merge(kind: str, rank: str = str(RANK), **options: Any) -> Method:
         finally:
             model.unload()
 
-    return Method(_merged(compute), rank)
+    return Method(using(compute), rank)
 
 
 def _merged_layers(model: Any) -> Generator[tuple[str, LowRank]]:
@@ -51,10 +51,6 @@ def _merged_layers(model: Any) -> Generator[tuple[str, LowRank]]:
         if isinstance(layer, LoraLayer) and "merged" in layer.lora_A:
             A, B = (factors["merged"].weight.detach().clone() for factors in (layer.lora_A, layer.lora_B))
             yield name.removeprefix("base_model.model."), LowRank(A, B, layer.scaling["merged"] * len(A))
-
-
-def _merged(compute: Callable[[TaskAdapters], Adapter]) -> Callable[[TaskAdapters, float], Any]:
-    return lambda adapters, strength: merged_in(adapters.model, adapters.cached(compute), strength)
 
 
 def robust_merge(adapters: TaskAdapters) -> Adapter:
@@ -113,19 +109,16 @@ def _xlora_training(adapters: TaskAdapters) -> dict[str, Tensor]:
     with _xlora_model(adapters) as model:
         classifier = model.base_model.internal_xlora_classifier
         parameters = list(classifier.parameters())
-        masters = [p.detach().float() for p in parameters]  # bfloat16 would round small steps away
+        masters = masters_of(parameters)
         optimizer = torch.optim.AdamW(masters, lr=_LR, weight_decay=0.0)
         for _ in range(_STEPS):
             batch = draw.sample(examples, _BATCH)
             loss = cross_entropy(
                 last_logits(model, [ids for ids, _ in batch]).float(), torch.tensor([token for _, token in batch])
             )
-            for master, gradient in zip(masters, torch.autograd.grad(loss, parameters), strict=True):
-                master.grad = gradient.float()
-            optimizer.step()
-            with torch.no_grad():
-                for master, parameter in zip(masters, parameters, strict=True):
-                    parameter.copy_(master)
+            loss.backward()
+            with stepping(parameters, masters):
+                optimizer.step()
         return {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
 
 
@@ -141,6 +134,6 @@ PEERS: dict[str, Method] = {
     "peft svd": peft_merge("svd", svd_rank=RANK),
     "peft ties": peft_merge("ties_svd", svd_rank=RANK, density=0.5),
     "peft dare": peft_merge("dare_linear_svd", svd_rank=RANK, density=0.5),
-    "robustmerge": Method(_merged(robust_merge), "largest"),
+    "robustmerge": Method(using(robust_merge), "largest"),
     "xlora": Method(_xlora, "-", f"{_EXAMPLES} examples", fixed=True, whole=True),
 }

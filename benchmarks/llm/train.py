@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..common import Say
@@ -45,7 +48,7 @@ def adapter(model: Any, examples: Examples, seed: int, folder: Path, training: T
     )
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    masters = [p.detach().float() for p in parameters]  # bfloat16 would round small steps away
+    masters = masters_of(parameters)
     optimizer = torch.optim.AdamW(masters, lr=training.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.lr, total_steps=training.steps, pct_start=0.1)
     first = torch.tensor(examples.first)
@@ -54,14 +57,10 @@ def adapter(model: Any, examples: Examples, seed: int, folder: Path, training: T
         answers = first[[example.label for example in batch]]
         loss = cross_entropy(last_logits(model, [example.ids for example in batch]).float(), answers)
         loss.backward()
-        for master, parameter in zip(masters, parameters, strict=True):
-            master.grad, parameter.grad = parameter.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            for master, parameter in zip(masters, parameters, strict=True):
-                parameter.copy_(master)
+        with stepping(parameters, masters):
+            torch.nn.utils.clip_grad_norm_(masters, 1.0)
+            optimizer.step()
+            schedule.step()
         losses.append(loss.item())
         if len(losses) % 25 == 0:
             say(f"{folder.name}: step {len(losses)} loss {sum(losses[-25:]) / 25:.3f} {time.monotonic() - began:.0f} s")
@@ -70,6 +69,22 @@ def adapter(model: Any, examples: Examples, seed: int, folder: Path, training: T
     wrapped.unload()
     part.rename(folder)
     return folder
+
+
+def masters_of(parameters: Sequence[Any]) -> list[Tensor]:
+    """float32 copies of bfloat16 parameters, for an optimizer: bfloat16 would round small steps away."""
+    return [parameter.detach().float() for parameter in parameters]
+
+
+@contextmanager
+def stepping(parameters: Sequence[Any], masters: Sequence[Tensor]) -> Generator[None]:
+    """Move the gradients to the masters before an optimizer's step in the block, and the new values back after it."""
+    for master, parameter in zip(masters, parameters, strict=True):
+        master.grad, parameter.grad = parameter.grad.float(), None
+    yield
+    with torch.no_grad():
+        for master, parameter in zip(masters, parameters, strict=True):
+            parameter.copy_(master)
 
 
 def _batches(examples: list[Example], training: Training, draw: random.Random) -> list[list[Example]]:

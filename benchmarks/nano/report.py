@@ -122,12 +122,13 @@ def table(rows: Sequence[Row], name: str, chosen: dict[str, float]) -> str:
         part = [r for r in rows if r.method == method and r.concepts in plan.scored and r.seed in plan.seeds
                 and r.scale == chosen.get(method, 1.0)]  # fmt: skip
         if part:
-            cells = [_cell(part, m) for m in METRICS]
+            cells = [cell(part, m) for m in METRICS]
             lines.append(f"| {method} | {part[0].rank} | {part[0].scale:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(rows: Sequence[Row], metric: str) -> str:
+def cell(rows: Sequence[Any], metric: str) -> str:
+    """Return mean and `spread` of a metric for a table; ``-`` if it was not measured in all rows."""
     value = mean([getattr(r, metric) for r in rows])
     return "-" if math.isnan(value) else f"{value:.2f} ±{spread(rows, metric):.2f}"
 

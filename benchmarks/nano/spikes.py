@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from legomole.core.adapter import Adapter
-from legomole.core.lowrank import LowRank
 from legomole.core.merge.engine import merge
 from legomole.core.merge.methods import MergeMethod
 from legomole.core.merge.methods.concat import Concat
@@ -17,7 +16,7 @@ from legomole.core.merge.methods.lego import Lego
 from legomole.core.merge.methods.svd import SVD
 from legomole.core.merge.rank import Rank
 
-from ..common import mean
+from ..common import mean, spiked
 from .evaluate import Bench, LoraKey
 from .joint_rows import Rows
 
@@ -34,13 +33,7 @@ METHODS: dict[str, MergeMethod] = {"sum": Concat(), "svd": SVD(Rank(1, "x")), "l
 
 def with_spike(adapter: Adapter, times: float = TIMES) -> Adapter:
     """Multiply the largest singular value of one feed-forward layer."""
-    part = adapter.modules[LAYER]
-    U, S, Vh = torch.linalg.svd(part.delta().double(), full_matrices=False)
-    k = part.rank
-    S = S[:k].clone()
-    S[0] *= times
-    spiked = LowRank((S.sqrt()[:, None] * Vh[:k]).float(), (U[:, :k] * S.sqrt()).float())
-    return replace(adapter, modules={**adapter.modules, LAYER: spiked})
+    return replace(adapter, modules={**adapter.modules, LAYER: spiked(adapter.modules[LAYER], times)})
 
 
 def measure(bench: Bench, log: Path, sets: Sequence[LoraKey] = SETS) -> list[dict[str, Any]]:
@@ -53,10 +46,10 @@ def measure(bench: Bench, log: Path, sets: Sequence[LoraKey] = SETS) -> list[dic
     results: list[dict[str, Any]] = []
     for key in sets:
         sound = bench.loras(*key).adapters
-        spiked = tuple(map(with_spike, sound))
+        with_spikes = tuple(map(with_spike, sound))
         for name, method in METHODS.items():
             scores: dict[str, float] = {}
-            cases = {"sound": (sound, None), "spiked": (spiked, None), "spiked capped": (spiked, CAP),
+            cases = {"sound": (sound, None), "spiked": (with_spikes, None), "spiked capped": (with_spikes, CAP),
                      "sound capped": (sound, CAP)}  # fmt: skip
             for case, (adapters, cap) in cases.items():
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from legomole.nano.demo import tile
 from PIL import Image
 
 from ..common import Say, mean, write
-from ..nano.report import spread
+from ..nano.report import cell
 from .evaluate import PAIRS, Bench, Row, base_scenes, both_scenes, run, seconds_per_step
 from .methods import METHODS, Request
 from .scoring import judged, sampled
@@ -60,7 +59,7 @@ def table(bench: Bench, seconds: dict[str, float]) -> str:
              "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for name in METHODS:
         rows = [bench.rows[name, pair, seed] for pair in PAIRS for seed in SEEDS]
-        right, halves, other, bleeding, base = (_cell(rows, metric) for metric in _METRICS)
+        right, halves, other, bleeding, base = (cell(rows, metric) for metric in _METRICS)
         relative = mean([row.halves for row in rows]) / mean([bench.alone_halves(r.pair, r.seed) for r in rows])
         step = f"{1000 * seconds[name]:.1f} | {seconds[name] / seconds['gates']:.2f}"
         lines.append(f"| {name} | {right} | {halves} | {relative:.2f} | {other} | {bleeding} | {base} | {step} |")
@@ -74,10 +73,6 @@ def table(bench: Bench, seconds: dict[str, float]) -> str:
         f"{mean([r.right_place for r in base_rows]):.2f}; its `base` is {mean([r.base for r in base_rows]):.2f}.",
     ]
     return "\n".join(lines)
-
-
-def _cell(rows: Sequence[Row], metric: str) -> str:
-    return f"{mean([getattr(r, metric) for r in rows]):.2f} ±{spread(rows, metric):.2f}"
 
 
 def sheet(bench: Bench, pair: tuple[str, str] = PAIRS[0]) -> Image.Image:

@@ -29,9 +29,14 @@ def raise_if_changed(inputs: Iterable[Path]) -> Generator[None]:
     yield
     changed = [path for path, state in file_states(inputs).items() if before.get(path) != state]
     if changed:
-        raise FormatError(
-            "The file was changed while it was read.", file=changed[0], remedy="try again when nothing writes to it"
-        )
+        raise changed_while_read(changed[0])
+
+
+def changed_while_read(file: Path) -> FormatError:
+    """The error for a file that was changed while it was read."""
+    return FormatError(
+        "The file was changed while it was read.", file=file, remedy="try again when nothing writes to it"
+    )
 
 
 def file_states(inputs: Iterable[Path]) -> dict[Path, tuple[int, ...] | None]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from ..errors import FormatError, SaveError
+from ..errors import SaveError
 from ..json_text import from_json
+from .file_changes import changed_while_read
 from .files import check_file, write_bytes
 
 _KEPT_HASHES = 4096
@@ -73,9 +74,7 @@ class KeptHashes:
         before, now = _state(file), time.time_ns()
         digest = sha256(file)
         if _state(file) != before:
-            raise FormatError(
-                "The file was changed while it was read.", file=file, remedy="try again when nothing writes to it"
-            )
+            raise changed_while_read(file)
         if max(before[1:3]) < now - _SETTLED:
             self._keep(file, [*before, digest])
         return digest

@@ -218,7 +218,7 @@ def survey(
         progress=progress,
     )
     blocks = [replace(block, layers=tuple(name for name in block.layers if name in method.layers)) for block in blocks]
-    by_section = sorted(method.largest.items(), key=lambda item: _REGION_ORDER.get(item[0], len(_REGION_ORDER)))
+    by_section = sorted(method.largest.items(), key=lambda item: _SECTION_ORDER.get(item[0], len(_SECTION_ORDER)))
     return Survey(
         replace(result.report, method="lego"),
         tuple(block for block in blocks if block.layers),
@@ -228,7 +228,7 @@ def survey(
     )
 
 
-_REGION_ORDER = {FIRST: 0, MIDDLE: 1, LAST: 2}
+_SECTION_ORDER = {FIRST: 0, MIDDLE: 1, LAST: 2}
 _MAP_UNITS = 400  # units on a map, at most: the largest
 
 

@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from legomole.core.errors import FormatError
 from legomole.core.formats import hashes
 from legomole.core.formats.hashes import KeptHashes
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that was written long ago, by the clock of the hashes."""
+    """A file whose hash is kept: the clock of the hashes is far ahead of the time at which it was written."""
     path = tmp_path / "lora.safetensors"
     path.write_bytes(b"one")
     now = time.time_ns
@@ -24,7 +25,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are hashed from now on."""
+    """The files that are read for their hashes during the test."""
     read: list[Path] = []
     compute = hashes.sha256
     monkeypatch.setattr(hashes, "sha256", lambda path: [read.append(path), compute(path)][1])
@@ -64,7 +65,7 @@ def test_another_content_is_hashed_again(tmp_path: Path, file: Path, change: str
 
 
 def test_the_hash_of_a_file_that_was_just_written_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Another write within the same tick of the file system's clock would not be noticed."""
+    """A second write might get the same modification time, so that the kept hash would be wrong."""
     file = tmp_path / "lora.safetensors"
     file.write_bytes(b"one")
     kept = KeptHashes(tmp_path / "hashes.json")
@@ -76,7 +77,7 @@ def test_a_file_that_changes_while_it_is_hashed_is_an_error(file: Path, monkeypa
     compute = hashes.sha256
     monkeypatch.setattr(hashes, "sha256", lambda path: [compute(path), path.write_bytes(b"longer")][0])
     kept = KeptHashes()
-    with pytest.raises(hashes.FormatError, match="changed while it was read"):
+    with pytest.raises(FormatError, match="changed while it was read"):
         kept.sha256(file)
     assert kept.find(file) is None
 
