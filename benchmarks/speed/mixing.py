@@ -158,19 +158,24 @@ def loras(case: Case, n: int, rank: int) -> list[Adapter]:
     return adapters
 
 
-def models(case: Case, adapters: Sequence[Adapter], folder: Path) -> dict[str, Step]:
-    """Return a step function for the merged model and for every other model that supports the case."""
-    steps = {MERGED: _step(_merged(case.model, adapters), case.inputs)}
-    steps["even, untrained"] = _ours(case, adapters, None)
-    steps |= {name: _ours(case, adapters, settings) for name, settings in case.gates.items()}
+def models(case: Case, adapters: Sequence[Adapter], folder: Path, compiled: bool = False) -> dict[str, Step]:
+    """Return a step function for the merged model and for every other model that supports the case.
+
+    `compiled` models go through `torch.compile`; X-LoRA, which runs the model twice, is left out.
+    """
+    mixed = {"even, untrained": _ours(case, adapters, None)}
+    mixed |= {name: _ours(case, adapters, settings) for name, settings in case.gates.items()}
     paths = [save(adapter, folder / str(i), format="peft") for i, adapter in enumerate(adapters)]
-    steps["PEFT, unmerged"] = _step(_peft(_sharing(case.model), paths), case.inputs)
-    if case.xlora:
-        steps["PEFT X-LoRA"] = _step(_xlora(_sharing(case.model), paths), case.inputs)
-    return steps
+    variants = {MERGED: _merged(case.model, adapters), **mixed, "PEFT, unmerged": _peft(_sharing(case.model), paths)}
+    if case.xlora and not compiled:
+        variants["PEFT X-LoRA"] = _xlora(_sharing(case.model), paths)
+    return {
+        name: _step(torch.compile(model) if compiled else model, case.inputs)  # type: ignore[arg-type]
+        for name, model in variants.items()
+    }
 
 
-def _step(model: nn.Module, inputs: Mapping[str, Tensor]) -> Step:
+def _step(model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Step:
     return lambda: model(**inputs, return_dict=False)[0]
 
 
@@ -188,14 +193,14 @@ def _merged(model: nn.Module, adapters: Sequence[Adapter]) -> nn.Module:
     return model
 
 
-def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None) -> Step:
+def _ours(case: Case, adapters: Sequence[Adapter], settings: GateSettings | None) -> nn.Module:
     model = _sharing(case.model)
-    step = _step(model, case.inputs)
     gates = untrained_gates(case, len(adapters), settings)
     attachment: Attachment = attach(model, Mixture(tuple(adapters), gates))
     if settings is not None:
-        standardise_features(attachment, step)  # type: ignore[arg-type] # sets the size of the gates, which stay at one
-    return step
+        # sets the size of the gates, which stay at one
+        standardise_features(attachment, _step(model, case.inputs))  # type: ignore[arg-type]
+    return model
 
 
 def untrained_gates(case: Case, n: int, settings: GateSettings | None) -> GateSet:
@@ -299,6 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true", help="compile all models with torch.compile")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", action="store_true", help="print the operations of a step, on a CPU")
     options = parser.parse_args(arguments)
@@ -313,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     cuda = options.device == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"cpu, {options.threads} threads"
+    where += ", compiled" if options.compile else ""
     print(f"{where}, {options.dtype}, width {options.width}, {options.tokens} tokens, rank {options.rank}")
     print(f"{'':6}{'experts':>8}  {'model':26}{'s/step':>8}{'ratio':>8}   quartiles of {options.rounds} rounds")
     rows: list[dict[str, Any]] = []
@@ -323,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             inputs = {key: x.to(options.device) for key, x in case.inputs.items()}
             inputs = {key: x.to(dtype) if x.is_floating_point() else x for key, x in inputs.items()}
             case = replace(case, inputs=inputs)
-            steps = models(case, loras(case, n, options.rank), Path(folder))
+            steps = models(case, loras(case, n, options.rank), Path(folder), options.compile)
             check(steps, _step(case.model, inputs)(), dtype)  # also warms up
             seconds = measure(steps, options.rounds, torch.cuda.synchronize if cuda else lambda: None)
             summaries = list(summary(seconds))

@@ -54,6 +54,25 @@ def test_every_model_gives_the_output_of_the_merged_one(mixing: ModuleType, tmp_
     )
 
 
+def test_compiled_models_give_the_output_of_the_compiled_merged_one(
+    mixing: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compiled: list[Any] = []
+    original = torch.compile
+
+    def traced(model: Any) -> Any:  # without code generation, which takes minutes
+        compiled.append(model)
+        return original(model, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    out = tmp_path / "out.json"
+    mixing.main([*SMALL, "--compile", "--cases", "llm", "--experts", "2", "--rounds", "1", "--json", str(out)])
+    result = json.loads(out.read_text())
+    assert result["device"].endswith("compiled")
+    assert len(compiled) == len(result["rows"]) == 7
+    assert "PEFT X-LoRA" not in {row["model"] for row in result["rows"]}
+
+
 def test_a_different_output_raises(mixing: ModuleType):
     base, merged = torch.zeros(4), torch.ones(4)
     mixing.check({"merged": lambda: merged, "same": lambda: merged + 1e-4}, base, torch.float32)
