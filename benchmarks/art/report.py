@@ -1,4 +1,4 @@
-"""Write the comparison to files: ``results.json``, ``table.md`` and contact sheets."""
+"""Write the comparison to files: ``results.json``, ``table.md`` and a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from ..common import Say, write
 from ..nano.report import cell
 from .data import Pair
 from .evaluate import ALONE, METHOD_NAMES, PAIRS, TRAINED, TUNING, Bench, Row, run
-from .methods import load_set
 from .model import ArtStore
 from .scoring import Amount, task
-from .two import PAIRS as TWO_PAIRS
-from .two import TWO_METHODS, Subjects, TwoBench, TwoRow
+from .two import TwoBench, TwoRow
 from .two import run as run_two
 
 METRICS = ("joint", "subject", "style", "base", "tagged", "synonym", "joint_subject", "joint_style")
@@ -49,7 +47,6 @@ def publish(bench: Bench, scenes: TwoBench, chosen: Mapping[str, float], out: Pa
              "Two subjects": two_table(two)}  # fmt: skip
     (out / "table.md").write_text("\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n")
     sheet(bench, chosen).save(out / "sheet.jpg", quality=88, optimize=True)
-    two_sheet(scenes).save(out / "two.jpg", quality=88, optimize=True)
 
 
 def _entry(row: Row | TwoRow, metrics: Sequence[str]) -> dict[str, Any]:
@@ -87,7 +84,7 @@ def two_table(rows: Sequence[TwoRow]) -> str:
     return "\n".join(lines)
 
 
-_SHOWN = ("base", *ALONE, "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "k-lora", "router", "mole")
+_SHOWN = ("base", *ALONE, "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "k-lora", "router")
 
 
 def sheet(bench: Bench, strengths: Mapping[str, float], pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
@@ -108,20 +105,3 @@ def sheet(bench: Bench, strengths: Mapping[str, float], pairs: Sequence[Pair] = 
                 j = columns.index((pair, i))
                 canvas.image(left + cell * j, top + cell * row, tile(picture, cell - 2))
     return canvas.finish(left + cell * len(columns), top + cell * len(_SHOWN)).convert("RGB")
-
-
-def two_sheet(bench: TwoBench, pairs: Sequence[Subjects] = TWO_PAIRS[:4]) -> Image.Image:
-    """Draw a contact sheet of two subjects: a row per method, two pictures per pair."""
-    height, width, left, top, count = 66, 130, 110, 20, 2
-    canvas = Canvas(density=1)
-    for i, pair in enumerate(pairs):
-        canvas.text(left + count * width * i + 2, 4, " and ".join(pair), size=10)
-    for row, (name, use) in enumerate(TWO_METHODS.items()):
-        canvas.text(4, top + height * row + 26, name, size=12)
-        for i, pair in enumerate(pairs):
-            loras = load_set(bench.store, bench.whole, pair)
-            for j, picture in enumerate(bench.pictures(use, pair, loras, count)):
-                for k, half in enumerate(picture.chunk(2, dim=2)):
-                    x = left + width * (count * i + j) + (height - 2) * k
-                    canvas.image(x, top + height * row, tile(half, height - 2))
-    return canvas.finish(left + count * width * len(pairs), top + height * len(TWO_METHODS)).convert("RGB")

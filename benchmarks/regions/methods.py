@@ -21,7 +21,6 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.regions.picture import AttentionObserver, Picture
 from legomole.core.train import fit_detector
 from legomole.core.train.measure import CalibrationSettings
-from legomole.nano.denoiser import NanoPromptEncoder
 from legomole.nano.model import SIDE, Prompts
 from legomole.nano.sampling import STEPS, first_half, sigmas
 from legomole.nano.words import WORDINGS
@@ -202,7 +201,7 @@ def _automatic(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
 
 
 def _detector(loras: LoraSet) -> ConceptDetector:
-    return fit_detector([[concept] for concept in loras.concepts], NanoPromptEncoder(loras.prompts)).detector
+    return fit_detector([[concept] for concept in loras.concepts], loras.world.detection()).detector
 
 
 METHODS: dict[str, Use] = {

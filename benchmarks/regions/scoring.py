@@ -60,4 +60,5 @@ def sampled(store: Store, model: Any, request: Request, seed: int) -> Tensor:
             for transformer in transformers:
                 stack.enter_context(short_prompts(transformer, request.encoder.tokens))
         latents = sample(model, request.encoder, request.texts, seed, width=WIDTH, channels=channels)
-    return store.pictures(latents.float())
+    with torch.autocast("cpu", enabled=False):
+        return store.pictures(latents.float())
