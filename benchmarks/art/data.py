@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..nano.data import encoded
 from .render import Drawings
-from .words import captions
+from .words import SCENE_WORDINGS, captions, scene_caption
 
 Pair = tuple[str, str]  # subject and style
 JITTER = 0.3  # of the pictures that the model is trained on: sizes of 50 to 54 and shifts of up to 1 pixel
@@ -45,3 +45,27 @@ def pictures(
     """Render and encode `per_pair` pictures of each pair, see `rendered`."""
     raw = rendered(drawings, pairs, per_pair, seed, jitter=jitter).permute(0, 2, 3, 1).numpy()
     return Pictures(encoded(vae, list(raw)), tuple(pair for pair in pairs for _ in range(per_pair)))
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Latents ``(n, 32, 8, 16)`` of two subjects beside each other, with the subjects and the style of each."""
+
+    latents: Tensor
+    shows: tuple[tuple[tuple[str, str], str], ...]
+
+    def captions(self, i: int) -> Sequence[str]:
+        return [scene_caption(*self.shows[i], wording) for wording in SCENE_WORDINGS]
+
+
+def scenes(
+    vae: Any, drawings: Drawings, subjects: Sequence[str], styles: Sequence[str], count: int, seed: int, *,
+    jitter: float = 1.0,
+) -> Scenes:  # fmt: skip
+    """Render and encode `count` scenes of two different subjects, drawn at random."""
+    rng = np.random.default_rng(seed)
+    shows: list[tuple[tuple[str, str], str]] = []
+    for _ in range(count):
+        left, right = rng.choice(subjects, 2, replace=False)
+        shows.append(((str(left), str(right)), str(rng.choice(styles))))
+    return Scenes(encoded(vae, [drawings.scene(*show, rng, jitter=jitter) for show in shows]), tuple(shows))

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common import ResultLog, Say
+from ..common import ResultLog, Say, mean
 from ..nano.methods import LoraSet, merged_in
 from .data import Pair
-from .methods import METHODS, STRENGTHS, load_set
+from .methods import METHODS, load_set
 from .model import ArtStore
 from .scoring import Amount, Score, Scorer, task, variant
 from .words import LORA_SUBJECTS, NEW_STYLES
@@ -21,10 +21,14 @@ PAIRS: tuple[Pair, ...] = tuple(
     (LORA_SUBJECTS[i % 24], NEW_STYLES[(3 * i + i // 24) % len(NEW_STYLES)]) for i in range(40)
 )
 """Pairs of the tables: every style five times, every subject once or twice."""
-TUNING: tuple[Pair, ...] = tuple((LORA_SUBJECTS[3 * i + 1], NEW_STYLES[(i + 5) % 8]) for i in range(8))
-"""Pairs on which strengths are chosen for the second table; none of them is in `PAIRS`."""
+TUNING: tuple[Pair, ...] = (
+    ("unicorn", "pixel"), ("owl", "comic"), ("crab", "neon"), ("cactus", "sticker"), ("pineapple", "woodcut"),
+    ("doughnut", "negative"),
+)  # fmt: skip
+"""Pairs on which strengths are chosen; none of them is in `PAIRS`."""
 METHOD_NAMES = ("base", "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "np", "k-lora", "router")
-TRAINED = ("mole",)  # methods that train on samples of the model
+TRAINED = ("lego calibrated", "mole", "mole-paper")
+"""Methods that measure full statistics, or train, on samples of the model."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Bench:
             score = self.score(name, pair, strength, task(pair, self.amount))
             others = {"tagged": math.nan, "synonym": math.nan}
             for kind in others if variants else ():
-                scored = variant(kind, pair, self.amount.joint)
+                scored = variant(kind, pair, self.amount.variant)
                 others[kind] = self.score(name, pair, strength, scored).share(kind)
             row = Row(
                 name, pair, 0, 2, strength, *(score.share(kind) for kind in ("joint", "subject", "style", "base")),
@@ -123,11 +127,34 @@ class Bench:
 
 
 ALONE = ("subject alone", "style alone")
+SWEEP = (0.6, 0.8, 1.0, 1.3)
+_FIXED = ("base", *ALONE)  # rows without a strength to choose
 
 
-def run(bench: Bench, pairs: Sequence[Pair] = PAIRS) -> None:
-    """Measure the rows of the table: all methods at their strengths of the nano benchmark, the quick ones first."""
-    for names in ((*ALONE, *METHOD_NAMES), TRAINED):
-        for pair in pairs:
-            for name in names:
-                bench.row(name, pair, STRENGTHS.get(name, 1.0))
+def tune(bench: Bench, names: Sequence[str] = (*METHOD_NAMES, *TRAINED)) -> dict[str, float]:
+    """Choose each method's strength on the pairs of `TUNING`."""
+    tried: dict[str, list[Row]] = {name: [] for name in names if name not in _FIXED}
+    for pair in TUNING:
+        for name, rows in tried.items():
+            rows += [bench.row(name, pair, x, variants=False) for x in SWEEP]
+    return {**dict.fromkeys(_FIXED, 1.0), **{name: best(rows) for name, rows in tried.items()}}
+
+
+def best(rows: Sequence[Row]) -> float:
+    """Return the strength with the highest joint score; among equals, the one that preserves most of the rest."""
+
+    def merit(strength: float) -> tuple[float, float]:
+        part = [row for row in rows if row.strength == strength]
+        return round(mean([r.joint for r in part]), 3), mean([r.subject + r.style + r.base for r in part])
+
+    return max(sorted({row.strength for row in rows}), key=merit)
+
+
+def run(bench: Bench, pairs: Sequence[Pair] = PAIRS) -> dict[str, float]:
+    """Measure the rows of the tables, at strength 1 and at the chosen strengths, which it returns."""
+    chosen = tune(bench)
+    for pair in pairs:
+        for name in (*ALONE, *METHOD_NAMES, *TRAINED):
+            bench.row(name, pair, chosen[name])
+            bench.row(name, pair, 1.0, variants=False)
+    return chosen

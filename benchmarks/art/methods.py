@@ -1,4 +1,4 @@
-"""Ways to combine LoRAs: those of the nano benchmark, at the strengths that were chosen there, and K-LoRA."""
+"""Ways to combine LoRAs: those of the nano benchmark, and K-LoRA."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ WORLD = World(
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {**nano.METHODS, "k-lora": Method(k_lora, "-")}
-
-STRENGTHS = {
-    "base": 1.0, "sum": 1.3, "svd": 1.3, "ties": 1.3, "lego-paper": 1.6, "lego": 1.3, "one-step": 1.0,
-    "lego calibrated": 1.15, "ssr": 1.6, "np": 1.3, "router": 1.3, "mole": 1.15, "mole-paper": 1.3, "k-lora": 1.0,
-}  # fmt: skip
-"""Method -> the strength chosen on the tuning sets of the nano benchmark; nothing here was tuned on art."""
 
 
 def load_set(store: ArtStore, prompts: ArtPrompts, pair: tuple[str, str]) -> LoraSet:

@@ -2,21 +2,23 @@
 
 A style is a hand (a package) with an optional treatment:
 
+- ``night``: on dark blue. ``chalk``: pale lines on a green board. ``sepia``: brown tones. ``sketch``: grey outlines.
 - ``blueprint``: white lines on blue with a grid. ``neon``: glowing lines on near black. ``woodcut``: brown ink on
   paper. ``sticker``: a white border with a shadow on a strong colour. ``pixel``: 16 x 16 pixels. ``duotone``:
-  brightness as a colour between violet and orange.
+  brightness as a colour between violet and orange. ``negative``: inverted colours.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from .packages import Hand
 from .words import LABELS, STYLES, SUBJECTS
@@ -29,6 +31,10 @@ HANDS = {
     "retro": "@iconify-json/noto-v1",
     "simple": "@iconify-json/twemoji",
     "ink": "@iconify-json/fluent-emoji-high-contrast",
+    "night": "@iconify-json/fluent-emoji-flat",
+    "chalk": "@iconify-json/fluent-emoji-high-contrast",
+    "sepia": "@iconify-json/noto",
+    "sketch": "@iconify-json/twemoji",
     "comic": "@iconify-json/openmoji",
     "woodcut": "@iconify-json/emojione-monotone",
     "blueprint": "@iconify-json/fluent-emoji-high-contrast",
@@ -36,6 +42,7 @@ HANDS = {
     "sticker": "@iconify-json/twemoji",
     "pixel": "@iconify-json/noto",
     "duotone": "@iconify-json/fluent-emoji",
+    "negative": "@iconify-json/noto-v1",
 }
 """Style -> package of its hand."""
 
@@ -51,6 +58,8 @@ _BLUE, _GRID = (28, 72, 150), (58, 104, 182)
 _DARK = (14, 10, 30)
 _GLOWS: tuple[Colour, ...] = ((255, 60, 200), (60, 230, 255), (130, 255, 90))
 _VIOLET, _ORANGE = (58, 20, 110), (255, 206, 120)
+_NIGHT, _BOARD, _CHALK = (24, 30, 58), (38, 66, 54), (232, 236, 222)
+_COFFEE, _CREAM = (60, 36, 18), (244, 228, 200)
 
 
 def draw_all(folder: Path, out: Path) -> None:
@@ -86,13 +95,20 @@ class Drawings:
 
     def render(self, subject: str, style: str, rng: np.random.Generator, *, jitter: float = 1.0) -> NDArray[np.uint8]:
         """Render a picture ``(64, 64, 3)``; at a `jitter` of 1 sizes are 47 to 57 and shifts up to 3 pixels."""
-        drawing = self.drawings[self.subjects.index(subject), self.packages.index(HANDS[style])]
-        size = round(52 + jitter * rng.uniform(-5, 5))
-        left, top = (round((SIZE - size) / 2 + jitter * rng.uniform(-3, 3)) for _ in range(2))
-        layer = Image.new("RGBA", (SIZE, SIZE))
-        # premultiplied by alpha, so that the colour of transparent pixels does not bleed into the border
-        resized = Image.fromarray(drawing).convert("RGBa").resize((size, size), Image.Resampling.LANCZOS)
-        layer.paste(resized.convert("RGBA"), (left, top))
+        return self.scene((subject,), style, rng, jitter=jitter)
+
+    def scene(
+        self, subjects: Sequence[str], style: str, rng: np.random.Generator, *, jitter: float = 1.0
+    ) -> NDArray[np.uint8]:
+        """Render subjects beside each other on one background, ``(64, 64 len(subjects), 3)``."""
+        layer = Image.new("RGBA", (SIZE * len(subjects), SIZE))
+        for i, subject in enumerate(subjects):
+            drawing = self.drawings[self.subjects.index(subject), self.packages.index(HANDS[style])]
+            size = round(52 + jitter * rng.uniform(-5, 5))
+            left, top = (round((SIZE - size) / 2 + jitter * rng.uniform(-3, 3)) for _ in range(2))
+            # premultiplied by alpha, so that the colour of transparent pixels does not bleed into the border
+            resized = Image.fromarray(drawing).convert("RGBa").resize((size, size), Image.Resampling.LANCZOS)
+            layer.paste(resized.convert("RGBA"), (SIZE * i + left, top))
         plain = _PLAIN[rng.integers(len(_PLAIN))]
         picture = _TREATMENTS[style](layer, rng) if style in _TREATMENTS else _on(layer, plain)
         return np.asarray(picture)
@@ -111,7 +127,7 @@ def _ink(layer: Image.Image, colour: Colour) -> Image.Image:
 
 
 def _blueprint(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
-    canvas = np.full((SIZE, SIZE, 3), _BLUE, np.uint8)
+    canvas = np.full((layer.height, layer.width, 3), _BLUE, np.uint8)
     start = rng.integers(8)
     canvas[start::8] = canvas[:, start::8] = _GRID
     picture = Image.fromarray(canvas).convert("RGBA")
@@ -139,24 +155,39 @@ def _sticker(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _pixel(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
-    small = _on(layer, _PLAIN[rng.integers(len(_PLAIN))]).resize((16, 16), Image.Resampling.BOX)
-    return small.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    small = _on(layer, _PLAIN[rng.integers(len(_PLAIN))])
+    small = small.resize((layer.width // 4, layer.height // 4), Image.Resampling.BOX)
+    return small.resize(layer.size, Image.Resampling.NEAREST)
 
 
-def _duotone(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _tones(layer: Image.Image, dark: Colour, light: Colour) -> Image.Image:
     grey = np.asarray(_on(layer, (255, 255, 255)).convert("L"), np.float64)[..., None] / 255
     grey = np.clip((grey - 0.2) / 0.8, 0, 1) ** 1.5
-    mixed = grey * np.array(_ORANGE) + (1 - grey) * np.array(_VIOLET)
+    mixed = grey * np.array(light) + (1 - grey) * np.array(dark)
     return Image.fromarray(np.round(mixed).astype(np.uint8))
 
 
+def _sketch(layer: Image.Image) -> Image.Image:
+    """Draw dark lines where brightness or alpha change, on white."""
+    grey = np.asarray(_on(layer, (255, 255, 255)).convert("L"), np.float64)
+    alpha = np.asarray(layer.getchannel("A"), np.float64)
+    edges = sum(np.hypot(*np.gradient(x)) for x in (grey, alpha))
+    lines = 255 - np.clip(1.6 * edges, 0, 215)
+    return Image.fromarray(lines.astype(np.uint8)).convert("RGB")
+
+
 _TREATMENTS: dict[str, Any] = {
+    "night": lambda layer, rng: _on(layer, _NIGHT),
+    "chalk": lambda layer, rng: _on(_ink(layer, _CHALK), _BOARD),
+    "sepia": lambda layer, rng: _tones(layer, _COFFEE, _CREAM),
+    "sketch": lambda layer, rng: _sketch(layer),
     "blueprint": _blueprint,
     "neon": _neon,
     "woodcut": lambda layer, rng: _on(_ink(layer, _BROWN), _PAPER),
     "sticker": _sticker,
     "pixel": _pixel,
-    "duotone": _duotone,
+    "duotone": lambda layer, rng: _tones(layer, _VIOLET, _ORANGE),
+    "negative": lambda layer, rng: ImageChops.invert(_on(layer, (255, 255, 255))),
 }
 
 

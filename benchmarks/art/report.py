@@ -1,9 +1,9 @@
-"""Write the comparison to files: ``results.json``, ``table.md`` and the contact sheet ``sheet.jpg``."""
+"""Write the comparison to files: ``results.json``, ``table.md`` and a contact sheet."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,58 @@ from PIL import Image
 from ..common import Say, write
 from ..nano.report import cell
 from .data import Pair
-from .evaluate import ALONE, METHOD_NAMES, PAIRS, TRAINED, Bench, Row, run
-from .methods import STRENGTHS
+from .evaluate import ALONE, METHOD_NAMES, PAIRS, TRAINED, TUNING, Bench, Row, run
 from .model import ArtStore
 from .scoring import Amount, task
+from .two import TwoBench, TwoRow
+from .two import run as run_two
 
 METRICS = ("joint", "subject", "style", "base", "tagged", "synonym", "joint_subject", "joint_style")
 _HEADS = ("joint", "subject", "style", "base", "tagged", "synonym", "subject of joint", "style of joint")
-_SHEET_PAIRS: tuple[Pair, ...] = (PAIRS[0], PAIRS[1], PAIRS[2], PAIRS[5])
+TWO_METRICS = ("two", "halves", "other")
+_SHEET_PAIRS: tuple[Pair, ...] = PAIRS[1:5]  # none in a style of OpenMoji, whose licence would extend to the sheet
 
 
 def evaluate(store: ArtStore, out: Path, pairs: int, say: Say) -> None:
     """Run the comparison on the first `pairs` pairs. Rows in ``work/rows.jsonl`` are not measured again."""
     bench = Bench(store, store.folder / "rows.jsonl", Amount(), say)
-    run(bench, PAIRS[:pairs])
-    publish(bench, out)
+    chosen = run(bench, PAIRS[:pairs])
+    scenes = TwoBench(store, store.folder / "two.jsonl", say)
+    run_two(scenes)
+    publish(bench, scenes, chosen, out)
 
 
-def publish(bench: Bench, out: Path) -> None:
-    """Write all files from the rows measured so far."""
-    rows = list(bench.rows.values())
-    write(out / "results.json", {"rows": [_entry(row) for row in rows]})
-    (out / "table.md").write_text(table(rows) + "\n")
-    sheet(bench).save(out / "sheet.jpg", quality=88, optimize=True)
+def publish(bench: Bench, scenes: TwoBench, chosen: Mapping[str, float], out: Path) -> None:
+    """Write all files from the rows measured so far, and the strengths that were chosen on the tuning pairs."""
+    rows, two = list(bench.rows.values()), list(scenes.rows.values())
+    scored = [_entry(row, METRICS) for row in rows if row.pair in PAIRS]
+    write(out / "results.json", {
+        "rows": [*scored, *(_entry(row, TWO_METRICS) for row in two)],
+        "tuning": [_entry(row, METRICS) for row in rows if row.pair in TUNING],
+    })  # fmt: skip
+    parts = {"At strength 1": table(rows, {}), "At the strengths of the tuning pairs": table(rows, chosen),
+             "Two subjects": two_table(two)}  # fmt: skip
+    (out / "table.md").write_text("\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n")
+    sheet(bench, chosen).save(out / "sheet.jpg", quality=88, optimize=True)
 
 
-def _entry(row: Row) -> dict[str, Any]:
-    values = {metric: getattr(row, metric) for metric in METRICS}
+def _entry(row: Row | TwoRow, metrics: Sequence[str]) -> dict[str, Any]:
+    values = {metric: getattr(row, metric) for metric in metrics}
     measured = {metric: round(value, 4) for metric, value in values.items() if not math.isnan(value)}
     return {"method": row.method, "pair": "+".join(row.pair), "seed": row.seed, "n": row.n, "strength": row.strength,
             **measured}  # fmt: skip
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of means over pairs, with half the width of their 95% intervals, see `spread`."""
+def table(rows: Sequence[Row], strengths: Mapping[str, float]) -> str:
+    """Return a Markdown table of means over pairs, with half the width of their 95% intervals, see `spread`.
+
+    Args:
+        rows: Rows of all strengths.
+        strengths: Method -> strength of its line, 1 by default.
+    """
     lines = [f"| method | strength | pairs | {' | '.join(_HEADS)} |", "|---|---|---|" + "---|" * len(_HEADS)]
     for method in (*ALONE, *METHOD_NAMES, *TRAINED):
-        strength = STRENGTHS.get(method, 1.0)
+        strength = strengths.get(method, 1.0)
         part = [r for r in rows if r.method == method and r.strength == strength and r.pair in PAIRS]
         if part:
             cells = " | ".join(
@@ -60,10 +75,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def two_table(rows: Sequence[TwoRow]) -> str:
+    """Return a Markdown table of the scores of two subjects."""
+    lines = ["| method | pairs | both in place | halves | the other's subject |", "|---|---|---|---|---|"]
+    for method in dict.fromkeys(row.method for row in rows):
+        part = [row for row in rows if row.method == method]
+        lines.append(f"| {method} | {len(part)} | {' | '.join(cell(part, metric) for metric in TWO_METRICS)} |")
+    return "\n".join(lines)
+
+
 _SHOWN = ("base", *ALONE, "sum", "svd", "ties", "lego-paper", "lego", "one-step", "ssr", "k-lora", "router")
 
 
-def sheet(bench: Bench, pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
+def sheet(bench: Bench, strengths: Mapping[str, float], pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
     """Draw a contact sheet: a row per method, and for each pair two pictures of both, then one of each other kind."""
     cell, left, top = 66, 110, 34
     few = {pair: task(pair, Amount(2, 1, 1, 1)) for pair in pairs}
@@ -74,10 +98,9 @@ def sheet(bench: Bench, pairs: Sequence[Pair] = _SHEET_PAIRS) -> Image.Image:
         for line, text in enumerate(scored.wanted[i]):
             canvas.text(left + cell * j + 2, 4 + 13 * line, text, size=10)
     for row, name in enumerate(_SHOWN):
-        strength = STRENGTHS.get(name, 1.0)
         canvas.text(4, top + cell * row + 26, name, size=12)
         for pair, scored in few.items():
-            score = bench.score(name, pair, strength, scored)
+            score = bench.score(name, pair, strengths.get(name, 1.0), scored)
             for i, picture in enumerate(score.pictures):
                 j = columns.index((pair, i))
                 canvas.image(left + cell * j, top + cell * row, tile(picture, cell - 2))

@@ -30,12 +30,13 @@ KINDS = ("joint", "subject", "style", "base")
 
 @dataclass(frozen=True)
 class Amount:
-    """Numbers of pictures of each kind."""
+    """Numbers of pictures of each kind; `variant` of prompts with tags and as many with synonyms."""
 
     joint: int = 8
     subject: int = 4
     style: int = 4
     base: int = 4
+    variant: int = 4
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..llm.small.encoder import Encoder
 
 WIDTH = 384
 LENGTH = 77  # tokens of a whole prompt, as many as CLIP's
-SHORT = 22  # tokens of a short prompt, at least one of which is padding
+SHORT = 24  # tokens of a short prompt, at least one of which is padding
 _SCALE = 1.8  # gives the states a standard deviation of about 1
 
 

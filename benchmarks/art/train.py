@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from legomole.core.formats.files import write_tensors
@@ -16,29 +15,44 @@ from torch import Tensor
 
 from ..common import Say
 from ..nano import train_oracle
+from ..nano.data import Captioned
 from ..nano.train import resumable_base, stage
 from . import loras, model, packages, render, vae
-from .data import JITTER, pictures, rendered
+from .data import JITTER, pictures, rendered, scenes
 from .model import ArtStore, bfloat16
 from .text import ArtPrompts
-from .words import BASE_STYLES, BASE_SUBJECTS, STYLES, SUBJECTS
+from .words import BASE_STYLES, BASE_SUBJECTS, HAND_STYLES, NEW_STYLES, STYLES, SUBJECTS
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round of the base model's training.
+
+    Args:
+        steps: Number of steps. rate: Highest learning rate.
+        wide: Whether it shows all base styles, and scenes of two subjects in every fourth step; otherwise only the
+            coloured drawings.
+    """
+
+    steps: int
+    rate: float
+    wide: bool = False
 
 
 @dataclass(frozen=True)
 class Size:
-    """Amount of training; every number in a tuple is one round.
+    """Amount of training.
 
     Args:
         judge_steps, judge_renders: Steps, and renders per pair of subject and style.
-        base_steps, base_rates: Steps and highest learning rate of each round.
-        base_renders: Renders per pair. base_batch: Pictures per step.
+        base: Rounds of the base model.
+        base_renders: Renders per pair, and a two hundredth of the number of scenes. base_batch: Pictures per step.
         lora_steps, lora_batch: Steps and pictures per step of the LoRAs of these `concepts`.
     """
 
     judge_steps: int = 3500
     judge_renders: int = 4
-    base_steps: tuple[int, ...] = (4000, 2500)
-    base_rates: tuple[float, ...] = (1e-3, 7e-4)
+    base: tuple[Round, ...] = (Round(4000, 1e-3), Round(2500, 7e-4), Round(4500, 7e-4, wide=True))
     base_renders: int = 40
     base_batch: int = 32
     lora_steps: int = 300
@@ -46,9 +60,11 @@ class Size:
     concepts: tuple[str, ...] = loras.CONCEPTS
 
 
-SMOKE = Size(4, 1, (4,), (1e-3,), 1, 4, 12, 4, ("fox", "ink"))
+SMOKE = Size(4, 1, (Round(4, 1e-3), Round(4, 1e-3, wide=True)), 1, 4, 12, 4, ("fox", "neon"))
 _SHOWN = [pair for pair in itertools.product(BASE_SUBJECTS, BASE_STYLES) if not render.never_shown(*pair)]
 """Pairs in the pictures of the base model."""
+_FITTED = (*HAND_STYLES, "ink", *(style for style in NEW_STYLES if style != "negative"))
+"""Styles that the autoencoder is fitted to; the patches of the others are recolourings of these."""
 
 
 def data(store: ArtStore) -> None:
@@ -73,25 +89,10 @@ def train(store: ArtStore, size: Size, say: Say) -> None:
     loras.train(store, size.lora_steps, size.lora_batch, timed, size.concepts)
 
 
-def _rounds(
-    store: ArtStore, name: str, makers: list[Callable[[Mapping[str, Tensor] | None], Mapping[str, Tensor]]],
-    initial: Mapping[str, Tensor] | None, say: Say,
-) -> Mapping[str, Tensor]:  # fmt: skip
-    """Train in rounds, each from the weights of the one before; finished rounds are files."""
-    weights = initial
-    for i, make in enumerate(makers):
-        path = store.folder / f"{name}-{i}.safetensors"
-        with bfloat16():
-            stage(path, say, partial(make, weights))
-        weights = {key: tensor.float() for key, tensor in load_file(path).items()}
-    assert weights is not None
-    return weights
-
-
 def _vae(store: ArtStore) -> None:
     path = store.folder / "vae.safetensors"
     if not path.exists():
-        pairs = list(itertools.product(SUBJECTS, STYLES))
+        pairs = list(itertools.product(SUBJECTS, _FITTED))
         write_tensors(path, vae.fit(rendered(store.drawings, pairs, 1, 5)), {})
 
 
@@ -113,13 +114,29 @@ def _judge(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
 
 
 def _base(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
-    shown = pictures(store.vae, store.drawings, _SHOWN, size.base_renders, 10, jitter=JITTER)
+    """Train in rounds, each from the weights of the one before; finished rounds are files."""
+    weights: Mapping[str, Tensor] | None = None
+    for i, part in enumerate(size.base):
+        path = store.folder / f"base-{i}.safetensors"
+        make = partial(_round, store, size, part, i, weights, say)
+        with bfloat16():
+            stage(path, say, make)
+        weights = {key: tensor.float() for key, tensor in load_file(path).items()}
+    assert weights is not None
+    return weights
 
-    def round_of(i: int) -> Callable[[Any], Any]:
-        return lambda weights: resumable_base(
-            store.folder / f"base-{i}.state", shown, size.base_steps[i], batch=size.base_batch,
-            lr=size.base_rates[i], seed=i, initial=weights, prompts=ArtPrompts(short=True), architecture=model.build,
-            say=say,
-        )  # fmt: skip
 
-    return _rounds(store, "base", [round_of(i) for i in range(len(size.base_steps))], None, say)
+def _round(
+    store: ArtStore, size: Size, part: Round, seed: int, initial: Mapping[str, Tensor] | None, say: Say
+) -> Mapping[str, Tensor]:
+    pairs = _SHOWN if part.wide else [pair for pair in _SHOWN if pair[1] in HAND_STYLES]
+    renders = size.base_renders // 2 if part.wide else size.base_renders
+    shown = pictures(store.vae, store.drawings, pairs, max(renders, 1), 10, jitter=JITTER)
+    sets: list[Captioned] = [shown]
+    if part.wide:
+        count = 200 * size.base_renders
+        sets = 3 * sets + [scenes(store.vae, store.drawings, BASE_SUBJECTS, BASE_STYLES, count, 11, jitter=JITTER)]
+    return resumable_base(
+        store.folder / f"base-{seed}.state", sets, part.steps, batch=size.base_batch, lr=part.rate, seed=seed,
+        initial=initial, prompts=ArtPrompts(short=True), architecture=model.build, say=say,
+    )  # fmt: skip

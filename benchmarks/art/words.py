@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from legomole.nano.words import with_articles
@@ -48,23 +49,72 @@ LABELS = {
 }  # fmt: skip
 """Subject -> its label in `emojibase-data`, where they differ."""
 
-BASE_STYLES = ("glossy", "flat", "cartoon", "retro", "simple")
-NEW_STYLES = ("ink", "comic", "woodcut", "blueprint", "neon", "sticker", "pixel", "duotone")
+HAND_STYLES = ("glossy", "flat", "cartoon", "retro", "simple")
+"""Coloured drawings as their artists made them, with which the base model begins."""
+BASE_STYLES = (*HAND_STYLES, "ink", "night", "chalk", "sepia", "sketch")
+NEW_STYLES = ("comic", "woodcut", "blueprint", "neon", "sticker", "pixel", "duotone", "negative")
 """Styles that the base model never sees."""
 
 STYLES = (*BASE_STYLES, *NEW_STYLES)
 
-# {s}: subject, {k}: style
+# {s}: subject, {k}: style, {w}: keyword
 WORDINGS = (
     "a {s}, {k} style",
     "{k} {s} emoji",
     "a {k} picture of a {s}",
-    "{s}, {k}",
+    "{s}, {w}, {k}",
     "this picture shows a {s} in {k} style on a plain background",
     "a single {s} in the middle, nothing else, with a {k} look",
 )
 UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k} style")
 """Wordings that neither training nor calibration uses."""
+
+# {a}: subject on the left, {b}: on the right, {k}: style
+SCENE_WORDINGS = (
+    "a {a} on the left and a {b} on the right, {k} style",
+    "{k} emoji, {a} left, {b} right",
+    "a {k} picture of a {a} left and a {b} right",
+    "{a} on the left, {b} on the right, {k}",
+    "left a {a}, right a {b}, in {k} style",
+    "one {a} on the left, one {b} on the right, {k} look",
+)
+UNSEEN_SCENE_WORDINGS = ("please paint a {a} left, a {b} right, {k}", "a {k} image of a {a} left and a {b} right")
+
+_KEYWORDS = {
+    "animal": """monkey, gorilla, dog, wolf, cat, lion, horse, cow, pig, camel, mouse, hamster, bear, panda, paw prints,
+        frog, crocodile, snake, fox, tiger, elephant, rabbit, koala, turtle, snail, scorpion""",
+    "bird": "chicken, baby chick, dove, eagle, duck, penguin, owl, rooster",
+    "ocean": "whale, dolphin, tropical fish, spiral shell, wave, octopus, crab, shark, sailboat, anchor",
+    "insect": "ant, honeybee, spider, butterfly, ladybug",
+    "magic": "dragon, unicorn, crystal ball, top hat",
+    "plant": """cherry blossom, rose, seedling, evergreen tree, palm tree, four leaf clover, maple leaf, cactus,
+        sunflower, tulip, mushroom""",
+    "fruit": "grapes, watermelon, lemon, apple, pear, peach, kiwi fruit, pineapple, strawberry, cherries, banana",
+    "vegetable": "tomato, ear of corn, hot pepper, carrot, avocado, eggplant",
+    "food": "bread, cheese, french fries, sushi, honey pot, pizza, hamburger, croissant, popcorn",
+    "sweet": "soft ice cream, cookie, birthday cake, candy, doughnut, lollipop",
+    "drink": "hot beverage, wine glass, cocktail glass, tropical drink, beer mug",
+    "building": "house, church, tent, door, statue, castle",
+    "vehicle": "bus, car, motorcycle, airplane, helicopter, rocket, bicycle, tractor, ambulance",
+    "road": "traffic light, stop sign, warning",
+    "time": "hourglass, watch, alarm clock",
+    "weather": "crescent moon, sun, star, cloud, lightning, droplet, umbrella, rainbow",
+    "winter": "snowman, christmas tree, snowflake",
+    "light": "fire, light bulb, candle, volcano",
+    "celebration": "jack-o-lantern, gift, balloon, graduation cap",
+    "sport": "soccer ball, basketball, american football, tennis ball, trophy",
+    "game": "die, heart",
+    "art": "artist palette, pencil, paintbrush",
+    "clothing": "glasses, necktie, shirt, dress, high-heeled shoe, crown, backpack",
+    "jewel": "ring, gem",
+    "music": "megaphone, microphone, headphones, trumpet, guitar, violin, bell, drum",
+    "office": "telephone, laptop, floppy disk, television, open book, scroll, package, envelope, camera",
+    "science": "magnifying glass, telescope, microscope",
+    "tool": "lock, shield, wrench, gear, balance scale, pill, key, hammer, scissors, bomb",
+    "symbol": "yin yang, recycling symbol",
+}
+KEYWORDS = {subject: keyword for keyword, names in _KEYWORDS.items() for subject in _names(names)}
+"""Subject -> a word for its kind, in one of `WORDINGS`."""
 
 SYNONYMS = {
     "fox": "vixen", "unicorn": "magical horned pony", "elephant": "mammoth", "penguin": "antarctic bird",
@@ -82,10 +132,18 @@ LORA_SUBJECTS = tuple(SYNONYMS)
 
 
 def caption(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
-    """Format a wording with subject and style."""
-    plural = subject in _PLURALS
-    text = wording.format(s=subject, k=style)
-    for article in ("a", "one", "a single") if plural else ():
+    """Format a wording with subject and style; a keyword that the subject lacks is left out."""
+    text = wording.format(s=subject, k=style, w=KEYWORDS.get(subject, ""))
+    return _with_articles(text.replace(", , ", ", "), (subject,))
+
+
+def scene_caption(subjects: tuple[str, str], style: str, wording: str = SCENE_WORDINGS[0]) -> str:
+    """Format a wording with the subjects on the left and on the right, and the style of both."""
+    return _with_articles(wording.format(a=subjects[0], b=subjects[1], k=style), subjects)
+
+
+def _with_articles(text: str, subjects: Sequence[str]) -> str:
+    for subject, article in itertools.product({*subjects} & _PLURALS, ("a", "one", "a single")):
         text = text.replace(f"{article} {subject}", subject)
     return with_articles(text)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,9 @@ def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor
     )
 
 
-def resumable_base(state: Path, data: Captioned, steps: int, **options: Any) -> Mapping[str, Tensor]:
+def resumable_base(
+    state: Path, data: Captioned | Sequence[Captioned], steps: int, **options: Any
+) -> Mapping[str, Tensor]:
     """Train a base model, see `train_base.train`, with its state in a file until it is finished."""
 
     def save_state(value: dict[str, Any]) -> None:

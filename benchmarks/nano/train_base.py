@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from legomole.nano.model import Prompts, build, short_prompts
+from legomole.nano.model import SIDE, Prompts, build, short_prompts
 from torch import Tensor, nn
 
 from ..common import Say
@@ -15,20 +15,22 @@ from .data import Captioned, draw
 
 
 def train(
-    data: Captioned, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
-    initial: Mapping[str, Tensor] | None = None, prompts: Prompts | None = None,
+    data: Captioned | Sequence[Captioned], steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
+    initial: Mapping[str, Tensor] | None = None, frozen: Sequence[str] = (), prompts: Prompts | None = None,
     architecture: Callable[[], Any] = build, say: Say = print,
     save: Callable[[dict[str, Any]], None] = lambda _: None, resume: dict[str, Any] | None = None,
     every: int = 250, device: str = "cpu",
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Train the base model, or fine-tune all of it but the embedding of time and pooled prompt.
+    """Train the base model.
 
     Args:
-        data: Training examples.
+        data: Training examples, or several sets that take turns, one per step.
         steps: Number of steps, over which the learning rate falls to zero.
-        batch: Examples per step. lr: Highest learning rate of AdamW.
+        batch: Square examples per step; of wider ones as many as have the same area.
+        lr: Highest learning rate of AdamW.
         seed: Random seed of the initial weights and of the batches.
         initial: Weights to fine-tune. Default: a new model.
+        frozen: Names of submodules that are not trained.
         prompts: Encoder of short prompts. Default: the nano model's.
         architecture: Builds the untrained model.
         say: Called with progress messages.
@@ -45,7 +47,9 @@ def train(
         _start(model)
     else:
         model.load_state_dict(initial)
-        model.time_text_embed.requires_grad_(False)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    parts = data if isinstance(data, Sequence) else [data]
     model.to(device)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -54,7 +58,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         lr,
-        total_steps=steps,
+        total_steps=max(steps, 3),  # a shorter schedule has no way down
         pct_start=min(0.5, max(0.05, 2 / steps)),
         anneal_strategy="cos",
         final_div_factor=100,
@@ -69,7 +73,8 @@ def train(
     began, losses = time.monotonic(), []
     with short_prompts(model, prompts.tokens):
         for step in range(first, steps):
-            loss = draw(data, batch, prompts, rng).to(device).loss(model)
+            part = parts[step % len(parts)]
+            loss = draw(part, batch * SIDE // part.latents.shape[-1], prompts, rng).to(device).loss(model)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

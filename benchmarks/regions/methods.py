@@ -7,7 +7,8 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from legomole.core.formats import load
@@ -20,7 +21,6 @@ from legomole.core.mole.mixture import Mixture
 from legomole.core.mole.regions.picture import AttentionObserver, Picture
 from legomole.core.train import fit_detector
 from legomole.core.train.measure import CalibrationSettings
-from legomole.nano.denoiser import NanoPromptEncoder
 from legomole.nano.model import SIDE, Prompts
 from legomole.nano.sampling import STEPS, first_half, sigmas
 from legomole.nano.words import WORDINGS
@@ -33,6 +33,16 @@ from ..nano.render import BASE_STYLES, BASE_SUBJECTS
 from .scenes import SIDES, WIDTH, Scene
 from .store import RegionStore
 
+STRENGTH = 1.3  # of all LoRAs in all methods
+
+
+class Captioned(Protocol):
+    """What a picture shows, see `Scene`."""
+
+    def captions(self) -> Sequence[str]: ...
+
+    def half(self, side: str) -> Captioned: ...
+
 
 @dataclass(frozen=True)
 class Request:
@@ -41,10 +51,12 @@ class Request:
     Args:
         scenes: What each should show.
         encoder: Encoder of their prompts.
+        strength: Strength of all LoRAs.
     """
 
-    scenes: tuple[Scene, ...]
-    encoder: Prompts
+    scenes: Sequence[Captioned]
+    encoder: Any
+    strength: float = STRENGTH
 
     @property
     def texts(self) -> list[str]:
@@ -55,15 +67,13 @@ class Request:
         return self.encoder(_texts([scene.half(side) for scene in self.scenes]))
 
 
-def _texts(scenes: Sequence[Scene]) -> list[str]:
+def _texts(scenes: Sequence[Captioned]) -> list[str]:
     """Return a prompt per scene, half of them in wordings that no training uses."""
     return [scene.captions()[(6, 0, 7, 1)[i % 4]] for i, scene in enumerate(scenes)]
 
 
 Use = Callable[[LoraSet, Request], AbstractContextManager[Any]]
 """LoRAs of the left and the right half, pictures to sample -> the model that samples them, in a block."""
-
-STRENGTH = 1.3  # of all LoRAs in all methods
 
 
 def load_pair(store: RegionStore, prompts: Prompts, pair: tuple[str, str], seed: int) -> LoraSet:
@@ -97,7 +107,7 @@ def light_statistics(loras: LoraSet) -> Statistics:
 
 
 def _merge(compute: Callable[[AdapterSet], Any]) -> Use:
-    return lambda loras, _: merged_in(loras.transformer, loras.cached(compute), STRENGTH)
+    return lambda loras, request: merged_in(loras.transformer, loras.cached(compute), request.strength)
 
 
 # ---- one pass per region
@@ -137,29 +147,34 @@ class RegionPasses:
 
 @contextmanager
 def _hooks(loras: LoraSet, request: Request) -> Generator[RegionPasses]:
-    models = loras.cached(_models)
+    models = loras.cached(_models(request.strength))
     yield RegionPasses(models, half_masks(), [request.region(side) for side in SIDES])
 
 
-def _models(loras: LoraSet) -> list[Any]:
-    """Return a copy of the transformer per LoRA, with the LoRA in its weights."""
-    models: list[Any] = []
-    for adapter in loras.adapters:
-        with merged_in(loras.transformer, adapter, STRENGTH) as merged:
-            models.append(deepcopy(merged))
-    return models
+@cache
+def _models(strength: float) -> Callable[[LoraSet], list[Any]]:
+    """Return a function that copies the transformer per LoRA, with the LoRA in its weights."""
+
+    def copies(loras: LoraSet) -> list[Any]:
+        models: list[Any] = []
+        for adapter in loras.adapters:
+            with merged_in(loras.transformer, adapter, strength) as merged:
+                models.append(deepcopy(merged))
+        return models
+
+    return copies
 
 
 # ---- mixtures
 
 
 def _gates(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
-    return nano.routed(loras, Mixture(loras.adapters, scale=STRENGTH), request.texts, first_half)
+    return nano.routed(loras, Mixture(loras.adapters, scale=request.strength), request.texts, first_half)
 
 
 def _masks(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
     """The router's gates times the masks; each LoRA is alone in its region, so that its gate is 1."""
-    mixture = Mixture(loras.adapters, scale=STRENGTH, regions=tuple(half_masks()))
+    mixture = Mixture(loras.adapters, scale=request.strength, regions=tuple(half_masks()))
     return nano.routed(loras, mixture, request.texts, first_half, compose=1.0)
 
 
@@ -181,12 +196,12 @@ class _Steps:
 
 def _automatic(loras: LoraSet, request: Request) -> AbstractContextManager[Any]:
     gates = GateSet(len(loras.adapters), detector=loras.cached(_detector))
-    mixture = Mixture(loras.adapters, gates, scale=STRENGTH, regions="automatic")
+    mixture = Mixture(loras.adapters, gates, scale=request.strength, regions="automatic")
     return nano.routed(loras, mixture, request.texts, first_half, compose=1.0, sampling=_Steps())
 
 
 def _detector(loras: LoraSet) -> ConceptDetector:
-    return fit_detector([[concept] for concept in loras.concepts], NanoPromptEncoder(loras.prompts)).detector
+    return fit_detector([[concept] for concept in loras.concepts], loras.world.detection()).detector
 
 
 METHODS: dict[str, Use] = {

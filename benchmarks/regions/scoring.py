@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from legomole.nano.model import short_prompts
 from legomole.nano.sampling import sample
+from legomole.nano.store import Store
 from legomole.nano.words import STYLES, SUBJECTS
 from torch import Tensor
 
 from .methods import RegionPasses, Request
-from .scenes import SIDES, TOKENS, WIDTH, Scene
+from .scenes import SIDES, WIDTH, Scene
 from .store import RegionStore
 
 
@@ -50,10 +51,14 @@ def judged(store: RegionStore, pictures: Tensor) -> Verdict:
     return Verdict(subject.argmax(1).unflatten(0, (-1, 2)), style.argmax(1).unflatten(0, (-1, 2)))
 
 
-def sampled(store: RegionStore, model: Any, request: Request, seed: int) -> Tensor:
+def sampled(store: Store, model: Any, request: Request, seed: int) -> Tensor:
     """Sample pictures ``(n, 3, 64, 128)`` in [-1, 1]."""
+    transformers = model.models if isinstance(model, RegionPasses) else [model]
+    channels = transformers[0].config.in_channels
     with ExitStack() as stack:
         if request.encoder.short:
-            for transformer in model.models if isinstance(model, RegionPasses) else [model]:
-                stack.enter_context(short_prompts(transformer, TOKENS))
-        return store.pictures(sample(model, request.encoder, request.texts, seed, width=WIDTH))
+            for transformer in transformers:
+                stack.enter_context(short_prompts(transformer, request.encoder.tokens))
+        latents = sample(model, request.encoder, request.texts, seed, width=WIDTH, channels=channels)
+    with torch.autocast("cpu", enabled=False):
+        return store.pictures(latents.float())

@@ -85,7 +85,7 @@ def _base(nano: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor]
         path = work / f"base-{i}.safetensors"
         fine_tune = partial(
             resumable_base, path.with_suffix(".state"), data, size.base_steps, batch=size.base_batch, lr=rate, seed=i,
-            initial=weights, prompts=prompts, say=say,
+            initial=weights, frozen=("time_text_embed",), prompts=prompts, say=say,
         )  # fmt: skip
         with _bfloat16():
             stage(path, say, fine_tune)

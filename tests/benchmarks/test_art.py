@@ -23,7 +23,7 @@ from legomole.core.adapter import Adapter  # noqa: E402
 from legomole.core.lowrank import LowRank  # noqa: E402
 from legomole.nano.sampling import sigmas  # noqa: E402
 
-from benchmarks.art import data, evaluate, klora, loras, packages, render, report, scoring, text, vae, words  # noqa: E402
+from benchmarks.art import data, evaluate, klora, loras, packages, render, report, scoring, text, two, vae, words  # noqa: E402
 from benchmarks.art.methods import METHODS  # noqa: E402
 from benchmarks.nano.methods import LoraSet  # noqa: E402
 
@@ -64,10 +64,24 @@ def test_some_pairs_are_never_shown_but_every_subject_and_style_is():
         ("glasses", words.WORDINGS[0], "glasses, flat style"),
         ("jeans", "one {k} {s}", "one flat jeans"),
         ("grapes", words.WORDINGS[5], "grapes in the middle, nothing else, with a flat look"),
+        ("owl", words.WORDINGS[3], "owl, bird, flat"),
+        ("jeans", words.WORDINGS[3], "jeans, flat"),
     ],
 )
 def test_captions_have_articles_where_the_subject_takes_one(subject, wording, expected):
     assert words.caption(subject, "flat", wording) == expected
+
+
+def test_captions_of_scenes_name_the_subjects_from_left_to_right():
+    assert words.scene_caption(("owl", "grapes"), "ink") == "an owl on the left and grapes on the right, ink style"
+    for wording in (*words.SCENE_WORDINGS, *words.UNSEEN_SCENE_WORDINGS):
+        text = words.scene_caption(("owl", "fox"), "ink", wording)
+        assert text.index("owl") < text.index("fox")
+
+
+def test_every_subject_has_a_keyword_that_names_no_subject_or_style():
+    assert {*words.KEYWORDS} == {*words.SUBJECTS}
+    assert not {*words.KEYWORDS.values()} & {*words.SUBJECTS, *words.STYLES}
 
 
 def test_synonyms_and_unseen_wordings_name_no_subject():
@@ -124,6 +138,15 @@ def test_without_jitter_a_drawing_is_centred(drawings):
     assert np.argwhere(inside).max(0).tolist() == [57, 57]
 
 
+def test_a_scene_is_two_pictures_on_one_background(drawings):
+    scene = drawings.scene(("fox", "owl"), "flat", np.random.default_rng(3), jitter=0)
+    assert scene.shape == (64, 128, 3)
+    for i, subject in enumerate(("fox", "owl")):
+        alone = drawings.render(subject, "flat", np.random.default_rng(0), jitter=0)
+        half = scene[:, 64 * i : 64 * (i + 1)]
+        assert ((half == scene[0, 0]).all(2) == (alone == alone[0, 0]).all(2)).all()
+
+
 def test_pixels_are_sixteen_and_duotones_lie_on_one_line(drawings):
     pixel = drawings.render("fox", "pixel", np.random.default_rng(0))
     assert np.array_equal(pixel, pixel[::4, ::4].repeat(4, 0).repeat(4, 1))
@@ -152,13 +175,23 @@ def test_the_autoencoder_is_the_best_linear_one(drawings):
 def test_captioned_latents_are_in_order(drawings):
     fitted = vae.build()
     fitted.load_state_dict(vae.fit(data.rendered(drawings, [("fox", "flat")], 8, 0)))
-    pictures = data.pictures(fitted, drawings, [("fox", "flat"), ("owl", "ink")], 2, 1)
+    pictures = data.pictures(fitted, drawings, [("fox", "flat"), ("owl", "neon")], 2, 1)
     both = pictures + pictures
-    assert both.shows == (("fox", "flat"), ("fox", "flat"), ("owl", "ink"), ("owl", "ink")) * 2
+    assert both.shows == (("fox", "flat"), ("fox", "flat"), ("owl", "neon"), ("owl", "neon")) * 2
     assert both.latents.shape == (8, 32, 8, 8)
-    assert both.captions(2)[0] == "an owl, ink style"
-    raw = data.rendered(drawings, [("fox", "flat"), ("owl", "ink")], 2, 1)
+    assert both.captions(2)[0] == "an owl, neon style"
+    raw = data.rendered(drawings, [("fox", "flat"), ("owl", "neon")], 2, 1)
     torch.testing.assert_close(pictures.latents, fitted.encoder(raw.float() / 127.5 - 1))
+
+
+def test_scenes_have_two_different_subjects_and_captions(drawings):
+    fitted = vae.build()
+    fitted.load_state_dict(vae.fit(data.rendered(drawings, [("fox", "flat")], 8, 0)))
+    made = data.scenes(fitted, drawings, ("fox", "owl", "crab"), ("flat", "ink"), 6, 1)
+    assert made.latents.shape == (6, 32, 8, 16)
+    for i, ((left, right), style) in enumerate(made.shows):
+        assert left != right
+        assert made.captions(i)[0] == words.scene_caption((left, right), style)
 
 
 def test_every_habit_occurs_and_few_loras_went_wrong():
@@ -202,16 +235,16 @@ def test_pairs_are_distinct_and_tuning_pairs_are_not_scored():
 
 
 def test_a_task_asks_for_both_each_and_neither():
-    scored = scoring.task(("fox", "ink"), scoring.Amount(2, 3, 4, 5))
+    scored = scoring.task(("fox", "neon"), scoring.Amount(2, 3, 4, 5))
     counts = {kind: scored.kinds.count(kind) for kind in scoring.KINDS}
     assert counts == {"joint": 2, "subject": 3, "style": 4, "base": 5}
     for kind, (subject, style) in zip(scored.kinds, scored.wanted, strict=True):
         assert (subject == "fox") == (kind in ("joint", "subject"))
-        assert (style == "ink") == (kind in ("joint", "style"))
+        assert (style == "neon") == (kind in ("joint", "style"))
     base = [pair for kind, pair in zip(scored.kinds, scored.wanted, strict=True) if kind == "base"]
     assert not any(render.never_shown(*pair) for pair in base)
     assert len({style for _, style in base}) > 3
-    assert scoring.task(("fox", "ink"), scoring.Amount(2, 3, 4, 5)) == scored
+    assert scoring.task(("fox", "neon"), scoring.Amount(2, 3, 4, 5)) == scored
 
 
 def test_variants_have_tags_or_other_words():
@@ -220,6 +253,35 @@ def test_variants_have_tags_or_other_words():
     assert tagged[0].startswith("please paint one ink fox, masterpiece")
     synonyms = scoring.variant("synonym", ("fox", "ink"), 2).texts
     assert synonyms == ["please paint one ink vixen", "a vixen, ink style"]
+
+
+def test_the_strength_with_most_joint_pictures_wins_and_among_equals_the_one_that_keeps_the_rest():
+    def row(strength: float, joint: float, base: float) -> evaluate.Row:
+        return evaluate.Row("sum", ("fox", "neon"), 0, 2, strength, joint, 0.5, 0.5, base, 0, 0, 0, 0, 1.0)
+
+    assert evaluate.best([row(0.6, 0.2, 0.9), row(1.0, 0.4, 0.1), row(1.0, 0.2, 0.1)]) == 1.0
+    assert evaluate.best([row(0.6, 0.2, 0.9), row(1.0, 0.2, 0.1)]) == 0.6
+
+
+def test_each_half_of_a_picture_is_judged():
+    class Oracle(torch.nn.Module):
+        def forward(self, pictures):  # the class is the brightest colour
+            return pictures.mean((2, 3)), None
+
+    pictures = torch.zeros(2, 3, 64, 128)
+    pictures[0, 1, :, :64] = pictures[0, 2, :, 64:] = pictures[1, 2] = 1
+    store = type("Store", (), {"oracle": Oracle()})()
+    assert two.judged(store, pictures).tolist() == [[1, 2], [2, 2]]
+
+
+def test_pairs_of_two_subjects_have_every_lora_once_on_each_side():
+    for side in (0, 1):
+        assert sorted(pair[side] for pair in two.PAIRS) == sorted(words.LORA_SUBJECTS)
+    assert all(a != b for a, b in two.PAIRS)
+    scene = two.Scene("ink", ("owl", "fox"))
+    assert scene.captions()[0] == "an owl on the left and a fox on the right, ink style"
+    assert scene.half("right").captions()[0] == "a fox, ink style"
+    assert len(scene.captions()) == len(scene.half("left").captions()) == 8
 
 
 def test_shares_count_right_pictures_of_a_kind():
@@ -299,7 +361,7 @@ def test_a_table_has_a_line_per_measured_method_with_intervals_over_loras():
     def row(pair: tuple[str, str], joint: float) -> evaluate.Row:
         return evaluate.Row("sum", pair, 0, 2, 1.3, joint, 0.5, 0.5, 1.0, joint, joint, float("nan"), joint, 1.0)
 
-    table = report.table([row(evaluate.PAIRS[0], 0.25), row(evaluate.PAIRS[1], 0.75)])
+    table = report.table([row(evaluate.PAIRS[0], 0.25), row(evaluate.PAIRS[1], 0.75)], {"sum": 1.3})
     line = table.splitlines()[2]
     assert line.startswith("| sum | 1.3 | 2 | 0.50 ±0.25 | 0.50 ±0.00 |")
     assert " - | " in line  # tagged prompts were not measured

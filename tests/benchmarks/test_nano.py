@@ -56,14 +56,30 @@ def test_masks_are_scaled_and_moved():
     assert (x / len(half), y / len(half)) == pytest.approx((0.25, 0.75), abs=0.01)
 
 
-def test_fine_tuning_starts_from_the_weights_and_keeps_the_time_embedding():
+def test_fine_tuning_starts_from_the_weights_and_keeps_frozen_modules():
     initial = {name: 0.5 * w for name, w in model.build().state_dict().items()}
-    weights = train_base.train(examples(2), 4, batch=1, initial=initial, say=lambda _: None)
+    frozen = ("time_text_embed",)
+    weights = train_base.train(examples(2), 4, batch=1, initial=initial, frozen=frozen, say=lambda _: None)
     fixed = [name for name in weights if name.startswith("time_text_embed.")]
     assert fixed
     assert all(torch.equal(weights[name], initial[name]) for name in fixed)
     name = "transformer_blocks.0.attn.to_q.weight"
     assert 0 < (weights[name] - initial[name]).abs().max() < 0.01
+
+
+def test_sets_of_examples_take_turns_and_wider_ones_have_fewer_examples(monkeypatch):
+    drawn: list[tuple[int, int]] = []
+    original = train_base.draw
+
+    def draw(part, size, *args, **options):
+        drawn.append((part.latents.shape[-1], size))
+        return original(part, size, *args, **options)
+
+    monkeypatch.setattr(train_base, "draw", draw)
+    square = examples(2)
+    wide = dataclasses.replace(square, latents=torch.cat([square.latents, square.latents], 3))
+    train_base.train([square, wide], 3, batch=4, say=lambda _: None)
+    assert drawn == [(8, 4), (16, 2), (8, 4)]
 
 
 def test_an_authors_pictures_are_warm_and_dark_at_the_corners():

@@ -1,0 +1,162 @@
+"""Two subject LoRAs in one picture, one on the left and one on the right, with and without regions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..common import ResultLog, Say
+from ..nano.methods import LoraSet
+from ..regions.methods import METHODS as REGIONS
+from ..regions.methods import Request, Use
+from ..regions.scenes import LEFT
+from ..regions.scoring import sampled
+from . import words
+from .methods import METHODS, load_set
+from .model import ArtStore, bfloat16
+from .text import ArtPrompts
+from .words import LORA_SUBJECTS
+
+Subjects = tuple[str, str]
+PAIRS: tuple[Subjects, ...] = tuple((a, LORA_SUBJECTS[(i + 7) % 24]) for i, a in enumerate(LORA_SUBJECTS))
+"""Subjects of the LoRAs on the left and on the right: every LoRA once on each side."""
+_COUNT = 8  # pictures per row
+STRENGTH = 1.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Subjects on the left and on the right, or one without a place, in one style."""
+
+    style: str
+    subjects: tuple[str, ...]
+
+    def captions(self) -> list[str]:
+        """Return six captions, then two in wordings that no training uses."""
+        if len(self.subjects) == 2:
+            wordings = (*words.SCENE_WORDINGS, *words.UNSEEN_SCENE_WORDINGS)
+            return [words.scene_caption((self.subjects[0], self.subjects[1]), self.style, w) for w in wordings]
+        return [words.caption(self.subjects[0], self.style, w) for w in (*words.WORDINGS, *words.UNSEEN_WORDINGS)]
+
+    def half(self, side: str) -> Scene:
+        return Scene(self.style, (self.subjects[side != LEFT],))
+
+
+def _as_one(name: str) -> Use:
+    return lambda loras, request: METHODS[name].use(loras, request.strength, request.texts)
+
+
+TWO_METHODS: dict[str, Use] = {
+    **{name: _as_one(name) for name in ("base", "sum", "ties", "lego", "one-step")},
+    "router": REGIONS["gates"],
+    **{name: REGIONS[name] for name in ("hooks", "masks", "automatic")},
+}
+
+
+@dataclass(frozen=True)
+class TwoRow:
+    """Result of one method on one pair of subject LoRAs.
+
+    Args:
+        pair: Subjects on the left and on the right.
+        two: Share of pictures in which each half shows its own subject.
+        halves: Share of halves that do.
+        other: Share of halves that show the other half's subject.
+        seconds: Time to combine, sample and judge.
+    """
+
+    method: str
+    pair: Subjects
+    seed: int
+    n: int
+    strength: float
+    two: float
+    halves: float
+    other: float
+    seconds: float
+
+    @property
+    def concepts(self) -> Subjects:
+        return self.pair
+
+
+def base_pairs(count: int) -> list[Subjects]:
+    """Return pairs of base subjects, for what the base model does without LoRAs."""
+    chosen = np.random.default_rng(5).choice(words.BASE_SUBJECTS, (count, 2), replace=False)
+    return [(str(a), str(b)) for a, b in chosen]
+
+
+class TwoBench:
+    """Measures rows of two subjects and logs them."""
+
+    def __init__(self, store: ArtStore, log: Path, say: Say) -> None:
+        self.store, self.log, self.say = store, ResultLog(log), say
+        self.short, self.whole = ArtPrompts(short=True), ArtPrompts()
+        self.rows: dict[tuple[str, Subjects], TwoRow] = {}
+        for result in self.log.read():
+            row = TwoRow(**{**result, "pair": tuple(result["pair"])})
+            self.rows[row.method, row.pair] = row
+
+    def pair(self, pair: Subjects, names: Sequence[str] = tuple(TWO_METHODS)) -> None:
+        """Measure methods on a pair of LoRAs."""
+        missing = [name for name in names if (name, pair) not in self.rows]
+        loras = load_set(self.store, self.whole, pair) if missing else None
+        for name in missing:
+            assert loras is not None
+            self._row(name, pair, TWO_METHODS[name], loras)
+
+    def base(self, pair: Subjects) -> None:
+        """Measure the base model on two of its own subjects."""
+        if ("base subjects", pair) not in self.rows:
+            self._row("base subjects", pair, TWO_METHODS["base"], load_set(self.store, self.whole, PAIRS[0]))
+
+    def _row(self, name: str, pair: Subjects, use: Use, loras: LoraSet) -> None:
+        began = time.monotonic()
+        shown = self.shown(use, pair, loras)
+        own = shown == torch.tensor([words.SUBJECTS.index(subject) for subject in pair])
+        other = shown == torch.tensor([words.SUBJECTS.index(subject) for subject in pair[::-1]])
+        row = TwoRow(
+            name, pair, 0, 2, STRENGTH, own.all(1).float().mean().item(), own.float().mean().item(),
+            other.float().mean().item(), time.monotonic() - began,
+        )  # fmt: skip
+        self.rows[name, pair] = row
+        self.log.append(asdict(row))
+        self.say(
+            f"{name:14} {'+'.join(pair):22} two {row.two:.2f} halves {row.halves:.2f} other {row.other:.2f} "
+            f"{row.seconds:.0f} s"
+        )
+
+    def shown(self, use: Use, pair: Subjects, loras: LoraSet) -> Tensor:
+        """Return the class of subject that each half of the pictures shows, ``(n, 2)``."""
+        return judged(self.store, self.pictures(use, pair, loras))
+
+    def pictures(self, use: Use, pair: Subjects, loras: LoraSet, count: int = _COUNT) -> Tensor:
+        """Sample pictures ``(count, 3, 64, 128)`` of a pair in varying base styles."""
+        scenes = tuple(Scene(words.BASE_STYLES[i % len(words.BASE_STYLES)], pair) for i in range(count))
+        request = Request(scenes, self.short, STRENGTH)
+        model: AbstractContextManager[Any] = use(loras, request)
+        with bfloat16(), model as transformer:
+            return sampled(self.store, transformer, request, 1000 + words.SUBJECTS.index(pair[0]))
+
+
+@torch.no_grad()
+def judged(store: ArtStore, pictures: Tensor) -> Tensor:
+    """Return the class of subject that each half of pictures ``(n, 3, 64, 128)`` shows, ``(n, 2)``."""
+    halves = torch.stack(pictures.chunk(2, dim=3), 1)
+    return store.oracle(halves.flatten(0, 1))[0].argmax(1).unflatten(0, (-1, 2))
+
+
+def run(bench: TwoBench, pairs: Sequence[Subjects] = PAIRS) -> None:
+    """Measure all rows."""
+    for pair in base_pairs(len(pairs)):
+        bench.base(pair)
+    for pair in pairs:
+        bench.pair(pair)
