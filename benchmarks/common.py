@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from legomole.core.adapter import Adapter
@@ -19,6 +19,7 @@ from legomole.core.merge.rank import Rank
 from torch import Tensor
 
 Say = Callable[[str], None]  # called with progress messages
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -114,6 +115,10 @@ class ResultLog:
 
     def read(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def rows(self, kind: type[Row], names: str) -> list[Row]:
+        """Return the results as rows; `names` is the field that holds a tuple, which JSON stores as a list."""
+        return [kind(**{**result, names: tuple(result[names])}) for result in self.read()]
 
     def append(self, result: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -78,10 +78,7 @@ class Bench:
 
     def __init__(self, store: ArtStore, log: Path, amount: Amount, say: Say) -> None:
         self.scorer, self.log, self.amount, self.say = Scorer(store), ResultLog(log), amount, say
-        self.rows: dict[tuple[str, Pair, float], Row] = {}
-        for result in self.log.read():
-            row = Row(**{**result, "pair": tuple(result["pair"])})
-            self.rows[row.method, row.pair, row.strength] = row
+        self.rows = {(row.method, row.pair, row.strength): row for row in self.log.rows(Row, "pair")}
         self._loras: tuple[Pair, LoraSet] | None = None
 
     def loras(self, pair: Pair) -> LoraSet:

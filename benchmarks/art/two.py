@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from ..nano.methods import LoraSet
 from ..regions.methods import METHODS as REGIONS
 from ..regions.methods import Request, Use
 from ..regions.scenes import LEFT
-from ..regions.scoring import sampled
+from ..regions.scoring import judged, sampled
 from . import words
 from .methods import METHODS, load_set
 from .model import ArtStore, bfloat16
@@ -28,7 +26,7 @@ from .words import LORA_SUBJECTS
 Subjects = tuple[str, str]
 PAIRS: tuple[Subjects, ...] = tuple((a, LORA_SUBJECTS[(i + 7) % 24]) for i, a in enumerate(LORA_SUBJECTS))
 """Subjects of the LoRAs on the left and on the right: every LoRA once on each side."""
-_COUNT = 8  # pictures per row
+_COUNT = 8  # pictures per row, each in another style
 STRENGTH = 1.0
 
 
@@ -100,17 +98,15 @@ class TwoBench:
     def __init__(self, store: ArtStore, log: Path, say: Say) -> None:
         self.store, self.log, self.say = store, ResultLog(log), say
         self.short, self.whole = ArtPrompts(short=True), ArtPrompts()
-        self.rows: dict[tuple[str, Subjects], TwoRow] = {}
-        for result in self.log.read():
-            row = TwoRow(**{**result, "pair": tuple(result["pair"])})
-            self.rows[row.method, row.pair] = row
+        self.rows = {(row.method, row.pair): row for row in self.log.rows(TwoRow, "pair")}
 
-    def pair(self, pair: Subjects, names: Sequence[str] = tuple(TWO_METHODS)) -> None:
-        """Measure methods on a pair of LoRAs."""
-        missing = [name for name in names if (name, pair) not in self.rows]
-        loras = load_set(self.store, self.whole, pair) if missing else None
+    def pair(self, pair: Subjects) -> None:
+        """Measure all methods on a pair of LoRAs."""
+        missing = [name for name in TWO_METHODS if (name, pair) not in self.rows]
+        if not missing:
+            return
+        loras = load_set(self.store, self.whole, pair)
         for name in missing:
-            assert loras is not None
             self._row(name, pair, TWO_METHODS[name], loras)
 
     def base(self, pair: Subjects) -> None:
@@ -120,7 +116,7 @@ class TwoBench:
 
     def _row(self, name: str, pair: Subjects, use: Use, loras: LoraSet) -> None:
         began = time.monotonic()
-        shown = self.shown(use, pair, loras)
+        shown = judged(self.store, self._pictures(use, pair, loras)).subjects
         own = shown == torch.tensor([words.SUBJECTS.index(subject) for subject in pair])
         other = shown == torch.tensor([words.SUBJECTS.index(subject) for subject in pair[::-1]])
         row = TwoRow(
@@ -134,24 +130,11 @@ class TwoBench:
             f"{row.seconds:.0f} s"
         )
 
-    def shown(self, use: Use, pair: Subjects, loras: LoraSet) -> Tensor:
-        """Return the class of subject that each half of the pictures shows, ``(n, 2)``."""
-        return judged(self.store, self.pictures(use, pair, loras))
-
-    def pictures(self, use: Use, pair: Subjects, loras: LoraSet, count: int = _COUNT) -> Tensor:
-        """Sample pictures ``(count, 3, 64, 128)`` of a pair in varying base styles."""
-        scenes = tuple(Scene(words.BASE_STYLES[i % len(words.BASE_STYLES)], pair) for i in range(count))
-        request = Request(scenes, self.short, STRENGTH)
-        model: AbstractContextManager[Any] = use(loras, request)
-        with bfloat16(), model as transformer:
+    def _pictures(self, use: Use, pair: Subjects, loras: LoraSet) -> Tensor:
+        """Sample pictures ``(8, 3, 64, 128)`` of a pair in varying base styles."""
+        request = Request([Scene(style, pair) for style in words.BASE_STYLES[:_COUNT]], self.short, STRENGTH)
+        with use(loras, request) as transformer, bfloat16():
             return sampled(self.store, transformer, request, 1000 + words.SUBJECTS.index(pair[0]))
-
-
-@torch.no_grad()
-def judged(store: ArtStore, pictures: Tensor) -> Tensor:
-    """Return the class of subject that each half of pictures ``(n, 3, 64, 128)`` shows, ``(n, 2)``."""
-    halves = torch.stack(pictures.chunk(2, dim=3), 1)
-    return store.oracle(halves.flatten(0, 1))[0].argmax(1).unflatten(0, (-1, 2))
 
 
 def run(bench: TwoBench, pairs: Sequence[Subjects] = PAIRS) -> None:

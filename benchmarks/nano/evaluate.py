@@ -63,10 +63,7 @@ class Bench:
 
     def __init__(self, store: Store, log: Path, say: Say) -> None:
         self.scorer, self.log, self.say = Scorer(store), ResultLog(log), say
-        self.rows: dict[tuple[Any, ...], Row] = {}
-        for result in self.log.read():
-            row = Row(**{**result, "concepts": tuple(result["concepts"])})
-            self.rows[row.method, row.concepts, row.seed, row.scale] = row
+        self.rows = {(row.method, row.concepts, row.seed, row.scale): row for row in self.log.rows(Row, "concepts")}
         self._loras: dict[LoraKey, LoraSet] = {}
 
     def loras(self, concepts: tuple[str, ...], seed: int) -> LoraSet:

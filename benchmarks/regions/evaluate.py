@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from legomole.core.formats import load
@@ -76,10 +75,7 @@ class Bench:
     def __init__(self, store: RegionStore, log: Path, say: Say, amount: Amount | None = None) -> None:
         self.store, self.log, self.say, self.amount = store, ResultLog(log), say, amount or Amount()
         self.short, self.whole = encoder(short=True), encoder()
-        self.rows: dict[tuple[Any, ...], Row] = {}
-        for result in self.log.read():
-            row = Row(**{**result, "pair": tuple(result["pair"])})
-            self.rows[row.method, row.pair, row.seed] = row
+        self.rows = {(row.method, row.pair, row.seed): row for row in self.log.rows(Row, "pair")}
 
     def loras(self, pair: tuple[str, str], seed: int) -> LoraSet:
         """Load the LoRAs; seed 1 has them the other way round."""

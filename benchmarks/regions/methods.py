@@ -36,12 +36,12 @@ from .store import RegionStore
 STRENGTH = 1.3  # of all LoRAs in all methods
 
 
-class Captioned(Protocol):
+class AnyScene(Protocol):
     """What a picture shows, see `Scene`."""
 
     def captions(self) -> Sequence[str]: ...
 
-    def half(self, side: str) -> Captioned: ...
+    def half(self, side: str) -> AnyScene: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Request:
         strength: Strength of all LoRAs.
     """
 
-    scenes: Sequence[Captioned]
+    scenes: Sequence[AnyScene]
     encoder: Any
     strength: float = STRENGTH
 
@@ -67,7 +67,7 @@ class Request:
         return self.encoder(_texts([scene.half(side) for scene in self.scenes]))
 
 
-def _texts(scenes: Sequence[Captioned]) -> list[str]:
+def _texts(scenes: Sequence[AnyScene]) -> list[str]:
     """Return a prompt per scene, half of them in wordings that no training uses."""
     return [scene.captions()[(6, 0, 7, 1)[i % 4]] for i, scene in enumerate(scenes)]
 

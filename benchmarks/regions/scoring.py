@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .methods import RegionPasses, Request
 from .scenes import SIDES, WIDTH, Scene
-from .store import RegionStore
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ class Verdict:
 
 
 @torch.no_grad()
-def judged(store: RegionStore, pictures: Tensor) -> Verdict:
-    """Judge pictures ``(n, 3, 64, 128)`` in [-1, 1]."""
+def judged(store: Store, pictures: Tensor) -> Verdict:
+    """Judge both halves of pictures ``(n, 3, 64, 128)`` in [-1, 1]."""
     halves = torch.stack(pictures.chunk(2, dim=3), 1)
     subject, style = store.oracle(halves.flatten(0, 1))
     return Verdict(subject.argmax(1).unflatten(0, (-1, 2)), style.argmax(1).unflatten(0, (-1, 2)))

@@ -266,12 +266,12 @@ def test_the_strength_with_most_joint_pictures_wins_and_among_equals_the_one_tha
 def test_each_half_of_a_picture_is_judged():
     class Oracle(torch.nn.Module):
         def forward(self, pictures):  # the class is the brightest colour
-            return pictures.mean((2, 3)), None
+            return pictures.mean((2, 3)), pictures.mean((2, 3))
 
     pictures = torch.zeros(2, 3, 64, 128)
     pictures[0, 1, :, :64] = pictures[0, 2, :, 64:] = pictures[1, 2] = 1
     store = type("Store", (), {"oracle": Oracle()})()
-    assert two.judged(store, pictures).tolist() == [[1, 2], [2, 2]]
+    assert two.judged(store, pictures).subjects.tolist() == [[1, 2], [2, 2]]
 
 
 def test_pairs_of_two_subjects_have_every_lora_once_on_each_side():
