@@ -131,7 +131,8 @@ def mean(values: Sequence[float]) -> float:
 
 
 def write(path: Path, value: Any) -> None:
-    """Write text, or any other value as JSON; the file is replaced as a whole."""
+    """Write text, or any other value as JSON; the file is replaced as a whole, and its folder made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text((value if isinstance(value, str) else json.dumps(value, indent=1)) + "\n")
     part.replace(path)

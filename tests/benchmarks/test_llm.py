@@ -365,13 +365,14 @@ def test_a_run_resumes_and_its_rows_are_published(tiny: world.World, tmp_path: P
     assert [row.base for row in rows[2:4]] == [1.0, 1.0]
     monkeypatch.setattr(evaluate, "mean", lambda _: pytest.fail("a result was measured again"))
     main.measure(*arguments)
-    report.publish(log, tmp_path)
-    published = json.loads((tmp_path / "results.json").read_text())["rows"]
+    out = tmp_path / "missing" / "out"
+    report.publish(log, out)
+    published = json.loads((out / "results.json").read_text())["rows"]
     assert {"method", "n", "seed", "rank", "strength", "normalised", "worst", "held_out", "base", "needs_data"} <= set(
         published[0]
     )
-    assert "| sum | 100% |" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "normalised_and_held_out.png").stat().st_size > 1000
+    assert "| sum | 100% |" in (out / "table.md").read_text()
+    assert (out / "normalised_and_held_out.png").stat().st_size > 1000
 
 
 def test_strengths_climb_to_the_best(bench: evaluate.Bench, monkeypatch: pytest.MonkeyPatch):
