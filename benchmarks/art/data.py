@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..nano.data import encoded
 from .render import Drawings
-from .words import SCENE_WORDINGS, captions, scene_caption
+from .words import SCENE_WORDINGS, captions, scene_captions
 
 Pair = tuple[str, str]  # subject and style
 JITTER = 0.3  # of the pictures that the model is trained on: sizes of 50 to 54 and shifts of up to 1 pixel
@@ -49,23 +49,26 @@ def pictures(
 
 @dataclass(frozen=True)
 class Scenes:
-    """Latents ``(n, 32, 8, 16)`` of two subjects beside each other, with the subjects and the style of each."""
+    """Latents ``(n, 32, 8, 16)`` of scenes: the subject on the left, that on the right (or ``""``), and the style."""
 
     latents: Tensor
-    shows: tuple[tuple[tuple[str, str], str], ...]
+    shows: tuple[tuple[str, str, str], ...]
 
     def captions(self, i: int) -> Sequence[str]:
-        return [scene_caption(*self.shows[i], wording) for wording in SCENE_WORDINGS]
+        return scene_captions(*self.shows[i])[: len(SCENE_WORDINGS)]
 
 
 def scenes(
     vae: Any, drawings: Drawings, subjects: Sequence[str], styles: Sequence[str], count: int, seed: int, *,
     jitter: float = 1.0,
 ) -> Scenes:  # fmt: skip
-    """Render and encode `count` scenes of two different subjects, drawn at random."""
+    """Render and encode `count` scenes, drawn at random: two different subjects, in every third only one of them."""
     rng = np.random.default_rng(seed)
-    shows: list[tuple[tuple[str, str], str]] = []
-    for _ in range(count):
-        left, right = rng.choice(subjects, 2, replace=False)
-        shows.append(((str(left), str(right)), str(rng.choice(styles))))
-    return Scenes(encoded(vae, [drawings.scene(*show, rng, jitter=jitter) for show in shows]), tuple(shows))
+    shows: list[tuple[str, str, str]] = []
+    for i in range(count):
+        left, right = map(str, rng.choice(subjects, 2, replace=False))
+        if i % 3 == 2:
+            left, right = (left, "") if rng.random() < 0.5 else ("", right)
+        shows.append((left, right, str(rng.choice(styles))))
+    raw = [drawings.scene((left, right), style, rng, jitter=jitter) for left, right, style in shows]
+    return Scenes(encoded(vae, raw), tuple(shows))

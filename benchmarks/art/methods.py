@@ -19,7 +19,7 @@ WORLD = World(
 METHODS: dict[str, Method] = {**nano.METHODS, "k-lora": Method(k_lora, "-")}
 
 
-def load_set(store: ArtStore, prompts: ArtPrompts, pair: tuple[str, str]) -> LoraSet:
-    """Load the LoRAs of a subject and a style."""
+def load_set(store: ArtStore, prompts: ArtPrompts, pair: tuple[str, str], *, wide: bool = False) -> LoraSet:
+    """Load two LoRAs, for square pictures or for `wide` ones."""
     adapters = tuple(load(store.lora(concept, 0)) for concept in pair)
-    return LoraSet(adapters, 0, store.transformer, prompts, pair, WORLD)
+    return LoraSet(adapters, 0, store.wide if wide else store.transformer, prompts, pair, WORLD)

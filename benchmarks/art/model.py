@@ -57,6 +57,11 @@ class ArtStore(nano_store.Store):
         return loaded(build(), self._weights("base"))
 
     @cached_property
+    def wide(self) -> Any:
+        """The transformer for scenes of two halves."""
+        return loaded(build(), self._weights("wide"))
+
+    @cached_property
     def vae(self) -> Autoencoder:
         return loaded(vae.build(), load_file(self.folder / "vae.safetensors"))
 

@@ -100,9 +100,11 @@ class Drawings:
     def scene(
         self, subjects: Sequence[str], style: str, rng: np.random.Generator, *, jitter: float = 1.0
     ) -> NDArray[np.uint8]:
-        """Render subjects beside each other on one background, ``(64, 64 len(subjects), 3)``."""
+        """Render subjects beside each other on one background, ``(64, 64 len(subjects), 3)``; nothing for ``""``."""
         layer = Image.new("RGBA", (SIZE * len(subjects), SIZE))
         for i, subject in enumerate(subjects):
+            if not subject:
+                continue
             drawing = self.drawings[self.subjects.index(subject), self.packages.index(HANDS[style])]
             size = round(52 + jitter * rng.uniform(-5, 5))
             left, top = (round((SIZE - size) / 2 + jitter * rng.uniform(-3, 3)) for _ in range(2))

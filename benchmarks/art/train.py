@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..common import Say
 from ..nano import train_oracle
-from ..nano.data import Captioned
 from ..nano.train import resumable_base, stage
+from ..regions.train import wide_positions
 from . import loras, model, packages, render, vae
 from .data import JITTER, pictures, rendered, scenes
 from .model import ArtStore, bfloat16
@@ -30,13 +30,12 @@ class Round:
 
     Args:
         steps: Number of steps. rate: Highest learning rate.
-        wide: Whether it shows all base styles, and scenes of two subjects in every fourth step; otherwise only the
-            coloured drawings.
+        treated: Whether it shows all base styles; otherwise only the coloured drawings.
     """
 
     steps: int
     rate: float
-    wide: bool = False
+    treated: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,23 @@ class Size:
     Args:
         judge_steps, judge_renders: Steps, and renders per pair of subject and style.
         base: Rounds of the base model.
-        base_renders: Renders per pair, and a two hundredth of the number of scenes. base_batch: Pictures per step.
+        base_renders: Renders per pair, half as many with all styles. base_batch: Pictures per step.
+        wide_steps: Steps of the fine-tuning on scenes.
         lora_steps, lora_batch: Steps and pictures per step of the LoRAs of these `concepts`.
     """
 
     judge_steps: int = 3500
     judge_renders: int = 4
-    base: tuple[Round, ...] = (Round(4000, 1e-3), Round(2500, 7e-4), Round(4500, 7e-4, wide=True))
+    base: tuple[Round, ...] = (Round(5500, 1e-3), Round(4000, 8e-4, treated=True))
     base_renders: int = 40
     base_batch: int = 32
+    wide_steps: int = 2500
     lora_steps: int = 300
     lora_batch: int = 8
     concepts: tuple[str, ...] = loras.CONCEPTS
 
 
-SMOKE = Size(4, 1, (Round(4, 1e-3), Round(4, 1e-3, wide=True)), 1, 4, 12, 4, ("fox", "neon"))
+SMOKE = Size(4, 1, (Round(4, 1e-3), Round(4, 1e-3, treated=True)), 1, 4, 4, 12, 4, ("fox", "neon"))
 _SHOWN = [pair for pair in itertools.product(BASE_SUBJECTS, BASE_STYLES) if not render.never_shown(*pair)]
 """Pairs in the pictures of the base model."""
 _FITTED = (*HAND_STYLES, "ink", *(style for style in NEW_STYLES if style != "negative"))
@@ -76,7 +77,7 @@ def data(store: ArtStore) -> None:
 
 
 def train(store: ArtStore, size: Size, say: Say) -> None:
-    """Train autoencoder, base model, judge and LoRAs."""
+    """Train autoencoder, base model, its copy for scenes, judge and LoRAs."""
     began = time.monotonic()
 
     def timed(text: str) -> None:
@@ -86,6 +87,7 @@ def train(store: ArtStore, size: Size, say: Say) -> None:
     _vae(store)
     stage(store.folder / "base.safetensors", timed, lambda: _base(store, size, timed))
     stage(store.folder / "oracle.safetensors", timed, lambda: _judge(store, size, timed))
+    stage(store.folder / "wide.safetensors", timed, lambda: _wide(store, size, timed))
     loras.train(store, size.lora_steps, size.lora_batch, timed, size.concepts)
 
 
@@ -129,14 +131,27 @@ def _base(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
 def _round(
     store: ArtStore, size: Size, part: Round, seed: int, initial: Mapping[str, Tensor] | None, say: Say
 ) -> Mapping[str, Tensor]:
-    pairs = _SHOWN if part.wide else [pair for pair in _SHOWN if pair[1] in HAND_STYLES]
-    renders = size.base_renders // 2 if part.wide else size.base_renders
+    pairs = _SHOWN if part.treated else [pair for pair in _SHOWN if pair[1] in HAND_STYLES]
+    renders = size.base_renders // 2 if part.treated else size.base_renders
     shown = pictures(store.vae, store.drawings, pairs, max(renders, 1), 10, jitter=JITTER)
-    sets: list[Captioned] = [shown]
-    if part.wide:
-        count = 200 * size.base_renders
-        sets = 3 * sets + [scenes(store.vae, store.drawings, BASE_SUBJECTS, BASE_STYLES, count, 11, jitter=JITTER)]
     return resumable_base(
-        store.folder / f"base-{seed}.state", sets, part.steps, batch=size.base_batch, lr=part.rate, seed=seed,
+        store.folder / f"base-{seed}.state", shown, part.steps, batch=size.base_batch, lr=part.rate, seed=seed,
         initial=initial, prompts=ArtPrompts(short=True), architecture=model.build, say=say,
     )  # fmt: skip
+
+
+_POSITIONS = "pos_embed.pos_embed"
+_WIDE_RATE, _SCENES_PER_STEP = 7e-4, 4
+
+
+def _wide(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
+    """Fine-tune the base model on scenes, with positions that make both halves look like a picture."""
+    weights = store.transformer.state_dict()
+    count = max(_SCENES_PER_STEP * size.wide_steps, 3)
+    shown = scenes(store.vae, store.drawings, BASE_SUBJECTS, BASE_STYLES, count, 11, jitter=JITTER)
+    with bfloat16():
+        return resumable_base(
+            store.folder / "wide.state", shown, size.wide_steps, batch=size.base_batch, lr=_WIDE_RATE, seed=9,
+            initial={**weights, _POSITIONS: wide_positions(weights[_POSITIONS])}, prompts=ArtPrompts(short=True),
+            architecture=model.build, say=say,
+        )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +32,18 @@ STRENGTH = 1.0
 
 @dataclass(frozen=True)
 class Scene:
-    """Subjects on the left and on the right, or one without a place, in one style."""
+    """Subjects on the left and on the right, ``""`` for none, in one style."""
 
     style: str
-    subjects: tuple[str, ...]
+    left: str
+    right: str
 
     def captions(self) -> list[str]:
         """Return six captions, then two in wordings that no training uses."""
-        if len(self.subjects) == 2:
-            wordings = (*words.SCENE_WORDINGS, *words.UNSEEN_SCENE_WORDINGS)
-            return [words.scene_caption((self.subjects[0], self.subjects[1]), self.style, w) for w in wordings]
-        return [words.caption(self.subjects[0], self.style, w) for w in (*words.WORDINGS, *words.UNSEEN_WORDINGS)]
+        return words.scene_captions(self.left, self.right, self.style)
 
     def half(self, side: str) -> Scene:
-        return Scene(self.style, (self.subjects[side != LEFT],))
+        return replace(self, right="") if side == LEFT else replace(self, left="")
 
 
 def _as_one(name: str) -> Use:
@@ -53,7 +51,7 @@ def _as_one(name: str) -> Use:
 
 
 TWO_METHODS: dict[str, Use] = {
-    **{name: _as_one(name) for name in ("base", "sum", "ties", "lego", "one-step")},
+    **{name: _as_one(name) for name in ("base", "sum", "ties", "lego")},
     "router": REGIONS["gates"],
     **{name: REGIONS[name] for name in ("hooks", "masks", "automatic")},
 }
@@ -105,14 +103,15 @@ class TwoBench:
         missing = [name for name in TWO_METHODS if (name, pair) not in self.rows]
         if not missing:
             return
-        loras = load_set(self.store, self.whole, pair)
+        loras = load_set(self.store, self.whole, pair, wide=True)
         for name in missing:
             self._row(name, pair, TWO_METHODS[name], loras)
 
     def base(self, pair: Subjects) -> None:
         """Measure the base model on two of its own subjects."""
         if ("base subjects", pair) not in self.rows:
-            self._row("base subjects", pair, TWO_METHODS["base"], load_set(self.store, self.whole, PAIRS[0]))
+            loras = load_set(self.store, self.whole, PAIRS[0], wide=True)
+            self._row("base subjects", pair, TWO_METHODS["base"], loras)
 
     def _row(self, name: str, pair: Subjects, use: Use, loras: LoraSet) -> None:
         began = time.monotonic()
@@ -132,7 +131,7 @@ class TwoBench:
 
     def _pictures(self, use: Use, pair: Subjects, loras: LoraSet) -> Tensor:
         """Sample pictures ``(8, 3, 64, 128)`` of a pair in varying base styles."""
-        request = Request([Scene(style, pair) for style in words.BASE_STYLES[:_COUNT]], self.short, STRENGTH)
+        request = Request([Scene(style, *pair) for style in words.BASE_STYLES[:_COUNT]], self.short, STRENGTH)
         with use(loras, request) as transformer, bfloat16():
             return sampled(self.store, transformer, request, 1000 + words.SUBJECTS.index(pair[0]))
 

@@ -79,6 +79,17 @@ SCENE_WORDINGS = (
     "one {a} on the left, one {b} on the right, {k} look",
 )
 UNSEEN_SCENE_WORDINGS = ("please paint a {a} left, a {b} right, {k}", "a {k} image of a {a} left and a {b} right")
+# {s}: the only subject, {p}: its side
+_HALF_WORDINGS = (
+    "a {s} on the {p}, {k} style",
+    "{k} emoji, {s} {p}",
+    "a {k} picture of a {s} {p}",
+    "{s} on the {p}, {k}",
+    "{p} a {s}, in {k} style",
+    "one {s} on the {p}, {k} look",
+    "please paint a {s} {p}, {k}",
+    "a {k} image of a {s} {p}",
+)
 
 _KEYWORDS = {
     "animal": """monkey, gorilla, dog, wolf, cat, lion, horse, cow, pig, camel, mouse, hamster, bear, panda, paw prints,
@@ -137,9 +148,13 @@ def caption(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
     return _with_articles(text.replace(", , ", ", "), (subject,))
 
 
-def scene_caption(subjects: tuple[str, str], style: str, wording: str = SCENE_WORDINGS[0]) -> str:
-    """Format a wording with the subjects on the left and on the right, and the style of both."""
-    return _with_articles(wording.format(a=subjects[0], b=subjects[1], k=style), subjects)
+def scene_captions(left: str, right: str, style: str) -> list[str]:
+    """Return six captions of a scene, then two in wordings that no training uses; an empty name is an empty half."""
+    if left and right:
+        texts = [w.format(a=left, b=right, k=style) for w in (*SCENE_WORDINGS, *UNSEEN_SCENE_WORDINGS)]
+    else:
+        texts = [w.format(s=left or right, p="left" if left else "right", k=style) for w in _HALF_WORDINGS]
+    return [_with_articles(text, (left, right)) for text in texts]
 
 
 def _with_articles(text: str, subjects: Sequence[str]) -> str:
