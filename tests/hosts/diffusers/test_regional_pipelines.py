@@ -22,7 +22,7 @@ LEFT[:, :16] = 1
 
 
 def near(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-4 * float(expected.abs().max()))
 
 
 def sample(pipe: Any, mixture: legomole.Mixture, *, inputs: dict[str, Any] | None = None, **options: Any) -> Tensor:
