@@ -22,7 +22,7 @@ LEFT[:, :16] = 1
 
 
 def near(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def sample(pipe: Any, mixture: legomole.Mixture, *, inputs: dict[str, Any] | None = None, **options: Any) -> Tensor:
@@ -76,7 +76,8 @@ CONTROLLED: dict[str, tuple[Any, str]] = {
 def test_ones_zeros_and_halves_beside_a_controlnet(name: str) -> None:
     """A ControlNet's residuals are added everywhere, also where no LoRA acts."""
     pipe, (kind, argument) = build(name), CONTROLLED[name]
-    controlled = kind(**pipe.components, controlnet=controlnet(pipe))
+    # in float64, because the residuals magnify rounding: in float32 it is 1.3e-4 on processors with matrix units
+    controlled = kind(**pipe.components, controlnet=controlnet(pipe)).to(torch.float64)
     picture = {argument: torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))}
     mixture = two_experts(pipe)
     plain, off = (sample(controlled, m, inputs=picture) for m in (mixture, mixture.without(0)))
