@@ -125,6 +125,11 @@ class ResultLog:
             file.write(json.dumps(result) + "\n")
 
 
+def bfloat16() -> torch.autocast:
+    """Compute in bfloat16, without the cache of weights, which would hold those of the first step."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the mean, NaN without values."""
     return statistics.fmean(values) if values else math.nan

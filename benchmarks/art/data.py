@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..nano.data import encoded
 from .render import Drawings
-from .words import SCENE_WORDINGS, captions, scene_captions
+from .words import WORDINGS, captions, scene_captions
 
 Pair = tuple[str, str]  # subject and style
 JITTER = 0.3  # of the pictures that the model is trained on: sizes of 50 to 54 and shifts of up to 1 pixel
@@ -55,7 +55,7 @@ class Scenes:
     shows: tuple[tuple[str, str, str], ...]
 
     def captions(self, i: int) -> Sequence[str]:
-        return scene_captions(*self.shows[i])[: len(SCENE_WORDINGS)]
+        return scene_captions(*self.shows[i])[: len(WORDINGS)]
 
 
 def scenes(

@@ -10,10 +10,10 @@ from legomole.core.adapter import Adapter
 from legomole.core.formats import save
 from legomole.core.lowrank import LowRank
 
-from ..common import Say, spiked
+from ..common import Say, bfloat16, spiked
 from ..nano import train_loras
 from .data import JITTER, Pair, Pictures, pictures
-from .model import ArtStore, bfloat16
+from .model import ArtStore
 from .text import ArtPrompts
 from .words import BASE_STYLES, BASE_SUBJECTS, LORA_SUBJECTS, NEW_STYLES
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from legomole.nano import store as nano_store
 from legomole.nano.model import SIDE
 from legomole.nano.oracle import Oracle
@@ -30,11 +29,6 @@ def build() -> Any:
         attention_head_dim=64, num_attention_heads=_BLOCKS, joint_attention_dim=text.WIDTH,
         caption_projection_dim=64 * _BLOCKS, pooled_projection_dim=text.WIDTH, pos_embed_max_size=2 * SIDE,
     )  # fmt: skip
-
-
-def bfloat16() -> torch.autocast:
-    """Compute in bfloat16, without the cache of weights, which would hold those of the first step."""
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 def build_judge() -> Oracle:

@@ -15,10 +15,11 @@ from legomole.nano.oracle import judge
 from legomole.nano.sampling import sample
 from torch import Tensor
 
+from ..common import bfloat16
 from ..nano.scoring import TAGS
 from . import render, words
 from .data import Pair
-from .model import ArtStore, bfloat16
+from .model import ArtStore
 from .text import ArtPrompts
 from .vae import CHANNELS
 

@@ -13,13 +13,13 @@ from legomole.core.formats.files import write_tensors
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..common import Say
+from ..common import Say, bfloat16
 from ..nano import train_oracle
 from ..nano.train import resumable_base, stage
-from ..regions.train import wide_positions
+from ..regions.train import widened
 from . import loras, model, packages, render, vae
 from .data import JITTER, pictures, rendered, scenes
-from .model import ArtStore, bfloat16
+from .model import ArtStore
 from .text import ArtPrompts
 from .words import BASE_STYLES, BASE_SUBJECTS, HAND_STYLES, NEW_STYLES, STYLES, SUBJECTS
 
@@ -140,18 +140,16 @@ def _round(
     )  # fmt: skip
 
 
-_POSITIONS = "pos_embed.pos_embed"
 _WIDE_RATE, _SCENES_PER_STEP = 7e-4, 4
 
 
 def _wide(store: ArtStore, size: Size, say: Say) -> Mapping[str, Tensor]:
     """Fine-tune the base model on scenes, with positions that make both halves look like a picture."""
-    weights = store.transformer.state_dict()
     count = max(_SCENES_PER_STEP * size.wide_steps, 3)
     shown = scenes(store.vae, store.drawings, BASE_SUBJECTS, BASE_STYLES, count, 11, jitter=JITTER)
     with bfloat16():
         return resumable_base(
             store.folder / "wide.state", shown, size.wide_steps, batch=size.base_batch, lr=_WIDE_RATE, seed=9,
-            initial={**weights, _POSITIONS: wide_positions(weights[_POSITIONS])}, prompts=ArtPrompts(short=True),
-            architecture=model.build, say=say,
+            initial=widened(store.transformer.state_dict()), prompts=ArtPrompts(short=True), architecture=model.build,
+            say=say,
         )  # fmt: skip

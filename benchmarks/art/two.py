@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common import ResultLog, Say
+from ..common import ResultLog, Say, bfloat16
 from ..nano.methods import LoraSet
 from ..regions.methods import METHODS as REGIONS
 from ..regions.methods import Request, Use
@@ -19,7 +19,7 @@ from ..regions.scenes import LEFT
 from ..regions.scoring import judged, sampled
 from . import words
 from .methods import METHODS, load_set
-from .model import ArtStore, bfloat16
+from .model import ArtStore
 from .text import ArtPrompts
 from .words import LORA_SUBJECTS
 

@@ -69,17 +69,18 @@ WORDINGS = (
 UNSEEN_WORDINGS = ("please paint one {k} {s}", "an icon of the {s} made in {k} style")
 """Wordings that neither training nor calibration uses."""
 
-# {a}: subject on the left, {b}: on the right, {k}: style
-SCENE_WORDINGS = (
+# six wordings as in `WORDINGS`, then two that no training uses; {a}: subject on the left, {b}: on the right, {k}: style
+_SCENE_WORDINGS = (
     "a {a} on the left and a {b} on the right, {k} style",
     "{k} emoji, {a} left, {b} right",
     "a {k} picture of a {a} left and a {b} right",
     "{a} on the left, {b} on the right, {k}",
     "left a {a}, right a {b}, in {k} style",
     "one {a} on the left, one {b} on the right, {k} look",
+    "please paint a {a} left, a {b} right, {k}",
+    "a {k} image of a {a} left and a {b} right",
 )
-UNSEEN_SCENE_WORDINGS = ("please paint a {a} left, a {b} right, {k}", "a {k} image of a {a} left and a {b} right")
-# {s}: the only subject, {p}: its side
+# the same for one subject; {s}: the subject, {p}: its side
 _HALF_WORDINGS = (
     "a {s} on the {p}, {k} style",
     "{k} emoji, {s} {p}",
@@ -151,7 +152,7 @@ def caption(subject: str, style: str, wording: str = WORDINGS[0]) -> str:
 def scene_captions(left: str, right: str, style: str) -> list[str]:
     """Return six captions of a scene, then two in wordings that no training uses; an empty name is an empty half."""
     if left and right:
-        texts = [w.format(a=left, b=right, k=style) for w in (*SCENE_WORDINGS, *UNSEEN_SCENE_WORDINGS)]
+        texts = [w.format(a=left, b=right, k=style) for w in _SCENE_WORDINGS]
     else:
         texts = [w.format(s=left or right, p="left" if left else "right", k=style) for w in _HALF_WORDINGS]
     return [_with_articles(text, (left, right)) for text in texts]

@@ -15,7 +15,7 @@ from legomole.nano.store import Store
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..common import Say
+from ..common import Say, bfloat16
 from ..nano import train_loras
 from ..nano.render import BASE_STYLES, NEW_SUBJECTS
 from ..nano.train import resumable_base, stage
@@ -57,18 +57,13 @@ def train(work: Path, size: Size, say: Say) -> RegionStore:
         path = store.lora(subject, seed)
         if not path.exists():
             data = lora_scenes(nano, subject, seed, size.lora_times)
-            with _bfloat16():
+            with bfloat16():
                 lora = train_loras.train(
                     store.transformer, data, prompts, steps=size.lora_steps, batch=size.lora_batch, lr=_LORA_RATE,
                     seed=100 * seed + NEW_SUBJECTS.index(subject), say=say,
                 )  # fmt: skip
             save(lora, path, format="diffusers")
     return store
-
-
-def _bfloat16() -> torch.autocast:
-    """Compute in bfloat16, without the cache of weights, which would hold those of the first step."""
-    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 _BASE_RATES = (7e-4, 1e-3, 8e-4, 8e-4)  # of the rounds of `Size.base_steps` steps
@@ -78,7 +73,7 @@ _SIDE_SIZE = 0.3  # of the vector that tells the halves apart; a position's own 
 
 def _base(nano: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor]:
     shipped = nano.transformer.state_dict()
-    weights = {**shipped, _POSITIONS: wide_positions(shipped[_POSITIONS])}
+    weights = widened(shipped)
     scenes = base_scenes(size.base_times) if size.base_times else base_scenes(1)[::100]
     data, prompts = rendered(nano.vae, scenes, 20), encoder(short=True)
     for i, rate in enumerate(_BASE_RATES):
@@ -87,26 +82,25 @@ def _base(nano: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor]
             resumable_base, path.with_suffix(".state"), data, size.base_steps, batch=size.base_batch, lr=rate, seed=i,
             initial=weights, frozen=("time_text_embed",), prompts=prompts, say=say,
         )  # fmt: skip
-        with _bfloat16():
+        with bfloat16():
             stage(path, say, fine_tune)
         weights = {name: tensor.float() for name, tensor in load_file(path).items()}
     return {name: tensor for name, tensor in weights.items() if not tensor.equal(shipped[name])}
 
 
-_POSITIONS = "pos_embed.pos_embed"
+def widened(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a transformer's weights with positions that make both halves of a wide canvas look like a square picture.
 
-
-def wide_positions(table: Tensor) -> Tensor:
-    """Return position embeddings ``(1, 256, 192)`` with which both halves of a canvas look like a nano picture.
-
-    Rows and columns 4 to 11 of the table's 16 x 16 positions are those of a nano picture. They are used in both halves,
-    with a constant vector that tells the halves apart.
+    Rows and columns 4 to 11 of the table's 16 x 16 positions are those of a square picture. They are used in both
+    halves, with a constant vector that tells the halves apart.
     """
+    name = "pos_embed.pos_embed"
+    table = weights[name]  # (1, 256, width)
     grid = table.unflatten(1, (WIDTH, WIDTH)).clone()
     one = grid[:, :, SIDE // 2 : SIDE // 2 + SIDE].clone()
     side = _SIDE_SIZE * torch.randn(table.shape[-1], generator=torch.Generator().manual_seed(0))
     grid[:, :, :SIDE], grid[:, :, SIDE:] = one - side, one + side
-    return grid.flatten(1, 2).half().float()
+    return {**weights, name: grid.flatten(1, 2).half().float()}
 
 
 def _judge(nano: Store, size: Size, say: Say) -> Mapping[str, Tensor]:

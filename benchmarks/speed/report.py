@@ -65,7 +65,6 @@ class Results:
             self.inertia[case] = inertia
 
     def publish(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         write(out / "results.json", {"machine": self.machine, "rows": [asdict(row) for row in self.rows]})
         write(out / _INERTIA, self.inertia)
         write(out / "table.md", self.table())
