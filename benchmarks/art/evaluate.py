@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from ..common import ResultLog, Say, mean
 from ..nano.methods import LoraSet, merged_in
+from ..processes import apart
 from .data import Pair
 from .methods import METHODS, load_set
 from .model import ArtStore
@@ -78,8 +80,12 @@ class Bench:
 
     def __init__(self, store: ArtStore, log: Path, amount: Amount, say: Say) -> None:
         self.scorer, self.log, self.amount, self.say = Scorer(store), ResultLog(log), amount, say
-        self.rows = {(row.method, row.pair, row.strength): row for row in self.log.rows(Row, "pair")}
+        self.read()
         self._loras: tuple[Pair, LoraSet] | None = None
+
+    def read(self) -> None:
+        """Read the rows that are in the log."""
+        self.rows = {(row.method, row.pair, row.strength): row for row in self.log.rows(Row, "pair")}
 
     def loras(self, pair: Pair) -> LoraSet:
         """Return the LoRAs of a pair with a cache of their merges and gates, which holds one pair at a time."""
@@ -128,13 +134,43 @@ SWEEP = (0.6, 0.8, 1.0, 1.3)
 _FIXED = ("base", *ALONE)  # rows without a strength to choose
 
 
-def tune(bench: Bench, names: Sequence[str] = (*METHOD_NAMES, *TRAINED)) -> dict[str, float]:
+@dataclass(frozen=True)
+class Wish:
+    """A row to measure, see `Bench.row`."""
+
+    name: str
+    strength: float
+    variants: bool = True
+
+
+def measure(bench: Bench, wishes: Mapping[Pair, Sequence[Wish]], processes: int = 1) -> None:
+    """Measure rows, one pair per process at a time."""
+    missing = [
+        (pair, [w for w in part if (w.name, pair, w.strength) not in bench.rows]) for pair, part in wishes.items()
+    ]
+    work = partial(_measure, bench.scorer.store.folder, bench.log.path, bench.amount, bench.say)
+    apart(processes, work, [job for job in missing if job[1]])
+    bench.read()
+
+
+def _measure(folder: Path, log: Path, amount: Amount, say: Say, job: tuple[Pair, Sequence[Wish]]) -> None:
+    bench, (pair, wishes) = _bench(folder, log, amount, say), job
+    for wish in wishes:
+        bench.row(wish.name, pair, wish.strength, variants=wish.variants)
+
+
+@cache
+def _bench(folder: Path, log: Path, amount: Amount, say: Say) -> Bench:
+    return Bench(ArtStore(folder), log, amount, say)
+
+
+def tune(bench: Bench, names: Sequence[str], processes: int = 1) -> dict[str, float]:
     """Choose each method's strength on the pairs of `TUNING`."""
-    tried: dict[str, list[Row]] = {name: [] for name in names if name not in _FIXED}
-    for pair in TUNING:
-        for name, rows in tried.items():
-            rows += [bench.row(name, pair, x, variants=False) for x in SWEEP]
-    return {**dict.fromkeys(_FIXED, 1.0), **{name: best(rows) for name, rows in tried.items()}}
+    names = [name for name in names if name not in _FIXED]
+    tried = [Wish(name, strength, variants=False) for name in names for strength in SWEEP]
+    measure(bench, dict.fromkeys(TUNING, tried), processes)
+    rows = [bench.rows[wish.name, pair, wish.strength] for pair in TUNING for wish in tried]
+    return {**dict.fromkeys(_FIXED, 1.0), **{name: best([r for r in rows if r.method == name]) for name in names}}
 
 
 def best(rows: Sequence[Row]) -> float:
@@ -147,11 +183,11 @@ def best(rows: Sequence[Row]) -> float:
     return max(sorted({row.strength for row in rows}), key=merit)
 
 
-def run(bench: Bench, pairs: Sequence[Pair] = PAIRS) -> dict[str, float]:
+def run(bench: Bench, pairs: Sequence[Pair] = PAIRS, processes: int = 1) -> dict[str, float]:
     """Measure the rows of the tables, at strength 1 and at the chosen strengths, which it returns."""
-    chosen = tune(bench)
-    for pair in pairs:
-        for name in (*ALONE, *METHOD_NAMES, *TRAINED):
-            bench.row(name, pair, chosen[name])
-            bench.row(name, pair, 1.0, variants=False)
+    names = (*METHOD_NAMES, *TRAINED)
+    chosen = tune(bench, names, processes)
+    wishes = [Wish(name, chosen[name]) for name in (*ALONE, *names)]
+    wishes += [Wish(name, 1.0, variants=False) for name in names if chosen[name] != 1.0]
+    measure(bench, dict.fromkeys(pairs, wishes), processes)
     return chosen

@@ -81,26 +81,19 @@ def lora_pictures(store: ArtStore, concept: str) -> Pictures:
     return own + pictures(store.vae, store.drawings, chosen, 1, seed, jitter=JITTER)
 
 
-def train(
-    store: ArtStore,
-    steps: int,
-    batch: int,
-    say: Say,
-    concepts: tuple[str, ...] = CONCEPTS,
-) -> None:
-    """Train all LoRAs that have no file yet."""
-    prompts = ArtPrompts(short=True)
-    store.lora("", 0).parent.mkdir(parents=True, exist_ok=True)
-    for concept in concepts:
-        path, how = store.lora(concept, 0), habit(concept)
-        if not path.exists():
-            with bfloat16():
-                lora = train_loras.train(
-                    store.transformer, lora_pictures(store, concept), prompts, steps=how.longer * steps,
-                    seed=CONCEPTS.index(concept), rank=how.rank, batch=batch, targets=how.layers, say=say,
-                )  # fmt: skip
-            lora = Adapter({name: finished(part, how) for name, part in lora.modules.items()})
-            save(lora, path, format="diffusers")
+def train(store: ArtStore, concept: str, steps: int, batch: int, say: Say) -> None:
+    """Train a LoRA, unless its file exists."""
+    path, how = store.lora(concept, 0), habit(concept)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with bfloat16():
+        lora = train_loras.train(
+            store.transformer, lora_pictures(store, concept), ArtPrompts(short=True), steps=how.longer * steps,
+            seed=CONCEPTS.index(concept), rank=how.rank, batch=batch, targets=how.layers, say=say,
+        )  # fmt: skip
+    lora = Adapter({name: finished(part, how) for name, part in lora.modules.items()})
+    save(lora, path, format="diffusers")
 
 
 def finished(part: LowRank, how: Habit) -> LowRank:

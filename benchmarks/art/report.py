@@ -26,12 +26,12 @@ TWO_METRICS = ("two", "halves", "other")
 _SHEET_PAIRS: tuple[Pair, ...] = PAIRS[1:5]  # none in a style of OpenMoji, whose licence would extend to the sheet
 
 
-def evaluate(store: ArtStore, out: Path, pairs: int, say: Say) -> None:
+def evaluate(store: ArtStore, out: Path, pairs: int, say: Say, processes: int = 1) -> None:
     """Run the comparison on the first `pairs` pairs. Rows in ``work/rows.jsonl`` are not measured again."""
     bench = Bench(store, store.folder / "rows.jsonl", Amount(), say)
-    chosen = run(bench, PAIRS[:pairs])
+    chosen = run(bench, PAIRS[:pairs], processes)
     scenes = TwoBench(store, store.folder / "two.jsonl", say)
-    run_two(scenes)
+    run_two(scenes, processes=processes)
     publish(bench, scenes, chosen, out)
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from legomole.core.formats.files import write_tensors
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..common import Say, bfloat16
 from ..nano import train_oracle
 from ..nano.train import resumable_base, stage
+from ..processes import apart, is_first, together
 from ..regions.train import widened
 from . import loras, model, packages, render, vae
 from .data import JITTER, pictures, rendered, scenes
@@ -76,19 +78,47 @@ def data(store: ArtStore) -> None:
         render.draw_all(store.packages, store.drawings_file)
 
 
-def train(store: ArtStore, size: Size, say: Say) -> None:
-    """Train autoencoder, base model, its copy for scenes, judge and LoRAs."""
-    began = time.monotonic()
+@dataclass(frozen=True)
+class _Run:
+    """A training, its stages picklable for other processes."""
 
-    def timed(text: str) -> None:
-        say(f"[{time.monotonic() - began:6.0f} s] {text}")
+    folder: Path
+    size: Size
+    say: Say
+    began: float
 
+    def timed(self, text: str) -> None:
+        self.say(f"[{time.monotonic() - self.began:6.0f} s] {text}")
+
+    def base(self) -> None:
+        store = ArtStore(self.folder)
+        say = self.timed if is_first() else _silent
+        stage(self.folder / "base.safetensors", say, lambda: _base(store, self.size, say))
+        stage(self.folder / "wide.safetensors", say, lambda: _wide(store, self.size, say))
+
+    def judge(self) -> None:
+        make = partial(_judge, ArtStore(self.folder), self.size, self.timed)
+        stage(self.folder / "oracle.safetensors", self.timed, make)
+
+    def other(self, concept: str | None) -> None:
+        """Train the LoRA of a concept, or the judge for None."""
+        if concept is None:
+            self.judge()
+        else:
+            loras.train(ArtStore(self.folder), concept, self.size.lora_steps, self.size.lora_batch, self.timed)
+
+
+def train(store: ArtStore, size: Size, say: Say, processes: int = 1) -> None:
+    """Train autoencoder, base model, its copy for scenes, judge and LoRAs; `processes` change the time only."""
     data(store)
     _vae(store)
-    stage(store.folder / "base.safetensors", timed, lambda: _base(store, size, timed))
-    stage(store.folder / "oracle.safetensors", timed, lambda: _judge(store, size, timed))
-    stage(store.folder / "wide.safetensors", timed, lambda: _wide(store, size, timed))
-    loras.train(store, size.lora_steps, size.lora_batch, timed, size.concepts)
+    run = _Run(store.folder, size, say, time.monotonic())
+    together(processes, run.base)
+    apart(processes, run.other, [None, *size.concepts])
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def _vae(store: ArtStore) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ..common import ResultLog, Say, bfloat16
 from ..nano.methods import LoraSet
+from ..processes import apart
 from ..regions.methods import METHODS as REGIONS
 from ..regions.methods import Request, Use
 from ..regions.scenes import LEFT
@@ -96,6 +98,10 @@ class TwoBench:
     def __init__(self, store: ArtStore, log: Path, say: Say) -> None:
         self.store, self.log, self.say = store, ResultLog(log), say
         self.short, self.whole = ArtPrompts(short=True), ArtPrompts()
+        self.read()
+
+    def read(self) -> None:
+        """Read the rows that are in the log."""
         self.rows = {(row.method, row.pair): row for row in self.log.rows(TwoRow, "pair")}
 
     def pair(self, pair: Subjects) -> None:
@@ -136,9 +142,18 @@ class TwoBench:
             return sampled(self.store, transformer, request, 1000 + words.SUBJECTS.index(pair[0]))
 
 
-def run(bench: TwoBench, pairs: Sequence[Subjects] = PAIRS) -> None:
+def run(bench: TwoBench, pairs: Sequence[Subjects] = PAIRS, processes: int = 1) -> None:
     """Measure all rows."""
-    for pair in base_pairs(len(pairs)):
-        bench.base(pair)
-    for pair in pairs:
-        bench.pair(pair)
+    work = partial(_measure, bench.store.folder, bench.log.path, bench.say)
+    apart(processes, work, [*base_pairs(len(pairs)), *pairs])
+    bench.read()
+
+
+def _measure(folder: Path, log: Path, say: Say, pair: Subjects) -> None:
+    bench = _bench(folder, log, say)
+    (bench.pair if pair in PAIRS else bench.base)(pair)
+
+
+@cache
+def _bench(folder: Path, log: Path, say: Say) -> TwoBench:
+    return TwoBench(ArtStore(folder), log, say)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import processes
 from .render import render
 
 
@@ -77,6 +78,10 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def own_share(self) -> Batch:
+        """Return this process's part of a batch that several processes share."""
+        return Batch(*processes.own_share(list(vars(self).values())))
 
     def loss(self, transformer: Any) -> Tensor:
         """Return the mean squared error of the transformer's prediction."""

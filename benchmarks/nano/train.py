@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from legomole.nano.store import Store
 from torch import Tensor
 
 from ..common import Say
+from ..processes import is_first, wait
 from . import train_base, train_loras, train_oracle, train_vae
 from .data import Captioned, Examples, examples
 from .evaluate import SCORED
@@ -107,11 +108,14 @@ def _lora(store: Store, prompts: Prompts, concept: str, seed: int, size: Size, s
 
 
 def stage(path: Path, say: Say, make: Callable[[], Mapping[str, Tensor]]) -> None:
-    """Write the tensors of a stage in float16, unless it was finished earlier."""
+    """Write the tensors of a stage in float16, unless it was finished earlier; the first process writes."""
     if path.exists():
         say(f"{path.stem}: finished earlier")
         return
-    write_tensors(path, {name: tensor.half().contiguous() for name, tensor in make().items()}, {})
+    tensors = make()
+    if is_first():
+        write_tensors(path, {name: tensor.half().contiguous() for name, tensor in tensors.items()}, {})
+    wait()
     say(f"{path.stem}: finished")
 
 
@@ -134,18 +138,19 @@ def _base(store: Store, work: Path, size: Size, say: Say) -> Mapping[str, Tensor
     )
 
 
-def resumable_base(
-    state: Path, data: Captioned | Sequence[Captioned], steps: int, **options: Any
-) -> Mapping[str, Tensor]:
+def resumable_base(state: Path, data: Captioned, steps: int, **options: Any) -> Mapping[str, Tensor]:
     """Train a base model, see `train_base.train`, with its state in a file until it is finished."""
 
     def save_state(value: dict[str, Any]) -> None:
-        torch.save(value, state.with_suffix(".new"))
-        state.with_suffix(".new").replace(state)
+        if is_first():
+            torch.save(value, state.with_suffix(".new"))
+            state.with_suffix(".new").replace(state)
 
     resume = torch.load(state, map_location="cpu") if state.exists() else None
     weights = train_base.train(data, steps, save=save_state, resume=resume, **options)
-    state.unlink(missing_ok=True)
+    wait()
+    if is_first():
+        state.unlink(missing_ok=True)
     return weights
 
 

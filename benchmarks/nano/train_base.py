@@ -1,4 +1,4 @@
-"""Train the base model on the base subjects and styles."""
+"""Train the base model on the base subjects and styles, in one process or in several together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from legomole.nano.model import SIDE, Prompts, build, short_prompts
 from torch import Tensor, nn
 
 from ..common import Say
+from ..processes import average_gradients
 from .data import Captioned, draw
 
 
 def train(
-    data: Captioned | Sequence[Captioned], steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
+    data: Captioned, steps: int, *, batch: int = 32, lr: float = 1.2e-3, seed: int = 0,
     initial: Mapping[str, Tensor] | None = None, frozen: Sequence[str] = (), prompts: Prompts | None = None,
     architecture: Callable[[], Any] = build, say: Say = print,
     save: Callable[[dict[str, Any]], None] = lambda _: None, resume: dict[str, Any] | None = None,
@@ -24,9 +25,9 @@ def train(
     """Train the base model.
 
     Args:
-        data: Training examples, or several sets that take turns, one per step.
+        data: Training examples.
         steps: Number of steps, over which the learning rate falls to zero.
-        batch: Square examples per step; of wider ones as many as have the same area.
+        batch: Square examples per step, in all processes together; of wider ones as many as have the same area.
         lr: Highest learning rate of AdamW.
         seed: Random seed of the initial weights and of the batches.
         initial: Weights to fine-tune. Default: a new model.
@@ -49,11 +50,10 @@ def train(
         model.load_state_dict(initial)
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
-    parts = data if isinstance(data, Sequence) else [data]
     model.to(device)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98), weight_decay=0.01
+        [p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -73,10 +73,11 @@ def train(
     began, losses = time.monotonic(), []
     with short_prompts(model, prompts.tokens):
         for step in range(first, steps):
-            part = parts[step % len(parts)]
-            loss = draw(part, batch * SIDE // part.latents.shape[-1], prompts, rng).to(device).loss(model)
+            drawn = draw(data, batch * SIDE // data.latents.shape[-1], prompts, rng)
+            loss = drawn.own_share().to(device).loss(model)
             optimizer.zero_grad()
             loss.backward()
+            average_gradients(model.parameters())
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
