@@ -47,18 +47,14 @@ _SPIKED = "owl"
 
 
 def habit(concept: str) -> Habit:
-    """Return the habit of a LoRA: ranks 4, 8 and 16 and the others' in turn, and a few that went wrong.
-
-    Styles are trained for twice the steps of subjects, because they change all of a picture.
-    """
+    """Return the habit of a LoRA: ranks 4, 8 and 16 and the others' in turn, and a few that went wrong."""
     i = CONCEPTS.index(concept)
     usual = Habit((4, 8, 16)[i % 3])
     if i % 4 == 1:
         usual = replace(usual, prior=True)
     elif i % 4 == 3:  # as kohya's scripts by default: attention only, alpha 1
         usual = replace(usual, layers=train_loras.ATTENTION, alpha=1.0)
-    longer = (2 if concept in NEW_STYLES else 1) * (2 if concept in _OVERCOOKED else 1)
-    return replace(usual, longer=longer, spike=concept == _SPIKED)
+    return replace(usual, longer=2 if concept in _OVERCOOKED else 1, spike=concept == _SPIKED)
 
 
 def pairs_of(concept: str) -> list[Pair]:

@@ -58,7 +58,7 @@ class Size:
     base_renders: int = 40
     base_batch: int = 32
     wide_steps: int = 2500
-    lora_steps: int = 300
+    lora_steps: int = 200
     lora_batch: int = 8
     concepts: tuple[str, ...] = loras.CONCEPTS
 

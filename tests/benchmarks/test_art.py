@@ -215,7 +215,7 @@ def test_every_habit_occurs_and_few_loras_went_wrong():
     assert {h.prior for h in habits.values()} == {True, False}
     assert {h.alpha for h in habits.values()} == {None, 1.0}
     assert [c for c in words.LORA_SUBJECTS if habits[c].longer > 1] == ["rocket"]
-    assert [c for c in words.NEW_STYLES if habits[c].longer > 2] == ["neon"]
+    assert [c for c in words.NEW_STYLES if habits[c].longer > 1] == ["neon"]
     assert [c for c, h in habits.items() if h.spike] == ["owl"]
 
 
