@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def publish(bench: Bench, scenes: TwoBench, chosen: Mapping[str, float], out: Pa
         "tuning": [_entry(row, METRICS) for row in rows if row.pair in TUNING],
     })  # fmt: skip
     parts = {"At strength 1": table(rows, {}), "At the strengths of the tuning pairs": table(rows, chosen),
-             "Two subjects": two_table(two)}  # fmt: skip
+             f"{_COMPARED} minus the others, at these strengths": differences(rows, chosen)}  # fmt: skip
+    if two:
+        parts["Two subjects"] = two_table(two)
     (out / "table.md").write_text("\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items()) + "\n")
     sheet(bench, chosen).save(out / "sheet.jpg", quality=88, optimize=True)
 
@@ -72,6 +75,21 @@ def table(rows: Sequence[Row], strengths: Mapping[str, float]) -> str:
                 cell([r for r in part if not math.isnan(getattr(r, metric))], metric) for metric in METRICS
             )
             lines.append(f"| {method} | {strength:g} | {len(part)} | {cells} |")
+    return "\n".join(lines)
+
+
+_COMPARED = "one-step"
+
+
+def differences(rows: Sequence[Row], strengths: Mapping[str, float], compared: str = _COMPARED) -> str:
+    """Return a Markdown table: a method's scores minus those of each other one on the same pairs, as in `table`."""
+    at = {(r.method, r.pair): r for r in rows if r.strength == strengths.get(r.method, 1.0) and r.pair in PAIRS}
+    lines = [f"| method | pairs | {' | '.join(_HEADS)} |", "|---|---|" + "---|" * len(_HEADS)]
+    for method in (*METHOD_NAMES, *TRAINED):
+        both = [(at[compared, p], at[method, p]) for p in PAIRS if {(compared, p), (method, p)} <= {*at}]
+        if both and method != compared:
+            part = [replace(a, **{m: getattr(a, m) - getattr(b, m) for m in METRICS}) for a, b in both]
+            lines.append(f"| {method} | {len(part)} | {' | '.join(cell(part, metric) for metric in METRICS)} |")
     return "\n".join(lines)
 
 

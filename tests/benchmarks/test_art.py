@@ -381,3 +381,20 @@ def test_a_table_has_a_line_per_measured_method_with_intervals_over_loras():
     assert line.startswith("| sum | 1.3 | 2 | 0.50 ±0.25 | 0.50 ±0.00 |")
     assert " - | " in line  # tagged prompts were not measured
     assert len(table.splitlines()) == 3
+
+
+def test_differences_are_of_equal_pairs():
+    def row(method: str, pair: tuple[str, str], joint: float) -> evaluate.Row:
+        return evaluate.Row(method, pair, 0, 2, 1.0, joint, 0.5, 0.5, 1.0, joint, joint, 0.0, joint, 1.0)
+
+    a, b, c = evaluate.PAIRS[:3]
+    rows = [
+        row("one-step", a, 0.5),
+        row("one-step", b, 0.75),
+        row("sum", a, 0.25),
+        row("sum", b, 0.5),
+        row("sum", c, 1),
+    ]
+    table = report.differences(rows, {})
+    assert table.splitlines()[2:] == ["| sum | 2 | 0.25 ±0.00 | 0.00 ±0.00 | 0.00 ±0.00 | 0.00 ±0.00 | 0.00 ±0.00 "
+                                      "| 0.25 ±0.00 | 0.25 ±0.00 | 0.25 ±0.00 |"]  # fmt: skip
