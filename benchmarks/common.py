@@ -125,6 +125,11 @@ class ResultLog:
             file.write(json.dumps(result) + "\n")
 
 
+def say(text: str) -> None:
+    """Print a message at once; unlike a function of ``__main__``, other processes can unpickle it."""
+    print(text, flush=True)
+
+
 def bfloat16() -> torch.autocast:
     """Compute in bfloat16, without the cache of weights, which would hold those of the first step."""
     return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)

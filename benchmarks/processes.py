@@ -59,7 +59,13 @@ def wait() -> None:
 
 
 def own_share(batch: Sequence[Tensor]) -> list[Tensor]:
-    """Return every `count`-th example of a batch, another part in each process of `together`."""
+    """Return every `count`-th example of a batch, another part in each process of `together`.
+
+    Raises:
+        ValueError: If the parts are not of equal size, because `average_gradients` would not weigh examples equally.
+    """
+    if len(batch[0]) % _count():
+        raise ValueError(f"a batch of {len(batch[0])} cannot be shared equally by {_count()} processes")
     return [tensor[_index() :: _count()] for tensor in batch]
 
 

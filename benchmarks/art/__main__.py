@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..common import say
 from . import report, train
 from .model import ArtStore
 
@@ -41,10 +42,6 @@ def main() -> None:
             small = ArtStore(Path(folder))
             small.drawings_file.symlink_to(store.drawings_file.resolve())
             train.train(small, train.SMOKE, say, chosen.processes)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,8 @@ def measure(bench: Bench, wishes: Mapping[Pair, Sequence[Wish]], processes: int 
 
 
 def _measure(folder: Path, log: Path, amount: Amount, say: Say, job: tuple[Pair, Sequence[Wish]]) -> None:
-    bench, (pair, wishes) = _bench(folder, log, amount, say), job
+    bench = _bench(folder, log, amount, say)
+    pair, wishes = job
     for wish in wishes:
         bench.row(wish.name, pair, wish.strength, variants=wish.variants)
 

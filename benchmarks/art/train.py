@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,16 +97,13 @@ class _Run:
         stage(self.folder / "base.safetensors", say, lambda: _base(store, self.size, say))
         stage(self.folder / "wide.safetensors", say, lambda: _wide(store, self.size, say))
 
-    def judge(self) -> None:
-        make = partial(_judge, ArtStore(self.folder), self.size, self.timed)
-        stage(self.folder / "oracle.safetensors", self.timed, make)
-
     def other(self, concept: str | None) -> None:
         """Train the LoRA of a concept, or the judge for None."""
+        store = ArtStore(self.folder)
         if concept is None:
-            self.judge()
+            stage(self.folder / "oracle.safetensors", self.timed, lambda: _judge(store, self.size, self.timed))
         else:
-            loras.train(ArtStore(self.folder), concept, self.size.lora_steps, self.size.lora_batch, self.timed)
+            loras.train(store, concept, self.size.lora_steps, self.size.lora_batch, self.timed)
 
 
 def train(store: ArtStore, size: Size, say: Say, processes: int = 1) -> None:
@@ -113,7 +111,8 @@ def train(store: ArtStore, size: Size, say: Say, processes: int = 1) -> None:
     data(store)
     _vae(store)
     run = _Run(store.folder, size, say, time.monotonic())
-    together(processes, run.base)
+    # every process gets as many pictures of a batch, also of scenes, of which a batch has half as many
+    together(math.gcd(processes, size.base_batch // 2), run.base)
     apart(processes, run.other, [None, *size.concepts])
 
 
