@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from legomole.nano.store import FOLDER, Store
 
+from ..common import say
 from . import report, spikes, suggestions, train
 from .evaluate import Bench, Plan, run
 
@@ -74,10 +75,6 @@ def install(store: Store) -> None:
         if "+" not in path.name:  # jointly trained LoRAs are for the comparison only
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..common import say
 from . import report, train
 from .evaluate import Amount, Bench, run
 from .store import FOLDER, RegionStore
@@ -48,10 +49,6 @@ def smoke(folder: Path) -> Bench:
     bench = Bench(store, folder / "rows.jsonl", say, Amount(2, 1, 1))
     run(bench, [(subjects[0], subjects[1])], train.SMOKE.seeds)
     return bench
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

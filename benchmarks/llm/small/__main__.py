@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...common import say
 from . import encoder, report, train
 from .evaluate import Bench, Plan
 from .language import Language
@@ -70,10 +71,6 @@ def sentences(work: Path, size: encoder.Size, log: Path) -> Bench:
         return encoder.adapter(model, work, task, seed, size, say)
 
     return Bench("encoder", encoder.worlds(model, folder, size), folder, log, say)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":
